@@ -1,0 +1,24 @@
+"""What the training loop knows of a question: plain values, tokenised once when the data is loaded."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Question:
+    """One question ready for rollouts and, if it has a demonstration, for SFT.
+
+    Attributes:
+        id: Position of the question in its set after all filters; stable for the same data and configuration.
+        source: Name of the data source; metrics are kept per source.
+        text: The prompt as the model sees it, after the chat template.
+        prompt: Token ids of the prompt, generation prompt included.
+        truth: Ground truth handed to the reward.
+        demonstration: Token ids of the verified solution D(q), end-of-sequence token included; None if there is none.
+    """
+
+    id: int
+    source: str
+    text: str
+    prompt: list[int]
+    truth: str
+    demonstration: list[int] | None = None
