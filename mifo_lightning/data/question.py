@@ -14,6 +14,7 @@ class Question:
         prompt: Token ids of the prompt, generation prompt included.
         truth: Ground truth handed to the reward.
         demonstration: Token ids of the verified solution D(q), end-of-sequence token included; None if there is none.
+        answer_start: Index into `demonstration` of the first token of the final answer; None where no marker names it.
     """
 
     id: int
@@ -22,3 +23,4 @@ class Question:
     prompt: list[int]
     truth: str
     demonstration: list[int] | None = None
+    answer_start: int | None = None
