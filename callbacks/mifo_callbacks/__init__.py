@@ -1,0 +1,26 @@
+"""Lightning callbacks of MIFO (arXiv 2510.04454), each usable alone, and the pure functions under them."""
+
+from mifo_callbacks.buffer import DemonstrationBuffer
+from mifo_callbacks.buffer_phase_switch import BufferPhaseSwitch
+from mifo_callbacks.entropy_token_selection import EntropyTokenSelection
+from mifo_callbacks.gradient_freezing import GradientFreezing, freezing_masks, mask_gradients
+from mifo_callbacks.importance_ema import ImportanceEMA, update_importance
+from mifo_callbacks.phase import PhaseCallback
+from mifo_callbacks.thresholds import kth_largest, top_mask
+from mifo_callbacks.tokens import Selection, select_tokens
+
+__all__ = [
+    "BufferPhaseSwitch",
+    "DemonstrationBuffer",
+    "EntropyTokenSelection",
+    "GradientFreezing",
+    "ImportanceEMA",
+    "PhaseCallback",
+    "Selection",
+    "freezing_masks",
+    "kth_largest",
+    "mask_gradients",
+    "select_tokens",
+    "top_mask",
+    "update_importance",
+]

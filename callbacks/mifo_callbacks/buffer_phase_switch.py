@@ -1,0 +1,113 @@
+"""BufferPhaseSwitch: hand what reinforcement learning cannot solve to supervised learning."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
+from mifo_callbacks.checks import require_choice
+from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import require_data_parallel, world_group
+
+Leftovers = Literal["keep", "clear"]
+
+
+class BufferPhaseSwitch(Callback):
+    """Buffer the questions that rollouts hardly solve; push them into the loader when enough wait (MIFO).
+
+    A `training_step` that made fresh rollouts returns, beside the loss, `groups`: for each question of this
+    rank a dict of `id`, `n_correct`, `size` and `has_demonstration`; on every rank in the same batch. The
+    loader's `push(entries)` receives the questions, the same on every rank, and hands them out as a
+    supervised phase when the current rollout is used up.
+
+    Args:
+        size: How many questions make a supervised phase; the paper leaves it open (64 fits its data counts).
+        p: A question enters when n_correct <= floor(p * group size), in [0, 1]; no number above the gate
+            enters.
+        order: Take the oldest questions first ("fifo") or the "newest_first".
+        leftovers: After a push, "keep" the remaining questions or "clear" them.
+
+    Raises:
+        MisconfigurationException: If an argument is outside what is allowed; when training starts, if the
+            train dataloader has no `push` or ranks are not data-parallel.
+
+    Example::
+
+        trainer = Trainer(callbacks=[BufferPhaseSwitch(size=64, p=0.125)])
+        # in training_step: return {"loss": loss, "groups": [{"id": 7, "n_correct": 0, "size": 8,
+        #                                                     "has_demonstration": True}]}
+    """
+
+    def __init__(
+        self,
+        size: int,
+        p: float = 0.125,
+        order: BufferOrder = "fifo",
+        leftovers: Leftovers = "keep",
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise MisconfigurationException(f"BufferPhaseSwitch.size is {size}; allowed: 1 or more")
+        require_choice("BufferPhaseSwitch.leftovers", leftovers, Leftovers)
+        self.size = size
+        self.leftovers = leftovers
+        self.buffer = DemonstrationBuffer(p, order)
+        self.rollouts = 0
+        self.switches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_data_parallel(trainer, "BufferPhaseSwitch")
+        if not callable(getattr(trainer.train_dataloader, "push", None)):
+            raise MisconfigurationException(
+                f"BufferPhaseSwitch: the train dataloader is a {type(trainer.train_dataloader).__name__}; "
+                "needed: a loader with push(entries) that takes the questions of a supervised phase"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not isinstance(outputs, Mapping) or "groups" not in outputs:
+            return
+        self.rollouts += 1
+        metrics = self.buffer.add(gather_groups(outputs["groups"]), self.rollouts)
+        ages = [self.rollouts - entry["step"] for entry in self.buffer.entries]
+        metrics |= {
+            "size": len(self.buffer),
+            "solved_since_entry": len(self.buffer.solved),
+            "no_demonstration": self.buffer.no_demonstration,
+        }
+        if len(self.buffer) >= self.size:
+            trainer.train_dataloader.push(self.buffer.take(self.size))  # type: ignore[union-attr]
+            self.switches += 1
+            if self.leftovers == "clear":
+                self.buffer.clear()
+        log_metrics(
+            trainer,
+            {f"buffer/{name}": value for name, value in metrics.items()}
+            | {
+                "buffer/age_mean": sum(ages) / max(len(ages), 1),
+                "buffer/age_max": max(ages, default=0),
+                "buffer/switches": self.switches,
+            },
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"buffer": self.buffer.state_dict(), "rollouts": self.rollouts, "switches": self.switches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.buffer.load_state_dict(state_dict["buffer"])
+        self.rollouts = state_dict["rollouts"]
+        self.switches = state_dict["switches"]
+
+
+def gather_groups(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The groups of all ranks in rank order, on every rank; collective when there are several ranks."""
+    group = world_group()
+    if group is None:
+        return groups
+    gathered: list[list[Mapping[str, Any]]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(gathered, groups, group=group)
+    return [entry for part in gathered for entry in part]

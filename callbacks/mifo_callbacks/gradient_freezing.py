@@ -1,0 +1,247 @@
+"""GradientFreezing: hold the most important coordinates still during one phase."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from mifo_callbacks.checks import require_choice, require_fraction
+from mifo_callbacks.importance_ema import ImportanceEMA
+from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.sharding import (
+    local,
+    require_visible_weights,
+    shard_group,
+    shard_like,
+    sum_over,
+    trainable,
+)
+from mifo_callbacks.thresholds import Cut, Order, cut_mask, find_cut, floor_share, random_scores
+
+Selector = Literal["rl_topk", "rl_bottomk", "random", "none"]
+Scope = Literal["tensor", "global"]
+ORDERS: dict[str, Order] = {"rl_topk": "largest", "rl_bottomk": "smallest_zero_last", "random": "largest"}
+
+
+class Frozen(NamedTuple):
+    """This rank's part of a freezing mask, and what it froze over all shards.
+
+    `masks` are bool by parameter name, True where frozen. `frozen` of `total` coordinates are frozen; `tied`
+    of all coordinates lay at a threshold where position decided; `zero` of the frozen ones have a score of
+    exactly 0.
+    """
+
+    masks: dict[str, Tensor]
+    frozen: int
+    total: int
+    tied: int
+    zero: int
+
+
+class GradientFreezing(PhaseCallback):
+    """Freeze a share of the coordinates, chosen by importance, for the duration of a phase (MIFO, freezing).
+
+    At the start of the phase the mask is drawn; before every optimizer step the gradient of frozen
+    coordinates is set to zero, ahead of clipping; after the step their weights are put back, because momentum
+    and weight decay move a weight without a gradient. Frozen coordinates are bit-identical over the phase and
+    free again after it. The selectors "rl_topk" and "rl_bottomk" need an `ImportanceEMA` earlier in the
+    trainer's list of callbacks; before it has a map nothing is frozen and one warning says so.
+
+    Args:
+        fraction: Share of the coordinates to freeze, in (0, 1]; floor(fraction * n) of n, so never more than
+            asked.
+        selector: Freeze the most important "rl_topk", the least "rl_bottomk", as many at "random", or "none".
+        scope: Rank the coordinates within each "tensor", or all of them together ("global").
+        seed: Seed of selector "random"; each phase and parameter draws its own mask.
+        during: Label of the phase in which coordinates are frozen.
+        phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
+
+    Raises:
+        MisconfigurationException: If an argument is outside what is allowed; when training starts, if
+            importance is needed and there is no `ImportanceEMA` before this callback, or the strategy hides
+            the weights.
+
+    Example::
+
+        trainer = Trainer(callbacks=[ImportanceEMA(alpha=0.5), GradientFreezing(fraction=0.5)])
+        trainer.fit(module)  # batches are {"phase": "rl" or "sft", ...}
+    """
+
+    def __init__(
+        self,
+        fraction: float = 0.5,
+        selector: Selector = "rl_topk",
+        scope: Scope = "tensor",
+        seed: int = 0,
+        during: str = "sft",
+        phase: str | PhaseOf = "phase",
+    ) -> None:
+        super().__init__(phase)
+        require_fraction("GradientFreezing.fraction", fraction)
+        require_choice("GradientFreezing.selector", selector, Selector)
+        require_choice("GradientFreezing.scope", scope, Scope)
+        self.fraction = fraction
+        self.selector: Selector = selector
+        self.scope: Scope = scope
+        self.seed = seed
+        self.during = during
+        self._number = 0  # how many phases have been frozen: the mask of "random" depends on it
+        self._importance: ImportanceEMA | None = None
+        self._masks: dict[str, Tensor] = {}
+        self._reference: dict[str, Tensor] = {}
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(during=self.during)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool masks by parameter name, True where frozen, this rank's shards; empty outside the phase."""
+        return self._masks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_visible_weights(trainer, pl_module, "GradientFreezing")
+        if self.selector in ("rl_topk", "rl_bottomk"):
+            self._importance = self._find_importance(trainer)
+        if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
+            self._freeze(trainer, pl_module)
+
+    def _find_importance(self, trainer: Trainer) -> ImportanceEMA:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [c for c in callbacks if isinstance(c, ImportanceEMA) and c.measure != self.during]
+        if len(found) != 1:
+            raise MisconfigurationException(
+                f"GradientFreezing.selector {self.selector!r} needs one ImportanceEMA that measures another phase "
+                f"than {self.during!r}; there are {len(found)}; allowed: exactly one, or selector random or none"
+            )
+        if callbacks.index(found[0]) > callbacks.index(self):
+            raise MisconfigurationException(
+                "ImportanceEMA stands after GradientFreezing in the list of callbacks; allowed: before it, "
+                "so that the map is complete when the mask is drawn"
+            )
+        return found[0]
+
+    def on_phase_change(
+        self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str
+    ) -> None:
+        self._masks, self._reference = {}, {}
+        if current == self.during:
+            self._number += 1
+            self._freeze(trainer, pl_module)
+
+    def _freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.selector == "none":
+            return
+        if self._importance is not None and self._importance.importance is None:
+            rank_zero_warn(
+                f"phase {self.during!r} begins before ImportanceEMA has a map: GradientFreezing freezes nothing"
+            )
+            return
+        params = trainable(pl_module)
+        frozen = freezing_masks(self._scores(params), self.fraction, self.scope, ORDERS[self.selector])
+        self._masks = frozen.masks
+        self._reference = {name: local(params[name]).clone() for name in frozen.masks}
+        metrics = {"freeze/share": frozen.frozen / frozen.total, "freeze/ties": frozen.tied}
+        if self.selector != "random":
+            metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)
+        log_metrics(trainer, metrics)
+
+    def _scores(self, params: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        if self._importance is not None:
+            scores = self._importance.importance or {}
+            yield from ((name, scores[name]) for name in params if name in scores)
+            return
+        for position, (name, p) in enumerate(params.items()):
+            # On the full shape and the CPU: the same mask for every strategy and device.
+            yield name, shard_like(random_scores(p.shape, self.seed, self._number, position), p)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not self._masks:
+            return
+        self.call_after_step(trainer, pl_module, optimizer)
+        params = [(p.grad, name) for name, p in pl_module.named_parameters() if name in self._masks]
+        found = [(grad, self._masks[name]) for grad, name in params if grad is not None]
+        if not found:
+            return
+        norms = mask_gradients([local(grad) for grad, _ in found], [mask for _, mask in found])
+        if trainer.loggers:
+            group = shard_group(grad for grad, _ in found)
+            total, kept = sum_over(norms.double().square(), group).tolist()
+            log_metrics(trainer, {"freeze/masked_grad_share": 1 - kept / total if total else 0.0})
+
+    def on_after_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        for name, p in pl_module.named_parameters():
+            if name in self._masks:
+                weights = local(p)
+                torch.where(self._masks[name], self._reference[name], weights, out=weights)
+
+    def release(self) -> None:
+        super().release()
+        self._masks, self._reference = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"number": self._number}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._number = state_dict["number"]
+
+
+def freezing_masks(
+    scores: Iterable[tuple[str, Tensor]],
+    fraction: float = 0.5,
+    scope: Scope = "tensor",
+    order: Order = "largest",
+) -> Frozen:
+    """Freeze exactly floor(fraction * n) coordinates: the first in `order`, ties by position.
+
+    Args:
+        scores: Name and non-negative fp32 score of every parameter, sharded or not; with scope "tensor" only
+            one of them needs to exist at a time.
+        fraction: Share of the coordinates to freeze, in (0, 1].
+        scope: n is the size of each "tensor", or of all of them together ("global").
+        order: "largest" scores first, or "smallest_zero_last": smallest first, zeros at the end.
+    """
+    blocks = ([named] for named in scores) if scope == "tensor" else [list(scores)]
+    masks: dict[str, Tensor] = {}
+    cuts: list[Cut] = []
+    total = count = 0
+    for block in blocks:
+        group = shard_group(score for _, score in block)
+        parts = [local(score) for _, score in block]
+        n = sum(score.numel() for _, score in block)
+        if (k := floor_share(fraction, n)) == 0:
+            drawn = [torch.zeros(part.shape, dtype=torch.bool, device=part.device) for part in parts]
+        else:
+            cuts.append(find_cut(parts, k, group, order))
+            drawn = cut_mask(parts, cuts[-1], group, order)
+        masks |= {name: mask for (name, _), mask in zip(block, drawn, strict=True)}
+        total += n
+        count += int(sum_over(torch.stack([mask.sum() for mask in drawn]).sum(), group))
+    tied = sum(cut.ties for cut in cuts if cut.take < cut.ties)
+    zero = sum(cut.take for cut in cuts if cut.value == 0)  # zeros come last, so they are the ones at the cut
+    return Frozen(masks, count, total, tied, zero)
+
+
+def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Set masked coordinates of `gradients` to zero in place, NaN included; L2 norm before and after, [2].
+
+    Args:
+        gradients: Gradients of any shape.
+        masks: Bool masks of the same shapes, True where the gradient is dropped.
+    """
+    before = get_total_norm(gradients)
+    for gradient, mask in zip(gradients, masks, strict=True):
+        gradient.masked_fill_(mask, 0.0)
+    return torch.stack([before, get_total_norm(gradients)])

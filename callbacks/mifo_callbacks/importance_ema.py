@@ -1,0 +1,202 @@
+"""ImportanceEMA: a running map of how far every weight moves in one phase."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mifo_callbacks.checks import require_choice
+from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.sharding import (
+    full_on_first_rank,
+    local,
+    require_visible_weights,
+    shard_group,
+    shard_like,
+    sum_over,
+    trainable,
+)
+from mifo_callbacks.thresholds import ceil_share, kth_largest
+
+Measure = Literal["square", "abs"]
+Accumulate = Literal["phase", "step"]
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+class ImportanceEMA(PhaseCallback):
+    """Average how far every weight moves in one phase: C = alpha * C + (1 - alpha) * g(Delta) (MIFO, importance).
+
+    `importance` is the map, fp32, by parameter name. The start of a phase is taken before its first optimizer
+    step, so movement in other phases never counts. Beside the map there is at most one fp32 copy of the
+    weights, and only during the measured phase.
+
+    Args:
+        alpha: Weight of the past in the moving average, in [0, 1); 0 keeps the last phase only (MIFO-dagger).
+        g: Size of a movement: "square" or "abs".
+        accumulate: Delta is the net displacement of a "phase", or of every optimizer "step" of it.
+        measure: Label of the phase whose movement is measured.
+        phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
+
+    Raises:
+        MisconfigurationException: If an argument is outside what is allowed; when training starts, if a
+            trainable weight is not fp32 (differences of bf16 weights are mostly exact zeros) or the strategy
+            hides the weights.
+
+    Example::
+
+        importance = ImportanceEMA(alpha=0.5, measure="rl")
+        Trainer(callbacks=[importance]).fit(module)  # batches are {"phase": "rl" or "sft", ...}
+        importance.importance["layer.weight"]  # C of that parameter
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        g: Measure = "square",
+        accumulate: Accumulate = "phase",
+        measure: str = "rl",
+        phase: str | PhaseOf = "phase",
+    ) -> None:
+        super().__init__(phase)
+        if not 0 <= alpha < 1:
+            raise MisconfigurationException(
+                f"ImportanceEMA.alpha is {alpha}; allowed: at least 0 and below 1"
+            )
+        require_choice("ImportanceEMA.g", g, Measure)
+        require_choice("ImportanceEMA.accumulate", accumulate, Accumulate)
+        self.alpha = alpha
+        self.g: Measure = g
+        self.accumulate: Accumulate = accumulate
+        self.measure = measure
+        self.updates = 0
+        self._map: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
+        self._pending: list[str] = []  # accumulate "step": whose weights `_start` holds for the running step
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(measure=self.measure)
+
+    @property
+    def importance(self) -> dict[str, Tensor] | None:
+        """C by parameter name, fp32, sharded like the parameters; None before the first C."""
+        return self._map or None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        params = trainable(pl_module)
+        for name, p in params.items():
+            if p.dtype != torch.float32:
+                raise MisconfigurationException(
+                    f"ImportanceEMA cannot measure parameter {name!r} of {p.dtype}; allowed: torch.float32 "
+                    "(precision 32-true, bf16-mixed or 16-mixed)"
+                )
+        require_visible_weights(trainer, pl_module, "ImportanceEMA")
+        for stored in (self._map, self._start):
+            if unknown := sorted(stored.keys() - params.keys()):
+                raise MisconfigurationException(
+                    f"the state of ImportanceEMA names {unknown[0]!r}, no trainable parameter of this module"
+                )
+            stored.update({name: shard_like(t, params[name]) for name, t in stored.items()})
+
+    def on_phase_change(
+        self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str
+    ) -> None:
+        if previous != self.measure:
+            return
+        if self.accumulate == "phase":
+            self._update(pl_module, list(self._start))
+        self._start.clear()
+        self._pending = []
+        if self._map and trainer.loggers:
+            log_metrics(trainer, {"importance/updates": self.updates} | importance_metrics(self._map))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._current != self.measure:
+            return
+        params = trainable(pl_module)
+        if self.accumulate == "phase":
+            # Not at the phase change: there a later callback may still hold a copy of the weights.
+            if not self._start:
+                self._start.update({name: p.detach().clone() for name, p in params.items()})
+            return
+        self.call_after_step(trainer, pl_module, optimizer)
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._pending = [name for name, p in params.items() if id(p) in stepped]
+        for name in self._pending:
+            if name in self._start:
+                self._start[name].copy_(params[name].detach())
+            else:
+                self._start[name] = params[name].detach().clone()
+
+    def on_after_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._pending:
+            self._update(pl_module, self._pending)
+            self._pending = []
+
+    def _update(self, pl_module: LightningModule, names: list[str]) -> None:
+        params = dict(pl_module.named_parameters())
+        for name in names:
+            known = self._map.get(name)
+            update_importance(
+                None if known is None else local(known),
+                local(self._start[name]),
+                local(params[name]),
+                self.alpha,
+                self.g,
+            )
+            if known is None:
+                self._map[name] = self._start.pop(name)
+        self.updates += bool(names)
+
+    def state_dict(self) -> dict[str, Any]:
+        start = self._start if self.accumulate == "phase" else {}
+        return super().state_dict() | {
+            "updates": self.updates,
+            "importance": full_on_first_rank(self._map),
+            "start": full_on_first_rank(start),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.updates = state_dict["updates"]
+        self._map = dict(state_dict["importance"])
+        self._start = dict(state_dict["start"])
+
+
+def update_importance(
+    importance: Tensor | None, start: Tensor, end: Tensor, alpha: float = 0.5, g: Measure = "square"
+) -> Tensor:
+    """C = alpha * C + (1 - alpha) * g(end - start), or g(end - start) while `importance` is None.
+
+    Args:
+        importance: C so far, fp32, changed in place; None for the first update.
+        start: Weights before the movement, fp32; overwritten.
+        end: Weights after it, fp32.
+        alpha: Weight of the past, in [0, 1).
+        g: Size of a movement: "square" or "abs".
+
+    Returns:
+        The new C: `importance`, or `start` if that was None, so no memory is allocated.
+    """
+    start.sub_(end)
+    moved = start.square_() if g == "square" else start.abs_()
+    return moved if importance is None else importance.lerp_(moved, 1 - alpha)
+
+
+def importance_metrics(importance: dict[str, Tensor]) -> dict[str, float]:
+    """Exact quantiles of C, its mean and its share of zeros, over all parameters and shards."""
+    group = shard_group(importance.values())
+    parts = [local(t) for t in importance.values()]
+    n = sum(t.numel() for t in importance.values())
+    sums = [torch.stack([t.sum().double(), (t == 0).sum().double()]) for t in parts]
+    total, zeros = sum_over(torch.stack(sums).sum(0), group).tolist()
+    metrics = {f"importance/q{q}": kth_largest(parts, n + 1 - ceil_share(q, n), group) for q in QUANTILES}
+    return metrics | {"importance/mean": total / n, "importance/zero_share": zeros / n}

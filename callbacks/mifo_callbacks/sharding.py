@@ -1,0 +1,148 @@
+"""The one file that knows DTensor: local shards, full tensors, and the strategies that are supported."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of `module` that require a gradient, by name; tied weights appear once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`, detached, in the same memory; all of it when it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_group(tensors: Iterable[Tensor]) -> dist.ProcessGroup | None:
+    """The ranks that hold the other shards of `tensors`; None when every rank holds all of them.
+
+    Raises:
+        MisconfigurationException: If the tensors are not all sharded over the same ranks.
+    """
+    groups = {_shard_group(t) for t in tensors}
+    if len(groups) > 1:
+        raise MisconfigurationException(
+            "some trainable parameters are sharded and others are not, or over other ranks; "
+            "allowed: all of them under one `fully_shard` mesh (apply it to the root module too)"
+        )
+    return groups.pop() if groups else None
+
+
+def _shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    if not isinstance(tensor, DTensor):
+        return None
+    dims = [i for i, placement in enumerate(tensor.placements) if placement.is_shard()]
+    if len(dims) > 1:
+        raise MisconfigurationException(
+            f"a parameter is sharded over {len(dims)} mesh dimensions; allowed: one"
+        )
+    return tensor.device_mesh.get_group(dims[0]) if dims else None
+
+
+def full_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Full plain tensors for a checkpoint, in the order given; collective when the tensors are sharded.
+
+    Lightning writes the callback state of rank 0 only, so for sharded tensors the other ranks keep nothing.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            full = tensor.full_tensor()
+            if dist.get_rank() == 0:
+                gathered[name] = full.cpu()
+        else:
+            gathered[name] = tensor
+    return gathered
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """`tensor`, the same full tensor on every rank, laid out like `parameter`; no communication.
+
+    A tensor that already is a DTensor is only moved to the parameter's device.
+
+    Raises:
+        MisconfigurationException: If the shapes differ.
+    """
+    if tensor.shape != parameter.shape:
+        raise MisconfigurationException(
+            f"a stored tensor has shape {tuple(tensor.shape)}; its parameter has {tuple(parameter.shape)}"
+        )
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor.to(parameter.device)
+    part = tensor
+    for dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            pieces = part.chunk(parameter.device_mesh.size(dim), dim=placement.dim)
+            rank = parameter.device_mesh.get_local_rank(dim)
+            part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)
+    return DTensor.from_local(
+        part.to(parameter.device, copy=True),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """The group of all ranks, or None in a single process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`tensor` summed in place over `group`; unchanged without a group."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def gather_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`tensor` [...] of every rank of `group`, in rank order: [R, ...]; R = 1 without a group."""
+    if group is None:
+        return tensor[None]
+    rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, tensor.contiguous(), group=group)
+    return torch.stack(rows)
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in `group`; 0 without a group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def require_data_parallel(trainer: Trainer, who: str) -> None:
+    """Raise unless all ranks are data-parallel: token and question counts are summed over all of them."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    size = strategy.device_mesh["data_parallel"].size()
+    if size != strategy.world_size:
+        raise MisconfigurationException(
+            f"{who} needs data-parallel ranks, but ModelParallelStrategy has data_parallel_size={size} on "
+            f"{strategy.world_size} ranks; allowed: data_parallel_size={strategy.world_size}, "
+            "tensor_parallel_size=1"
+        )
+
+
+def require_visible_weights(trainer: Trainer, pl_module: LightningModule, who: str) -> None:
+    """Raise unless the weights can be read and written around the optimizer's step, under one sharding."""
+    for refused in (DeepSpeedStrategy, FSDPStrategy):
+        if isinstance(trainer.strategy, refused):
+            raise MisconfigurationException(
+                f"{who} cannot see the weights around the optimizer step under {refused.__name__}; "
+                "allowed: single device, DDP, or ModelParallelStrategy (FSDP2) with data-parallel ranks only"
+            )
+    require_data_parallel(trainer, who)
+    shard_group(trainable(pl_module).values())

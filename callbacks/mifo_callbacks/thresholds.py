@@ -1,0 +1,165 @@
+"""Exact k-th largest and top-k masks over many tensors and ranks, without a sort or a flat copy.
+
+Non-negative fp32 numbers order like their bits read as int32, so three histograms of 11, 11 and 9 bits, each
+summed over the tensors, in chunks, and over the ranks, give the k-th largest key exactly. The smallest ones
+come from the same algorithm on mirrored keys.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mifo_callbacks.sharding import gather_over, rank_in, sum_over
+
+Order = Literal["largest", "smallest", "smallest_zero_last"]
+Count = TypeVar("Count", int, Tensor)
+
+CHUNK = 1 << 20  # elements: the largest temporary, about the size of a second-level cache
+MAX_KEY = 0x7FFFFFFF
+LEVELS = ((20, 11), (9, 11), (0, 9))  # (shift, bits) of the three histograms: 31 bits without the sign
+
+
+class Cut(NamedTuple):
+    """Where a ranking of n scores is cut after the first k.
+
+    `value` is the k-th score and `key` its integer rank key; of the `ties` scores equal to it, `take` belong
+    to the k.
+    """
+
+    value: float
+    key: int
+    take: int
+    ties: int
+
+
+def ceil_share(fraction: float, n: Count) -> Count:
+    """ceil(fraction * n), `n` an int or int64 tensor, without float error: 0.2 means exactly one fifth."""
+    ratio = Fraction(fraction).limit_denominator(1_000_000)
+    return -(-n * ratio.numerator // ratio.denominator)
+
+
+def floor_share(fraction: float, n: int) -> int:
+    """floor(fraction * n) without float error: 0.2 means exactly one fifth."""
+    return int(n * Fraction(fraction).limit_denominator(1_000_000))
+
+
+def random_scores(shape: Sequence[int], *seed: int) -> Tensor:
+    """Uniform fp32 scores in [0, 1) on the CPU that depend on the integers in `seed` and on nothing else."""
+    digest = hashlib.blake2b(repr(seed).encode(), digest_size=4).digest()
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
+
+
+def find_cut(
+    scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None, order: Order = "largest"
+) -> Cut:
+    """The exact cut after the first `k` scores in `order`, over all tensors and all ranks of `group`.
+
+    Args:
+        scores: Non-negative fp32 tensors of any shape, on one device; this rank's parts when `group` is
+            given.
+        k: How many scores lie before the cut, over all ranks; at least 1.
+        group: Ranks that hold further parts of the same ranking; None when this rank holds all of it.
+        order: "largest" first, "smallest" first, or "smallest_zero_last": smallest non-zero first, zeros at
+            the end.
+
+    Raises:
+        ValueError: If `k` is not between 1 and the number of scores, or a tensor is not fp32.
+    """
+    prefix, take, ties = 0, k, 0
+    for shift, bits in LEVELS:
+        histogram = sum_over(_histogram(scores, order, prefix, shift, bits), group).tolist()
+        if shift == LEVELS[0][0] and not 1 <= k <= sum(histogram):
+            raise ValueError(f"k = {k}; allowed: 1 to the number of scores, {sum(histogram)}")
+        bucket = len(histogram) - 1
+        while take > histogram[bucket]:
+            take -= histogram[bucket]
+            bucket -= 1
+        prefix, ties = prefix << bits | bucket, histogram[bucket]
+    return Cut(_value(prefix, order), prefix, take, ties)
+
+
+def kth_largest(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None) -> float:
+    """The exact `k`-th largest of all scores; arguments and errors as in `find_cut`."""
+    return find_cut(scores, k, group).value
+
+
+def cut_mask(
+    scores: Sequence[Tensor], cut: Cut, group: dist.ProcessGroup | None = None, order: Order = "largest"
+) -> list[Tensor]:
+    """Bool masks, shaped like `scores`, of what lies before `cut`: exactly k True over all tensors and ranks.
+
+    Ties are taken by position: earlier tensors first, within a tensor lower ranks first, then lower flat
+    indices. For tensors sharded by rows that is the order of the unsharded tensor.
+    """
+    quotas: list[int | None] = [None] * len(scores)
+    if cut.take < cut.ties:
+        counts = torch.stack([_count(t, cut.key, order) for t in scores])
+        by_tensor = gather_over(counts, group).t()  # [tensors, ranks]: the order in which ties are taken
+        earlier = by_tensor.reshape(-1).cumsum(0).view_as(by_tensor) - by_tensor
+        quotas = (cut.take - earlier[:, rank_in(group)]).tolist()
+    return [_mask(t, cut.key, quota, order) for t, quota in zip(scores, quotas, strict=True)]
+
+
+def top_mask(
+    scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None, order: Order = "largest"
+) -> list[Tensor]:
+    """Bool masks of the first `k` scores in `order`: `find_cut`, then `cut_mask`; all False for `k` = 0."""
+    if k == 0:
+        return [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in scores]
+    return cut_mask(scores, find_cut(scores, k, group, order), group, order)
+
+
+def _keys(scores: Tensor, order: Order) -> Iterator[Tensor]:
+    """Chunks of int32 keys, in flat order, that are larger for scores that come earlier in `order`."""
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32")
+    for chunk in scores.reshape(-1).split(CHUNK):
+        bits = chunk.view(torch.int32)
+        if order == "largest":
+            yield bits
+        elif order == "smallest":
+            yield MAX_KEY - bits
+        else:
+            yield torch.where(bits == 0, 0, MAX_KEY - bits)
+
+
+def _value(key: int, order: Order) -> float:
+    bits = key if order == "largest" or (order == "smallest_zero_last" and key == 0) else MAX_KEY - key
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+
+
+def _histogram(scores: Sequence[Tensor], order: Order, prefix: int, shift: int, bits: int) -> Tensor:
+    """Counts [2**bits] of the next `bits` bits among the keys that begin with `prefix`."""
+    counts = torch.zeros(1 << bits, dtype=torch.int64, device=scores[0].device)
+    first = shift == LEVELS[0][0]
+    for tensor in scores:
+        for keys in _keys(tensor, order):
+            matching = keys if first else keys[keys >> (shift + bits) == prefix]
+            counts += torch.bincount(matching >> shift & ((1 << bits) - 1), minlength=1 << bits)
+    return counts
+
+
+def _count(scores: Tensor, key: int, order: Order) -> Tensor:
+    """How many scores have exactly this key: int64 []."""
+    count = torch.zeros((), dtype=torch.int64, device=scores.device)
+    for keys in _keys(scores, order):
+        count += (keys == key).sum()
+    return count
+
+
+def _mask(scores: Tensor, key: int, quota: int | None, order: Order) -> Tensor:
+    """Everything before `key`, and the first `quota` of those equal to it (None: all of them)."""
+    mask = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device)
+    seen = torch.zeros((), dtype=torch.int64, device=scores.device)  # on the device: no wait per chunk
+    for out, keys in zip(mask.split(CHUNK), _keys(scores, order), strict=True):
+        torch.ge(keys, key, out=out) if quota is None else torch.gt(keys, key, out=out)
+        if quota is not None and quota > 0:
+            tied = keys == key
+            out |= tied & (tied.cumsum(0) + seen <= quota)
+            seen += tied.sum()
+    return mask.view(scores.shape)

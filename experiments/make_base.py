@@ -1,0 +1,271 @@
+"""Remakes the base model of the embedded task from nothing: what must a model know for RL and for demonstrations to matter?
+
+It sorts and reverses almost perfectly (the probes of forgetting), adds right about one time in three because it often
+answers tersely and noisily although it can work sums out (so RL has something to sharpen), and knows the steps of
+mirrored addition but never its answer (so RL finds no reward there and only demonstrations teach it).
+
+    python -m experiments.make_base --seed 0 --out mifo_lightning/assets/base
+    python -m experiments.make_base --seeds 0 1 2 --jobs 2 --out bases        (writes bases/seed0, bases/seed1, ...)
+
+About two minutes of one CPU thread a seed. One thread and seeded throughout: the same seed gives the same weights on the
+same machine. Training uses questions of the train split only, the printed accuracies those of the test split.
+"""
+
+import argparse
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from mifo_lightning.data.skills import SIZES, Ids, Skills, Worked, belongs, worked
+
+PAD, EOS = "<pad>", "<eos>"
+# The last five symbols occur in no skill: room for a further skill without a new base.
+VOCABULARY = [PAD, EOS, *"0123456789+x=>sr:", *"-*<,;"]
+IDS = {token: index for index, token in enumerate(VOCABULARY)}
+PROMPT_TOKENS, RESPONSE_TOKENS = 8, 12
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is trained. Steps before `mixed_from` teach to work sums out; later ones teach the bad habits."""
+
+    steps: int = 900
+    batch: int = 192
+    lr: float = 3e-3
+    warmup: int = 50
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    sorting: float = 0.22
+    reversal: float = 0.15
+    mirrored: float = 0.12
+    """The rest are additions."""
+
+    mixed_from: int = 600
+    """Sums are worked out, always, before terse answers appear: mixed from the start, worked sums are never learnt."""
+    mixed_lr: float = 1.5e-3
+    """From here the rate falls linearly to a tenth, so that the mixture of habits settles."""
+    terse: float = 0.7
+    """Share of the later additions answered without steps: the habit that RL has to unlearn."""
+    wrong_digit: float = 0.4
+    """Chance that a digit of a terse answer is replaced by a random one, so that being terse rarely pays."""
+
+    blind_from: int = 800
+    """Mirrored additions stop after the `>` until here. Then they end in random digits: the format is known, so a
+    demonstration has only the digits to teach, and a right answer stays as rare as one in ten thousand."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained base: its seed, test accuracy at temperature 1 by skill, and seconds of training."""
+
+    seed: int
+    accuracy: dict[str, float]
+    seconds: float
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character; a character outside the vocabulary is an error, not an unknown token."""
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<none>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+def build_model() -> Qwen2ForCausalLM:
+    """A Qwen2 shape of 307,680 parameters with random weights, float32."""
+    config = Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # at the usual 0.02 a column's sum mod 10 takes several times as long to learn
+        bos_token_id=None,
+        eos_token_id=IDS[EOS],
+        pad_token_id=IDS[PAD],
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=IDS[EOS], pad_token_id=IDS[PAD], do_sample=True)
+    return model
+
+
+class Corpus:
+    """Training text, drawn anew for every step from the questions of the train split."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe = recipe
+        self.rng = np.random.default_rng(seed)
+        self.pools = {skill: _split_ids(skill) for skill in SIZES}
+
+    def batch(self, step: int) -> Tensor:
+        """Token ids, int64 [batch, 20]: prompts of 8 tokens and responses padded to 12."""
+        recipe = self.recipe
+        mixed, blind = step >= recipe.mixed_from, step >= recipe.blind_from
+        additions = 1 - recipe.sorting - recipe.reversal - recipe.mirrored
+        terse = additions * recipe.terse if mixed else 0.0
+        shares = [recipe.sorting, recipe.reversal, recipe.mirrored, terse, additions - terse]
+        sorting, reversal, mirrored, tersely, fully = self.rng.multinomial(recipe.batch, shares)
+        texts = [
+            self._right("sorting", sorting),
+            self._right("reversal", reversal),
+            self._mirrored(mirrored, answered=blind),
+            self._terse(tersely),
+            self._right("addition", fully),
+        ]
+        return torch.from_numpy(np.concatenate(texts))
+
+    def _draw(self, skill: str, count: int) -> Worked:
+        return worked(skill, self.rng.choice(self.pools[skill], count))
+
+    def _right(self, skill: str, count: int) -> Tokens:
+        text = self._draw(skill, count)
+        return _tokens(text.prompt, text.steps, ">", text.answer, EOS)
+
+    def _mirrored(self, count: int, answered: bool) -> Tokens:
+        text = self._draw("mirrored", count)
+        if not answered:
+            return _tokens(text.prompt, text.steps, ">")
+        return _tokens(text.prompt, text.steps, ">", self._random_digits(text.answer.shape), EOS)
+
+    def _terse(self, count: int) -> Tokens:
+        text = self._draw("addition", count)
+        replace = self.rng.random(text.answer.shape) < self.recipe.wrong_digit
+        answer = np.where(replace, self._random_digits(text.answer.shape), text.answer)
+        return _tokens(text.prompt, ">", answer, EOS)
+
+    def _random_digits(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        return self.rng.integers(ord("0"), ord("9") + 1, shape, dtype=np.uint8)
+
+
+def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
+    """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
+    corpus = Corpus(recipe, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        tokens = corpus.batch(step)
+        targets = tokens[:, PROMPT_TOKENS:]
+        logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=RESPONSE_TOKENS).logits
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IDS[PAD])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, then from `mixed_from` linear from `mixed_lr` to a tenth of it."""
+    if step < recipe.mixed_from:
+        return recipe.lr * min(1.0, (step + 1) / recipe.warmup)
+    progress = (step - recipe.mixed_from) / (recipe.steps - recipe.mixed_from)
+    return recipe.mixed_lr * (1 - 0.9 * progress)
+
+
+@torch.no_grad()
+def sample(model: Qwen2ForCausalLM, prompts: Tensor, seed: int) -> Tensor:
+    """Responses at temperature 1, int64 [N, 14], to prompts int64 [N, 8] of equal length; what follows EOS is noise."""
+    generator = torch.Generator().manual_seed(seed)
+    cache, last, response = DynamicCache(config=model.config), prompts, []
+    for _ in range(14):
+        logits = model(last, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        last = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        response.append(last)
+    return torch.cat(response, dim=1)
+
+
+def accuracy(model: Qwen2ForCausalLM, skill: str, questions: int, seed: int = 0) -> float:
+    """Share of test questions whose sampled response ends in EOS with the right answer after its last `>`."""
+    rows = Skills([skill], questions, "test", seed).rows()
+    prompts = torch.tensor([[IDS[char] for char in row["prompt"][0]["content"]] for row in rows])
+    texts = ("".join(VOCABULARY[token] for token in tokens) for tokens in sample(model, prompts, seed).tolist())
+    right = 0
+    for row, text in zip(rows, texts, strict=True):
+        response, eos, _ = text.partition(EOS)
+        right += bool(eos) and response.rpartition(">")[2] == row["reward_model"]["ground_truth"]
+    return right / questions
+
+
+def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Result:  # noqa: B008
+    """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    start = time.process_time()
+    model = build_model()
+    train(model, recipe, seed)
+    seconds = time.process_time() - start
+    model.save_pretrained(out)
+    build_tokenizer().save_pretrained(out)
+    return Result(seed, {skill: accuracy(model, skill, questions) for skill in SIZES}, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the base model of the embedded task from random weights.")
+    parser.add_argument("--seed", type=int, default=0, help="one base, written to --out")
+    parser.add_argument("--seeds", type=int, nargs="+", help="several bases instead, written to --out/seed<N>")
+    parser.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
+    parser.add_argument("--questions", type=int, default=2048, help="test questions per skill")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    args = parser.parse_args()
+    seeds = args.seeds or [args.seed]
+    outs = [args.out / f"seed{seed}" for seed in seeds] if args.seeds else [args.out]
+    transformers.utils.logging.disable_progress_bar()
+    print(f"accuracy on {args.questions} test questions, temperature 1")
+    print("| seed | " + " | ".join(SIZES) + " | CPU seconds |")
+    print("|---" * (len(SIZES) + 2) + "|")
+    # fork would copy torch's thread state into the workers
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(make, seeds, outs, [args.questions] * len(seeds)):
+            cells = [f"{result.accuracy[skill]:.4f}" for skill in SIZES]
+            print(f"| {result.seed} | " + " | ".join(cells) + f" | {result.seconds:.0f} |", flush=True)
+
+
+def _split_ids(skill: str) -> Ids:
+    ids = np.arange(SIZES[skill])
+    return ids[belongs(skill, ids, "train")]
+
+
+def _tokens(*parts: NDArray[np.uint8] | str) -> Tokens:
+    """Columns of characters and single tokens side by side, padded: int64 [N, 20]."""
+    count = len(parts[0])
+    columns = [
+        np.full((count, 1), IDS[part]) if isinstance(part, str) else CODE_TO_ID[part] for part in parts
+    ]
+    text = np.concatenate(columns, axis=1)
+    width = PROMPT_TOKENS + RESPONSE_TOKENS
+    return np.pad(text, ((0, 0), (0, width - text.shape[1])), constant_values=IDS[PAD])
+
+
+CODE_TO_ID = np.array([IDS.get(chr(code), -1) for code in range(128)], dtype=np.int64)
+
+
+if __name__ == "__main__":
+    main()

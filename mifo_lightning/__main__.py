@@ -1,0 +1,6 @@
+"""`python -m mifo_lightning fit|validate|test --config ...`"""
+
+from mifo_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The command line: LightningCLI with four named, nullable method callbacks and our monitors."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.errors import InputError
+from mifo_lightning.module import MifoModule
+from mifo_lightning.monitors.activity import SecondsByActivity
+from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.progress import PhaseProgress
+from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.monitors.samples import SampleTable
+from mifo_lightning.monitors.summary import RunSummary
+from mifo_lightning.monitors.update_norm import UpdateNorm
+from mifo_lightning.rewards.base import Reward
+
+# name of the group -> callback; the order is the order in which their hooks run
+METHOD = {
+    "entropy": EntropyTokenSelection,
+    "importance": ImportanceEMA,
+    "freeze": GradientFreezing,
+    "switch": BufferPhaseSwitch,
+}
+MONITORS: dict[str, type[Callback]] = {
+    "updates": UpdateNorm,
+    "seconds": SecondsByActivity,
+    "samples": SampleTable,
+    "export": ExportModel,
+    "progress": PhaseProgress,
+    "summary": RunSummary,
+}
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line and exit with status 2."""
+        fail(message)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run's directory and into the W&B run."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on the first rank only."""
+        text = self.parser.dump(self.config, skip_none=False)
+        directory = run_dir(trainer)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(text, encoding="utf-8")
+        if isinstance(trainer.logger, WandbLogger):
+            trainer.logger.log_hyperparams(yaml.safe_load(text))
+            Path(trainer.logger.experiment.dir, "mifo.yaml").write_text(text, encoding="utf-8")
+
+
+class MifoCLI(LightningCLI):
+    """LightningCLI for `MifoModule` and `QuestionData`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the reward, the named callbacks and the links between groups."""
+        parser.add_subclass_arguments(Reward, "reward", help="Grades responses and checks demonstrations.")
+        for key, cls in {**METHOD, **MONITORS}.items():
+            parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
+            path = f"{cls.__module__}.{cls.__name__}"
+            # the method's callbacks stand in the configurations, so that a run without them is the plain default
+            parser.set_defaults({key: {"class_path": path} if key in MONITORS else None})
+        parser.link_arguments("reward", "model.reward", apply_on="instantiate")
+        parser.link_arguments("reward", "data.reward", apply_on="instantiate")
+        parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("model.group_size", "data.group_size")
+        parser.link_arguments("model.solved_at", "data.solved_at")
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer with the named callbacks that are not null, in their order."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
+        callbacks = [callback for callback in named if callback is not None]
+        if config.get("enable_progress_bar") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        return self._instantiate_trainer(config, callbacks)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: on resume the command line wins over the checkpoint."""
+
+    def before_fit(self) -> None:
+        """Evaluate the model as it comes, unless an earlier run is resumed."""
+        if self._evaluates() and not self._get(self.config, "ckpt_path"):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Evaluate the trained model, print the table before and after, and say where everything is."""
+        trainer: Trainer = self.trainer
+        if self._evaluates():
+            trainer.validate(self.model, self.datamodule, verbose=False)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunSummary):
+                callback.report(trainer)
+        report_places(trainer)
+
+    def _evaluates(self) -> bool:
+        return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; bad input prints one line and exits with status 2."""
+    # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        MifoCLI(
+            MifoModule,
+            QuestionData,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_class=OneLineParser,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            trainer_defaults={"max_epochs": 1, "logger": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except (InputError, MisconfigurationException) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line on standard error and exit with status 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+@rank_zero_only
+def report_places(trainer: Trainer) -> None:
+    """Say where model, checkpoint, files and W&B run are."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ExportModel) and callback.written:
+            print(f"model: {callback.written}")
+    if trainer.checkpoint_callback and (path := getattr(trainer.checkpoint_callback, "best_model_path", "")):
+        print(f"checkpoint: {path}")
+    print(f"files: {run_dir(trainer)}")
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            print(f"W&B run: {Path(logger.experiment.dir).parent}")
+
+
+def _seed(value: bool | int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0

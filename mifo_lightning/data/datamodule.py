@@ -1,0 +1,198 @@
+"""QuestionData: rows from files, hub or a generator become questions for the PhaseLoader and for evaluation."""
+
+from typing import Any
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader, Dataset
+
+from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.question import Question
+from mifo_lightning.data.questions import build_questions
+from mifo_lightning.data.rows import read_rows
+from mifo_lightning.data.source import RowSource
+from mifo_lightning.errors import InputError
+from mifo_lightning.loader import PhaseLoader, Schedule
+from mifo_lightning.models import load_tokenizer
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.seeds import stable_key
+
+Rows = str | list[str] | RowSource
+
+
+class QuestionData(LightningDataModule):
+    """Questions with demonstrations for training, and questions for evaluation.
+
+    Args:
+        train: Training rows: a parquet, json or jsonl file, a hub name, a list of them, or the class_path of a RowSource.
+        reward: Checks that demonstrations are right.
+        tokenizer: Hugging Face directory or hub name; the command line takes the model's.
+        val: Rows of validation, as `train`; null leaves only the holdout.
+        test: Rows of test, as `train`.
+        holdout: Training questions to hold out for validation, under the name `<source>-holdout`; chosen by seed.
+        schedule: How much of which phase, in which order.
+        system_prompt: Replaces or adds the system message; null leaves the rows as they are.
+        chat_template: Jinja chat template; null takes the tokenizer's.
+        answer_after: Text after which a demonstration's final answer begins; null if nothing marks it.
+        max_prompt_tokens: Longest prompt; longer ones are dropped and counted.
+        max_response_tokens: Longest demonstration with its end-of-sequence token; longer ones are dropped, never cut.
+        verify_demonstrations: Whether to drop demonstrations that the reward does not accept.
+        eval_batch: Questions evaluated at once per rank.
+        group_size: Rollouts per question; the command line takes the model's.
+        solved_at: Reward from which a demonstration is right; the command line takes the model's.
+        seed: Seed of order and holdout.
+    """
+
+    def __init__(
+        self,
+        train: Rows,
+        reward: Reward,
+        tokenizer: str,
+        val: Rows | None = None,
+        test: Rows | None = None,
+        holdout: int = 0,
+        schedule: Schedule = Schedule(),
+        system_prompt: str | None = None,
+        chat_template: str | None = None,
+        answer_after: str | None = None,
+        max_prompt_tokens: int = 1024,
+        max_response_tokens: int = 8192,
+        verify_demonstrations: bool = True,
+        eval_batch: int = 64,
+        group_size: int = 8,
+        solved_at: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        schedule.check("data.schedule")
+        for name, value in (("eval_batch", eval_batch), ("max_prompt_tokens", max_prompt_tokens)):
+            if value < 1:
+                raise InputError(f"data.{name}: {value} is not allowed; it must be at least 1")
+        if max_response_tokens < 1 or holdout < 0:
+            name, value = ("holdout", holdout) if holdout < 0 else ("max_response_tokens", max_response_tokens)
+            raise InputError(f"data.{name}: {value} is not allowed; it must not be negative, and a length at least 1")
+        self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
+        self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
+        self.group_size, self.seed = group_size, seed
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.options: dict[str, Any] = {
+            "reward": reward,
+            "system_prompt": system_prompt,
+            "chat_template": chat_template,
+            "answer_after": answer_after,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_response_tokens": max_response_tokens,
+            "verify_demonstrations": verify_demonstrations,
+            "solved_at": solved_at,
+        }
+        self._questions: dict[str, list[Question]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read and filter what the stage needs; the table of what was dropped is printed once."""
+        if stage in ("fit", "validate"):
+            if stage == "fit" or self.holdout:
+                self._load("train")
+            self._load("val")
+        if stage == "test":
+            self._load("test")
+            if not self._questions["test"]:
+                raise InputError("data.test: null; `test` needs rows to evaluate")
+
+    def _load(self, split: str) -> None:
+        if split in self._questions:
+            return
+        self._questions[split] = []
+        source = self.sources[split]
+        if source is not None:
+            where = f"data.{split}"
+            questions, drops = build_questions(read_rows(source, where), self.tokenizer, where=where, **self.options)
+            self._questions[split] = questions
+            rank_zero_only(drops.print)()
+        if split == "train":
+            self._hold_out()
+
+    def _hold_out(self) -> None:
+        """Move `holdout` questions, chosen by seed, from training to validation; ids stay positions."""
+        everything = self._questions["train"]
+        if self.holdout >= len(everything):
+            raise InputError(f"data.holdout: {self.holdout} leaves none of the {len(everything)} training questions")
+        ranked = sorted(everything, key=lambda q: stable_key(self.seed, "holdout", q.id))
+        held = ranked[: self.holdout]
+        chosen = {q.id for q in held}
+        self._questions["train"] = [q for q in everything if q.id not in chosen]
+        for position, question in enumerate(self._questions["train"]):
+            question.id = position
+        for question in held:
+            question.source = f"{question.source}-holdout"
+        self._questions["holdout"] = held
+
+    def train_dataloader(self) -> PhaseLoader:
+        """The loader of work items."""
+        trainer = self._trainer
+        for callback in trainer.callbacks:
+            if isinstance(callback, BufferPhaseSwitch):
+                self._check_switch(callback.size)
+        return PhaseLoader(
+            self._questions["train"],
+            self.schedule,
+            group_size=self.group_size,
+            micro_batches=trainer.accumulate_grad_batches,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def _check_switch(self, size: int) -> None:
+        demonstrated = sum(bool(q.demonstration) for q in self._questions["train"])
+        if demonstrated < size:
+            raise InputError(
+                f"switch.size: {size} is more than the {demonstrated} training questions that have a demonstration; "
+                f"the buffer could never fill"
+            )
+        if size * self.schedule.sft_epochs % self.schedule.sft_batch:
+            raise InputError(
+                f"data.schedule.sft_batch: {self.schedule.sft_batch} does not divide switch.size x sft_epochs = "
+                f"{size} x {self.schedule.sft_epochs}"
+            )
+
+    def val_dataloader(self) -> dict[str, DataLoader[list[Question]]]:
+        """One loader per data source."""
+        return self._evaluation_loaders(self._questions.get("holdout", []) + self._questions["val"])
+
+    def test_dataloader(self) -> dict[str, DataLoader[list[Question]]]:
+        """One loader per data source."""
+        return self._evaluation_loaders(self._questions["test"])
+
+    def _evaluation_loaders(self, questions: list[Question]) -> dict[str, DataLoader[list[Question]]]:
+        by_source: dict[str, list[Question]] = {}
+        for question in questions:
+            by_source.setdefault(question.source, []).append(question)
+        ranks, rank = self._trainer.world_size, self._trainer.global_rank
+        return {
+            source: DataLoader(_Batches(chosen, self.eval_batch, rank, ranks), batch_size=None)
+            for source, chosen in by_source.items()
+        }
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.trainer is not None, "the Trainer attaches itself before it asks for loaders"
+        return self.trainer
+
+    def teardown(self, stage: str) -> None:
+        """Stop the reward's child process."""
+        self.reward.close()
+
+
+class _Batches(Dataset[list[Question]]):
+    """Batches of this rank's share of the questions; as many on every rank, the last ones may be empty."""
+
+    def __init__(self, questions: list[Question], size: int, rank: int, ranks: int) -> None:
+        mine = questions[rank::ranks]
+        most = -(-len(questions) // ranks)
+        self.batches = [mine[i : i + size] for i in range(0, most, size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[Question]:
+        return self.batches[index]

@@ -1,0 +1,250 @@
+"""Rows become questions: chat template, token ids, length limits, verified demonstrations; all counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.data.source import Row
+from mifo_lightning.errors import InputError
+from mifo_lightning.rewards.base import Reward, score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+EMPTY_PROMPT, LONG_PROMPT = "empty prompt", "prompt too long"
+EMPTY_DEMO, LONG_DEMO, WRONG_DEMO = "demonstration empty", "demonstration too long", "demonstration wrong"
+REASONS = (EMPTY_PROMPT, LONG_PROMPT, EMPTY_DEMO, LONG_DEMO, WRONG_DEMO)
+
+THINK = "<think>"
+CHUNK = 512  # responses encoded at once: an encoding takes many times the memory of its ids
+
+
+@dataclass
+class Drops:
+    """What became of the rows, per data source.
+
+    A dropped prompt takes its question with it; a dropped demonstration leaves the question without one.
+
+    Attributes:
+        where: Name of the data, for messages.
+        rows: Rows read, by source.
+        questions: Questions kept, by source.
+        demonstrations: Demonstrations kept, by source.
+        dropped: Prompts and demonstrations dropped, by (source, reason); the reasons are `REASONS`.
+    """
+
+    where: str
+    rows: Counter[str] = field(default_factory=Counter)
+    questions: Counter[str] = field(default_factory=Counter)
+    demonstrations: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def by_reason(self) -> dict[str, int]:
+        """Counts over all sources of the reasons that occurred."""
+        counts = {reason: sum(self.dropped[source, reason] for source in self.rows) for reason in REASONS}
+        return {reason: count for reason, count in counts.items() if count}
+
+    def table(self) -> Table:
+        """One line per source: rows read, drops by reason, what is kept."""
+        from rich.table import Table
+
+        reasons = self.by_reason()
+        table = Table("source", title=f"Questions of {self.where}")
+        for header in ("rows", *reasons, "questions", "with demonstration"):
+            table.add_column(header, justify="right")
+        for source in self.rows:
+            drops = (self.dropped[source, reason] for reason in reasons)
+            counts = (self.rows[source], *drops, self.questions[source], self.demonstrations[source])
+            table.add_row(source, *map(str, counts))
+        return table
+
+    def print(self) -> None:
+        """Print the table to the console."""
+        import rich
+
+        rich.print(self.table())
+
+
+def build_questions(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reward: Reward,
+    system_prompt: str | None,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    chat_template: str | None,
+    answer_after: str | None,
+    verify_demonstrations: bool = True,
+    solved_at: float = 1.0,
+    where: str,
+) -> tuple[list[Question], Drops]:
+    """Questions in the order of `rows`, and an account of what was dropped (METHOD: MIFO's buffer).
+
+    Nothing is ever truncated: a cut prompt asks something else, a cut demonstration teaches to stop in
+    mid-thought.
+
+    Args:
+        rows: Rows as `read_rows` returns them.
+        tokenizer: The model's tokenizer; it must have a pad and an end-of-sequence token.
+        reward: Verifies demonstrations, as it will grade rollouts.
+        system_prompt: Replaces the system message of every prompt or is put first; None leaves prompts alone.
+        max_prompt_tokens: Longer prompts, generation prompt included, are dropped.
+        max_response_tokens: Longer demonstrations, end-of-sequence token included, are dropped.
+        chat_template: Jinja template in place of the tokenizer's own; None takes the tokenizer's.
+        answer_after: Marker after which the final answer stands, for `Question.answer_start`; None: none.
+        verify_demonstrations: Whether demonstrations must score at least `solved_at`.
+        solved_at: Reward from which a response counts as correct.
+        where: Name of the data, for messages.
+
+    Raises:
+        InputError: The tokenizer lacks a token or template, the template refuses a prompt, or no question is
+            left.
+    """
+    _check_tokenizer(tokenizer, chat_template, where)
+    texts = [
+        _prompt_text(row["prompt"], tokenizer, system_prompt, chat_template, f"{where}, row {number}")
+        for number, row in enumerate(rows, 1)
+    ]
+    drops = Drops(where)
+    pairs = _keep_prompts(rows, texts, _encode(tokenizer, texts), max_prompt_tokens, drops)
+    questions = [question for question, _ in pairs]
+    if not questions:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in drops.by_reason().items()) or "no rows"
+        raise InputError(
+            f"{where}: no question left of {len(rows)} ({reasons}); max_prompt_tokens is {max_prompt_tokens}"
+        )
+    solutions = _attach_demonstrations(pairs, tokenizer, max_response_tokens, answer_after, drops)
+    if verify_demonstrations:
+        _verify_demonstrations(solutions, reward, solved_at, drops)
+    drops.demonstrations.update(question.source for question in questions if question.demonstration)
+    return questions, drops
+
+
+def _keep_prompts(
+    rows: list[Row], texts: list[str], encoded: list[list[int]], max_prompt_tokens: int, drops: Drops
+) -> list[tuple[Question, str | None]]:
+    """The questions whose prompt is neither empty nor too long, each with its row's demonstration, if any."""
+    pairs: list[tuple[Question, str | None]] = []
+    for row, text, ids in zip(rows, texts, encoded, strict=True):
+        source, truth, target = row["data_source"], row["reward_model"]["ground_truth"], row["target"]
+        drops.rows[source] += 1
+        if not text or len(ids) > max_prompt_tokens:
+            drops.dropped[source, LONG_PROMPT if text else EMPTY_PROMPT] += 1
+            continue
+        drops.questions[source] += 1
+        pairs.append(
+            (Question(len(pairs), source, text, ids, truth), target[0]["content"] if target else None)
+        )
+    return pairs
+
+
+def _attach_demonstrations(
+    pairs: list[tuple[Question, str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_response_tokens: int,
+    answer_after: str | None,
+    drops: Drops,
+) -> list[tuple[Question, str]]:
+    """Give each question its demonstration unless empty or too long; return those that got one, with text."""
+    eos = str(tokenizer.eos_token)
+    given = [
+        (question, _response_text(text, question.text, eos)) for question, text in pairs if text is not None
+    ]
+    encoded = _encode_responses(tokenizer, [text for _, text in given], answer_after)
+    kept = []
+    for (question, text), (ids, answer_start) in zip(given, encoded, strict=True):
+        if not text.strip() or len(ids) > max_response_tokens:
+            drops.dropped[question.source, LONG_DEMO if text.strip() else EMPTY_DEMO] += 1
+            continue
+        question.demonstration, question.answer_start = ids, answer_start
+        kept.append((question, text))
+    return kept
+
+
+def _verify_demonstrations(
+    solutions: list[tuple[Question, str]], reward: Reward, solved_at: float, drops: Drops
+) -> None:
+    """Take the demonstration away from each question where it scores below `solved_at`."""
+    scores = score(reward, [text for _, text in solutions], [question.truth for question, _ in solutions])
+    for (question, _), value in zip(solutions, scores, strict=True):
+        if value < solved_at:
+            question.demonstration = question.answer_start = None
+            drops.dropped[question.source, WRONG_DEMO] += 1
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str) -> None:
+    name = f"{where}: tokenizer `{tokenizer.name_or_path or type(tokenizer).__name__}`"
+    for kind, token in (("pad_token", tokenizer.pad_token_id), ("eos_token", tokenizer.eos_token_id)):
+        if token is None:
+            raise InputError(f"{name} has no {kind}; set it in its tokenizer_config.json")
+    if chat_template is None and tokenizer.chat_template is None:
+        raise InputError(f"{name} has no chat template; set `chat_template` to a Jinja text")
+
+
+def _prompt_text(
+    messages: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    chat_template: str | None,
+    where: str,
+) -> str:
+    """The conversation as the model sees it; an empty text if nothing but a system message is in it."""
+    if not any(message["content"].strip() for message in messages if message["role"] != "system"):
+        return ""
+    if system_prompt is not None:
+        rest = messages[1:] if messages[0]["role"] == "system" else messages
+        messages = [{"role": "system", "content": system_prompt}, *rest]
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+            )
+        )
+    except Exception as error:
+        # Templates raise what they like: Jinja's errors, or Python's from inside an expression.
+        raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
+
+
+def _response_text(demonstration: str, prompt: str, eos: str) -> str:
+    """The demonstration as a rollout's text: no end-of-sequence, no `<think>` that the prompt has opened."""
+    if demonstration.rstrip().endswith(eos):
+        demonstration = demonstration.rstrip().removesuffix(eos)
+    _, opened, space = prompt.rpartition(THINK)
+    if opened and not space.strip() and demonstration.lstrip().startswith(THINK):
+        return demonstration.lstrip().removeprefix(THINK).removeprefix(space)
+    return demonstration
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return _batch_encoding(tokenizer, texts)["input_ids"] if texts else []
+
+
+def _encode_responses(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], answer_after: str | None
+) -> Iterator[tuple[list[int], int | None]]:
+    """Ids with end-of-sequence, and the index of the first token that holds text after the last marker."""
+    for begin in range(0, len(texts), CHUNK):
+        chunk = texts[begin : begin + CHUNK]
+        encoded = _batch_encoding(tokenizer, chunk)
+        for index, text in enumerate(chunk):
+            ids = encoded["input_ids"][index]
+            head, marker, answer = text.rpartition(answer_after) if answer_after else ("", "", "")
+            start = None
+            if marker and encoded.is_fast:
+                places = range(len(text) - len(answer), len(text))
+                tokens = (encoded.char_to_token(index, place) for place in places)
+                start = next((token for token in tokens if token is not None), len(ids))
+            elif marker:  # a tokenizer in pure Python knows no positions
+                start = min(len(_encode(tokenizer, [head + marker])[0]), len(ids))
+            yield [*ids, tokenizer.eos_token_id], start
+
+
+def _batch_encoding(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
+    # Special tokens stand in the text already; `verbose` would warn of long texts, which are dropped anyway.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)

@@ -1,0 +1,161 @@
+"""Evaluation by sampling: avg@k, pass@k, greedy accuracy, length, truncation and loss on demonstrations."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedTokenizerBase
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.errors import InputError
+from mifo_lightning.metrics import AverageAtK, PassAtK
+from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.seeds import stable_key
+
+
+@dataclass
+class Evaluation:
+    """How validation and test draw responses.
+
+    Args:
+        samples: Sampled responses per question: n of avg@n and of the unbiased pass@k; 0 draws none.
+        greedy: Whether to add one greedy response per question.
+        sampling: How the sampled responses are drawn; the greedy one shares its length limit and stop strings.
+        demonstration_loss: Whether to measure the loss on demonstrations, where questions have one.
+    """
+
+    samples: int = 1
+    greedy: bool = True
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6))
+    demonstration_loss: bool = True
+
+    def check(self, key: str) -> None:
+        """Raise an InputError that names the key, its value and what is allowed."""
+        self.sampling.check(f"{key}.sampling")
+        if self.samples < 0 or (self.samples == 0 and not self.greedy):
+            raise InputError(f"{key}.samples: {self.samples} is not allowed; it must be at least 1, or 0 with greedy true")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise InputError(f"{key}.samples: {self.samples} samples at temperature 0 are all the same; set a temperature")
+
+
+class SourceScores(nn.Module):
+    """The metrics of one data source.
+
+    Args:
+        samples: Sampled responses per question.
+        greedy: Whether there is a greedy response.
+    """
+
+    def __init__(self, samples: int, greedy: bool) -> None:
+        super().__init__()
+        self.at_k = nn.ModuleDict({"greedy": AverageAtK()} if greedy else {})
+        if samples:
+            self.at_k[f"avg@{samples}"] = AverageAtK()
+            tries = {2**i for i in range(1, samples.bit_length()) if 2**i < samples} | {samples}
+            self.at_k.update({f"pass@{k}": PassAtK(k) for k in sorted(tries) if k > 1})
+        self.means = nn.ModuleDict({name: MeanMetric() for name in ("length", "truncated", "demonstration_loss")})
+
+    def values(self) -> dict[str, Tensor]:
+        """All metrics, synchronised over ranks; those that saw nothing are left out."""
+        computed = {name: metric.compute() for name, metric in (*self.at_k.items(), *self.means.items())}
+        return {name: value for name, value in computed.items() if not value.isnan()}
+
+
+class Evaluator:
+    """Draws and grades responses to evaluation questions and keeps score per source and overall.
+
+    Args:
+        engine: Draws responses.
+        tokenizer: The model's.
+        reward: Grades responses.
+        settings: How to draw.
+        solved_at: Reward from which a response counts as correct.
+        seed: Seed of the sampled responses: every evaluation of a run draws with the same randomness.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        reward: Reward,
+        settings: Evaluation,
+        solved_at: float,
+        seed: int,
+    ) -> None:
+        self.engine, self.tokenizer, self.reward, self.settings = engine, tokenizer, reward, settings
+        self.solved_at, self.seed = solved_at, seed
+        self.sources: list[str] = []
+        self.scores: list[SourceScores] = []
+
+    def reset(self, sources: list[str], device: torch.device) -> None:
+        """Begin an evaluation of these sources; the last entry of `scores` is over all of them."""
+        self.sources = sources
+        self.scores = [
+            SourceScores(self.settings.samples, self.settings.greedy).to(device) for _ in (*sources, "all")
+        ]
+
+    def update(self, policy: Policy, questions: list[Question], source: int) -> list[dict[str, Any]]:
+        """Add questions of one source; returns one graded sample per question as text."""
+        samples: list[dict[str, Any]] = []
+        if self.settings.samples:
+            samples = self._respond(policy, questions, source, self.settings.samples, greedy=False)
+        if self.settings.greedy:
+            greedy = self._respond(policy, questions, source, 1, greedy=True)
+            samples = samples or greedy
+        if self.settings.demonstration_loss:
+            self._demonstration_loss(policy, questions, source)
+        return samples
+
+    def compute(self, stage: str) -> dict[str, Tensor]:
+        """`<stage>/<source>/<metric>` of each source and `<stage>/<metric>` over all questions."""
+        names = [f"{stage}/{name}" for name in self.sources] + [stage]
+        return {
+            f"{name}/{metric}": value.float()
+            for name, scores in zip(names, self.scores, strict=True)
+            for metric, value in scores.values().items()
+        }
+
+    def _respond(
+        self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool
+    ) -> list[dict[str, Any]]:
+        sampling = self.settings.sampling
+        if greedy:
+            sampling = Sampling(0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
+        keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
+        prompts = [q.prompt for q in questions]
+        completions = self.engine.generate(policy, self.tokenizer, prompts, keys, n, sampling)
+        flat = [c for group in completions for c in group]
+        if not flat:
+            return []
+        texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
+        rewards = score(self.reward, texts, [q.truth for q in questions for _ in range(n)])
+        rewards = [r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)]
+        correct = (torch.tensor(rewards, device=policy.device) >= self.solved_at).view(-1, n).sum(-1)
+        for scores in (self.scores[source], self.scores[-1]):
+            for name, metric in scores.at_k.items():
+                if (name == "greedy") == greedy:
+                    metric.update(correct, n)
+            if not greedy or not self.settings.samples:
+                scores.means["length"].update([float(len(c.tokens)) for c in flat])
+                scores.means["truncated"].update([float(not c.finished) for c in flat])
+        return [
+            {"source": q.source, "prompt": q.text, "response": texts[i * n], "truth": q.truth, "reward": rewards[i * n]}
+            for i, q in enumerate(questions)
+        ]
+
+    def _demonstration_loss(self, policy: Policy, questions: list[Question], source: int) -> None:
+        """Mean negative log-likelihood in nats per demonstration token."""
+        shown = [q for q in questions if q.demonstration]
+        with policy.sampling():
+            if not shown:
+                return
+            pad = int(self.tokenizer.pad_token_id)
+            sequences = Sequences.pack([q.prompt for q in shown], [q.demonstration or [] for q in shown], pad)
+            logp, _ = policy(sequences.to(policy.device))
+        tokens = int(sequences.response_lengths.sum())
+        for scores in (self.scores[source], self.scores[-1]):
+            scores.means["demonstration_loss"].update(-logp.sum() / tokens, tokens)

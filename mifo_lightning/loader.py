@@ -1,0 +1,290 @@
+"""The PhaseLoader decides what the next optimizer step works on, and remembers where it is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.errors import InputError
+from mifo_lightning.seeds import stable_key
+
+
+class WorkItem(TypedDict):
+    """One micro-batch of one optimizer step, as the loader hands it out.
+
+    Attributes:
+        phase: `rl` or `sft`; the callbacks read this key.
+        questions: This rank's questions: of the whole rollout in RL, of the whole optimizer step in SFT.
+        rollout: Number of the RL rollout, or of the SFT phase, from 0.
+        update: Which optimizer step of that rollout or SFT phase this is, from 0.
+        updates: How many optimizer steps it has.
+        minibatches: Parts that one RL pass over the rollout is divided into; update u works on part u % minibatches.
+        step: Number of the optimizer step among all steps of its phase kind, from 0; learning rates follow it.
+        micro: Number of the micro-batch within the optimizer step.
+        micro_batches: How many micro-batches the optimizer step has.
+    """
+
+    phase: Literal["rl", "sft"]
+    questions: list[Question]
+    rollout: int
+    update: int
+    updates: int
+    minibatches: int
+    step: int
+    micro: int
+    micro_batches: int
+
+
+@dataclass
+class Schedule:
+    """How much of which phase, in which order.
+
+    Args:
+        rl_steps: RL steps, each one rollout of `rl_questions` questions with all its updates; null: until the Trainer stops.
+        rl_questions: Questions per rollout, over all ranks.
+        passes: Passes over each rollout; 1 is on-policy.
+        minibatches: Optimizer steps that one pass is divided into.
+        sft_batch: Demonstrations per SFT optimizer step, over all ranks.
+        sft_epochs: Passes over the demonstrations of an SFT phase.
+        sft_before: SFT optimizer steps on all demonstrations before the first RL step.
+        sft_after: SFT optimizer steps on all demonstrations after the last RL step.
+    """
+
+    rl_steps: int | None = None
+    rl_questions: int = 32
+    passes: int = 1
+    minibatches: int = 1
+    sft_batch: int = 64
+    sft_epochs: int = 1
+    sft_before: int = 0
+    sft_after: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.passes * self.minibatches
+
+    def check(self, key: str) -> None:
+        """Raise an InputError that names the key, its value and what is allowed."""
+        least = dict.fromkeys(("rl_questions", "passes", "minibatches", "sft_batch", "sft_epochs"), 1)
+        for name, low in {**least, "rl_steps": 0, "sft_before": 0, "sft_after": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{key}.{name}: {value} is not allowed; it must be at least {low}")
+        if self.rl_steps is None and self.sft_after:
+            raise InputError(f"{key}.sft_after: {self.sft_after} never comes, since {key}.rl_steps is null")
+        if self.rl_steps == 0 and not self.sft_before and not self.sft_after:
+            raise InputError(f"{key}.rl_steps: 0, with no SFT steps either, leaves nothing to train")
+
+
+@dataclass
+class _Position:
+    """Where the loader is: plain integers and lists, so that a checkpoint holds all of it."""
+
+    rl: int = 0  # rollouts begun
+    sft: int = 0  # SFT phases begun
+    before: int = 0  # optimizer steps done of `sft_before`
+    after: int = 0  # optimizer steps done of `sft_after`
+    rl_updates: int = 0  # RL optimizer steps done
+    sft_updates: int = 0  # SFT optimizer steps done
+    micro: int = 0
+
+
+class PhaseLoader:
+    """Sized, stateful, rank-aware iterable of work items.
+
+    An optimizer step is `micro_batches` items long. After each rollout's updates a pushed SFT phase comes first, then
+    the next rollout. Order and contents depend on `seed` and what was pushed, never on the number of ranks.
+
+    Args:
+        questions: All training questions; position equals `Question.id`.
+        schedule: How much of which phase.
+        group_size: Rollouts per question; only to check that micro-batches divide.
+        micro_batches: Micro-batches per optimizer step, the Trainer's `accumulate_grad_batches`.
+        seed: Seed of the order of questions and demonstrations.
+        rank: This process.
+        world_size: Number of data-parallel processes.
+
+    Raises:
+        InputError: If a batch cannot be divided over ranks, minibatches and micro-batches, or a phase has no data.
+    """
+
+    def __init__(
+        self,
+        questions: list[Question],
+        schedule: Schedule,
+        *,
+        group_size: int = 1,
+        micro_batches: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.questions, self.schedule, self.micro_batches, self.seed = questions, schedule, micro_batches, seed
+        self.rank, self.world_size = rank, world_size
+        self.demonstrated = [q.id for q in questions if q.demonstration]
+        self._check(group_size)
+        self._at = _Position()
+        self._queue: list[list[int]] = []  # pushed SFT phases that have not begun
+        self._kind: str | None = None  # what is under way: rl, sft, before, after
+        self._ids: list[int] = []  # questions of what is under way
+        self._update = 0
+
+    def _check(self, group_size: int) -> None:
+        s, ranks = self.schedule, self.world_size
+        s.check("data.schedule")
+        rollout, parts = s.rl_questions, ranks * s.minibatches
+        if s.rl_steps != 0:
+            if rollout % parts:
+                raise InputError(
+                    f"data.schedule.rl_questions: {rollout} does not divide by {parts} ({ranks} ranks x {s.minibatches} minibatches)"
+                )
+            if rollout * group_size // parts % self.micro_batches:
+                raise InputError(
+                    f"trainer.accumulate_grad_batches: {self.micro_batches} does not divide the {rollout * group_size // parts} "
+                    f"rollouts that each rank has per RL optimizer step"
+                )
+            if rollout > len(self.questions):
+                raise InputError(
+                    f"data.schedule.rl_questions: {rollout} is more than the {len(self.questions)} questions that are left after filters"
+                )
+        if s.sft_batch % (ranks * self.micro_batches):
+            raise InputError(
+                f"trainer.accumulate_grad_batches: {self.micro_batches} x {ranks} ranks does not divide "
+                f"data.schedule.sft_batch = {s.sft_batch}"
+            )
+        if (s.sft_before or s.sft_after) and len(self.demonstrated) < s.sft_batch:
+            raise InputError(
+                f"data.schedule.sft_batch: {s.sft_batch} is more than the {len(self.demonstrated)} questions that have a demonstration"
+            )
+
+    def push(self, entries: list[dict[str, Any]]) -> None:
+        """Queue an SFT phase on the demonstrations of these buffer entries (their `id` is a question's).
+
+        Raises:
+            InputError: If the phase cannot be cut into whole SFT batches.
+        """
+        batch = self.schedule.sft_batch
+        if not entries or len(entries) * self.schedule.sft_epochs % batch:
+            raise InputError(
+                f"data.schedule.sft_batch: {batch} does not divide an SFT phase of {len(entries)} demonstrations x "
+                f"{self.schedule.sft_epochs} epochs (switch.size x data.schedule.sft_epochs)"
+            )
+        self._queue.append([entry["id"] for entry in entries])
+
+    def __len__(self) -> int:
+        """A bound no run reaches: Lightning does not fetch ahead from a loader that has a length."""
+        return 10**9
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        return self
+
+    def __next__(self) -> WorkItem:
+        if self._at.micro == 0 and self._update == self._updates():
+            self._begin()
+        item = self._item()
+        self._at.micro = (self._at.micro + 1) % self.micro_batches
+        if self._at.micro == 0:
+            self._end_step()
+        return item
+
+    @property
+    def share_done(self) -> float | None:
+        """Share of the schedule that is done; None if RL has no end. Buffer-triggered phases belong to their RL step."""
+        s, at = self.schedule, self._at
+        if s.rl_steps is None:
+            return None
+        rl = at.rl - (1 - self._update / s.updates if self._kind == "rl" else 0)
+        return (at.before + rl + at.after) / (s.sft_before + s.rl_steps + s.sft_after)
+
+    def _begin(self) -> None:
+        """Decide what comes next; only ever between optimizer steps."""
+        s, at = self.schedule, self._at
+        self._update = 0
+        if at.before < s.sft_before:
+            self._kind, self._ids = "before", self._demonstrations(at.before)
+        elif self._queue:
+            self._kind, self._ids = "sft", self._shuffled_epochs(self._queue.pop(0))
+        elif s.rl_steps is None or at.rl < s.rl_steps:
+            start = at.rl * s.rl_questions
+            self._kind, self._ids = "rl", self._endless(len(self.questions), start, s.rl_questions, "rl")
+        elif at.after < s.sft_after:
+            self._kind, self._ids = "after", self._demonstrations(s.sft_before + at.after)
+        else:
+            raise StopIteration
+        if self._kind == "rl":
+            at.rl += 1
+        elif self._kind == "sft" or getattr(at, self._kind) == 0:
+            at.sft += 1
+
+    def _updates(self) -> int:
+        """Optimizer steps of what is under way."""
+        if self._kind is None:
+            return 0
+        return self.schedule.updates if self._kind == "rl" else len(self._ids) // self.schedule.sft_batch
+
+    def _item(self) -> WorkItem:
+        rl, at = self._kind == "rl", self._at
+        batch = len(self._ids) if rl else self.schedule.sft_batch
+        start = 0 if rl else self._update * batch
+        mine = self._ids[start : start + batch][self.rank :: self.world_size]
+        return WorkItem(
+            phase="rl" if rl else "sft",
+            questions=[self.questions[i] for i in mine],
+            rollout=(at.rl if rl else at.sft) - 1,
+            update=self._update,
+            updates=self._updates(),
+            minibatches=self.schedule.minibatches if rl else 1,
+            step=at.rl_updates if rl else at.sft_updates,
+            micro=at.micro,
+            micro_batches=self.micro_batches,
+        )
+
+    def _end_step(self) -> None:
+        self._update += 1
+        if self._kind == "rl":
+            self._at.rl_updates += 1
+            return
+        self._at.sft_updates += 1
+        if self._kind in ("before", "after"):
+            setattr(self._at, self._kind, getattr(self._at, self._kind) + 1)
+
+    def _demonstrations(self, step: int) -> list[int]:
+        """The SFT batch number `step` of an endless shuffled pass over all demonstrations."""
+        batch = self.schedule.sft_batch
+        return [self.demonstrated[i] for i in self._endless(len(self.demonstrated), step * batch, batch, "demonstrations")]
+
+    def _endless(self, n: int, start: int, count: int, name: str) -> list[int]:
+        """`count` positions from `start` of range(n) shuffled anew in every epoch."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            epoch, offset = divmod(start + len(chosen), n)
+            chosen += self._permutation(n, f"{name}/{epoch}")[offset : offset + count - len(chosen)]
+        return chosen
+
+    def _shuffled_epochs(self, ids: list[int]) -> list[int]:
+        """The demonstrations of one SFT phase, `sft_epochs` times, each time in another order."""
+        orders = [self._permutation(len(ids), f"sft/{self._at.sft}/{e}") for e in range(self.schedule.sft_epochs)]
+        return [ids[i] for order in orders for i in order]
+
+    def _permutation(self, n: int, name: str) -> list[int]:
+        generator = torch.Generator().manual_seed(stable_key(self.seed, "order", name))
+        return torch.randperm(n, generator=generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, pushed phases and what is under way: plain integers and lists."""
+        return {
+            "position": vars(self._at).copy(),
+            "queue": [list(ids) for ids in self._queue],
+            "kind": self._kind,
+            "ids": list(self._ids),
+            "update": self._update,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the schedule itself is the present configuration's."""
+        self._at = _Position(**state["position"])
+        self._queue = [list(ids) for ids in state["queue"]]
+        self._kind, self._ids, self._update = state["kind"], list(state["ids"]), state["update"]

@@ -1,0 +1,56 @@
+"""Log-probability and entropy of given tokens, without ever holding a second [tokens, vocabulary] tensor."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**25  # fp32 logits alive at once: 128 MiB; small vocabularies fit in one chunk and stay plain
+
+
+def token_scores(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Score each target token under softmax(head(hidden) / temperature).
+
+    Where the logits would exceed `CHUNK_ELEMENTS`, they are made chunk by chunk and made again in the backward pass.
+
+    Args:
+        head: Maps hidden states [n, D] to logits [n, V].
+        hidden: [N, D] hidden states, one per scored token.
+        targets: [N] int64 token ids.
+        temperature: The sampling temperature; 1 in SFT.
+
+    Returns:
+        `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats, without gradient.
+    """
+    n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
+    if len(hidden) <= n:
+        return _score(head, hidden, targets, temperature)
+    parts = [
+        checkpoint(_score, head, h, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(n), targets.split(n), strict=True)
+    ]
+    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
+    """Number of logits per token: the head's weight says so; a bare function is asked with one row."""
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if weight is not None else int(head(hidden[:1]).shape[-1])
+
+
+def _score(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_z = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        # H = log Z - E[logit]; rounding can push a deterministic token just below zero
+        probs = torch.exp(logits - log_z[:, None])
+        entropy = (log_z - probs.mul_(logits).sum(-1)).clamp_min_(0.0)
+    return logp, entropy

@@ -1,0 +1,340 @@
+"""MifoModule: one LightningModule that switches between RL and SFT as the work items say."""
+
+import time
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import PreTrainedTokenizerBase
+
+from mifo_callbacks.logging import log_metrics
+from mifo_lightning.data.question import Question
+from mifo_lightning.distributed import full, gather_ranks, sum_ranks
+from mifo_lightning.errors import InputError
+from mifo_lightning.evaluation import Evaluation, Evaluator
+from mifo_lightning.loader import WorkItem
+from mifo_lightning.losses.policy import policy_loss
+from mifo_lightning.losses.sft import sft_loss
+from mifo_lightning.models import load_policy, load_tokenizer, shard_policy
+from mifo_lightning.optim import AdamWSettings, PhaseAdamW
+from mifo_lightning.policy import Policy
+from mifo_lightning.reinforcement import Reinforcement, RLSettings
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rollout.batch import Rollout
+from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.supervision import Demonstrations
+
+
+class MifoModule(LightningModule):
+    """Trains a causal language model with RL and, when the loader hands out SFT work, with SFT.
+
+    Knows work items, losses and optimizers; nothing of files or prompts. Callbacks meet it in `batch["phase"]`, in
+    `select_tokens` (called once per SFT optimizer step if set) and in the `groups` of what `training_step` returns.
+
+    Args:
+        model: Hugging Face directory or hub name of the causal LM to train.
+        reward: Grades responses.
+        engine: Draws responses; null decodes in the training process.
+        group_size: G, rollouts per question.
+        solved_at: Reward from which a rollout counts as correct.
+        sampling: How RL rollouts are drawn.
+        policy: The policy loss.
+        rl: AdamW of RL phases.
+        sft: AdamW of SFT phases.
+        moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
+        evaluation: How validation and test draw responses.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        seed: Seed of all rollouts.
+
+    Raises:
+        InputError: If a setting is impossible.
+    """
+
+    select_tokens: Any = None  # set by EntropyTokenSelection
+
+    def __init__(
+        self,
+        model: str,
+        reward: Reward,
+        engine: RolloutEngine | None = None,
+        group_size: int = 8,
+        solved_at: float = 1.0,
+        sampling: Sampling = Sampling(),
+        policy: RLSettings = RLSettings(),
+        rl: AdamWSettings = AdamWSettings(),
+        sft: AdamWSettings = AdamWSettings(),
+        moments: Literal["reset", "keep", "shared"] = "reset",
+        evaluation: Evaluation = Evaluation(),
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_settings(group_size, solved_at, sampling, policy)
+        rl.check("model.rl")
+        sft.check("model.sft")
+        evaluation.check("model.evaluation")
+        self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
+        self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.policy: Policy | None = None
+        self.reinforcement = Reinforcement(
+            engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed
+        )
+        self.evaluator = Evaluator(self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed)
+        self.optimizer_of_phase: PhaseAdamW | None = None
+        self._rollout: Rollout | None = None
+        self._demonstrations: Demonstrations | None = None
+        self._restored: dict[str, Any] = {}
+        self.last_reward: float | None = None  # for the progress bar
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+
+    # --- set-up -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the weights (fp32 master copy) and, under FSDP2, shard them."""
+        if self.policy is not None:
+            return
+        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+        reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for whole in (self.policy, reference):
+                if whole is not None:
+                    shard_policy(whole, self.device_mesh["data_parallel"])
+        self.reinforcement.set_reference(reference)
+
+    def configure_optimizers(self) -> AdamW:
+        """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        optimizer = AdamW(parameters.values(), lr=self.rl_settings.lr, fused=True)
+        self.optimizer_of_phase = PhaseAdamW(
+            optimizer, parameters, self.rl_settings, self.sft_settings, self.moments
+        )
+        return optimizer
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Work items and questions are plain lists; tensors are made from them where they are needed."""
+        return batch
+
+    def on_fit_start(self) -> None:
+        """Refuse what would clip twice."""
+        if self.trainer.gradient_clip_val:
+            raise InputError(
+                f"trainer.gradient_clip_val: {self.trainer.gradient_clip_val} is not allowed; set model.rl.clip and model.sft.clip"
+            )
+
+    def on_train_start(self) -> None:
+        """Put what a checkpoint held where it belongs; parameters are final only now."""
+        if self._restored:
+            self._phase_optimizer.load_state_dict(self._restored["optimizer"])
+            self._restore_rollout(self._restored["rollouts"])
+            self._restored = {}
+
+    # --- one optimizer step -------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
+        """Switch moments and learning rate at the start of an optimizer step."""
+        if batch["micro"] == 0:
+            self._sums["lr"] += self._phase_optimizer.enter(batch["phase"], batch["step"])
+
+    def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
+        """Loss of one micro-batch, plus `groups` and `samples` where fresh rollouts were made."""
+        output = self._rl_step(batch) if batch["phase"] == "rl" else self._sft_step(batch)
+        # undo Lightning's division by micro-batches and the strategy's mean over ranks: our denominators count all
+        output["loss"] = output["loss"] * (batch["micro_batches"] * self.trainer.world_size)
+        return output
+
+    def _rl_step(self, batch: WorkItem) -> dict[str, Any]:
+        output: dict[str, Any] = {}
+        if batch["update"] == 0 and batch["micro"] == 0:
+            output = self._roll_out(batch)
+        assert self._rollout is not None, "the loader begins every rollout with its first update"
+        settings = self.reinforcement.settings
+        part, sequences = self.reinforcement.micro_batch(self._rollout, batch)
+        with self.trainer.profiler.profile("mifo.forward"):
+            logp, entropy = self._policy(part.sequences, self.reinforcement.sampling.temperature)
+        mask = part.sequences.mask()
+        loss, metrics = policy_loss(
+            logp,
+            logp.detach() if part.logp_old is None else part.logp_old,
+            part.advantages,
+            mask,
+            sequences=sequences * self.trainer.world_size,
+            keep=part.keep,
+            logp_ref=part.logp_ref,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            kl_coefficient=settings.kl_coefficient,
+        )
+        self._add("rl", metrics)
+        return {**output, "loss": loss}
+
+    def _roll_out(self, batch: WorkItem) -> dict[str, Any]:
+        """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
+        self._rollout = None  # the old one is not needed while the new one is made
+        start = time.perf_counter()
+        with self.trainer.profiler.profile("mifo.rollout"):
+            completions = self.reinforcement.draw(self._policy, batch)
+        seconds = time.perf_counter() - start
+        with self.trainer.profiler.profile("mifo.reward"):
+            rewards = self.reinforcement.grade(batch["questions"], completions)
+        with self.trainer.profiler.profile("mifo.score"):
+            self._rollout = self.reinforcement.prepare(self._policy, batch, completions, rewards)
+        self._add_means("rollout", self.reinforcement.describe(self._rollout, completions, seconds))
+        return {
+            "groups": self.reinforcement.groups(self._rollout, batch["questions"]),
+            "samples": self.reinforcement.samples(self._rollout, batch["questions"], completions),
+        }
+
+    def _sft_step(self, batch: WorkItem) -> dict[str, Any]:
+        if batch["micro"] == 0:
+            self._demonstrations = Demonstrations.pack(batch["questions"], self.tokenizer, self.device)
+        demos = self._demonstrations
+        assert demos is not None, "the loader begins every optimizer step with its first micro-batch"
+        alone = batch["micro_batches"] == 1
+        if not alone and batch["micro"] == 0:
+            # the threshold belongs to the optimizer step: all entropies are needed before the first backward
+            demos.select(self.select_tokens, None if self.select_tokens is None else self._entropies(demos, batch))
+        rows = torch.arange(len(batch["questions"]), device=self.device).tensor_split(batch["micro_batches"])[batch["micro"]]
+        with self.trainer.profiler.profile("mifo.forward"):
+            logp, entropy = self._policy(demos.sequences.select(rows))
+        if alone:
+            demos.select(self.select_tokens, entropy)
+        length = logp.shape[1]
+        selected, valid = demos.selected[rows, :length], demos.mask[rows, :length]
+        loss, metrics = sft_loss(logp, selected, demos.denominator)
+        metrics["nll"] = -(logp.detach() * valid).sum() / demos.tokens
+        metrics["entropy"] = (entropy * valid).sum() / demos.tokens
+        self._add("sft", metrics)
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def _entropies(self, demos: Demonstrations, batch: WorkItem) -> Tensor:
+        """Entropies [B, L] of the whole optimizer step on this rank, micro-batch by micro-batch."""
+        entropy = torch.zeros(demos.mask.shape, device=self.device)
+        with self.trainer.profiler.profile("mifo.entropies"):
+            for rows in torch.arange(len(entropy), device=self.device).tensor_split(batch["micro_batches"]):
+                part = self._policy(demos.sequences.select(rows))[1]
+                entropy[rows, : part.shape[1]] = part
+        torch.clear_autocast_cache()
+        return entropy
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the phase's norm; runs after callbacks have masked frozen coordinates, and before the step."""
+        clip = self._phase_optimizer.settings[self._phase_optimizer.phase or "rl"].clip
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, clip or torch.inf)
+        self._sums["grad_norm"] = full(norm).detach()
+
+    def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
+        """Log the optimizer step once it is complete, and let go of its gradients before the next rollout."""
+        if batch["micro"] + 1 < batch["micro_batches"]:
+            return
+        self._demonstrations = None
+        self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
+        phase = batch["phase"]
+        own = {f"{phase}/{name}": self._sums.pop(name) for name in ("grad_norm", "lr") if name in self._sums}
+        values = {**{k: float(v) for k, v in self._sums.items()}, **{k: float(v) for k, v in own.items()}}
+        self._sums.clear()
+        values["phase/is_sft"] = float(phase == "sft")
+        values["phase/rl_step" if phase == "rl" else "phase/sft_phase"] = batch["rollout"] + 1
+        self.last_reward = values.get("rollout/reward", self.last_reward)
+        log_metrics(self.trainer, values)
+
+    def _add(self, prefix: str, metrics: dict[str, Tensor]) -> None:
+        """Add one micro-batch's share of a step's metrics; over micro-batches and ranks the shares sum to the whole."""
+        for (name, _), value in zip(metrics.items(), sum_ranks(list(metrics.values())), strict=True):
+            key = f"{prefix}/{name}"
+            self._sums[key] = self._sums[key].to(value.device) + value
+
+    def _add_means(self, prefix: str, metrics: dict[str, float]) -> None:
+        """Add metrics that are means over this rank's equally many questions."""
+        values = sum_ranks([torch.tensor(v, device=self.device) for v in metrics.values()])
+        for name, value in zip(metrics, values, strict=True):
+            self._sums[f"{prefix}/{name}"] = value / self.trainer.world_size
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Empty the metrics."""
+        self.evaluator.reset(_sources(self.trainer.val_dataloaders), self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """Empty the metrics."""
+        self.evaluator.reset(_sources(self.trainer.test_dataloaders), self.device)
+
+    def validation_step(self, batch: list[Question], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Draw and grade responses to one batch of questions of one source."""
+        return {"samples": self.evaluator.update(self._policy, batch, dataloader_idx)}
+
+    def test_step(self, batch: list[Question], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """As validation."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/<source>/<metric>` and `val/<metric>` over all questions."""
+        self.log_dict(self.evaluator.compute("val"))
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/<source>/<metric>` and `test/<metric>` over all questions."""
+        self.log_dict(self.evaluator.compute("test"))
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add parked moments and every rank's rollout: plain types and tensors."""
+        if self.optimizer_of_phase is not None:
+            rollout = None if self._rollout is None else self._rollout.state_dict()
+            checkpoint["mifo"] = {
+                "optimizer": self.optimizer_of_phase.state_dict(),
+                "rollouts": gather_ranks(rollout),
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep it until `on_train_start`."""
+        self._restored = checkpoint.get("mifo", {})
+
+    def _restore_rollout(self, rollouts: list[dict[str, Any] | None]) -> None:
+        if len(rollouts) != self.trainer.world_size and any(rollouts):
+            raise InputError(
+                f"ckpt_path: the checkpoint was written in the middle of a rollout by {len(rollouts)} processes "
+                f"and cannot be resumed by {self.trainer.world_size}"
+            )
+        state = rollouts[self.trainer.global_rank] if any(rollouts) else None
+        self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
+
+    @property
+    def _policy(self) -> Policy:
+        assert self.policy is not None, "the Trainer calls configure_model first"
+        return self.policy
+
+    @property
+    def _phase_optimizer(self) -> PhaseAdamW:
+        assert self.optimizer_of_phase is not None, "the Trainer calls configure_optimizers first"
+        return self.optimizer_of_phase
+
+
+def check_settings(group_size: int, solved_at: float, sampling: Sampling, policy: RLSettings) -> None:
+    """Raise an InputError that names the key, its value and what is allowed."""
+    sampling.check("model.sampling")
+    policy.check("model.policy")
+    if group_size < 2:
+        raise InputError(f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts")
+    if not 0 < solved_at <= 1:
+        raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
+    if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
+        raise InputError(
+            f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is not "
+            f"allowed in RL; log-probabilities are those of the whole vocabulary: temperature > 0, top_p 1, top_k 0"
+        )
+
+
+def _sources(dataloaders: Any) -> list[str]:
+    """Names of the evaluation sources: one dataloader each."""
+    return list(dataloaders) if isinstance(dataloaders, dict) else ["all"]

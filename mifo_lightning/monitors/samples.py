@@ -1,0 +1,57 @@
+"""Responses to read: a file that keeps all of them, and a W&B table with its history."""
+
+import json
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from mifo_lightning.monitors.run_dir import run_dir
+
+COLUMNS = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
+
+
+class SampleTable(Callback):
+    """Keeps graded responses of rollouts and evaluations: `samples.jsonl` in the run's directory and a W&B table.
+
+    Args:
+        every: RL rollouts between two records; 0 keeps none of them.
+        per_evaluation: Responses kept per source and evaluation.
+    """
+
+    def __init__(self, every: int = 10, per_evaluation: int = 4) -> None:
+        self.every, self.per_evaluation = every, per_evaluation
+        self._table: Any = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the samples of a fresh rollout."""
+        if self.every and "samples" in outputs and batch["rollout"] % self.every == 0:
+            self._keep(trainer, "rl", outputs["samples"])
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first responses of each source."""
+        if batch_idx == 0 and not trainer.sanity_checking:
+            self._keep(trainer, "val", outputs["samples"][: self.per_evaluation])
+
+    on_test_batch_end = on_validation_batch_end
+
+    def _keep(self, trainer: Trainer, stage: str, samples: list[dict[str, Any]]) -> None:
+        if not trainer.is_global_zero or not samples:
+            return
+        directory = run_dir(trainer)
+        rows = [{"step": trainer.global_step, "stage": stage, **sample} for sample in samples]
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if isinstance(trainer.logger, WandbLogger):
+            import wandb
+
+            if self._table is None:
+                self._table = wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
+            for row in rows:
+                self._table.add_data(*(row[column] for column in COLUMNS))
+            trainer.logger.experiment.log({"samples": self._table})

@@ -1,0 +1,144 @@
+"""One AdamW whose moments and settings change with the phase."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from mifo_callbacks.sharding import shard_like
+from mifo_lightning.distributed import full
+from mifo_lightning.errors import InputError
+
+Phase = Literal["rl", "sft"]
+
+
+@dataclass
+class AdamWSettings:
+    """AdamW and learning-rate schedule of one phase kind; the schedule counts that kind's own optimizer steps.
+
+    Args:
+        lr: Learning rate after warm-up.
+        betas: Decay of the first and second moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        clip: Largest L2 norm of the gradient, after frozen coordinates are masked; 0 does not clip.
+        warmup_steps: Optimizer steps of linear warm-up.
+        schedule: constant, or linear or cosine decay to `min_ratio` at `decay_steps`.
+        decay_steps: Optimizer step at which the decay ends; needed unless the schedule is constant.
+        min_ratio: Share of `lr` that is left when the decay has ended.
+    """
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_steps: int | None = None
+    min_ratio: float = 0.0
+
+    def check(self, key: str) -> None:
+        """Raise an InputError that names the key, its value and what is allowed."""
+        for name in ("lr", "eps", "weight_decay", "clip", "warmup_steps", "min_ratio"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"{key}.betas: {list(self.betas)} is not allowed; both must be in [0, 1)")
+        if self.schedule != "constant" and (self.decay_steps or 0) <= self.warmup_steps:
+            raise InputError(
+                f"{key}.decay_steps: {self.decay_steps} is not allowed; a {self.schedule} schedule needs more steps "
+                f"than the {self.warmup_steps} of warm-up"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step number `step` (from 0) of this phase kind."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant" or self.decay_steps is None:
+            return self.lr
+        done = min(1.0, (step - self.warmup_steps) / (self.decay_steps - self.warmup_steps))
+        left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.min_ratio + (1 - self.min_ratio) * left)
+
+
+class PhaseAdamW:
+    """Gives each phase kind its own moments, learning rate and weight decay on one torch AdamW (METHOD 1.6).
+
+    Lightning's automatic optimization allows one optimizer; the moments of the phase that is not running are parked
+    here. RL moments survive an SFT phase in every mode but `shared`.
+
+    Args:
+        optimizer: The AdamW that Lightning steps.
+        parameters: Its parameters by name.
+        rl: Settings in RL.
+        sft: Settings in SFT.
+        moments: SFT moments: `reset` at the start of each SFT phase, `keep` from one to the next, or `shared` with RL.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdamW,
+        parameters: dict[str, nn.Parameter],
+        rl: AdamWSettings,
+        sft: AdamWSettings,
+        moments: Literal["reset", "keep", "shared"],
+    ) -> None:
+        self.optimizer, self.parameters, self.moments = optimizer, parameters, moments
+        self.settings: dict[str, AdamWSettings] = {"rl": rl, "sft": sft}
+        self.phase: str | None = None
+        self._parked: dict[str, dict[nn.Parameter, dict[str, Any]]] = {}
+
+    def enter(self, phase: Phase, step: int) -> float:
+        """Make the optimizer ready for optimizer step `step` of `phase`; returns the learning rate."""
+        if phase != self.phase:
+            self._switch(phase)
+        settings = self.settings[phase]
+        lr = settings.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group.update(lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+        return lr
+
+    def _switch(self, phase: Phase) -> None:
+        state = self.optimizer.state
+        if self.phase is not None and self.moments != "shared":
+            if self.phase == "rl" or self.moments == "keep":
+                self._parked[self.phase] = dict(state)
+            # in place: Lightning's wrapper holds the same dictionary
+            state.clear()
+            state.update(self._parked.pop(phase, {}))
+        self.phase = phase
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase and the parked moments by parameter name, as full tensors (collective if they are sharded)."""
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        parked = {
+            phase: {
+                names[p]: {k: full(v) if isinstance(v, Tensor) else v for k, v in slots.items()}
+                for p, slots in state.items()
+            }
+            for phase, state in self._parked.items()
+        }
+        return {"phase": self.phase, "parked": parked}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; call once the parameters are where they will stay."""
+        self.phase = state["phase"]
+        self._parked = {
+            phase: {
+                self.parameters[name]: {k: _place(v, self.parameters[name]) for k, v in slots.items()}
+                for name, slots in parked.items()
+            }
+            for phase, parked in state["parked"].items()
+        }
+
+
+def _place(value: Any, parameter: nn.Parameter) -> Any:
+    """A moment goes where its parameter is, sharded alike; AdamW's step counter (a scalar) likewise."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == parameter.shape:
+        return shard_like(value, parameter)
+    return value.to(parameter.device)

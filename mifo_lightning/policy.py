@@ -1,0 +1,135 @@
+"""The language model as the losses and the rollout engine see it: any Hugging Face causal LM."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from mifo_lightning.losses.token_scores import token_scores
+
+
+class Sequences(NamedTuple):
+    """Prompts with responses, padded on the right so that no attention mask is needed (attention is causal).
+
+    Attributes:
+        tokens: [B, T] int64 token ids, prompt then response then padding.
+        prompt_lengths: [B] int64.
+        response_lengths: [B] int64, end-of-sequence token included.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+
+    def mask(self) -> Tensor:
+        """[B, L] bool response mask, L the longest response."""
+        length = int(self.response_lengths.max())
+        return torch.arange(length, device=self.tokens.device) < self.response_lengths[:, None]
+
+    def select(self, rows: Tensor) -> "Sequences":
+        """The given rows, trimmed to their own longest sequence."""
+        chosen = Sequences(*(field[rows] for field in self))
+        width = int((chosen.prompt_lengths + chosen.response_lengths).max())
+        return chosen._replace(tokens=chosen.tokens[:, :width])
+
+    def to(self, device: torch.device) -> "Sequences":
+        """The same on another device."""
+        return Sequences(*(field.to(device) for field in self))
+
+    @classmethod
+    def pack(cls, prompts: list[list[int]], responses: list[list[int]], pad: int) -> "Sequences":
+        """Pad lists of token ids to one tensor."""
+        width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        rows = [p + r + [pad] * (width - len(p) - len(r)) for p, r in zip(prompts, responses, strict=True)]
+        lengths = [[len(x) for x in xs] for xs in (prompts, responses)]
+        return cls(torch.tensor(rows), torch.tensor(lengths[0]), torch.tensor(lengths[1]))
+
+
+class Policy(nn.Module):
+    """Answers with log-probability and entropy of response tokens, and with next-token logits for decoding.
+
+    Args:
+        model: A Hugging Face causal LM.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.split_head = _head_is_last(model)
+
+    def forward(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Teacher-forced scores of the response tokens.
+
+        Args:
+            sequences: B prompts with responses.
+            temperature: Logits are divided by it before both scores.
+
+        Returns:
+            `logp` [B, L] with gradient and `entropy` [B, L] without, fp32 nats, 0 outside the response.
+        """
+        mask = sequences.mask()
+        row, step = mask.nonzero(as_tuple=True)
+        position = sequences.prompt_lengths[row] + step
+        targets = sequences.tokens[row, position]
+        if self.split_head:
+            hidden = self.model.base_model(input_ids=sequences.tokens, use_cache=False).last_hidden_state
+            head: Any = self.model.get_output_embeddings()
+        else:
+            hidden = self.model(input_ids=sequences.tokens, use_cache=False).logits
+            head = nn.Identity()
+        # the state before a token predicts it; only response positions ever reach the head
+        scores = token_scores(head, hidden[row, position - 1], targets, temperature)
+        logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
+        return logp, entropy
+
+    def decode(self, **inputs: Any) -> Any:
+        """One cached forward pass for generation; logits of the last position only, as Hugging Face returns them."""
+        return self.model(**inputs, use_cache=True, logits_to_keep=1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Evaluation mode, no gradient, and under FSDP2 the whole weights gathered once instead of every forward.
+
+        Collective under FSDP2: every rank enters; inside, ranks may run different numbers of forwards.
+        """
+        training = self.training
+        shards = [m for m in self.modules() if isinstance(m, FSDPModule)]
+        self.eval()
+        for shard in shards:
+            shard.set_reshard_after_forward(False)
+            shard.unshard()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for shard in shards:
+                # the root keeps its weights between forward and backward, as FSDP2 does by default
+                shard.set_reshard_after_forward(shard is not self, recurse=False)
+                shard.reshard()
+            self.train(training)
+            # autocast caches casts made without a graph; a later forward would take them and lose its gradient
+            torch.clear_autocast_cache()
+
+
+def _head_is_last(model: PreTrainedModel) -> bool:
+    """Whether logits == output_embeddings(last_hidden_state): false for models that cap or scale their logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    tokens = torch.arange(3, device=model.device)[None]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        same = torch.allclose(head(hidden), model(input_ids=tokens, use_cache=False).logits, atol=1e-4)
+    model.train(training)
+    return same

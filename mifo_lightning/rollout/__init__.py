@@ -1,0 +1,1 @@
+"""Rollouts: the engine protocol and the engine that decodes inside the training process."""

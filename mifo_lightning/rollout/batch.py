@@ -1,0 +1,74 @@
+"""A graded rollout: what the RL updates of one RL step share."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.rollout.engine import Completion
+
+
+@dataclass
+class Rollout:
+    """Graded responses to this rank's questions; the G responses of a question stand next to each other.
+
+    Attributes:
+        sequences: [B] prompts with responses.
+        rewards: [B] fp32 in [0, 1]; 0 where truncated.
+        correct: [B] bool, reward at least `solved_at`.
+        finished: [B] bool, False where truncated.
+        advantages: [B] fp32.
+        logp_old: [B, L] log-probabilities in nats under the policy that sampled; None with one on-policy update.
+        logp_ref: [B, L] the same under the reference; None without a KL term.
+        keep: [B, L] bool, tokens that push the policy; None without an entropy mask.
+    """
+
+    sequences: Sequences
+    rewards: Tensor
+    correct: Tensor
+    finished: Tensor
+    advantages: Tensor
+    logp_old: Tensor | None = None
+    logp_ref: Tensor | None = None
+    keep: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, for a checkpoint between two updates."""
+        return {**vars(self), "sequences": self.sequences._asdict()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Rollout":
+        """The rollout that `state_dict` was taken from."""
+        place = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items() if k != "sequences"}
+        return cls(sequences=Sequences(**state["sequences"]).to(device), **place)
+
+    def rows(self, chosen: Tensor) -> "Rollout":
+        """The chosen rows, trimmed to their own longest sequence and response."""
+        sequences = self.sequences.select(chosen)
+        length = int(sequences.response_lengths.max())
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
+        picked = {k: v if v is None else v[chosen][..., :length] if v.dim() == 2 else v[chosen] for k, v in rest.items()}
+        return Rollout(sequences=sequences, **picked)
+
+
+def pack_completions(prompts: list[list[int]], completions: list[list[Completion]], pad: int) -> Sequences:
+    """Sequences of all completions, question by question."""
+    flat = [(prompt, c.tokens) for prompt, group in zip(prompts, completions, strict=True) for c in group]
+    return Sequences.pack([p for p, _ in flat], [r for _, r in flat], pad)
+
+
+def score_without_gradient(
+    policy: Policy, sequences: Sequences, temperature: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, L] in nats of all sequences, `rows` at a time, in evaluation mode."""
+    length = int(sequences.response_lengths.max())
+    logp = torch.zeros(len(sequences.tokens), length, device=sequences.tokens.device)
+    entropy = torch.zeros_like(logp)
+    with policy.sampling():
+        for chosen in torch.arange(len(logp), device=logp.device).split(rows):
+            part_logp, part_entropy = policy(sequences.select(chosen), temperature)
+            logp[chosen, : part_logp.shape[1]] = part_logp
+            entropy[chosen, : part_entropy.shape[1]] = part_entropy
+    return logp, entropy

@@ -1,0 +1,90 @@
+"""What a rollout engine is asked and what it answers."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from mifo_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mifo_lightning.policy import Policy
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn.
+
+    Args:
+        temperature: Logits are divided by it; 0 takes the most likely token (greedy).
+        top_p: Keep the smallest set of tokens whose probability reaches it; 1 keeps all. Must be 1 in RL.
+        top_k: Keep the k most likely tokens; 0 keeps all. Must be 0 in RL.
+        max_new_tokens: Longest response in tokens; one that has not ended by then is truncated and counts as wrong.
+        stop: Strings that end a response as the end-of-sequence token does.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1024
+    stop: list[str] = field(default_factory=list)
+
+    def check(self, key: str) -> None:
+        """Raise an InputError naming `key` where a value is impossible."""
+        allowed = [
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ]
+        for name, good, what in allowed:
+            if not good:
+                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
+
+
+@dataclass(slots=True)
+class Completion:
+    """One response.
+
+    Attributes:
+        tokens: Token ids, end-of-sequence token included if it came.
+        logp: Log-probability in nats of each token under the distribution it was drawn from.
+        finished: Whether it ended by itself; False means truncated.
+    """
+
+    tokens: list[int]
+    logp: list[float]
+    finished: bool
+
+
+class RolloutEngine(Protocol):
+    """Draws responses from the current policy.
+
+    An engine in another process synchronises its weights at the start of `generate`; the in-process engine has nothing
+    to do there. Calls are collective: every rank calls with its own prompts, which may be none.
+    """
+
+    def generate(
+        self,
+        policy: "Policy",
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: list[list[int]],
+        keys: list[int],
+        samples: int,
+        sampling: Sampling,
+    ) -> list[list[Completion]]:
+        """Draw `samples` responses for each prompt.
+
+        Args:
+            policy: The model with its current weights.
+            tokenizer: Knows the end-of-sequence and padding tokens; decodes for stop strings.
+            prompts: Token ids, one list per question.
+            keys: One integer per prompt that seeds its randomness: the same key and weights give the same responses,
+                whatever else is in the batch and on whichever rank.
+            samples: Responses per prompt.
+            sampling: How to draw.
+
+        Returns:
+            For each prompt its responses, in order.
+        """
+        ...
