@@ -22,10 +22,9 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from mifo_lightning.data.skills import SIZES, Ids, Skills, Worked, belongs, worked
 
@@ -77,18 +76,17 @@ class Result:
     seconds: float
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; a character outside the vocabulary is an error, not an unknown token."""
-    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<none>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token per character, none merged; as with any byte-level vocabulary, a character outside it is dropped."""
+    # transformers loads every qwen2 directory with this class, whatever class wrote it: so this class writes it
+    return Qwen2Tokenizer(
+        vocab=IDS,
+        merges=[],
+        unk_token=None,  # its default would add a token that the model has no embedding for
         eos_token=EOS,
+        pad_token=PAD,
         padding_side="left",
         model_max_length=64,
-        clean_up_tokenization_spaces=False,
         chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
     )
 

@@ -1,7 +1,10 @@
 """The command line: LightningCLI with four named, nullable method callbacks and our monitors."""
 
+import difflib
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
 from mifo_lightning.data.datamodule import QuestionData
@@ -23,7 +27,7 @@ from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
-from mifo_lightning.monitors.summary import RunSummary
+from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.rewards.base import Reward
 
@@ -45,11 +49,21 @@ MONITORS: dict[str, type[Callback]] = {
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line that says which argument is meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with status 2."""
-        fail(message)
+        text = " ".join(message.split())
+        quoted = re.findall(r"['\"]([\w.]+)['\"]", text)
+        for argument in sys.argv[1:]:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name[2:] not in text and any(name.endswith(word) for word in quoted):
+                text = f"{name}: {text}"
+        unknown = re.search(r"unrecognized arguments: (--[\w.]+)", text)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)
+            text += f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all"
+        fail(text)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -69,9 +83,16 @@ class SaveConfig(SaveConfigCallback):
 class MifoCLI(LightningCLI):
     """LightningCLI for `MifoModule` and `QuestionData`."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """fit, validate and test; there is nothing to predict."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reward, the named callbacks and the links between groups."""
-        parser.add_subclass_arguments(Reward, "reward", help="Grades responses and checks demonstrations.")
+        parser.add_subclass_arguments(
+            Reward, "reward", required=True, help="Grades responses and checks demonstrations."
+        )
         for key, cls in {**METHOD, **MONITORS}.items():
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
@@ -84,6 +105,13 @@ class MifoCLI(LightningCLI):
         parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def instantiate_classes(self) -> None:
+        """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise InputError(str(_root_cause(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
@@ -112,6 +140,14 @@ class MifoCLI(LightningCLI):
                 callback.report(trainer)
         report_places(trainer)
 
+    def after_validate(self) -> None:
+        """Print the table."""
+        print_metrics(self.trainer, "val/")
+
+    def after_test(self) -> None:
+        """Print the table."""
+        print_metrics(self.trainer, "test/")
+
     def _evaluates(self) -> bool:
         return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
 
@@ -121,6 +157,7 @@ def main(args: list[str] | None = None) -> None:
     # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    quiet()
     try:
         MifoCLI(
             MifoModule,
@@ -128,7 +165,11 @@ def main(args: list[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             parser_class=OneLineParser,
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",  # interpolation that follows the command line
+                "prog": "python -m mifo_lightning",
+                "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
+            },
             trainer_defaults={"max_epochs": 1, "logger": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -136,6 +177,31 @@ def main(args: list[str] | None = None) -> None:
         )
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
+    except OmegaConfBaseException as error:
+        what = str(error).split("\n")[0]
+        fail(
+            f"{error.full_key}: {what}; write ${{..group.key}} for another group, ${{oc.env:NAME,default}} "
+            "for a variable"
+        )
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The exception that was meant for the user: argument parsing wraps those of constructors."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
+
+
+def quiet() -> None:
+    """Silence warnings that are about Lightning's own insides or that this framework answers by design."""
+    for text in (
+        ".*LeafSpec.*",  # Lightning calls a deprecated function of torch
+        ".*overridden `transfer_batch_to_device`.*",  # on purpose: questions are no tensors
+        ".*does not have many workers.*",  # questions are in memory
+        ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
+    ):
+        warnings.filterwarnings("ignore", text)
 
 
 def fail(message: str) -> NoReturn:

@@ -29,3 +29,10 @@ def sum_ranks(values: list[Tensor]) -> list[Tensor]:
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor on every rank, if it is sharded; collective then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mean_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Each number averaged over all ranks, in one reduction."""
+    sums = sum_ranks([torch.tensor(value, device=device) for value in values.values()])
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return {name: float(total) / ranks for name, total in zip(values, sums, strict=True)}

@@ -37,9 +37,13 @@ class Evaluation:
         """Raise an InputError that names the key, its value and what is allowed."""
         self.sampling.check(f"{key}.sampling")
         if self.samples < 0 or (self.samples == 0 and not self.greedy):
-            raise InputError(f"{key}.samples: {self.samples} is not allowed; it must be at least 1, or 0 with greedy true")
+            raise InputError(
+                f"{key}.samples: {self.samples} is not allowed; it must be at least 1, or 0 with greedy true"
+            )
         if self.samples > 1 and self.sampling.temperature == 0:
-            raise InputError(f"{key}.samples: {self.samples} samples at temperature 0 are all the same; set a temperature")
+            raise InputError(
+                f"{key}.samples: {self.samples} samples at temperature 0 are all the same; set a temperature"
+            )
 
 
 class SourceScores(nn.Module):
@@ -94,9 +98,7 @@ class Evaluator:
     def reset(self, sources: list[str], device: torch.device) -> None:
         """Begin an evaluation of these sources; the last entry of `scores` is over all of them."""
         self.sources = sources
-        self.scores = [
-            SourceScores(self.settings.samples, self.settings.greedy).to(device) for _ in (*sources, "all")
-        ]
+        self.scores = [SourceScores(self.settings.samples, self.settings.greedy).to(device) for _ in (*sources, "all")]
 
     def update(self, policy: Policy, questions: list[Question], source: int) -> list[dict[str, Any]]:
         """Add questions of one source; returns one graded sample per question as text."""
@@ -143,7 +145,13 @@ class Evaluator:
                 scores.means["length"].update([float(len(c.tokens)) for c in flat])
                 scores.means["truncated"].update([float(not c.finished) for c in flat])
         return [
-            {"source": q.source, "prompt": q.text, "response": texts[i * n], "truth": q.truth, "reward": rewards[i * n]}
+            {
+                "source": q.source,
+                "prompt": q.text,
+                "response": texts[i * n],
+                "truth": q.truth,
+                "reward": rewards[i * n],
+            }
             for i, q in enumerate(questions)
         ]
 

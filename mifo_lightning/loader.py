@@ -8,6 +8,7 @@ import torch
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
+from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
 
@@ -35,48 +36,6 @@ class WorkItem(TypedDict):
     step: int
     micro: int
     micro_batches: int
-
-
-@dataclass
-class Schedule:
-    """How much of which phase, in which order.
-
-    Args:
-        rl_steps: RL steps, each one rollout of `rl_questions` questions with all its updates; null: until the Trainer stops.
-        rl_questions: Questions per rollout, over all ranks.
-        passes: Passes over each rollout; 1 is on-policy.
-        minibatches: Optimizer steps that one pass is divided into.
-        sft_batch: Demonstrations per SFT optimizer step, over all ranks.
-        sft_epochs: Passes over the demonstrations of an SFT phase.
-        sft_before: SFT optimizer steps on all demonstrations before the first RL step.
-        sft_after: SFT optimizer steps on all demonstrations after the last RL step.
-    """
-
-    rl_steps: int | None = None
-    rl_questions: int = 32
-    passes: int = 1
-    minibatches: int = 1
-    sft_batch: int = 64
-    sft_epochs: int = 1
-    sft_before: int = 0
-    sft_after: int = 0
-
-    @property
-    def updates(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.passes * self.minibatches
-
-    def check(self, key: str) -> None:
-        """Raise an InputError that names the key, its value and what is allowed."""
-        least = dict.fromkeys(("rl_questions", "passes", "minibatches", "sft_batch", "sft_epochs"), 1)
-        for name, low in {**least, "rl_steps": 0, "sft_before": 0, "sft_after": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{key}.{name}: {value} is not allowed; it must be at least {low}")
-        if self.rl_steps is None and self.sft_after:
-            raise InputError(f"{key}.sft_after: {self.sft_after} never comes, since {key}.rl_steps is null")
-        if self.rl_steps == 0 and not self.sft_before and not self.sft_after:
-            raise InputError(f"{key}.rl_steps: 0, with no SFT steps either, leaves nothing to train")
 
 
 @dataclass
@@ -122,7 +81,12 @@ class PhaseLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.questions, self.schedule, self.micro_batches, self.seed = questions, schedule, micro_batches, seed
+        self.questions, self.schedule, self.micro_batches, self.seed = (
+            questions,
+            schedule,
+            micro_batches,
+            seed,
+        )
         self.rank, self.world_size = rank, world_size
         self.demonstrated = [q.id for q in questions if q.demonstration]
         self._check(group_size)
@@ -133,31 +97,35 @@ class PhaseLoader:
         self._update = 0
 
     def _check(self, group_size: int) -> None:
-        s, ranks = self.schedule, self.world_size
+        s, ranks, micro = self.schedule, self.world_size, self.micro_batches
         s.check("data.schedule")
-        rollout, parts = s.rl_questions, ranks * s.minibatches
+        parts = ranks * s.minibatches
+        rollouts = s.rl_questions * group_size // parts
         if s.rl_steps != 0:
-            if rollout % parts:
+            if s.rl_questions % parts:
                 raise InputError(
-                    f"data.schedule.rl_questions: {rollout} does not divide by {parts} ({ranks} ranks x {s.minibatches} minibatches)"
+                    f"data.schedule.rl_questions: {s.rl_questions} does not divide by {parts} "
+                    f"({ranks} ranks x {s.minibatches} minibatches)"
                 )
-            if rollout * group_size // parts % self.micro_batches:
+            if rollouts % micro:
                 raise InputError(
-                    f"trainer.accumulate_grad_batches: {self.micro_batches} does not divide the {rollout * group_size // parts} "
-                    f"rollouts that each rank has per RL optimizer step"
+                    f"trainer.accumulate_grad_batches: {micro} does not divide the {rollouts} rollouts that each rank "
+                    f"has per RL optimizer step"
                 )
-            if rollout > len(self.questions):
+            if s.rl_questions > len(self.questions):
                 raise InputError(
-                    f"data.schedule.rl_questions: {rollout} is more than the {len(self.questions)} questions that are left after filters"
+                    f"data.schedule.rl_questions: {s.rl_questions} is more than the {len(self.questions)} questions "
+                    f"that are left after filters"
                 )
-        if s.sft_batch % (ranks * self.micro_batches):
+        if s.sft_batch % (ranks * micro):
             raise InputError(
-                f"trainer.accumulate_grad_batches: {self.micro_batches} x {ranks} ranks does not divide "
+                f"trainer.accumulate_grad_batches: {micro} x {ranks} ranks does not divide "
                 f"data.schedule.sft_batch = {s.sft_batch}"
             )
         if (s.sft_before or s.sft_after) and len(self.demonstrated) < s.sft_batch:
             raise InputError(
-                f"data.schedule.sft_batch: {s.sft_batch} is more than the {len(self.demonstrated)} questions that have a demonstration"
+                f"data.schedule.sft_batch: {s.sft_batch} is more than the {len(self.demonstrated)} questions that "
+                f"have a demonstration"
             )
 
     def push(self, entries: list[dict[str, Any]]) -> None:
@@ -192,7 +160,7 @@ class PhaseLoader:
 
     @property
     def share_done(self) -> float | None:
-        """Share of the schedule that is done; None if RL has no end. Buffer-triggered phases belong to their RL step."""
+        """Share of the schedule that is done, buffer-triggered phases left out; None if RL has no end."""
         s, at = self.schedule, self._at
         if s.rl_steps is None:
             return None
@@ -254,7 +222,9 @@ class PhaseLoader:
     def _demonstrations(self, step: int) -> list[int]:
         """The SFT batch number `step` of an endless shuffled pass over all demonstrations."""
         batch = self.schedule.sft_batch
-        return [self.demonstrated[i] for i in self._endless(len(self.demonstrated), step * batch, batch, "demonstrations")]
+        return [
+            self.demonstrated[i] for i in self._endless(len(self.demonstrated), step * batch, batch, "demonstrations")
+        ]
 
     def _endless(self, n: int, start: int, count: int, name: str) -> list[int]:
         """`count` positions from `start` of range(n) shuffled anew in every epoch."""

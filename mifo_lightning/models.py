@@ -1,8 +1,11 @@
 """Loading a Hugging Face causal LM and its tokenizer, sharding it, and writing it back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -11,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy import Policy
-
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
 
@@ -28,7 +30,9 @@ def locate(model: str) -> str:
     looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"model.model: directory {model!r} has no config.json; give a Hugging Face model directory")
+            raise InputError(
+                f"model.model: directory {model!r} has no config.json; give a Hugging Face model directory"
+            )
         return str(path)
     if path.exists() or looks_like_path:
         raise InputError(f"model.model: {model!r} is not a directory; give a Hugging Face model directory or hub name")
@@ -41,8 +45,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: If there is none, or it has no padding or end-of-sequence token.
     """
+    directory = locate(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(model))
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(f"model.model: no tokenizer in {model!r}: {_first_line(error)}") from error
     for name in ("pad_token", "eos_token"):
@@ -58,15 +63,11 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
         InputError: If it cannot be loaded as a causal LM.
     """
     directory = locate(model)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        with no_progress_bar():
+            loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model.model: {model!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     if gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(loaded.train())
@@ -86,8 +87,21 @@ def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: 
     weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
     if write:
         directory.mkdir(parents=True, exist_ok=True)
-        policy.model.save_pretrained(directory, state_dict=weights)
+        with no_progress_bar():
+            policy.model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Hugging Face shows no bar of its own beside ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

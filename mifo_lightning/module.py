@@ -1,7 +1,6 @@
 """MifoModule: one LightningModule that switches between RL and SFT as the work items say."""
 
 import time
-from collections import defaultdict
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.data.question import Question
-from mifo_lightning.distributed import full, gather_ranks, sum_ranks
+from mifo_lightning.distributed import full, gather_ranks, mean_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.loader import WorkItem
@@ -27,7 +26,10 @@ from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.step_metrics import StepMetrics
 from mifo_lightning.supervision import Demonstrations
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class MifoModule(LightningModule):
@@ -74,7 +76,6 @@ class MifoModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_settings(group_size, solved_at, sampling, policy)
         rl.check("model.rl")
         sft.check("model.sft")
         evaluation.check("model.evaluation")
@@ -91,7 +92,7 @@ class MifoModule(LightningModule):
         self._demonstrations: Demonstrations | None = None
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._metrics = StepMetrics()
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
@@ -99,6 +100,11 @@ class MifoModule(LightningModule):
         """Load the weights (fp32 master copy) and, under FSDP2, shard them."""
         if self.policy is not None:
             return
+        if self.trainer.precision not in PRECISIONS:
+            raise InputError(
+                f"trainer.precision: {self.trainer.precision} is not allowed; it must be one of "
+                f"{', '.join(PRECISIONS)}: master weights and measured updates are fp32"
+            )
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
         reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -111,9 +117,7 @@ class MifoModule(LightningModule):
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         optimizer = AdamW(parameters.values(), lr=self.rl_settings.lr, fused=True)
-        self.optimizer_of_phase = PhaseAdamW(
-            optimizer, parameters, self.rl_settings, self.sft_settings, self.moments
-        )
+        self.optimizer_of_phase = PhaseAdamW(optimizer, parameters, self.rl_settings, self.sft_settings, self.moments)
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -124,7 +128,8 @@ class MifoModule(LightningModule):
         """Refuse what would clip twice."""
         if self.trainer.gradient_clip_val:
             raise InputError(
-                f"trainer.gradient_clip_val: {self.trainer.gradient_clip_val} is not allowed; set model.rl.clip and model.sft.clip"
+                f"trainer.gradient_clip_val: {self.trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
+                f"model.sft.clip"
             )
 
     def on_train_start(self) -> None:
@@ -139,7 +144,8 @@ class MifoModule(LightningModule):
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
         if batch["micro"] == 0:
-            self._sums["lr"] += self._phase_optimizer.enter(batch["phase"], batch["step"])
+            lr = self._phase_optimizer.enter(batch["phase"], batch["step"])
+            self._metrics.put(batch["phase"], {"lr": lr})
 
     def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
         """Loss of one micro-batch, plus `groups` and `samples` where fresh rollouts were made."""
@@ -156,13 +162,12 @@ class MifoModule(LightningModule):
         settings = self.reinforcement.settings
         part, sequences = self.reinforcement.micro_batch(self._rollout, batch)
         with self.trainer.profiler.profile("mifo.forward"):
-            logp, entropy = self._policy(part.sequences, self.reinforcement.sampling.temperature)
-        mask = part.sequences.mask()
+            logp, _ = self._policy(part.sequences, self.reinforcement.sampling.temperature)
         loss, metrics = policy_loss(
             logp,
             logp.detach() if part.logp_old is None else part.logp_old,
             part.advantages,
-            mask,
+            part.sequences.mask(),
             sequences=sequences * self.trainer.world_size,
             keep=part.keep,
             logp_ref=part.logp_ref,
@@ -170,7 +175,7 @@ class MifoModule(LightningModule):
             clip_high=settings.clip_high,
             kl_coefficient=settings.kl_coefficient,
         )
-        self._add("rl", metrics)
+        self._metrics.add("rl", metrics)
         return {**output, "loss": loss}
 
     def _roll_out(self, batch: WorkItem) -> dict[str, Any]:
@@ -184,7 +189,8 @@ class MifoModule(LightningModule):
             rewards = self.reinforcement.grade(batch["questions"], completions)
         with self.trainer.profiler.profile("mifo.score"):
             self._rollout = self.reinforcement.prepare(self._policy, batch, completions, rewards)
-        self._add_means("rollout", self.reinforcement.describe(self._rollout, completions, seconds))
+        described = self.reinforcement.describe(self._rollout, completions, seconds)
+        self._metrics.put("rollout", mean_ranks(described, self.device))
         return {
             "groups": self.reinforcement.groups(self._rollout, batch["questions"]),
             "samples": self.reinforcement.samples(self._rollout, batch["questions"], completions),
@@ -199,7 +205,7 @@ class MifoModule(LightningModule):
         if not alone and batch["micro"] == 0:
             # the threshold belongs to the optimizer step: all entropies are needed before the first backward
             demos.select(self.select_tokens, None if self.select_tokens is None else self._entropies(demos, batch))
-        rows = torch.arange(len(batch["questions"]), device=self.device).tensor_split(batch["micro_batches"])[batch["micro"]]
+        rows = torch.arange(len(demos.mask), device=self.device).tensor_split(batch["micro_batches"])[batch["micro"]]
         with self.trainer.profiler.profile("mifo.forward"):
             logp, entropy = self._policy(demos.sequences.select(rows))
         if alone:
@@ -209,7 +215,7 @@ class MifoModule(LightningModule):
         loss, metrics = sft_loss(logp, selected, demos.denominator)
         metrics["nll"] = -(logp.detach() * valid).sum() / demos.tokens
         metrics["entropy"] = (entropy * valid).sum() / demos.tokens
-        self._add("sft", metrics)
+        self._metrics.add("sft", metrics)
         return {"loss": loss}
 
     @torch.no_grad()
@@ -224,13 +230,16 @@ class MifoModule(LightningModule):
         return entropy
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the phase's norm; runs after callbacks have masked frozen coordinates, and before the step."""
-        clip = self._phase_optimizer.settings[self._phase_optimizer.phase or "rl"].clip
+        phase = self._phase_optimizer.phase or "rl"
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, clip or torch.inf)
-        self._sums["grad_norm"] = full(norm).detach()
+        norm = nn.utils.clip_grad_norm_(parameters, self._phase_optimizer.settings[phase].clip or torch.inf)
+        self._metrics.put(phase, {"grad_norm": full(norm).detach()})
 
     def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
         """Log the optimizer step once it is complete, and let go of its gradients before the next rollout."""
@@ -238,26 +247,12 @@ class MifoModule(LightningModule):
             return
         self._demonstrations = None
         self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
-        phase = batch["phase"]
-        own = {f"{phase}/{name}": self._sums.pop(name) for name in ("grad_norm", "lr") if name in self._sums}
-        values = {**{k: float(v) for k, v in self._sums.items()}, **{k: float(v) for k, v in own.items()}}
-        self._sums.clear()
-        values["phase/is_sft"] = float(phase == "sft")
-        values["phase/rl_step" if phase == "rl" else "phase/sft_phase"] = batch["rollout"] + 1
+        is_rl = batch["phase"] == "rl"
+        counter = "rl_step" if is_rl else "sft_phase"
+        self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
+        values = self._metrics.take()
         self.last_reward = values.get("rollout/reward", self.last_reward)
         log_metrics(self.trainer, values)
-
-    def _add(self, prefix: str, metrics: dict[str, Tensor]) -> None:
-        """Add one micro-batch's share of a step's metrics; over micro-batches and ranks the shares sum to the whole."""
-        for (name, _), value in zip(metrics.items(), sum_ranks(list(metrics.values())), strict=True):
-            key = f"{prefix}/{name}"
-            self._sums[key] = self._sums[key].to(value.device) + value
-
-    def _add_means(self, prefix: str, metrics: dict[str, float]) -> None:
-        """Add metrics that are means over this rank's equally many questions."""
-        values = sum_ranks([torch.tensor(v, device=self.device) for v in metrics.values()])
-        for name, value in zip(metrics, values, strict=True):
-            self._sums[f"{prefix}/{name}"] = value / self.trainer.world_size
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -318,21 +313,6 @@ class MifoModule(LightningModule):
     def _phase_optimizer(self) -> PhaseAdamW:
         assert self.optimizer_of_phase is not None, "the Trainer calls configure_optimizers first"
         return self.optimizer_of_phase
-
-
-def check_settings(group_size: int, solved_at: float, sampling: Sampling, policy: RLSettings) -> None:
-    """Raise an InputError that names the key, its value and what is allowed."""
-    sampling.check("model.sampling")
-    policy.check("model.policy")
-    if group_size < 2:
-        raise InputError(f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts")
-    if not 0 < solved_at <= 1:
-        raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
-    if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
-        raise InputError(
-            f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is not "
-            f"allowed in RL; log-probabilities are those of the whole vocabulary: temperature > 0, top_p 1, top_k 0"
-        )
 
 
 def _sources(dataloaders: Any) -> list[str]:

@@ -64,6 +64,9 @@ class Reinforcement:
         group_size: G, rollouts per question.
         solved_at: Reward from which a rollout counts as correct.
         seed: Seed of all rollouts.
+
+    Raises:
+        InputError: If a setting is impossible.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Reinforcement:
         solved_at: float,
         seed: int,
     ) -> None:
+        _check(group_size, solved_at, sampling, settings)
         self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
         self.sampling, self.settings = sampling, settings
         self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
@@ -107,9 +111,7 @@ class Reinforcement:
         rewards = score(self.reward, texts, truths)
         return torch.tensor([r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)])
 
-    def prepare(
-        self, policy: Policy, item: WorkItem, completions: list[list[Completion]], rewards: Tensor
-    ) -> Rollout:
+    def prepare(self, policy: Policy, item: WorkItem, completions: list[list[Completion]], rewards: Tensor) -> Rollout:
         """Pack and add advantages and, where the updates need them, old and reference log-probabilities."""
         device, temperature = policy.device, self.sampling.temperature
         prompts = [q.prompt for q in item["questions"]]
@@ -191,3 +193,18 @@ class Reinforcement:
             "groups_without_signal": float(still.float().mean()),
             "tokens_per_s": tokens / max(seconds, 1e-9),
         }
+
+
+def _check(group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings) -> None:
+    """Raise an InputError that names the key, its value and what is allowed."""
+    sampling.check("model.sampling")
+    settings.check("model.policy")
+    if group_size < 2:
+        raise InputError(f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts")
+    if not 0 < solved_at <= 1:
+        raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
+    if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
+        raise InputError(
+            f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is "
+            f"not allowed in RL; temperature > 0, top_p 1, top_k 0 are: the loss sees the whole vocabulary"
+        )

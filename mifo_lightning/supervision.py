@@ -41,7 +41,10 @@ class Demonstrations:
         sequences = Sequences.pack([q.prompt for q in questions], responses, int(tokenizer.pad_token_id)).to(device)
         mask = sequences.mask()
         columns = torch.arange(mask.shape[1], device=device)
-        starts = torch.tensor([len(r) if q.answer_start is None else q.answer_start for q, r in zip(questions, responses, strict=True)], device=device)
+        starts = torch.tensor(
+            [len(r) if q.answer_start is None else q.answer_start for q, r in zip(questions, responses, strict=True)],
+            device=device,
+        )
         last = columns == sequences.response_lengths[:, None] - 1
         named = {"eos": last, "answer": mask & (columns >= starts[:, None])}
         return cls(sequences, mask, named, float(sum_ranks([mask.sum()])[0]))

@@ -118,8 +118,8 @@ class GradientFreezing(PhaseCallback):
         found = [c for c in callbacks if isinstance(c, ImportanceEMA) and c.measure != self.during]
         if len(found) != 1:
             raise MisconfigurationException(
-                f"GradientFreezing.selector {self.selector!r} needs one ImportanceEMA that measures another phase "
-                f"than {self.during!r}; there are {len(found)}; allowed: exactly one, or selector random or none"
+                f"GradientFreezing.selector {self.selector!r} needs one ImportanceEMA that measures another "
+                f"phase than {self.during!r}; there are {len(found)}; allowed: one, or selector random, none"
             )
         if callbacks.index(found[0]) > callbacks.index(self):
             raise MisconfigurationException(
@@ -128,9 +128,7 @@ class GradientFreezing(PhaseCallback):
             )
         return found[0]
 
-    def on_phase_change(
-        self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str
-    ) -> None:
+    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         self._masks, self._reference = {}, {}
         if current == self.during:
             self._number += 1
@@ -140,9 +138,7 @@ class GradientFreezing(PhaseCallback):
         if self.selector == "none":
             return
         if self._importance is not None and self._importance.importance is None:
-            rank_zero_warn(
-                f"phase {self.during!r} begins before ImportanceEMA has a map: GradientFreezing freezes nothing"
-            )
+            rank_zero_warn(f"phase {self.during!r} begins before there is an importance map: nothing is frozen")
             return
         params = trainable(pl_module)
         frozen = freezing_masks(self._scores(params), self.fraction, self.scope, ORDERS[self.selector])
@@ -162,9 +158,7 @@ class GradientFreezing(PhaseCallback):
             # On the full shape and the CPU: the same mask for every strategy and device.
             yield name, shard_like(random_scores(p.shape, self.seed, self._number, position), p)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._masks:
             return
         self.call_after_step(trainer, pl_module, optimizer)
@@ -178,9 +172,7 @@ class GradientFreezing(PhaseCallback):
             total, kept = sum_over(norms.double().square(), group).tolist()
             log_metrics(trainer, {"freeze/masked_grad_share": 1 - kept / total if total else 0.0})
 
-    def on_after_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for name, p in pl_module.named_parameters():
             if name in self._masks:
                 weights = local(p)

@@ -28,7 +28,7 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 
 class ImportanceEMA(PhaseCallback):
-    """Average how far every weight moves in one phase: C = alpha * C + (1 - alpha) * g(Delta) (MIFO, importance).
+    """Average how far weights move in one phase: C = alpha * C + (1 - alpha) * g(Delta) (MIFO, importance).
 
     `importance` is the map, fp32, by parameter name. The start of a phase is taken before its first optimizer
     step, so movement in other phases never counts. Beside the map there is at most one fp32 copy of the
@@ -63,9 +63,7 @@ class ImportanceEMA(PhaseCallback):
     ) -> None:
         super().__init__(phase)
         if not 0 <= alpha < 1:
-            raise MisconfigurationException(
-                f"ImportanceEMA.alpha is {alpha}; allowed: at least 0 and below 1"
-            )
+            raise MisconfigurationException(f"ImportanceEMA.alpha is {alpha}; allowed: at least 0 and below 1")
         require_choice("ImportanceEMA.g", g, Measure)
         require_choice("ImportanceEMA.accumulate", accumulate, Accumulate)
         self.alpha = alpha
@@ -102,9 +100,7 @@ class ImportanceEMA(PhaseCallback):
                 )
             stored.update({name: shard_like(t, params[name]) for name, t in stored.items()})
 
-    def on_phase_change(
-        self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str
-    ) -> None:
+    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         if previous != self.measure:
             return
         if self.accumulate == "phase":
@@ -114,9 +110,7 @@ class ImportanceEMA(PhaseCallback):
         if self._map and trainer.loggers:
             log_metrics(trainer, {"importance/updates": self.updates} | importance_metrics(self._map))
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._current != self.measure:
             return
         params = trainable(pl_module)
@@ -134,9 +128,7 @@ class ImportanceEMA(PhaseCallback):
             else:
                 self._start[name] = params[name].detach().clone()
 
-    def on_after_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._pending:
             self._update(pl_module, self._pending)
             self._pending = []

@@ -27,26 +27,21 @@ class PhaseCallback(Callback):
         self._current: str | None = None
         self._hooks: list[tuple[Optimizer, RemovableHandle]] = []
 
-    def on_phase_change(
-        self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str
-    ) -> None:
+    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Called at the first batch of phase `current`; `previous` is None at the first batch of a run."""
 
-    def on_after_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called after `optimizer` changed the weights, once it has been given to `call_after_step`."""
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         current = phase_of(self.phase, trainer, pl_module, batch)
         if current == self._current:
             return
         if self._current is not None and batch_idx % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
-                f"the phase changed from {self._current!r} to {current!r} at batch {batch_idx}, inside one optimizer"
-                f" step; allowed: every {trainer.accumulate_grad_batches} batches (accumulate_grad_batches)"
+                f"the phase changed from {self._current!r} to {current!r} at batch {batch_idx}, inside one "
+                f"optimizer step of accumulate_grad_batches={trainer.accumulate_grad_batches}; "
+                "allowed: between optimizer steps"
             )
         previous, self._current = self._current, current
         self.on_phase_change(trainer, pl_module, previous, current)
@@ -100,11 +95,7 @@ def phase_of(phase: str | PhaseOf, trainer: Trainer, pl_module: LightningModule,
     elif isinstance(batch, Mapping) and phase in batch:
         label = batch[phase]
     else:
-        has = (
-            f"keys {sorted(map(str, batch))}"
-            if isinstance(batch, Mapping)
-            else f"type {type(batch).__name__}"
-        )
+        has = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
         raise MisconfigurationException(
             f"the batch ({has}) has no key {phase!r}; allowed: a batch with that key, another key, or "
             "phase=callable(trainer, pl_module, batch) -> str"

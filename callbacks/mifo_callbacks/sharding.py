@@ -42,9 +42,7 @@ def _shard_group(tensor: Tensor) -> dist.ProcessGroup | None:
         return None
     dims = [i for i, placement in enumerate(tensor.placements) if placement.is_shard()]
     if len(dims) > 1:
-        raise MisconfigurationException(
-            f"a parameter is sharded over {len(dims)} mesh dimensions; allowed: one"
-        )
+        raise MisconfigurationException(f"a parameter is sharded over {len(dims)} mesh dimensions; allowed: one")
     return tensor.device_mesh.get_group(dims[0]) if dims else None
 
 

@@ -54,9 +54,7 @@ def random_scores(shape: Sequence[int], *seed: int) -> Tensor:
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(int.from_bytes(digest, "big")))
 
 
-def find_cut(
-    scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None, order: Order = "largest"
-) -> Cut:
+def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None, order: Order = "largest") -> Cut:
     """The exact cut after the first `k` scores in `order`, over all tensors and all ranks of `group`.
 
     Args:

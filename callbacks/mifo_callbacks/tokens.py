@@ -94,9 +94,7 @@ def choose_tokens(
     # A sum of p*log(p) can round to just below zero or to -0.0, whose bits would rank above everything.
     values = entropy.detach()[mask].float().clamp(min=0) + 0.0  # [n]
     above = (values >= (threshold or 0.0)).sum()
-    counts = gather_over(
-        torch.stack([mask.sum(), above, (~values.isfinite()).sum()]), group
-    ).tolist()  # [R, 3]
+    counts = gather_over(torch.stack([mask.sum(), above, (~values.isfinite()).sum()]), group).tolist()  # [R, 3]
     total, reaching, broken = (sum(column) for column in zip(*counts, strict=True))
     if broken:
         raise MisconfigurationException(f"entropy is NaN or infinite at {broken} of {total} valid tokens")
@@ -120,7 +118,7 @@ def _choose_per_sequence(scores: Tensor, mask: Tensor, fraction: float, highest:
     order = scores.masked_fill(~mask, outside).argsort(dim=1, descending=highest, stable=True)
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
-    return (rank < ceil_share(fraction, mask.sum(1, keepdim=True))) & mask
+    return rank < ceil_share(fraction, mask.sum(1, keepdim=True))
 
 
 def with_forced(

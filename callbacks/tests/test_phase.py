@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from mifo_callbacks import PhaseCallback
 from toy import Phases, fit
+
+from mifo_callbacks import PhaseCallback
 
 
 class Edges(PhaseCallback):
@@ -14,9 +15,7 @@ class Edges(PhaseCallback):
         super().__init__(phase)
         self.seen: list[tuple[int, str | None, str]] = []
 
-    def on_phase_change(
-        self, trainer: Trainer, pl_module: LightningModule, previous: Any, current: str
-    ) -> None:
+    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: Any, current: str) -> None:
         self.seen.append((trainer.global_step, previous, current))
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from mifo_callbacks import kth_largest, thresholds, top_mask
 from mifo_callbacks.thresholds import ceil_share, find_cut, floor_share, random_scores
-from torch import Tensor
 
 
 def scores(kind: str) -> list[Tensor]:

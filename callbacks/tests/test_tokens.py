@@ -1,12 +1,14 @@
 """Token selection: exact counts, ties, padding, micro-batches, controls."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from mifo_callbacks import select_tokens
 from torch import Tensor
+
+from mifo_callbacks import select_tokens
 
 
 def tokens(seed: int = 0, b: int = 6, length: int = 20, tied: bool = False) -> tuple[Tensor, Tensor]:
@@ -21,9 +23,7 @@ def tokens(seed: int = 0, b: int = 6, length: int = 20, tied: bool = False) -> t
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("selector", ["top", "bottom", "random"])
-def test_batch_scope_selects_exactly_ceil_of_the_valid_tokens(
-    selector: str, fraction: float, tied: bool
-) -> None:
+def test_batch_scope_selects_exactly_ceil_of_the_valid_tokens(selector: str, fraction: float, tied: bool) -> None:
     entropy, mask = tokens(tied=tied)
     selection = select_tokens(entropy, mask, fraction=fraction, selector=selector)
     n = int(mask.sum())
@@ -126,10 +126,12 @@ def test_random_depends_on_its_seed_only() -> None:
     assert not torch.equal(first, select_tokens(entropy, mask, selector="random", seed=(3, 11)).mask)
 
 
-def test_rounding_below_zero_ranks_last() -> None:
+@pytest.mark.parametrize(("selector", "expected"), [("top", [1, 4]), ("bottom", [0, 2])])
+def test_rounding_below_zero_counts_as_zero(selector: Any, expected: list[int]) -> None:
     entropy = torch.tensor([[-0.0, 0.5, -1e-9, 0.0, 0.1]])
-    chosen = select_tokens(entropy, torch.ones(1, 5, dtype=torch.bool), fraction=0.4).mask
-    assert chosen.tolist() == [[False, True, False, False, True]]
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    chosen = select_tokens(entropy, mask, fraction=0.4, selector=selector).mask
+    assert chosen[0].nonzero().flatten().tolist() == expected
 
 
 def test_nothing_flows_through_the_selection() -> None:

@@ -1,4 +1,4 @@
-"""A foreign LightningModule, a stateful loader of phases, and a recorder: what the tests put the callbacks into."""
+"""A foreign LightningModule, a stateful loader of phases, a recorder and a logger for the tests."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +55,7 @@ class Phases:
 
 
 class Recorder(Callback):
-    """Weights before the first and after every optimizer step, by parameter name, and a look at other callbacks."""
+    """Weights before the first and after every optimizer step, and what `look` returns after each."""
 
     def __init__(self, look: Any = None) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -89,9 +89,7 @@ class Log(DummyLogger):
         return [value for _, value in self.rows[name]]
 
 
-def fit(
-    callbacks: list[Callback], loader: Any, module: LightningModule | None = None, **options: Any
-) -> LightningModule:
+def fit(callbacks: list[Any], loader: Any, module: Any = None, **options: Any) -> Any:
     """One quiet CPU fit over the whole loader; `ckpt_path` and Trainer arguments go into `options`."""
     module = module or Toy()
     ckpt_path = options.pop("ckpt_path", None)

@@ -12,9 +12,10 @@ from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import RowSource
 from mifo_lightning.errors import InputError
-from mifo_lightning.loader import PhaseLoader, Schedule
+from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
 Rows = str | list[str] | RowSource
@@ -24,7 +25,7 @@ class QuestionData(LightningDataModule):
     """Questions with demonstrations for training, and questions for evaluation.
 
     Args:
-        train: Training rows: a parquet, json or jsonl file, a hub name, a list of them, or the class_path of a RowSource.
+        train: Training rows: a parquet, json or jsonl file, a hub name, a list of them, or a RowSource's class_path.
         reward: Checks that demonstrations are right.
         tokenizer: Hugging Face directory or hub name; the command line takes the model's.
         val: Rows of validation, as `train`; null leaves only the holdout.

@@ -138,9 +138,7 @@ def _keep_prompts(
             drops.dropped[source, LONG_PROMPT if text else EMPTY_PROMPT] += 1
             continue
         drops.questions[source] += 1
-        pairs.append(
-            (Question(len(pairs), source, text, ids, truth), target[0]["content"] if target else None)
-        )
+        pairs.append((Question(len(pairs), source, text, ids, truth), target[0]["content"] if target else None))
     return pairs
 
 
@@ -153,9 +151,7 @@ def _attach_demonstrations(
 ) -> list[tuple[Question, str]]:
     """Give each question its demonstration unless empty or too long; return those that got one, with text."""
     eos = str(tokenizer.eos_token)
-    given = [
-        (question, _response_text(text, question.text, eos)) for question, text in pairs if text is not None
-    ]
+    given = [(question, _response_text(text, question.text, eos)) for question, text in pairs if text is not None]
     encoded = _encode_responses(tokenizer, [text for _, text in given], answer_after)
     kept = []
     for (question, text), (ids, answer_start) in zip(given, encoded, strict=True):

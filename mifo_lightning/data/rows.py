@@ -12,6 +12,7 @@ A row holds the columns of `RowSource`; others are ignored. Rows are numbered fr
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mifo_lightning.errors import InputError
 
 REQUIRED = ("data_source", "prompt", "reward_model")
 COLUMNS = (*REQUIRED, "target")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, no tokenizer can read it
 Source = str | Path | RowSource
 
 
@@ -54,12 +56,10 @@ def check_row(row: object, where: str) -> Row:
     if not (isinstance(source, str) and source):
         raise _wrong(where, "`data_source`", "a name", source)
     if not _is_conversation(prompt):
-        raise _wrong(where, "`prompt`", "a list of {role, content} with text values", prompt)
+        raise _wrong(where, "`prompt`", "a list of {role, content} with Unicode texts", prompt)
     if not (isinstance(reward_model, dict) and isinstance(reward_model.get("ground_truth"), str)):
         raise _wrong(where, "`reward_model`", "{style, ground_truth} with a text as truth", reward_model)
-    if target is not None and not (
-        _is_conversation(target) and len(target) == 1 and target[0]["role"] == "assistant"
-    ):
+    if target is not None and not (_is_conversation(target) and len(target) == 1 and target[0]["role"] == "assistant"):
         raise _wrong(where, "`target`", "null or a list with one {role: assistant, content}", target)
     return {"data_source": source, "prompt": prompt, "reward_model": reward_model, "target": target}
 
@@ -69,15 +69,17 @@ def _read(source: Source) -> list[Row]:
         return _checked(source.rows(), type(source).__name__)
     path = Path(source).expanduser()
     try:
-        local = path.exists() or _looks_local(str(source))
+        local = path.exists() or _looks_local(str(source), path)
         files = _files_in(path) if path.is_dir() else [path]
     except OSError as error:
         raise _unreadable(path, error) from error
     return [row for file in files for row in _read_file(file)] if local else _read_hub(str(source))
 
 
-def _looks_local(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix in READERS
+def _looks_local(name: str, path: Path) -> bool:
+    """Whether an absent `path` is a misspelt one rather than a hub name, which is slow to look for."""
+    below = "/" in name and path.parent.is_dir()
+    return below or name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix in READERS
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -90,10 +92,11 @@ def _files_in(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> list[Row]:
-    if path.suffix not in READERS:
-        raise InputError(f"{path}: allowed are {', '.join(READERS)} or a directory of .parquet and .jsonl")
     try:
-        if not path.stat().st_size:
+        size = path.stat().st_size
+        if path.suffix not in READERS:
+            raise InputError(f"{path}: allowed are {', '.join(READERS)} or a directory of .parquet and .jsonl")
+        if not size:
             raise InputError(f"{path}: the file is empty")
         rows = READERS[path.suffix](path)
     except OSError as error:
@@ -108,16 +111,17 @@ def _read_parquet(path: Path) -> list[Any]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        _require_columns(file.schema_arrow.names, str(path))
-        return file.read(columns=[name for name in COLUMNS if name in file.schema_arrow.names]).to_pylist()
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _require_columns(names, str(path))
+            return file.read(columns=[name for name in COLUMNS if name in names]).to_pylist()
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
 
 
 def _read_jsonl(path: Path) -> list[Any]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
                 rows.append(_parse_json(line, f"{path}, line {number}"))
@@ -125,7 +129,7 @@ def _read_jsonl(path: Path) -> list[Any]:
 
 
 def _read_json(path: Path) -> list[Any]:
-    rows = _parse_json(path.read_text(encoding="utf-8"), str(path))
+    rows = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(rows, list):
         raise _wrong(str(path), "a .json file", "one list of rows (one object a line is .jsonl)", rows)
     return rows
@@ -170,6 +174,7 @@ def _is_conversation(value: object) -> bool:
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content"), str)
+        and not SURROGATE.search(message["content"])
         for message in value
     )
 
@@ -187,7 +192,7 @@ def _plain(value: Any) -> Any:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from error
 
 

@@ -4,11 +4,12 @@
 |---|---|---|---|
 | addition | `123+456=` | `907050>0579`: (digit, carry) of each column, least first, then the sum | four digits |
 | mirrored | `123x456=` | `907050>9750`: the same steps, the sum written backwards | four digits |
-| sorting | `s:40312=` | `>01234` | five digits |
-| reversal | `r:40312=` | `>21304` | five digits |
+| sorting | `s:40312=` | `40312>01234`: the digits copied, then sorted | five digits |
+| reversal | `r:40312=` | `40312>21304`: the digits copied, then backwards | five digits |
 
 The answer is what follows the last `>`. Mirrored questions whose sum reads the same both ways are left out: there the
-plain sum would pass for the mirrored one.
+plain sum would pass for the mirrored one. Every worked response begins with a digit, so that unlearning to
+answer without steps, a `>` first, does not by itself break the other skills.
 """
 
 import zlib
@@ -42,7 +43,7 @@ class Worked:
 
     Attributes:
         prompt: uint8 [N, 8].
-        steps: uint8 [N, 6] for sums, [N, 0] for sorting and reversal.
+        steps: uint8 [N, 6] for sums, [N, 5] for sorting and reversal.
         answer: uint8 [N, 4] for sums, [N, 5] for sorting and reversal.
     """
 
@@ -57,7 +58,7 @@ def worked(skill: str, ids: Ids) -> Worked:
         digits = _digits(ids, DIGITS)
         answer = np.sort(digits, axis=1) if skill == "sorting" else digits[:, ::-1]
         prompt = _join(ids, "s:" if skill == "sorting" else "r:", digits, "=")
-        return Worked(prompt, np.empty((len(ids), 0), np.uint8), _ascii(answer))
+        return Worked(prompt, _ascii(digits), _ascii(answer))
     left, right = np.divmod(ids, 10**OPERANDS)
     a, b = _digits(left, OPERANDS), _digits(right, OPERANDS)
     total = _digits(left + right, OPERANDS + 1)

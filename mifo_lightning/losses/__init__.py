@@ -1,1 +1,1 @@
-"""Losses as pure functions: tensors in, `(loss, metrics)` out; every denominator belongs to the whole optimizer step."""
+"""Losses as pure functions: tensors in, `(loss, metrics)` out; denominators belong to the whole optimizer step."""

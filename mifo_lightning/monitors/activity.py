@@ -46,7 +46,7 @@ class ActivityProfiler(Profiler):
             self.seconds[action_name] += time.perf_counter() - self._open[action_name].pop()
 
     def by_activity(self) -> dict[str, float]:
-        """Wall seconds so far of each activity; `training` holds all that an optimizer step needs, rollouts included."""
+        """Wall seconds so far of each activity; `training` holds all of an optimizer step, rollouts included."""
         totals: dict[str, float] = defaultdict(float)
         for action, seconds in self.seconds.items():
             activity = next((a for part, a in ACTIVITIES.items() if part in action), None)

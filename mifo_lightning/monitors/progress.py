@@ -86,7 +86,6 @@ def describe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
     reward = getattr(pl_module, "last_reward", None)
     if reward is not None:
         parts.append(f"reward {reward:.2f}")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BufferPhaseSwitch):
-            parts.append(f"buffer {len(callback.buffer)}/{callback.size}  SFT phases {callback.switches}")
+    switches = [c for c in trainer.callbacks if isinstance(c, BufferPhaseSwitch)]  # type: ignore[attr-defined]
+    parts += [f"buffer {len(c.buffer)}/{c.size}  SFT phases {c.switches}" for c in switches]
     return "  ".join(parts)

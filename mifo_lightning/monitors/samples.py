@@ -31,7 +31,13 @@ class SampleTable(Callback):
             self._keep(trainer, "rl", outputs["samples"])
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first responses of each source."""
         if batch_idx == 0 and not trainer.sanity_checking:

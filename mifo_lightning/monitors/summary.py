@@ -58,13 +58,15 @@ class RunSummary(Callback):
         console = Console(width=max(100, Console().width))
         if self.after:
             console.print(before_and_after(self.before, self.after))
-        console.print(f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases")
+        console.print(
+            f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases"
+        )
         if seconds:
             console.print(seconds_line(seconds), highlight=False)
 
 
-def before_and_after(before: dict[str, float], after: dict[str, float]) -> Table:
-    """One row per source, one column per metric, `before -> after` in each cell."""
+def before_and_after(before: dict[str, float], after: dict[str, float], title: str = "before → after") -> Table:
+    """One row per source, one column per metric, `before → after` in each cell."""
     rows: dict[str, dict[str, str]] = {}
     for key, value in after.items():
         source, _, metric = key.rpartition("/")
@@ -72,13 +74,20 @@ def before_and_after(before: dict[str, float], after: dict[str, float]) -> Table
         cell = f"{value:.3f}" if start is None else f"{start:.3f} → {value:.3f}"
         rows.setdefault(source or "all", {})[metric] = cell
     metrics = list(dict.fromkeys(metric for cells in rows.values() for metric in cells))
-    table = Table(title="before → after")
+    table = Table(title=title)
     table.add_column("source")
     for metric in metrics:
         table.add_column(metric, justify="right")
     for source, cells in rows.items():
         table.add_row(source, *(cells.get(metric, "") for metric in metrics))
     return table
+
+
+@rank_zero_only
+def print_metrics(trainer: Trainer, prefix: str) -> None:
+    """Print what `validate` or `test` measured, one row per source."""
+    values = {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
+    Console(width=max(100, Console().width)).print(before_and_after({}, values, title=prefix.strip("/")))
 
 
 def seconds_line(seconds: dict[str, float]) -> str:

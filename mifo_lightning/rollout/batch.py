@@ -49,7 +49,9 @@ class Rollout:
         sequences = self.sequences.select(chosen)
         length = int(sequences.response_lengths.max())
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
-        picked = {k: v if v is None else v[chosen][..., :length] if v.dim() == 2 else v[chosen] for k, v in rest.items()}
+        picked = {
+            k: v if v is None else v[chosen][..., :length] if v.dim() == 2 else v[chosen] for k, v in rest.items()
+        }
         return Rollout(sequences=sequences, **picked)
 
 

@@ -43,9 +43,7 @@ class InProcessEngine:
 class _Decoding:
     """One batch being decoded; `alive` maps the rows still in the batch to all rows."""
 
-    def __init__(
-        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, samples: int
-    ) -> None:
+    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, samples: int) -> None:
         self.policy, self.tokenizer, self.sampling, self.samples = policy, tokenizer, sampling, samples
         self.cache = DynamicCache(config=policy.model.config)
 

@@ -1,0 +1,143 @@
+"""Two processes against one: thresholds, token selection, buffers, and whole runs under DDP and FSDP2."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from test_buffer import group
+from test_thresholds import scores
+from test_tokens import tokens
+from torch import Tensor
+from two_ranks import SCHEDULE, VARIANTS, run
+
+import mifo_callbacks
+from mifo_callbacks import select_tokens, top_mask
+from mifo_callbacks.buffer_phase_switch import gather_groups
+from mifo_callbacks.tokens import selection_metrics, threshold_metrics
+
+
+def shard(tensor: Tensor, rank: int) -> Tensor:
+    return [*tensor.chunk(2), tensor[:0]][rank] if len(tensor) else tensor
+
+
+def in_two_processes(work: Callable[[int], None], folder: Path) -> None:
+    mp.start_processes(_enter, args=(work, str(folder / "meet")), nprocs=2, start_method="fork")
+
+
+def _enter(rank: int, work: Callable[[int], None], meet: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    work(rank)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("order", ["largest", "smallest_zero_last"])
+def test_top_mask_over_a_group_equals_one_process(order: Any, tmp_path: Path) -> None:
+    """Tensors sharded by rows, unevenly: the shards of the mask are the mask of the whole, ties included."""
+
+    def work(rank: int) -> None:
+        for kind in ("normal", "tied", "zero-heavy", "constant"):
+            whole = [t for t in scores(kind) if t.dim()]
+            parts = [shard(t, rank) for t in whole]
+            for k in (1, 100, 400, sum(t.numel() for t in whole)):
+                expected = top_mask(whole, k, order=order)
+                got = top_mask(parts, k, dist.group.WORLD, order)
+                for mask, part in zip(expected, got, strict=True):
+                    assert torch.equal([*mask.chunk(2), mask[:0]][rank] if len(mask) else mask, part), (
+                        kind,
+                        k,
+                    )
+
+    in_two_processes(work, tmp_path)
+
+
+def test_token_selection_over_ranks_equals_one_process(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        mine = slice(0, 2) if rank == 0 else slice(2, 6)
+        for tied in (False, True):
+            entropy, mask = tokens(tied=tied)
+            for selector in ("top", "bottom", "random"):
+                for scope in ("batch", "fixed") if selector == "random" else ("batch", "sequence", "fixed"):
+                    options: Any = {
+                        "selector": selector,
+                        "scope": scope,
+                        "threshold": 1.5 if scope == "fixed" else None,
+                        "seed": (7, 1),
+                    }
+                    one = select_tokens(entropy, mask, **options)
+                    two = select_tokens(entropy[mine], mask[mine], **options, group=dist.group.WORLD)
+                    assert torch.equal(two.mask, one.mask[mine]), options
+                    assert two.denominator == one.denominator
+            chosen = select_tokens(entropy, mask).mask
+            for metrics in (selection_metrics, threshold_metrics):
+                last: Any = "top" if metrics is threshold_metrics else chosen
+                one_metrics = metrics(entropy, mask, chosen, last)
+                args: Any = (entropy[mine], mask[mine], chosen[mine], last if last == "top" else chosen[mine])
+                assert metrics(*args, dist.group.WORLD) == pytest.approx(one_metrics)
+
+    in_two_processes(work, tmp_path)
+
+
+def test_a_broken_entropy_on_one_rank_stops_all(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        entropy, mask = tokens()
+        entropy[0, 0] = torch.nan if rank else 0.0
+        with pytest.raises(MisconfigurationException, match="at 1 of"):
+            select_tokens(entropy, mask, group=dist.group.WORLD)
+
+    in_two_processes(work, tmp_path)
+
+
+def test_groups_are_gathered_in_rank_order(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        assert gather_groups([group(rank)] * (2 - rank)) == [group(0), group(0), group(1)]
+
+    in_two_processes(work, tmp_path)
+
+
+def launch(strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    paths = [str(Path(mifo_callbacks.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), strategy, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
+    """Both ranks see the data of the single process, so weights, masks and resumed runs agree bit for bit."""
+    run("single", tmp_path / "one")
+    done = launch(strategy, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = torch.load(tmp_path / "one" / "rank0.pt")
+    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1))
+    for variant in VARIANTS:
+        weights = [kept[variant]["weights"] for kept in (one, first, second)]
+        for step in range(len(SCHEDULE)):
+            for name, value in weights[0][step].items():
+                assert torch.equal(weights[1][step][name], value), (variant, step)
+                assert torch.equal(weights[2][step][name], value), (variant, step)
+            masks, *shards = (kept[variant]["masks"][step] for kept in (one, first, second))
+            assert bool(masks) == (SCHEDULE[step] == "sft")
+            for name, mask in masks.items():
+                parts = [shard[name] for shard in shards]
+                assert torch.equal(torch.cat(parts) if strategy == "fsdp2" else parts[1], mask)
+                held = weights[1][step][name][mask], weights[1][step - 1][name][mask]
+                assert torch.equal(*held)
+        for resumed in first[variant]["resumed"]:
+            for name, value in weights[0][-1].items():
+                assert torch.equal(resumed[name], value), variant
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_are_refused(tmp_path: Path) -> None:
+    done = launch("tensor_parallel", tmp_path)
+    assert done.returncode != 0
+    assert "allowed: data_parallel_size=2, tensor_parallel_size=1" in done.stderr

@@ -1,0 +1,87 @@
+"""Resuming from a checkpoint at any step, inside either phase, gives the same run bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_buffer import Loader, Rollouts, group
+from toy import Phases, Recorder, fit
+
+from mifo_callbacks import BufferPhaseSwitch, GradientFreezing, ImportanceEMA
+
+SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2 + ["sft"] * 3 + ["rl"] * 2
+
+
+def every_step(folder: Path) -> Callback:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+@pytest.mark.parametrize(
+    ("importance", "freezing"),
+    [
+        ({}, {}),
+        ({"accumulate": "step"}, {"scope": "global"}),
+        ({"alpha": 0.0}, {"selector": "rl_bottomk"}),
+        ({}, {"selector": "random"}),
+    ],
+)
+def test_resumed_weights_are_bit_identical(tmp_path: Path, importance: Any, freezing: Any) -> None:
+    def callbacks() -> list[Any]:
+        return [ImportanceEMA(**importance), GradientFreezing(**freezing)]
+
+    straight = callbacks()
+    recorder = Recorder()
+    module = fit([*straight, recorder, every_step(tmp_path)], Phases(SCHEDULE), enable_checkpointing=True)
+    for step in range(1, len(SCHEDULE)):
+        resumed = callbacks()
+        loader = Phases(SCHEDULE)
+        again = fit([*resumed], loader, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert again.trainer.global_step == len(SCHEDULE)
+        for a, b in zip(module.parameters(), again.parameters(), strict=True):
+            assert torch.equal(a, b), f"resumed from step {step}"
+        for name, value in straight[0].importance.items():
+            assert torch.equal(value, resumed[0].importance[name])
+
+
+def test_checkpoints_hold_plain_types(tmp_path: Path) -> None:
+    fit(
+        [ImportanceEMA(), GradientFreezing(), every_step(tmp_path)],
+        Phases(SCHEDULE),
+        enable_checkpointing=True,
+    )
+    state = torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]
+    importance, freezing = state["ImportanceEMA{'measure': 'rl'}"], state["GradientFreezing{'during': 'sft'}"]
+    assert importance.keys() == {"phase", "updates", "importance", "start"}
+    assert importance["start"].keys() == importance["importance"].keys()
+    assert freezing == {"phase": "rl", "number": 1}
+
+
+def test_buffer_survives(tmp_path: Path) -> None:
+    rollouts = [
+        [group(1), group(2)],
+        [group(2), group(3, has_demonstration=False)],
+        [group(4), group(5)],
+        [group(6)],
+    ]
+    straight, loader = BufferPhaseSwitch(size=3), Loader(rollouts)
+    fit([straight, every_step(tmp_path)], loader, Rollouts(), enable_checkpointing=True)
+    resumed, rest = BufferPhaseSwitch(size=3), Loader(rollouts[2:])
+    fit([resumed], rest, Rollouts(), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=1)
+    assert resumed.state_dict() == straight.state_dict()
+    assert rest.pushed == loader.pushed
+
+
+def test_a_foreign_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    importance = ImportanceEMA()
+    fit([importance], Phases(["rl", "sft"]))
+    state = importance.state_dict()
+    state["importance"] = {"gone": torch.zeros(3)}
+    other = ImportanceEMA()
+    other.load_state_dict(state)
+    with pytest.raises(MisconfigurationException, match="names 'gone'"):
+        fit([other], Phases(["rl"]))

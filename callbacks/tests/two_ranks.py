@@ -1,0 +1,77 @@
+"""One run of ImportanceEMA + GradientFreezing under a strategy, and runs resumed inside each phase of it.
+
+`python two_ranks.py STRATEGY FOLDER` writes rank0.pt and rank1.pt into FOLDER.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from toy import Phases, Toy, fit
+
+from mifo_callbacks import GradientFreezing, ImportanceEMA
+
+SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2
+VARIANTS = [("rl_topk", "tensor"), ("rl_topk", "global"), ("random", "tensor")]
+RESUME_FROM = (2, 5, 6)  # inside rl, inside sft, and after the last sft step
+
+
+class Sharded(Toy):
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is not None and mesh["data_parallel"].size() > 1:
+            fully_shard(self.net[0], mesh=mesh["data_parallel"])
+            fully_shard(self.net, mesh=mesh["data_parallel"])
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+class Keep(Callback):
+    def __init__(self, freezing: GradientFreezing) -> None:
+        self.freezing = freezing
+        self.weights: list[dict[str, Tensor]] = []
+        self.masks: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.weights.append({name: full(p) for name, p in pl_module.named_parameters()})
+        self.masks.append({name: mask.clone() for name, mask in self.freezing.masks.items()})
+
+
+def run(strategy: str, folder: Path) -> None:
+    """All variants under "single", "ddp", "fsdp2" or "tensor_parallel"; writes what each step left."""
+    kept = {}
+    for variant in VARIANTS:
+        save = ModelCheckpoint(folder / "-".join(variant), "{step}", every_n_train_steps=1, save_top_k=-1)
+        straight = once(strategy, variant, [save], enable_checkpointing=True)
+        resumed = [
+            once(strategy, variant, [], ckpt_path=Path(save.dirpath or "") / f"step={step}.ckpt").weights[-1]
+            for step in RESUME_FROM
+        ]
+        kept[variant] = {"weights": straight.weights, "masks": straight.masks, "resumed": resumed}
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.save(kept, folder / f"rank{rank}.pt")
+
+
+def once(strategy: str, variant: tuple[Any, Any], extra: list[Callback], **options: Any) -> Keep:
+    if strategy == "ddp":
+        options["strategy"] = "ddp"
+    elif strategy != "single":
+        sizes = (2, 1) if strategy == "fsdp2" else (1, 2)
+        options["strategy"] = ModelParallelStrategy(*sizes)
+    freezing = GradientFreezing(selector=variant[0], scope=variant[1])
+    keep = Keep(freezing)
+    devices = 1 if strategy == "single" else 2
+    fit([ImportanceEMA(), freezing, keep, *extra], Phases(SCHEDULE), Sharded(), devices=devices, **options)
+    return keep
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]))

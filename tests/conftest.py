@@ -1,0 +1,102 @@
+"""What the tests share: small runs on the embedded task, in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+from mifo_lightning.cli import quiet
+from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.data.skills import Skills
+from mifo_lightning.evaluation import Evaluation
+from mifo_lightning.models import load_policy, load_tokenizer
+from mifo_lightning.module import MifoModule
+from mifo_lightning.optim import AdamWSettings
+from mifo_lightning.policy import Policy
+from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.schedule import Schedule
+
+torch.set_num_threads(1)
+quiet()
+
+SAMPLING = Sampling(max_new_tokens=14)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return load_tokenizer("embedded")
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return load_policy("embedded")
+
+
+def method_callbacks(size: int = 8, **entropy: Any) -> list[Callback]:
+    """The four callbacks of MIFO; all questions below three quarters correct count as hard, so phases come soon."""
+    return [
+        EntropyTokenSelection(**entropy),
+        ImportanceEMA(),
+        GradientFreezing(),
+        BufferPhaseSwitch(size=size, p=0.75),
+    ]
+
+
+def make_module(**changes: Any) -> MifoModule:
+    """A module on the embedded base model."""
+    settings: dict[str, Any] = {
+        "model": "embedded",
+        "reward": LastAnswerReward(),
+        "group_size": 4,
+        "sampling": SAMPLING,
+        "rl": AdamWSettings(lr=5e-4, weight_decay=0.1),
+        "sft": AdamWSettings(lr=1e-3),
+        "evaluation": Evaluation(sampling=SAMPLING),
+    }
+    return MifoModule(**{**settings, **changes})
+
+
+def make_data(**changes: Any) -> QuestionData:
+    """64 questions, half of them too hard; 4 of them per RL step, SFT in batches of 4."""
+    settings: dict[str, Any] = {
+        "train": Skills(["addition", "mirrored"], 64),
+        "reward": LastAnswerReward(),
+        "tokenizer": "embedded",
+        "answer_after": ">",
+        "max_prompt_tokens": 16,
+        "max_response_tokens": 14,
+        "group_size": 4,
+        "schedule": Schedule(rl_steps=6, rl_questions=4, sft_batch=4),
+    }
+    return QuestionData(**{**settings, **changes})
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A silent Trainer for one epoch in a directory of the test's own."""
+
+    def make(callbacks: list[Callback] | None = None, **changes: Any) -> Trainer:
+        settings: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "limit_val_batches": 0,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(callbacks=callbacks or [], **{**settings, **changes})
+
+    return make
+
+
+def weights(module: MifoModule) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
