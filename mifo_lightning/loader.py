@@ -170,7 +170,6 @@ class PhaseLoader:
     def _begin(self) -> None:
         """Decide what comes next; only ever between optimizer steps."""
         s, at = self.schedule, self._at
-        self._update = 0
         if at.before < s.sft_before:
             self._kind, self._ids = "before", self._demonstrations(at.before)
         elif self._queue:
@@ -182,6 +181,7 @@ class PhaseLoader:
             self._kind, self._ids = "after", self._demonstrations(s.sft_before + at.after)
         else:
             raise StopIteration
+        self._update = 0
         if self._kind == "rl":
             at.rl += 1
         elif self._kind == "sft" or getattr(at, self._kind) == 0:

@@ -23,7 +23,7 @@ from mifo_lightning.optim import AdamWSettings, PhaseAdamW
 from mifo_lightning.policy import Policy
 from mifo_lightning.reinforcement import Reinforcement, RLSettings
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rollout.batch import Rollout
+from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.step_metrics import StepMetrics
@@ -204,7 +204,8 @@ class MifoModule(LightningModule):
         alone = batch["micro_batches"] == 1
         if not alone and batch["micro"] == 0:
             # the threshold belongs to the optimizer step: all entropies are needed before the first backward
-            demos.select(self.select_tokens, None if self.select_tokens is None else self._entropies(demos, batch))
+            with self.trainer.profiler.profile("mifo.entropies"):
+                demos.select(self.select_tokens, self._entropies(demos, len(demos.mask) // batch["micro_batches"]))
         rows = torch.arange(len(demos.mask), device=self.device).tensor_split(batch["micro_batches"])[batch["micro"]]
         with self.trainer.profiler.profile("mifo.forward"):
             logp, entropy = self._policy(demos.sequences.select(rows))
@@ -218,16 +219,11 @@ class MifoModule(LightningModule):
         self._metrics.add("sft", metrics)
         return {"loss": loss}
 
-    @torch.no_grad()
-    def _entropies(self, demos: Demonstrations, batch: WorkItem) -> Tensor:
-        """Entropies [B, L] of the whole optimizer step on this rank, micro-batch by micro-batch."""
-        entropy = torch.zeros(demos.mask.shape, device=self.device)
-        with self.trainer.profiler.profile("mifo.entropies"):
-            for rows in torch.arange(len(entropy), device=self.device).tensor_split(batch["micro_batches"]):
-                part = self._policy(demos.sequences.select(rows))[1]
-                entropy[rows, : part.shape[1]] = part
-        torch.clear_autocast_cache()
-        return entropy
+    def _entropies(self, demos: Demonstrations, rows: int) -> Tensor | None:
+        """Entropies [B, L] of the whole optimizer step on this rank, if a selection wants them."""
+        if self.select_tokens is None:
+            return None
+        return score_without_gradient(self._policy, demos.sequences, temperature=1.0, rows=rows)[1]
 
     def configure_gradient_clipping(
         self,

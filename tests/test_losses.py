@@ -37,9 +37,7 @@ def test_ratio_clip_and_kl_by_hand() -> None:
     reference = torch.log(torch.tensor([[0.3, 0.1], [0.55, 0.1]]))
     mask = torch.tensor([[True, True], [True, False]])
     advantages = torch.tensor([1.0, -1.0])
-    loss, metrics = policy_loss(
-        logp, old, advantages, mask, sequences=2, logp_ref=reference, kl_coefficient=0.5
-    )
+    loss, metrics = policy_loss(logp, old, advantages, mask, sequences=2, logp_ref=reference, kl_coefficient=0.5)
     # min(1.5, 1.2) = 1.2 is clipped; min(0.5, 0.8) = 0.5 is not; A = -1: min(-1.1, -1.1)
     policy = -((1.2 + 0.5) / 2 + -1.1) / 2
     d = math.log(0.3 / 0.6)
@@ -84,9 +82,7 @@ def test_policy_loss_of_parts_sums_to_the_whole() -> None:
     advantages = torch.randn(6)
     whole, metrics = policy_loss(logp, old, advantages, mask, sequences=6, logp_ref=ref, kl_coefficient=0.1)
     parts = [
-        policy_loss(
-            logp[i], old[i], advantages[i], mask[i], sequences=6, logp_ref=ref[i], kl_coefficient=0.1
-        )
+        policy_loss(logp[i], old[i], advantages[i], mask[i], sequences=6, logp_ref=ref[i], kl_coefficient=0.1)
         for i in (torch.tensor([4, 0]), torch.tensor([1, 2, 3, 5]))
     ]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)

@@ -84,7 +84,9 @@ def test_a_stop_string_ends_a_response(policy: Policy, tokenizer: Any, prompts: 
 
 
 def test_greedy_takes_the_most_likely_token(policy: Policy, tokenizer: Any, prompts: list[list[int]]) -> None:
-    for prompt, (completion,) in zip(prompts, generate(policy, tokenizer, prompts, samples=1, temperature=0.0), strict=True):
+    for prompt, (completion,) in zip(
+        prompts, generate(policy, tokenizer, prompts, samples=1, temperature=0.0), strict=True
+    ):
         ids = list(prompt)
         for token in completion.tokens:
             logits = policy.model(torch.tensor([ids])).logits[0, -1]
@@ -136,12 +138,15 @@ def test_uniforms_are_uniform_and_differ_between_steps_and_keys() -> None:
     assert abs(torch.corrcoef(torch.stack([first[1:], first[:-1]]))[0, 1]) < 0.03
 
 
-@pytest.mark.parametrize(("sampling", "allowed"), [
-    (Sampling(top_k=2), {3, 1}),
-    (Sampling(top_p=0.6), {3}),
-    (Sampling(top_p=0.7), {3, 1}),
-    (Sampling(top_p=1e-6), {3}),
-])
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(top_k=2), {3, 1}),
+        (Sampling(top_p=0.6), {3}),
+        (Sampling(top_p=0.7), {3, 1}),
+        (Sampling(top_p=1e-6), {3}),
+    ],
+)
 def test_top_k_and_top_p_keep_the_most_likely_tokens(sampling: Sampling, allowed: set[int]) -> None:
     logits = torch.log(torch.tensor([[0.05, 0.25, 0.1, 0.6]])).expand(5000, 4)
     tokens, logp = next_token(logits, uniforms(torch.arange(5000), 0), sampling)

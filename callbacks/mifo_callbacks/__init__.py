@@ -3,8 +3,9 @@
 from mifo_callbacks.buffer import DemonstrationBuffer
 from mifo_callbacks.buffer_phase_switch import BufferPhaseSwitch
 from mifo_callbacks.entropy_token_selection import EntropyTokenSelection
-from mifo_callbacks.gradient_freezing import GradientFreezing, freezing_masks, mask_gradients
+from mifo_callbacks.gradient_freezing import GradientFreezing, freezing_masks
 from mifo_callbacks.importance_ema import ImportanceEMA, update_importance
+from mifo_callbacks.masking import mask_gradients
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.thresholds import kth_largest, top_mask
 from mifo_callbacks.tokens import Selection, select_tokens

@@ -1,6 +1,6 @@
 """GradientFreezing: hold the most important coordinates still during one phase."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -8,12 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.importance_ema import ImportanceEMA
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.masking import mask_gradients, restore_, zero_
 from mifo_callbacks.phase import PhaseCallback, PhaseOf
 from mifo_callbacks.sharding import (
     local,
@@ -143,7 +143,7 @@ class GradientFreezing(PhaseCallback):
         params = trainable(pl_module)
         frozen = freezing_masks(self._scores(params), self.fraction, self.scope, ORDERS[self.selector])
         self._masks = frozen.masks
-        self._reference = {name: local(params[name]).clone() for name in frozen.masks}
+        self._reference = {name: zero_(local(params[name]).clone(), ~m) for name, m in frozen.masks.items()}
         metrics = {"freeze/share": frozen.frozen / frozen.total, "freeze/ties": frozen.tied}
         if self.selector != "random":
             metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)
@@ -175,8 +175,7 @@ class GradientFreezing(PhaseCallback):
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for name, p in pl_module.named_parameters():
             if name in self._masks:
-                weights = local(p)
-                torch.where(self._masks[name], self._reference[name], weights, out=weights)
+                restore_(local(p), self._masks[name], self._reference[name])
 
     def release(self) -> None:
         super().release()
@@ -220,20 +219,7 @@ def freezing_masks(
             drawn = cut_mask(parts, cuts[-1], group, order)
         masks |= {name: mask for (name, _), mask in zip(block, drawn, strict=True)}
         total += n
-        count += int(sum_over(torch.stack([mask.sum() for mask in drawn]).sum(), group))
+        count += int(sum_over(torch.stack([mask.count_nonzero() for mask in drawn]).sum(), group))
     tied = sum(cut.ties for cut in cuts if cut.take < cut.ties)
     zero = sum(cut.take for cut in cuts if cut.value == 0)  # zeros come last, so they are the ones at the cut
     return Frozen(masks, count, total, tied, zero)
-
-
-def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Set masked coordinates of `gradients` to zero in place, NaN included; L2 norm before and after, [2].
-
-    Args:
-        gradients: Gradients of any shape.
-        masks: Bool masks of the same shapes, True where the gradient is dropped.
-    """
-    before = get_total_norm(gradients)
-    for gradient, mask in zip(gradients, masks, strict=True):
-        gradient.masked_fill_(mask, 0.0)
-    return torch.stack([before, get_total_norm(gradients)])

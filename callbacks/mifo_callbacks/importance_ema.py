@@ -22,7 +22,7 @@ from mifo_callbacks.sharding import (
 )
 from mifo_callbacks.thresholds import ceil_share, kth_largest
 
-Measure = Literal["square", "abs"]
+Movement = Literal["square", "abs"]
 Accumulate = Literal["phase", "step"]
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -56,7 +56,7 @@ class ImportanceEMA(PhaseCallback):
     def __init__(
         self,
         alpha: float = 0.5,
-        g: Measure = "square",
+        g: Movement = "square",
         accumulate: Accumulate = "phase",
         measure: str = "rl",
         phase: str | PhaseOf = "phase",
@@ -64,10 +64,10 @@ class ImportanceEMA(PhaseCallback):
         super().__init__(phase)
         if not 0 <= alpha < 1:
             raise MisconfigurationException(f"ImportanceEMA.alpha is {alpha}; allowed: at least 0 and below 1")
-        require_choice("ImportanceEMA.g", g, Measure)
+        require_choice("ImportanceEMA.g", g, Movement)
         require_choice("ImportanceEMA.accumulate", accumulate, Accumulate)
         self.alpha = alpha
-        self.g: Measure = g
+        self.g: Movement = g
         self.accumulate: Accumulate = accumulate
         self.measure = measure
         self.updates = 0
@@ -164,7 +164,7 @@ class ImportanceEMA(PhaseCallback):
 
 
 def update_importance(
-    importance: Tensor | None, start: Tensor, end: Tensor, alpha: float = 0.5, g: Measure = "square"
+    importance: Tensor | None, start: Tensor, end: Tensor, alpha: float = 0.5, g: Movement = "square"
 ) -> Tensor:
     """C = alpha * C + (1 - alpha) * g(end - start), or g(end - start) while `importance` is None.
 
@@ -188,7 +188,7 @@ def importance_metrics(importance: dict[str, Tensor]) -> dict[str, float]:
     group = shard_group(importance.values())
     parts = [local(t) for t in importance.values()]
     n = sum(t.numel() for t in importance.values())
-    sums = [torch.stack([t.sum().double(), (t == 0).sum().double()]) for t in parts]
+    sums = [torch.stack([t.sum().double(), (t.numel() - t.count_nonzero()).double()]) for t in parts]
     total, zeros = sum_over(torch.stack(sums).sum(0), group).tolist()
     metrics = {f"importance/q{q}": kth_largest(parts, n + 1 - ceil_share(q, n), group) for q in QUANTILES}
     return metrics | {"importance/mean": total / n, "importance/zero_share": zeros / n}

@@ -17,15 +17,14 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def zero_(tensor: Tensor, mask: Tensor) -> Tensor:
     """Set `tensor` to 0 in place where the bool `mask` of the same shape is True, NaN included."""
-    for bits, masked in zip(_chunks(_bits(tensor)), _chunks(mask), strict=True):
+    for bits, masked in _chunks(_bits(tensor), mask):
         bits.mul_(~masked)
     return tensor
 
 
 def restore_(tensor: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
     """Set `tensor` in place to `reference`, bit by bit, where `mask` is True; `reference` is 0 everywhere else."""
-    chunks = zip(_chunks(_bits(tensor)), _chunks(mask), _chunks(_bits(reference)), strict=True)
-    for bits, masked, kept in chunks:
+    for bits, masked, kept in _chunks(_bits(tensor), mask, _bits(reference)):
         bits.mul_(~masked).bitwise_or_(kept)
     return tensor
 
@@ -47,7 +46,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(INTEGERS[tensor.element_size()])
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of at most CHUNK elements, equal in size for tensors of one shape."""
-    for row in (tensor,) if tensor.dim() == 0 else tensor.split(1) if False else (tensor,):
-        yield row
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same elements of each of `tensors`, which have one shape: flat chunks where memory allows."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        yield from zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True)
+    else:
+        yield tensors

@@ -131,6 +131,11 @@ def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
                 assert torch.equal(torch.cat(parts) if strategy == "fsdp2" else parts[1], mask)
                 held = weights[1][step][name][mask], weights[1][step - 1][name][mask]
                 assert torch.equal(*held)
+        logged = one[variant]["logged"]
+        for kept in (first, second):
+            assert kept[variant]["logged"].keys() == logged.keys()
+            for name, rows in logged.items():
+                assert kept[variant]["logged"][name] == [(step, pytest.approx(v, rel=1e-5)) for step, v in rows]
         for resumed in first[variant]["resumed"]:
             for name, value in weights[0][-1].items():
                 assert torch.equal(resumed[name], value), variant

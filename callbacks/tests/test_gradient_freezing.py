@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from toy import Log, Phases, Recorder, Toy, fit
 
-from mifo_callbacks import GradientFreezing, ImportanceEMA, freezing_masks, mask_gradients, top_mask
+from mifo_callbacks import GradientFreezing, ImportanceEMA, freezing_masks, top_mask
 
 SCHEDULE = ["rl"] * 4 + ["sft"] * 3 + ["rl"] * 2 + ["sft"] * 2 + ["rl"]
 SELECTORS = ["rl_topk", "rl_bottomk", "random"]
@@ -143,13 +143,6 @@ def test_masked_gradients_are_zero_before_clipping() -> None:
     fit([ImportanceEMA(), freezing], Phases(["rl", "sft"]), module)
     assert norms[1] > 0
     assert all(p.isfinite().all() for p in module.parameters())
-
-
-def test_mask_gradients() -> None:
-    gradients = [torch.tensor([3.0, 4.0]), torch.tensor([12.0])]
-    norms = mask_gradients(gradients, [torch.tensor([True, False]), torch.tensor([True])])
-    assert norms.tolist() == [13.0, 4.0]
-    assert [g.tolist() for g in gradients] == [[0.0, 4.0], [0.0]]
 
 
 def test_a_skipped_training_step_is_tolerated() -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from toy import Phases, Toy, fit
+from toy import Log, Phases, Toy, fit
 
 from mifo_callbacks import GradientFreezing, ImportanceEMA
 
@@ -39,6 +39,7 @@ class Keep(Callback):
         self.freezing = freezing
         self.weights: list[dict[str, Tensor]] = []
         self.masks: list[dict[str, Tensor]] = []
+        self.logged = Log()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.weights.append({name: full(p) for name, p in pl_module.named_parameters()})
@@ -55,7 +56,12 @@ def run(strategy: str, folder: Path) -> None:
             once(strategy, variant, [], ckpt_path=Path(save.dirpath or "") / f"step={step}.ckpt").weights[-1]
             for step in RESUME_FROM
         ]
-        kept[variant] = {"weights": straight.weights, "masks": straight.masks, "resumed": resumed}
+        kept[variant] = {
+            "weights": straight.weights,
+            "masks": straight.masks,
+            "resumed": resumed,
+            "logged": straight.logged.rows,
+        }
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     torch.save(kept, folder / f"rank{rank}.pt")
 
@@ -69,7 +75,8 @@ def once(strategy: str, variant: tuple[Any, Any], extra: list[Callback], **optio
     freezing = GradientFreezing(selector=variant[0], scope=variant[1])
     keep = Keep(freezing)
     devices = 1 if strategy == "single" else 2
-    fit([ImportanceEMA(), freezing, keep, *extra], Phases(SCHEDULE), Sharded(), devices=devices, **options)
+    options |= {"devices": devices, "logger": keep.logged}
+    fit([ImportanceEMA(), freezing, keep, *extra], Phases(SCHEDULE), Sharded(), **options)
     return keep
 
 

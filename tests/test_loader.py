@@ -1,0 +1,158 @@
+"""The PhaseLoader: order, cutting, ranks, resume, refusals."""
+
+import json
+from typing import Any
+
+import pytest
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.errors import InputError
+from mifo_lightning.loader import PhaseLoader, WorkItem
+from mifo_lightning.schedule import Schedule
+
+
+def questions(n: int = 20, demonstrated: int = 10) -> list[Question]:
+    return [Question(i, "s", f"q{i}", [1, i], "t", [2, 3] if i < demonstrated else None) for i in range(n)]
+
+
+def loader(n: int = 20, demonstrated: int = 10, **changes: Any) -> PhaseLoader:
+    names = set(Schedule.__dataclass_fields__)
+    settings = {"rl_steps": 4, "rl_questions": 4, "sft_batch": 2}
+    schedule = Schedule(**{**settings, **{k: v for k, v in changes.items() if k in names}})
+    rest = {k: v for k, v in changes.items() if k not in names}
+    return PhaseLoader(questions(n, demonstrated), schedule, **rest)
+
+
+def entries(*ids: int) -> list[dict[str, Any]]:
+    return [{"id": i, "n_correct": 0, "size": 8, "step": 1, "entries": 1} for i in ids]
+
+
+def brief(item: WorkItem) -> tuple[str, list[int], int, int, int]:
+    return item["phase"], [q.id for q in item["questions"]], item["rollout"], item["update"], item["micro"]
+
+
+def test_every_question_comes_once_per_epoch_in_another_order() -> None:
+    seen = [q.id for item in loader(rl_steps=10) for q in item["questions"]]
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:]
+
+
+def test_an_epoch_need_not_divide_by_the_rollout() -> None:
+    seen = [q.id for item in loader(n=10, rl_steps=5) for q in item["questions"]]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_a_pushed_phase_waits_for_all_updates_of_the_rollout() -> None:
+    it = loader(passes=2, minibatches=2, micro_batches=2, sft_epochs=2)
+    first = next(it)
+    it.push(entries(3, 1))
+    items = [first, *it]
+    phases = [item["phase"] for item in items]
+    assert phases[:8] == ["rl"] * 8
+    assert phases[8:12] == ["sft"] * 4
+    assert phases[12:] == ["rl"] * 24
+    assert [item["update"] for item in items[:8]] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [item["micro"] for item in items[:8]] == [0, 1] * 4
+    assert {len(item["questions"]) for item in items[:8]} == {4}
+    for update in (items[8:10], items[10:12]):
+        assert {q.id for q in update[0]["questions"]} == {q.id for q in update[1]["questions"]} == {1, 3}
+
+
+def test_steps_count_optimizer_steps_of_each_kind() -> None:
+    it = loader(micro_batches=2, sft_before=1, sft_after=1, rl_steps=2)
+    items = []
+    for item in it:
+        items.append(item)
+        if item["phase"] == "rl" and item["rollout"] == 0 and item["micro"] == 0:
+            it.push(entries(0, 1, 2, 3))
+    got = [(i["phase"], i["step"], i["rollout"]) for i in items if i["micro"] == 0]
+    assert got == [("sft", 0, 0), ("rl", 0, 0), ("sft", 1, 1), ("sft", 2, 1), ("rl", 1, 1), ("sft", 3, 2)]
+
+
+def test_stages_on_all_demonstrations_use_each_once_per_epoch() -> None:
+    items = list(loader(rl_steps=0, sft_before=10))
+    seen = [q.id for item in items for q in item["questions"]]
+    assert {item["phase"] for item in items} == {"sft"}
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_every_sft_epoch_shows_every_demonstration_once() -> None:
+    it = loader(rl_steps=1, sft_epochs=3)
+    next(it)
+    it.push(entries(*range(8)))
+    seen = [q.id for item in it for q in item["questions"]]
+    assert [sorted(seen[i : i + 8]) for i in (0, 8, 16)] == [list(range(8))] * 3
+    assert len({tuple(seen[i : i + 8]) for i in (0, 8, 16)}) == 3
+
+
+def test_ranks_share_the_work_of_one_process() -> None:
+    whole = loader()
+    ranks = [loader(rank=r, world_size=2) for r in range(2)]
+    for i in range(5):
+        items = [next(it) for it in (whole, *ranks)]
+        ids = [[q.id for q in item["questions"]] for item in items]
+        assert sorted(ids[0]) == sorted(ids[1] + ids[2])
+        if i == 1:
+            for it in (whole, *ranks):
+                it.push(entries(5, 6))
+
+
+@pytest.mark.parametrize("stop", range(1, 24))
+def test_a_restored_loader_goes_on_exactly(stop: int) -> None:
+    def run(it: PhaseLoader, begin: int, log: list[Any]) -> PhaseLoader:
+        for i, item in enumerate(it, begin):
+            log.append(brief(item))
+            if i in (2, 9):
+                it.push(entries(1, 4, 7, 9))
+            if i + 1 == stop and begin == 0:
+                break
+        return it
+
+    settings: dict[str, Any] = {"passes": 2, "micro_batches": 2, "sft_before": 1, "rl_questions": 4}
+    undisturbed: list[Any] = []
+    for i, item in enumerate(it := loader(**settings)):
+        undisturbed.append(brief(item))
+        if i in (2, 9):
+            it.push(entries(1, 4, 7, 9))
+    resumed: list[Any] = []
+    state = run(loader(**settings), 0, resumed).state_dict()
+    fresh = loader(**settings)
+    fresh.load_state_dict(json.loads(json.dumps(state)))
+    run(fresh, stop, resumed)
+    assert resumed == undisturbed
+
+
+def test_it_has_a_length_so_that_nothing_is_fetched_ahead() -> None:
+    assert len(loader()) > 10**8
+
+
+def test_share_done_reaches_one() -> None:
+    it = loader(sft_before=2, minibatches=2)
+    shares = [it.share_done for _ in it]
+    assert shares == sorted(shares)
+    assert it.share_done == 1
+    assert list(it) == []
+    assert loader(rl_steps=None).share_done is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rl_questions": 3, "world_size": 2}, "rl_questions: 3"),
+        ({"micro_batches": 3, "group_size": 8}, "accumulate_grad_batches: 3"),
+        ({"micro_batches": 4, "group_size": 8}, "accumulate_grad_batches: 4"),
+        ({"rl_questions": 24}, "rl_questions: 24"),
+        ({"sft_before": 1, "demonstrated": 0}, "sft_batch: 2"),
+        ({"rl_steps": 0}, "rl_steps: 0"),
+        ({"rl_steps": None, "sft_after": 3}, "sft_after: 3"),
+        ({"passes": 0}, "passes: 0"),
+    ],
+)
+def test_impossible_schedules_are_refused(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(InputError, match=key):
+        loader(**changes)
+
+
+def test_a_phase_that_leaves_a_partial_batch_is_refused() -> None:
+    with pytest.raises(InputError, match="sft_batch: 2 does not divide an SFT phase of 3"):
+        loader().push(entries(1, 2, 3))

@@ -1,0 +1,212 @@
+"""MifoModule on the embedded task: gradients, phases, frozen weights, exact resume, outputs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_data, make_module, method_callbacks, weights
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mifo_callbacks import GradientFreezing
+from mifo_lightning.data.skills import Skills
+from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.losses.policy import group_advantages
+from mifo_lightning.optim import AdamWSettings
+from mifo_lightning.policy import Sequences
+from mifo_lightning.reinforcement import RLSettings
+from mifo_lightning.rollout.batch import Rollout
+from mifo_lightning.schedule import Schedule
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Watch(Callback):
+    """Records phase, gradient (before clipping) and weights of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch["micro"] == 0:
+            self.phases.append(batch["phase"])
+            self.weights.append(weights(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters()})
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kl": {"policy": RLSettings(kl_coefficient=0.1)},
+    "entropy mask": {"policy": RLSettings(entropy_fraction=0.2)},
+}
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_accumulated_gradients_equal_those_of_one_batch(
+    make_trainer: MakeTrainer, setting: str, micro_batches: int
+) -> None:
+    runs = []
+    for micro in (1, micro_batches):
+        watch = Watch()
+        # learning rate 0 in both phases: each step's gradient is of the same weights
+        module = make_module(rl=AdamWSettings(lr=0.0), sft=AdamWSettings(lr=0.0), **SETTINGS[setting])
+        schedule = Schedule(rl_steps=3, rl_questions=8, sft_batch=8, passes=2)
+        callbacks = [watch, *method_callbacks(size=8)[:1], method_callbacks(size=8)[3]]
+        make_trainer(callbacks, accumulate_grad_batches=micro).fit(module, datamodule=make_data(schedule=schedule))
+        runs.append(watch)
+    whole, parts = runs
+    assert whole.phases == parts.phases
+    assert {"rl", "sft"} <= set(whole.phases)
+    scales: dict[str, list[float]] = {"rl": [], "sft": []}
+    for phase, a, b in zip(whole.phases, whole.gradients, parts.gradients, strict=True):
+        scale = max(float(g.abs().max()) for g in a.values())
+        scales[phase].append(scale)
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], atol=2e-5 * scale, rtol=1e-3)
+    assert all(max(found) > 0 for found in scales.values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("moments", ["reset", "keep", "shared"])
+def test_frozen_coordinates_stand_still_and_the_rest_moves(
+    make_trainer: MakeTrainer, precision: str, moments: Any
+) -> None:
+    class Masks(Watch):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            frozen = next(c for c in trainer.callbacks if isinstance(c, GradientFreezing))
+            self.masks.append({n: m.clone() for n, m in frozen.masks.items()})
+
+        masks: list[dict[str, torch.Tensor]]
+
+    watch = Masks()
+    watch.masks = []
+    module = make_module(
+        rl=AdamWSettings(lr=5e-4, weight_decay=0.1), sft=AdamWSettings(lr=1e-3, weight_decay=0.1), moments=moments
+    )
+    schedule = Schedule(rl_steps=5, rl_questions=8, sft_batch=4)
+    trainer = make_trainer([*method_callbacks(size=8), watch], precision=precision)
+    trainer.fit(module, datamodule=make_data(schedule=schedule))
+    watch.weights.append(weights(module))
+    assert watch.phases.count("sft") >= 4
+    for i, phase in enumerate(watch.phases):
+        before, after, masks = watch.weights[i], watch.weights[i + 1], watch.masks[i]
+        assert bool(masks) == (phase == "sft")
+        for name in before:
+            moved = before[name] != after[name]
+            if masks:
+                assert not moved[masks[name]].any()
+                assert moved[~masks[name]].float().mean() > 0.5
+            else:
+                assert moved.float().mean() > 0.5
+
+
+class SaveAll(ModelCheckpoint):
+    """A checkpoint after every optimizer step."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=False)
+
+
+RESUMES = {
+    "mifo, two passes": {"schedule": Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)},
+    "keep moments, minibatches": {"schedule": Schedule(rl_steps=4, rl_questions=4, sft_batch=4, minibatches=2)},
+}
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_run_resumed_after_any_step_ends_with_the_same_bits(
+    make_trainer: MakeTrainer, tmp_path: Path, name: str
+) -> None:
+    data, changes = RESUMES[name], {"moments": "keep"} if "keep" in name else {}
+    if "mifo" in name:
+        changes["policy"] = RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)
+    watch = Watch()
+    module = make_module(**changes)
+    trainer = make_trainer(
+        [*method_callbacks(), watch, SaveAll(tmp_path)], enable_checkpointing=True, accumulate_grad_batches=2
+    )
+    trainer.fit(module, datamodule=make_data(**data))
+    end, steps = weights(module), trainer.global_step
+    assert watch.phases.count("sft") >= 2
+    for step in range(1, steps):
+        resumed = make_module(**changes)
+        torch.manual_seed(step)  # no random state may matter
+        make_trainer(method_callbacks(), accumulate_grad_batches=2).fit(
+            resumed, datamodule=make_data(**data), ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True
+        )
+        for key, value in weights(resumed).items():
+            assert (value == end[key]).all(), (step, watch.phases[step - 1 : step + 1], key)
+
+
+def test_a_phase_begins_when_the_buffer_is_full_and_rl_goes_on(make_trainer: MakeTrainer) -> None:
+    watch = Watch()
+    make_trainer([*method_callbacks(size=8), watch]).fit(make_module(), datamodule=make_data())
+    text = "".join(phase[0] for phase in watch.phases)
+    assert text.startswith("rr")
+    assert "ss" in text
+    assert text.count("r") == 6
+    assert text.endswith(("r", "ss"))
+
+
+def test_demonstrations_alone_teach_them(make_trainer: MakeTrainer) -> None:
+    schedule = Schedule(rl_steps=0, sft_before=50, sft_batch=32)
+    train = Skills(["addition", "mirrored"], 1024)
+    module, data = make_module(), make_data(train=train, schedule=schedule, holdout=64)
+    trainer = make_trainer(limit_val_batches=1.0)
+    before = trainer.validate(module, data, verbose=False)[0]
+    trainer.fit(module, datamodule=data)
+    after = trainer.validate(module, data, verbose=False)[0]
+    key = "val/mirrored-holdout/demonstration_loss"
+    assert after[key] < 0.5 * before[key]
+
+
+def test_rollouts_without_signal_change_nothing_but_momentum(make_trainer: MakeTrainer) -> None:
+    watch = Watch()
+    module = make_module()
+    module.reinforcement.grade = lambda questions, completions: torch.ones(4 * len(questions))  # type: ignore[method-assign]
+    make_trainer([watch]).fit(module, datamodule=make_data())
+    assert all((g == 0).all() for gradient in watch.gradients for g in gradient.values())
+
+
+def test_micro_batches_share_the_rows_with_signal_and_idle_ones_give_none() -> None:
+    module = make_module()
+    rewards = torch.tensor([1.0, 0, 0, 0] + [0.0] * 4 + [1.0] * 4)
+    sequences = Sequences.pack([[i + 3] for i in range(12)], [[4, 1]] * 12, 0)
+    rollout = Rollout(sequences, rewards, rewards == 1, rewards == 1, group_advantages(rewards, 4))
+    item = {"minibatches": 1, "update": 0, "micro_batches": 6}
+    parts = [module.reinforcement.micro_batch(rollout, {**item, "micro": m}) for m in range(6)]  # type: ignore[typeddict-item]
+    assert {count for _, count in parts} == {12}
+    assert all(len(part.advantages) for part, _ in parts)
+    with_signal = [part for part, _ in parts if part.advantages.any()]
+    assert torch.cat([p.sequences.tokens[:, 0] for p in with_signal]).tolist() == [3, 4, 5, 6]
+    assert torch.cat([p.advantages for p in with_signal]).tolist() == rollout.advantages[:4].tolist()
+
+
+def test_the_exported_model_is_the_trained_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = make_module()
+    make_trainer([ExportModel(str(tmp_path / "model"))]).fit(module, datamodule=make_data())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.get_vocab() == module.tokenizer.get_vocab()
+    assert module.policy is not None
+    for (name, a), b in zip(module.policy.model.named_parameters(), loaded.parameters(), strict=True):
+        assert (a == b).all(), name
+    tokens = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(loaded(tokens).logits, module.policy.model.eval()(tokens).logits)
+
+
+def test_clipping_twice_and_half_precision_weights_are_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(InputError, match=r"trainer.gradient_clip_val: 0.5"):
+        make_trainer(gradient_clip_val=0.5).fit(make_module(), datamodule=make_data())
+    with pytest.raises(InputError, match=r"trainer.precision: bf16-true"):
+        make_trainer(precision="bf16-true").fit(make_module(), datamodule=make_data())
