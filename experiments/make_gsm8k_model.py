@@ -25,7 +25,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 from mifo_lightning.errors import InputError
 
 HELD_OUT = 512
-VOCABULARY = 2048
+VOCABULARY, CONTEXT = 2048, 4096
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK = re.compile("</?think>")
 CHAT_TEMPLATE = (
@@ -58,13 +58,19 @@ def train_tokenizer(chats: list[Chat]) -> Qwen2Tokenizer:
     """A byte-level BPE in the layout of Qwen2.5: digits are single tokens, no character is unknown."""
     # transformers loads every qwen2 directory with this class, whatever class wrote it: so this class writes it
     texts = (THINK.sub("", message["content"]) for chat in chats for message in chat)
-    tokenizer = Qwen2Tokenizer(unk_token=PAD, pad_token=PAD, eos_token=END).train_new_from_iterator(
+    layout = Qwen2Tokenizer(
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        model_max_length=CONTEXT,
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer = layout.train_new_from_iterator(
         texts, VOCABULARY - 2, new_special_tokens=[START], show_progress=False
     )
     # ordinary tokens, not special ones: decoding keeps them, and the verifier looks for the answer after </think>
     tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.padding_side = "left"
-    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
@@ -78,7 +84,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=512,
-        max_position_embeddings=4096,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=eos,

@@ -1,0 +1,65 @@
+"""Two processes, replicated (DDP) or sharded (FSDP2), compute what one process computes, and resume exactly."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+PROGRAM = Path(__file__).with_name("two_processes.py")
+
+
+def run(*arguments: Any) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return torch.load(arguments[2], weights_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_see_the_gradients_and_scores_of_one(tmp_path: Path, strategy: str) -> None:
+    one = run("single", "gradients", tmp_path / "one.pt")
+    two = run(strategy, "gradients", tmp_path / "two.pt")
+    assert one["phases"] == two["phases"]
+    assert {"rl", "sft"} <= set(one["phases"])
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        scale = max(float(g.abs().max()) for g in a.values())
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], atol=2e-5 * scale, rtol=1e-3)
+    assert one["validation"][0].keys() == two["validation"][0].keys()
+    for name, value in one["validation"][0].items():
+        assert two["validation"][0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_freeze_resume_and_export_exactly(tmp_path: Path, strategy: str) -> None:
+    whole = run(strategy, "resume", tmp_path / "whole.pt")
+    assert not any(whole["moved"])
+    frozen = {phase: n for phase, n in zip(whole["phases"], whole["frozen"], strict=True)}
+    assert frozen["rl"] == 0
+    assert frozen["sft"] > 0
+    in_sft = whole["phases"].index("sft") + 1  # after the first of the phase's two steps
+    in_rollout = 1  # after the first of two passes
+    for step in (in_rollout, in_sft):
+        ckpt = tmp_path / strategy / f"step={step}.ckpt"
+        resumed = run(strategy, "resume", tmp_path / "resumed.pt", ckpt)
+        assert resumed["phases"] == whole["phases"][step:]
+        for name, value in whole["weights"][0].items():
+            assert (resumed["weights"][0][name] == value).all(), (step, name)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{strategy}")
+    for name, value in exported.named_parameters():
+        assert (value == whole["weights"][0][f"policy.model.{name}"]).all()

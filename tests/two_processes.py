@@ -1,0 +1,100 @@
+"""A program for test_strategies.py: fits under a strategy on CPU processes and writes what rank 0 saw.
+
+    python tests/two_processes.py {single|ddp|fsdp2} {gradients|resume} OUT.pt
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_data, make_module, method_callbacks
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from mifo_callbacks import GradientFreezing
+from mifo_lightning.distributed import full
+from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.optim import AdamWSettings
+from mifo_lightning.reinforcement import RLSettings
+from mifo_lightning.schedule import Schedule
+
+
+class Watch(Callback):
+    """Phases, whole gradients, and whether frozen coordinates moved."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Any]] = {"phases": [], "gradients": [], "frozen": [], "moved": []}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen["phases"].append(batch["phase"])
+        freeze = next(c for c in trainer.callbacks if isinstance(c, GradientFreezing))
+        self.masks = dict(freeze.masks)
+        self.before = {n: _local(p).clone() for n, p in pl_module.named_parameters()}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen["gradients"].append({n: full(p.grad).clone() for n, p in pl_module.named_parameters()})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        parameters = dict(pl_module.named_parameters())
+        moved = [(self.before[n] != _local(parameters[n]))[m].any() for n, m in self.masks.items()]
+        self.seen["frozen"].append(sum(int(m.sum()) for m in self.masks.values()))
+        self.seen["moved"].append(bool(moved and torch.stack(moved).any()))
+
+
+def _local(p: torch.Tensor) -> torch.Tensor:
+    p = p.detach()
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def fit(strategy: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[str, Any]:
+    devices = 1 if strategy == "single" else 2
+    chosen: Any = {
+        "single": "auto",
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    }[strategy]
+    watch = Watch()
+    module = make_module(
+        rl=AdamWSettings(lr=lr),
+        sft=AdamWSettings(lr=lr),
+        policy=RLSettings(kl_coefficient=0.05, entropy_fraction=0.5),
+    )
+    saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    export = ExportModel(str(out.parent / f"model-{strategy}"))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=chosen,
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*method_callbacks(size=8), watch, export, *([saver] if lr and ckpt is None else [])],
+        enable_checkpointing=bool(lr) and ckpt is None,
+        default_root_dir=out.parent,
+    )
+    schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4, passes=2)
+    data = make_data(schedule=schedule, holdout=9)
+    if ckpt is None:
+        values = trainer.validate(module, data, verbose=False)[0]
+        watch.seen["validation"] = [values]
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    watch.seen["weights"] = [{n: full(p).detach().clone() for n, p in module.named_parameters()}]
+    return {**watch.seen, "rank": trainer.global_rank}
+
+
+def main() -> None:
+    strategy, mode, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if mode == "gradients":
+        seen = fit(strategy, 0.0, out)
+    else:
+        ckpt = Path(sys.argv[4]) if len(sys.argv) > 4 else None
+        seen = fit(strategy, 5e-4, out, ckpt)
+    if seen["rank"] == 0:
+        torch.save(seen, out)
+
+
+if __name__ == "__main__":
+    main()
