@@ -1,11 +1,12 @@
-"""Makes a tiny model and tokenizer for real questions: can the whole method be run on GSM8K on a CPU, without a download?
+"""Can the whole method run on real questions on a CPU, without a download? Makes a tiny model for GSM8K.
 
     python -m experiments.make_gsm8k_model --data PATH/gsm8k_train.parquet --out models/gsm8k-tiny
 
-The tokenizer is a byte-level BPE of 2048 tokens trained on the questions and worked solutions of that file. The model, a
-Qwen2 shape of 1.25 million random weights, gets a language-model warm-up of about a minute on the same text: enough for
-the format, far from enough to solve anything. A score near zero is expected. The last 512 rows of the file are not read,
-so that their solutions are held out. One thread and seeded: the same seed gives the same weights on the same machine.
+The tokenizer is a byte-level BPE of 2048 tokens trained on the questions and worked solutions of that file. The model,
+a Qwen2 shape of 1.25 million random weights, gets a language-model warm-up of about a minute on the same text: enough
+for the look of it, far from enough to solve anything. A score near zero is expected. The last 512 rows of the file are
+not used, so that their solutions are held out. One thread and seeded: the same seed gives the same weights on the same
+machine.
 """
 
 import argparse
@@ -66,9 +67,7 @@ def train_tokenizer(chats: list[Chat]) -> Qwen2Tokenizer:
         model_max_length=CONTEXT,
         chat_template=CHAT_TEMPLATE,
     )
-    tokenizer = layout.train_new_from_iterator(
-        texts, VOCABULARY - 2, new_special_tokens=[START], show_progress=False
-    )
+    tokenizer = layout.train_new_from_iterator(texts, VOCABULARY - 2, new_special_tokens=[START], show_progress=False)
     # ordinary tokens, not special ones: decoding keeps them, and the verifier looks for the answer after </think>
     tokenizer.add_tokens(["<think>", "</think>"])
     return tokenizer
@@ -97,7 +96,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def warm_up(model: Qwen2ForCausalLM, texts: list[list[int]], steps: int) -> float:
-    """Language modelling on random batches of token ids, prompts included; returns the mean loss of the last ten steps."""
+    """Language modelling on random batches, prompts included; returns the mean loss of the last ten steps in nats."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
     losses: list[float] = []
     for step in range(steps):

@@ -1,6 +1,7 @@
 """BufferPhaseSwitch: hand what reinforcement learning cannot solve to supervised learning."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -104,10 +105,14 @@ class BufferPhaseSwitch(Callback):
 
 
 def gather_groups(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The groups of all ranks in rank order, on every rank; collective when there are several ranks."""
+    """The groups of all ranks, on every rank; collective when there are several ranks.
+
+    They are dealt back as a DistributedSampler deals questions out (rank r has every R-th), so that the order, and with
+    it the buffer, is that of a single process.
+    """
     group = world_group()
     if group is None:
         return groups
     gathered: list[list[Mapping[str, Any]]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(gathered, groups, group=group)
-    return [entry for part in gathered for entry in part]
+    return [entry for row in zip_longest(*gathered) for entry in row if entry is not None]

@@ -80,7 +80,7 @@ def belongs(skill: str, ids: Ids, split: Split) -> NDArray[np.bool_]:
 
 
 def draw(skill: str, split: Split, count: int, seed: int) -> Ids:
-    """`count` different question numbers of `split` in random order, int64 [count]; raises InputError if there are fewer."""
+    """`count` different question numbers of `split`, int64 [count] in random order; InputError if there are fewer."""
     order = np.random.default_rng([seed, list(SIZES).index(skill)]).permutation(SIZES[skill])
     kept: list[Ids] = []
     found = 0
