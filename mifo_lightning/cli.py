@@ -24,6 +24,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
@@ -40,6 +41,7 @@ METHOD = {
 }
 MONITORS: dict[str, type[Callback]] = {
     "updates": UpdateNorm,
+    "heldout": HeldOutLoss,
     "seconds": SecondsByActivity,
     "samples": SampleTable,
     "export": ExportModel,
@@ -48,14 +50,20 @@ MONITORS: dict[str, type[Callback]] = {
 }
 
 
+# on unless set to null; every other group is on where a configuration names it
+ALWAYS = ("seconds", "samples", "export", "progress", "summary")
+
+
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line that says which argument is meant."""
+
+    arguments: list[str] = []  # what the command line gave
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with status 2."""
         text = " ".join(message.split())
         quoted = re.findall(r"['\"]([\w.]+)['\"]", text)
-        for argument in sys.argv[1:]:
+        for argument in self.arguments:
             name = argument.partition("=")[0]
             if name.startswith("--") and name[2:] not in text and any(name.endswith(word) for word in quoted):
                 text = f"{name}: {text}"
@@ -96,8 +104,7 @@ class MifoCLI(LightningCLI):
         for key, cls in {**METHOD, **MONITORS}.items():
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
-            # the method's callbacks stand in the configurations, so that a run without them is the plain default
-            parser.set_defaults({key: {"class_path": path} if key in MONITORS else None})
+            parser.set_defaults({key: {"class_path": path} if key in ALWAYS else None})
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
@@ -158,6 +165,7 @@ def main(args: list[str] | None = None) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     quiet()
+    OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
         MifoCLI(
             MifoModule,
@@ -170,7 +178,7 @@ def main(args: list[str] | None = None) -> None:
                 "prog": "python -m mifo_lightning",
                 "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
             },
-            trainer_defaults={"max_epochs": 1, "logger": False},
+            trainer_defaults={"max_epochs": -1, "logger": False},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             args=args,
@@ -198,6 +206,7 @@ def quiet() -> None:
     for text in (
         ".*LeafSpec.*",  # Lightning calls a deprecated function of torch
         ".*overridden `transfer_batch_to_device`.*",  # on purpose: questions are no tensors
+        ".*LightningCLI's args parameter.*",  # `main` is called from Python on purpose
         ".*does not have many workers.*",  # questions are in memory
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
     ):

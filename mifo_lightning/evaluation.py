@@ -157,13 +157,18 @@ class Evaluator:
 
     def _demonstration_loss(self, policy: Policy, questions: list[Question], source: int) -> None:
         """Mean negative log-likelihood in nats per demonstration token."""
+        nll, tokens = self.demonstration_nll(policy, questions)
+        if tokens:
+            for scores in (self.scores[source], self.scores[-1]):
+                scores.means["demonstration_loss"].update(nll / tokens, tokens)
+
+    def demonstration_nll(self, policy: Policy, questions: list[Question]) -> tuple[Tensor, Tensor]:
+        """Summed negative log-likelihood in nats of this rank's demonstrations, and their tokens; collective."""
         shown = [q for q in questions if q.demonstration]
         with policy.sampling():
             if not shown:
-                return
+                return torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
             pad = int(self.tokenizer.pad_token_id)
             sequences = Sequences.pack([q.prompt for q in shown], [q.demonstration or [] for q in shown], pad)
             logp, _ = policy(sequences.to(policy.device))
-        tokens = int(sequences.response_lengths.sum())
-        for scores in (self.scores[source], self.scores[-1]):
-            scores.means["demonstration_loss"].update(-logp.sum() / tokens, tokens)
+            return -logp.sum(), sequences.response_lengths.sum().to(policy.device).float()

@@ -250,6 +250,10 @@ class MifoModule(LightningModule):
         self.last_reward = values.get("rollout/reward", self.last_reward)
         log_metrics(self.trainer, values)
 
+    def on_train_epoch_end(self) -> None:
+        """The loader's schedule is one epoch, whatever `max_epochs` allows."""
+        self.trainer.should_stop = True
+
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:

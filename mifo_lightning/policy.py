@@ -116,7 +116,7 @@ class Policy(nn.Module):
                 shard.set_reshard_after_forward(shard is not self, recurse=False)
                 shard.reshard()
             self.train(training)
-            # frees the casts of the weights; older torch would also reuse them, made without a graph, and lose gradients
+            # frees the casts of the weights; older torch would reuse them, made without a graph, and lose gradients
             torch.clear_autocast_cache()
 
 

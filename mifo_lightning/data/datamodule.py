@@ -18,7 +18,7 @@ from mifo_lightning.rewards.base import Reward
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
-Rows = str | list[str] | RowSource
+Rows = RowSource | list[str] | str  # in this order the command line reports what a RowSource refuses
 
 
 class QuestionData(LightningDataModule):

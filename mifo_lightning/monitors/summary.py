@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
+from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.run_dir import run_dir
 
 
@@ -45,22 +46,26 @@ class RunSummary(Callback):
         profiler = trainer.profiler  # type: ignore[attr-defined]
         seconds = profiler.by_activity() if isinstance(profiler, ActivityProfiler) else {}
         switch = next((c for c in trainer.callbacks if isinstance(c, BufferPhaseSwitch)), None)  # type: ignore[attr-defined]
+        probe = next((c for c in trainer.callbacks if isinstance(c, HeldOutLoss)), None)  # type: ignore[attr-defined]
         record = {
             "before": self.before,
             "after": self.after,
             "optimizer_steps": trainer.global_step,
             "sft_phases": switch.switches if switch else 0,
+            "heldout_changes": probe.changes if probe else {},
             "seconds": seconds,
         }
         path = run_dir(trainer) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        console = Console(width=max(100, Console().width))
+        console = Console(width=max(120, Console().width))
         if self.after:
             console.print(before_and_after(self.before, self.after))
         console.print(
             f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases"
         )
+        if probe:
+            console.print(probe_line(probe.changes), highlight=False)
         if seconds:
             console.print(seconds_line(seconds), highlight=False)
 
@@ -71,7 +76,8 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
     for key, value in after.items():
         source, _, metric = key.rpartition("/")
         start = before.get(key)
-        cell = f"{value:.3f}" if start is None else f"{start:.3f} → {value:.3f}"
+        digits = 1 if metric == "length" else 3
+        cell = f"{value:.{digits}f}" if start is None else f"{start:.{digits}f} → {value:.{digits}f}"
         rows.setdefault(source or "all", {})[metric] = cell
     metrics = list(dict.fromkeys(metric for cells in rows.values() for metric in cells))
     table = Table(title=title)
@@ -87,7 +93,18 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
 def print_metrics(trainer: Trainer, prefix: str) -> None:
     """Print what `validate` or `test` measured, one row per source."""
     values = {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-    Console(width=max(100, Console().width)).print(before_and_after({}, values, title=prefix.strip("/")))
+    Console(width=max(120, Console().width)).print(before_and_after({}, values, title=prefix.strip("/")))
+
+
+def probe_line(changes: dict[str, list[float]]) -> str:
+    """How the loss on held-out demonstrations changed, phase by phase."""
+    kinds = [
+        f"{sum(c < 0 for c in values)} of {len(values)} {kind.upper()} phases lowered it "
+        f"(mean {sum(values) / len(values):+.3f})"
+        for kind, values in changes.items()
+        if values
+    ]
+    return "loss on held-out demonstrations, nats per token: " + ", ".join(kinds)
 
 
 def seconds_line(seconds: dict[str, float]) -> str:

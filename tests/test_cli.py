@@ -1,0 +1,227 @@
+"""The command line: merging, overrides, printed configurations, one-line errors, what a run leaves behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from mifo_lightning.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = str(CONFIGS / "tiny.yaml")
+SHORT = {
+    "trainer.logger": "false",
+    "trainer.enable_checkpointing": "false",
+    "data.schedule.rl_steps": "3",
+    "data.schedule.rl_questions": "8",
+    "data.schedule.sft_batch": "8",
+    "data.train.init_args.count": "64",
+    "data.val.init_args.count": "16",
+    "switch.size": "8",
+    "switch.p": "0.5",
+}
+
+
+def short(root: Path, **changes: str) -> list[str]:
+    """Arguments of a run of 3 RL steps with SFT phases."""
+    pairs = {**SHORT, "trainer.default_root_dir": str(root), **{k.replace("__", "."): v for k, v in changes.items()}}
+    return ["fit", "--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--print_config"])
+    assert end.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The single line that bad input gets."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pytest.CaptureFixture[str]) -> None:
+    method = str(CONFIGS / "methods" / "mifo_dagger.yaml")
+    config = printed(
+        capsys, "fit", "--config", TINY, "--config", method, "--freeze.fraction", "0.3", "--entropy", "null"
+    )
+    assert config["importance"]["init_args"]["alpha"] == 0
+    assert config["freeze"]["init_args"]["fraction"] == 0.3
+    assert config["entropy"] is None
+    assert config["switch"]["init_args"] == {"size": 128, "p": 0.125, "order": "fifo", "leftovers": "keep"}
+
+
+@pytest.mark.parametrize("method", sorted(p.name for p in (CONFIGS / "methods").glob("*.yaml")))
+@pytest.mark.parametrize("base", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
+    assert (config["switch"] is None) == (method in ("rl.yaml", "sft.yaml"))
+    assert (config["freeze"] is None) == (not method.startswith("mifo"))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+def test_every_key_has_a_comment(path: Path) -> None:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        is_key = ":" in line.split("#")[0] and not line.strip().startswith("-")
+        opens = line.rstrip().endswith(":") and line.strip() in (
+            "trainer:",
+            "model:",
+            "data:",
+            "init_args:",
+            "sampling:",
+        )
+        named = line.strip().startswith("class_path:") or line.strip() in ("logger:", "schedule:")
+        assert not is_key or "#" in line or opens or named, f"{path.name}:{number}: {line}"
+
+
+def test_interpolation_follows_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("data:\n  eval_batch: ${..model.group_size}\n  holdout: ${oc.env:NOT_SET,7}\n")
+    config = printed(capsys, "fit", "--config", TINY, "--config", str(over), "--model.group_size", "5")
+    assert config["data"]["eval_batch"] == 5
+    assert config["data"]["holdout"] == 7
+
+
+def test_interpolation_that_cannot_be_followed_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text("data:\n  eval_batch: ${model.group_size}\n")
+    assert "data.eval_batch" in refused(capsys, "fit", "--config", TINY, "--config", str(over))
+
+
+def test_a_printed_configuration_runs_and_leaves_model_summary_and_samples(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = printed(capsys, *short(tmp_path))
+    path = tmp_path / "printed.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(path)])
+    out = capsys.readouterr().out
+    assert "before → after" in out
+    for skill in ("addition", "mirrored", "sorting", "reversal"):
+        assert skill in out
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["before"].keys() == summary["after"].keys() >= {"addition/avg@1", "avg@1"}
+    assert summary["sft_phases"] >= 1
+    assert summary["seconds"]["rollout"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"rl", "val"}
+    assert len([row for row in rows if row["stage"] == "val" and row["step"] == 0]) == 16
+
+
+def test_the_command_line_wins_over_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(short(tmp_path / "a", trainer__enable_checkpointing="true", trainer__max_steps="2"))
+    (ckpt,) = (tmp_path / "a").rglob("*.ckpt")
+    stored = torch.load(ckpt, weights_only=True)
+    assert stored["global_step"] == 2
+    arguments = short(tmp_path / "b", model__rl__lr="0.0", model__sft__lr="0.0", data__schedule__rl_steps="8")
+    main([*arguments, "--ckpt_path", str(ckpt)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
+    for name, value in model.named_parameters():
+        assert (value == stored["state_dict"][f"policy.model.{name}"]).all()
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    first = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["before"] == first["before"]
+
+
+def test_csv_logging_keeps_the_metrics_of_every_part(tmp_path: Path) -> None:
+    arguments = short(tmp_path)
+    at = arguments.index("--trainer.logger")
+    csv = ["--config", str(CONFIGS / "logger" / "csv.yaml"), "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    main([*arguments[:at], *arguments[at + 2 :], *csv])
+    (path,) = tmp_path.rglob("metrics.csv")
+    header = set(path.read_text().splitlines()[0].split(","))
+    assert header >= {
+        "buffer/size",
+        "entropy/share",
+        "entropy/threshold",
+        "freeze/share",
+        "importance/q0.5",
+        "phase/is_sft",
+        "rl/clip_share",
+        "rl/grad_norm",
+        "rl/update_norm",
+        "rollout/entropy",
+        "rollout/reward",
+        "rollout/truncated",
+        "sft/loss",
+        "sft/update_norm",
+        "val/addition/avg@1",
+    }
+
+
+def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = short(tmp_path)
+    main(["validate", *arguments[1:], "--model.evaluation.samples", "4", "--model.evaluation.greedy", "true"])
+    out = capsys.readouterr().out
+    for name in ("greedy", "avg@4", "pass@2", "pass@4", "sorting"):
+        assert name in out
+    assert "data.test: null" in refused(capsys, "test", *arguments[1:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model.nmae": "1"}, ["--model.nmae", "did you mean"]),
+        ({"freeze.fracton": "1"}, ["--freeze.fracton"]),
+        ({"model.rl.lr": "abc"}, ["model.rl.lr", "abc", "float"]),
+        ({"config": "absent.yaml"}, ["absent.yaml"]),
+        ({"model.model": "absent/dir/x"}, ["model.model", "absent/dir/x", "directory"]),
+        ({"model.group_size": "1"}, ["model.group_size: 1", "at least 2"]),
+        ({"model.solved_at": "0"}, ["model.solved_at: 0", "(0, 1]"]),
+        ({"model.sampling.top_p": "0.9"}, ["model.sampling", "top_p 0.9"]),
+        ({"model.policy.entropy_fraction": "1.5"}, ["entropy_fraction: 1.5", "(0, 1]"]),
+        ({"model.evaluation.samples": "-1"}, ["model.evaluation.samples: -1"]),
+        ({"switch.p": "1.5"}, ["p is 1.5", "0 to 1"]),
+        ({"switch.size": "0"}, ["size", "0"]),
+        ({"switch.size": "4096"}, ["switch.size: 4096", "64"]),
+        ({"switch.size": "7"}, ["sft_batch: 8", "7"]),
+        ({"freeze.fraction": "0"}, ["fraction is 0", "above 0"]),
+        ({"entropy.fraction": "1.2"}, ["fraction is 1.2", "at most 1"]),
+        ({"importance": "null"}, ["GradientFreezing", "ImportanceEMA"]),
+        ({"importance.alpha": "1.0"}, ["alpha is 1.0"]),
+        ({"trainer.precision": "bf16-true"}, ["trainer.precision: bf16-true", "bf16-mixed"]),
+        ({"trainer.accumulate_grad_batches": "5"}, ["accumulate_grad_batches: 5"]),
+        ({"trainer.gradient_clip_val": "1.0"}, ["trainer.gradient_clip_val: 1.0", "model.rl.clip"]),
+        ({"trainer.strategy": "nonsense"}, ["nonsense"]),
+        ({"data.train": "absent.parquet"}, ["data.train", "absent.parquet"]),
+        ({"data.train.init_args.skills": "[juggling]"}, ["juggling", "addition"]),
+        ({"data.max_prompt_tokens": "3"}, ["no question left", "prompt too long"]),
+        ({"data.max_response_tokens": "2"}, ["switch.size: 8", "0 training questions"]),
+        ({"data.holdout": "64"}, ["data.holdout: 64"]),
+        ({"data.schedule.rl_questions": "0"}, ["rl_questions: 0", "at least 1"]),
+        ({"data.eval_batch": "0"}, ["data.eval_batch: 0"]),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_input_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, str], parts: list[str]
+) -> None:
+    line = refused(capsys, *short(tmp_path), *(text for k, v in changes.items() for text in (f"--{k}", v)))
+    for part in parts:
+        assert part in line
+
+
+def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    base = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in base.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    (model / "model.safetensors").write_bytes(b"not a model")
+    assert "cannot be loaded" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    tokenizer["pad_token"] = None
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert "has no pad_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    (model / "config.json").unlink()
+    assert "no config.json" in refused(capsys, *short(tmp_path), "--model.model", str(model))
