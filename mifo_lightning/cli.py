@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +23,7 @@ from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.activity import SecondsByActivity
+from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.progress import PhaseProgress
@@ -45,13 +46,14 @@ MONITORS: dict[str, type[Callback]] = {
     "seconds": SecondsByActivity,
     "samples": SampleTable,
     "export": ExportModel,
+    "checkpoint": LastCheckpoint,
     "progress": PhaseProgress,
     "summary": RunSummary,
 }
 
 
 # on unless set to null; every other group is on where a configuration names it
-ALWAYS = ("seconds", "samples", "export", "progress", "summary")
+ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -124,9 +126,10 @@ class MifoCLI(LightningCLI):
         """Build the Trainer with the named callbacks that are not null, in their order."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
-        callbacks = [callback for callback in named if callback is not None]
-        if config.get("enable_progress_bar") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
+        off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
+        unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
+        callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         return self._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:

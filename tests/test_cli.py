@@ -10,6 +10,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mifo_lightning.cli import main
+from mifo_lightning.data.question import Question
+from mifo_lightning.loader import PhaseLoader
+from mifo_lightning.schedule import Schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
@@ -66,6 +69,22 @@ def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: 
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
     assert (config["switch"] is None) == (method in ("rl.yaml", "sft.yaml"))
     assert (config["freeze"] is None) == (not method.startswith("mifo"))
+
+
+@pytest.mark.parametrize("base", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base: str) -> None:
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base))
+    trainer, schedule, size = config["trainer"], config["data"]["schedule"], config["switch"]["init_args"]["size"]
+    questions = [Question(i, "s", "", [1], "", [2]) for i in range(256)]
+    loader = PhaseLoader(
+        questions,
+        Schedule(**schedule),
+        group_size=config["model"]["group_size"],
+        micro_batches=trainer["accumulate_grad_batches"],
+        world_size=trainer["devices"] * trainer["num_nodes"],
+    )
+    loader.push([{"id": i} for i in range(size)])
+    assert next(loader)["phase"] == "sft"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)

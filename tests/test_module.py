@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mifo_callbacks import GradientFreezing
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.losses.policy import group_advantages
+from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.policy import Sequences
 from mifo_lightning.reinforcement import RLSettings

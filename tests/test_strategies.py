@@ -49,7 +49,7 @@ def test_two_processes_see_the_gradients_and_scores_of_one(tmp_path: Path, strat
 def test_two_processes_freeze_resume_and_export_exactly(tmp_path: Path, strategy: str) -> None:
     whole = run(strategy, "resume", tmp_path / "whole.pt")
     assert not any(whole["moved"])
-    frozen = {phase: n for phase, n in zip(whole["phases"], whole["frozen"], strict=True)}
+    frozen = dict(zip(whole["phases"], whole["frozen"], strict=True))
     assert frozen["rl"] == 0
     assert frozen["sft"] > 0
     in_sft = whole["phases"].index("sft") + 1  # after the first of the phase's two steps

@@ -1,6 +1,6 @@
 """A program for test_strategies.py: fits under a strategy on CPU processes and writes what rank 0 saw.
 
-    python tests/two_processes.py {single|ddp|fsdp2} {gradients|resume} OUT.pt
+python tests/two_processes.py {single|ddp|fsdp2} {gradients|resume} OUT.pt
 """
 
 import sys

@@ -1,0 +1,37 @@
+# make demo and make test are all the set-up there is: each makes its environment on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# where to take PyTorch from, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# one thread a process: on small steps more threads than free cores are several times slower
+export OMP_NUM_THREADS ?= 1
+
+RUN = $(abspath $(VENV))/bin/python
+READY = $(VENV)/.ready
+DEMO = $(RUN) -m mifo_lightning fit --config configs/tiny.yaml $(if $(SHORT),--data.schedule.rl_steps 30)
+
+.PHONY: help demo test lint clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
+
+demo: $(READY) ## a full MIFO run on the embedded task, on CPU (SHORT=1: a quarter of it)
+	$(DEMO)
+
+test: $(READY) ## all tests of both distributions
+	cd callbacks && $(RUN) -m pytest
+	$(RUN) -m pytest
+
+lint: $(READY) ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean: ## remove the environment and what runs have written
+	rm -rf $(VENV) runs
+
+$(READY): pyproject.toml callbacks/pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q $(TORCH)
+	$(RUN) -m pip install -q -c constraints.txt -e ./callbacks -e ".[dev]"
+	touch $@
