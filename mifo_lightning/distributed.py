@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+def ranks() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather_ranks(value: Any) -> list[Any]:
     """The value of every rank, in rank order; values must pickle."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -34,5 +39,4 @@ def full(tensor: Tensor) -> Tensor:
 def mean_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Each number averaged over all ranks, in one reduction."""
     sums = sum_ranks([torch.tensor(value, device=device) for value in values.values()])
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return {name: float(total) / ranks for name, total in zip(values, sums, strict=True)}
+    return {name: float(total) / ranks() for name, total in zip(values, sums, strict=True)}

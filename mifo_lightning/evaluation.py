@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rollout.batch import score_without_gradient
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.seeds import stable_key
 
@@ -46,22 +47,24 @@ class Evaluation:
             )
 
 
-class SourceScores(nn.Module):
+class SourceScores:
     """The metrics of one data source.
 
     Args:
         samples: Sampled responses per question.
         greedy: Whether there is a greedy response.
+        device: Where they count.
     """
 
-    def __init__(self, samples: int, greedy: bool) -> None:
-        super().__init__()
-        self.at_k = nn.ModuleDict({"greedy": AverageAtK()} if greedy else {})
+    def __init__(self, samples: int, greedy: bool, device: torch.device) -> None:
+        self.at_k: dict[str, AverageAtK | PassAtK] = {"greedy": AverageAtK()} if greedy else {}
         if samples:
             self.at_k[f"avg@{samples}"] = AverageAtK()
             tries = {2**i for i in range(1, samples.bit_length()) if 2**i < samples} | {samples}
             self.at_k.update({f"pass@{k}": PassAtK(k) for k in sorted(tries) if k > 1})
-        self.means = nn.ModuleDict({name: MeanMetric() for name in ("length", "truncated", "demonstration_loss")})
+        self.means = {name: MeanMetric() for name in ("length", "truncated", "demonstration_loss")}
+        for metric in (*self.at_k.values(), *self.means.values()):
+            metric.to(device)
 
     def values(self) -> dict[str, Tensor]:
         """All metrics, synchronised over ranks; those that saw nothing are left out."""
@@ -98,7 +101,8 @@ class Evaluator:
     def reset(self, sources: list[str], device: torch.device) -> None:
         """Begin an evaluation of these sources; the last entry of `scores` is over all of them."""
         self.sources = sources
-        self.scores = [SourceScores(self.settings.samples, self.settings.greedy).to(device) for _ in (*sources, "all")]
+        samples, greedy = self.settings.samples, self.settings.greedy
+        self.scores = [SourceScores(samples, greedy, device) for _ in (*sources, "all")]
 
     def update(self, policy: Policy, questions: list[Question], source: int) -> list[dict[str, Any]]:
         """Add questions of one source; returns one graded sample per question as text."""
@@ -142,8 +146,8 @@ class Evaluator:
                 if (name == "greedy") == greedy:
                     metric.update(correct, n)
             if not greedy or not self.settings.samples:
-                scores.means["length"].update([float(len(c.tokens)) for c in flat])
-                scores.means["truncated"].update([float(not c.finished) for c in flat])
+                scores.means["length"].update(torch.tensor([float(len(c.tokens)) for c in flat]))
+                scores.means["truncated"].update(torch.tensor([float(not c.finished) for c in flat]))
         return [
             {
                 "source": q.source,
@@ -170,5 +174,5 @@ class Evaluator:
                 return torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
             pad = int(self.tokenizer.pad_token_id)
             sequences = Sequences.pack([q.prompt for q in shown], [q.demonstration or [] for q in shown], pad)
-            logp, _ = policy(sequences.to(policy.device))
+            logp, _ = score_without_gradient(policy, sequences.to(policy.device), temperature=1.0)
             return -logp.sum(), sequences.response_lengths.sum().to(policy.device).float()

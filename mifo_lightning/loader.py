@@ -1,5 +1,6 @@
 """The PhaseLoader decides what the next optimizer step works on, and remembers where it is."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -61,6 +62,7 @@ class PhaseLoader:
         questions: All training questions; position equals `Question.id`.
         schedule: How much of which phase.
         group_size: Rollouts per question; only to check that micro-batches divide.
+        phase_size: Demonstrations that a buffer pushes for one SFT phase; only to check that batches divide.
         micro_batches: Micro-batches per optimizer step, the Trainer's `accumulate_grad_batches`.
         seed: Seed of the order of questions and demonstrations.
         rank: This process.
@@ -76,6 +78,7 @@ class PhaseLoader:
         schedule: Schedule,
         *,
         group_size: int = 1,
+        phase_size: int | None = None,
         micro_batches: int = 1,
         seed: int = 0,
         rank: int = 0,
@@ -89,44 +92,16 @@ class PhaseLoader:
         )
         self.rank, self.world_size = rank, world_size
         self.demonstrated = [q.id for q in questions if q.demonstration]
-        self._check(group_size)
+        schedule.check("data.schedule")
+        if schedule.rl_steps != 0:
+            schedule.check_rl(len(questions), group_size, micro_batches, world_size)
+        if phase_size is not None or schedule.sft_before or schedule.sft_after:
+            schedule.check_sft(len(self.demonstrated), phase_size, micro_batches, world_size)
         self._at = _Position()
         self._queue: list[list[int]] = []  # pushed SFT phases that have not begun
         self._kind: str | None = None  # what is under way: rl, sft, before, after
         self._ids: list[int] = []  # questions of what is under way
         self._update = 0
-
-    def _check(self, group_size: int) -> None:
-        s, ranks, micro = self.schedule, self.world_size, self.micro_batches
-        s.check("data.schedule")
-        parts = ranks * s.minibatches
-        rollouts = s.rl_questions * group_size // parts
-        if s.rl_steps != 0:
-            if s.rl_questions % parts:
-                raise InputError(
-                    f"data.schedule.rl_questions: {s.rl_questions} does not divide by {parts} "
-                    f"({ranks} ranks x {s.minibatches} minibatches)"
-                )
-            if rollouts % micro:
-                raise InputError(
-                    f"trainer.accumulate_grad_batches: {micro} does not divide the {rollouts} rollouts that each rank "
-                    f"has per RL optimizer step"
-                )
-            if s.rl_questions > len(self.questions):
-                raise InputError(
-                    f"data.schedule.rl_questions: {s.rl_questions} is more than the {len(self.questions)} questions "
-                    f"that are left after filters"
-                )
-        if s.sft_batch % (ranks * micro):
-            raise InputError(
-                f"trainer.accumulate_grad_batches: {micro} x {ranks} ranks does not divide "
-                f"data.schedule.sft_batch = {s.sft_batch}"
-            )
-        if (s.sft_before or s.sft_after) and len(self.demonstrated) < s.sft_batch:
-            raise InputError(
-                f"data.schedule.sft_batch: {s.sft_batch} is more than the {len(self.demonstrated)} questions that "
-                f"have a demonstration"
-            )
 
     def push(self, entries: list[dict[str, Any]]) -> None:
         """Queue an SFT phase on the demonstrations of these buffer entries (their `id` is a question's).
@@ -134,12 +109,7 @@ class PhaseLoader:
         Raises:
             InputError: If the phase cannot be cut into whole SFT batches.
         """
-        batch = self.schedule.sft_batch
-        if not entries or len(entries) * self.schedule.sft_epochs % batch:
-            raise InputError(
-                f"data.schedule.sft_batch: {batch} does not divide an SFT phase of {len(entries)} demonstrations x "
-                f"{self.schedule.sft_epochs} epochs (switch.size x data.schedule.sft_epochs)"
-            )
+        self.schedule.check_phase(len(entries))
         self._queue.append([entry["id"] for entry in entries])
 
     def __len__(self) -> int:
@@ -175,8 +145,7 @@ class PhaseLoader:
         elif self._queue:
             self._kind, self._ids = "sft", self._shuffled_epochs(self._queue.pop(0))
         elif s.rl_steps is None or at.rl < s.rl_steps:
-            start = at.rl * s.rl_questions
-            self._kind, self._ids = "rl", self._endless(len(self.questions), start, s.rl_questions, "rl")
+            self._kind, self._ids = "rl", self._batch(len(self.questions), s.rl_questions, at.rl, "rl")
         elif at.after < s.sft_after:
             self._kind, self._ids = "after", self._demonstrations(s.sft_before + at.after)
         else:
@@ -221,18 +190,16 @@ class PhaseLoader:
 
     def _demonstrations(self, step: int) -> list[int]:
         """The SFT batch number `step` of an endless shuffled pass over all demonstrations."""
-        batch = self.schedule.sft_batch
-        return [
-            self.demonstrated[i] for i in self._endless(len(self.demonstrated), step * batch, batch, "demonstrations")
-        ]
+        chosen = self._batch(len(self.demonstrated), self.schedule.sft_batch, step, "demonstrations")
+        return [self.demonstrated[i] for i in chosen]
 
-    def _endless(self, n: int, start: int, count: int, name: str) -> list[int]:
-        """`count` positions from `start` of range(n) shuffled anew in every epoch."""
-        chosen: list[int] = []
-        while len(chosen) < count:
-            epoch, offset = divmod(start + len(chosen), n)
-            chosen += self._permutation(n, f"{name}/{epoch}")[offset : offset + count - len(chosen)]
-        return chosen
+    def _batch(self, n: int, size: int, number: int, name: str) -> list[int]:
+        """Batch `number` of range(n), shuffled anew in every epoch.
+
+        The incomplete batch at the end of an epoch is left out, so that no batch holds anything twice.
+        """
+        epoch, place = divmod(number, n // size)
+        return self._permutation(n, f"{name}/{epoch}")[place * size : (place + 1) * size]
 
     def _shuffled_epochs(self, ids: list[int]) -> list[int]:
         """The demonstrations of one SFT phase, `sft_epochs` times, each time in another order."""
@@ -243,18 +210,45 @@ class PhaseLoader:
         generator = torch.Generator().manual_seed(stable_key(self.seed, "order", name))
         return torch.randperm(n, generator=generator).tolist()
 
+    @property
+    def position(self) -> dict[str, int]:
+        """Where the loader is: rollouts, phases and optimizer steps begun or done, and the next micro-batch."""
+        return vars(self._at).copy()
+
     def state_dict(self) -> dict[str, Any]:
-        """Position, pushed phases and what is under way: plain integers and lists."""
+        """Position, pushed phases, what is under way, and what the questions were: plain integers and lists."""
         return {
-            "position": vars(self._at).copy(),
+            "position": self.position,
             "queue": [list(ids) for ids in self._queue],
             "kind": self._kind,
             "ids": list(self._ids),
             "update": self._update,
+            "updates": self._updates(),
+            "questions": len(self.questions),
+            "fingerprint": self._fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; the schedule itself is the present configuration's."""
+        """Continue where `state_dict` was taken; the schedule itself is the present configuration's.
+
+        Raises:
+            InputError: If the questions are others, or what is under way would now have another number of updates.
+        """
+        if state["fingerprint"] != self._fingerprint():
+            raise InputError(
+                f"ckpt_path: the training questions are not those of the checkpoint ({state['questions']} then, "
+                f"{len(self.questions)} now); data.train, its filters, data.holdout and the seed must stay the same"
+            )
         self._at = _Position(**state["position"])
         self._queue = [list(ids) for ids in state["queue"]]
         self._kind, self._ids, self._update = state["kind"], list(state["ids"]), state["update"]
+        if self._update == state["updates"]:
+            self._update = self._updates()  # it was complete, whatever a phase looks like now
+        elif self._updates() != state["updates"]:
+            raise InputError(
+                f"data.schedule: the checkpoint is inside a {self._kind} phase of {state['updates']} updates, which "
+                f"would now have {self._updates()}; passes, minibatches and sft_batch can change only between phases"
+            )
+
+    def _fingerprint(self) -> int:
+        return zlib.crc32("\n".join(f"{q.text}\t{q.truth}" for q in self.questions).encode())

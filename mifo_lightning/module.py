@@ -1,18 +1,21 @@
 """MifoModule: one LightningModule that switches between RL and SFT as the work items say."""
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.data.question import Question
-from mifo_lightning.distributed import full, gather_ranks, mean_ranks
+from mifo_lightning.distributed import full, gather_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.loader import WorkItem
@@ -29,7 +32,7 @@ from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.step_metrics import StepMetrics
 from mifo_lightning.supervision import Demonstrations
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
 
 
 class MifoModule(LightningModule):
@@ -100,6 +103,7 @@ class MifoModule(LightningModule):
         """Load the weights (fp32 master copy) and, under FSDP2, shard them."""
         if self.policy is not None:
             return
+        require_data_parallel(self.trainer, "MifoModule")
         if self.trainer.precision not in PRECISIONS:
             raise InputError(
                 f"trainer.precision: {self.trainer.precision} is not allowed; it must be one of "
@@ -109,7 +113,7 @@ class MifoModule(LightningModule):
         reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for whole in (self.policy, reference):
-                if whole is not None:
+                if whole is not None and self.device_mesh is not None:
                     shard_policy(whole, self.device_mesh["data_parallel"])
         self.reinforcement.set_reference(reference)
 
@@ -125,7 +129,12 @@ class MifoModule(LightningModule):
         return batch
 
     def on_fit_start(self) -> None:
-        """Refuse what would clip twice."""
+        """Refuse what would clip twice, or cut an optimizer step in two."""
+        limit, micro = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        if isinstance(limit, int) and limit % micro:
+            raise InputError(
+                f"trainer.limit_train_batches: {limit} is not a multiple of accumulate_grad_batches = {micro}"
+            )
         if self.trainer.gradient_clip_val:
             raise InputError(
                 f"trainer.gradient_clip_val: {self.trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
@@ -134,6 +143,11 @@ class MifoModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
+        if self.trainer.train_dataloader.position["micro"]:  # type: ignore[union-attr]
+            raise InputError(
+                "ckpt_path: written between two micro-batches of one optimizer step, whose gradient it does not hold; "
+                "take another, such as last.ckpt"
+            )
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
@@ -143,6 +157,12 @@ class MifoModule(LightningModule):
 
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
+        micro = self.trainer.accumulate_grad_batches
+        if batch_idx % micro != batch["micro"] or micro != batch["micro_batches"]:
+            raise InputError(
+                f"trainer.accumulate_grad_batches: {micro} at batch {batch_idx} is out of step with the loader, which "
+                f"is at micro-batch {batch['micro'] + 1} of {batch['micro_batches']}; keep it the same for a whole run"
+            )
         if batch["micro"] == 0:
             lr = self._phase_optimizer.enter(batch["phase"], batch["step"])
             self._metrics.put(batch["phase"], {"lr": lr})
@@ -160,14 +180,16 @@ class MifoModule(LightningModule):
             output = self._roll_out(batch)
         assert self._rollout is not None, "the loader begins every rollout with its first update"
         settings = self.reinforcement.settings
-        part, sequences = self.reinforcement.micro_batch(self._rollout, batch)
-        with self.trainer.profiler.profile("mifo.forward"):
+        part, mask, sequences = self.reinforcement.micro_batch(self._rollout, batch)
+        if batch["update"] + 1 == batch["updates"] and batch["micro"] + 1 == batch["micro_batches"]:
+            self._rollout = None  # used up: no checkpoint need hold it
+        with self._profile("forward"):
             logp, _ = self._policy(part.sequences, self.reinforcement.sampling.temperature)
         loss, metrics = policy_loss(
             logp,
             logp.detach() if part.logp_old is None else part.logp_old,
             part.advantages,
-            part.sequences.mask(),
+            mask,
             sequences=sequences * self.trainer.world_size,
             keep=part.keep,
             logp_ref=part.logp_ref,
@@ -182,15 +204,14 @@ class MifoModule(LightningModule):
         """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
         self._rollout = None  # the old one is not needed while the new one is made
         start = time.perf_counter()
-        with self.trainer.profiler.profile("mifo.rollout"):
+        with self._profile("rollout"):
             completions = self.reinforcement.draw(self._policy, batch)
         seconds = time.perf_counter() - start
-        with self.trainer.profiler.profile("mifo.reward"):
+        with self._profile("reward"):
             rewards = self.reinforcement.grade(batch["questions"], completions)
-        with self.trainer.profiler.profile("mifo.score"):
+        with self._profile("score"):
             self._rollout = self.reinforcement.prepare(self._policy, batch, completions, rewards)
-        described = self.reinforcement.describe(self._rollout, completions, seconds)
-        self._metrics.put("rollout", mean_ranks(described, self.device))
+        self._metrics.put("rollout", self.reinforcement.describe(self._rollout, completions, seconds))
         return {
             "groups": self.reinforcement.groups(self._rollout, batch["questions"]),
             "samples": self.reinforcement.samples(self._rollout, batch["questions"], completions),
@@ -204,10 +225,9 @@ class MifoModule(LightningModule):
         alone = batch["micro_batches"] == 1
         if not alone and batch["micro"] == 0:
             # the threshold belongs to the optimizer step: all entropies are needed before the first backward
-            with self.trainer.profiler.profile("mifo.entropies"):
-                demos.select(self.select_tokens, self._entropies(demos, len(demos.mask) // batch["micro_batches"]))
+            demos.select(self.select_tokens, self._entropies(demos))
         rows = torch.arange(len(demos.mask), device=self.device).tensor_split(batch["micro_batches"])[batch["micro"]]
-        with self.trainer.profiler.profile("mifo.forward"):
+        with self._profile("forward"):
             logp, entropy = self._policy(demos.sequences.select(rows))
         if alone:
             demos.select(self.select_tokens, entropy)
@@ -219,11 +239,12 @@ class MifoModule(LightningModule):
         self._metrics.add("sft", metrics)
         return {"loss": loss}
 
-    def _entropies(self, demos: Demonstrations, rows: int) -> Tensor | None:
+    def _entropies(self, demos: Demonstrations) -> Tensor | None:
         """Entropies [B, L] of the whole optimizer step on this rank, if a selection wants them."""
         if self.select_tokens is None:
             return None
-        return score_without_gradient(self._policy, demos.sequences, temperature=1.0, rows=rows)[1]
+        with self._profile("entropies"):
+            return score_without_gradient(self._policy, demos.sequences, temperature=1.0)[1]
 
     def configure_gradient_clipping(
         self,
@@ -292,8 +313,9 @@ class MifoModule(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it until `on_train_start`."""
-        self._restored = checkpoint.get("mifo", {})
+        """Keep it until `on_train_start`; evaluation needs the weights alone."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._restored = checkpoint.get("mifo", {})
 
     def _restore_rollout(self, rollouts: list[dict[str, Any] | None]) -> None:
         if len(rollouts) != self.trainer.world_size and any(rollouts):
@@ -303,6 +325,9 @@ class MifoModule(LightningModule):
             )
         state = rollouts[self.trainer.global_rank] if any(rollouts) else None
         self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
+
+    def _profile(self, activity: str) -> AbstractContextManager[None]:
+        return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]
 
     @property
     def _policy(self) -> Policy:

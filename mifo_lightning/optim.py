@@ -89,7 +89,7 @@ class PhaseAdamW:
         self.optimizer, self.parameters, self.moments = optimizer, parameters, moments
         self.settings: dict[str, AdamWSettings] = {"rl": rl, "sft": sft}
         self.phase: str | None = None
-        self._parked: dict[str, dict[nn.Parameter, dict[str, Any]]] = {}
+        self._parked: dict[str, dict[Tensor, dict[str, Any]]] = {}
 
     def enter(self, phase: Phase, step: int) -> float:
         """Make the optimizer ready for optimizer step `step` of `phase`; returns the learning rate."""
@@ -113,7 +113,7 @@ class PhaseAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """The phase and the parked moments by parameter name, as full tensors (collective if they are sharded)."""
-        names = {parameter: name for name, parameter in self.parameters.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         parked = {
             phase: {
                 names[p]: {k: full(v) if isinstance(v, Tensor) else v for k, v in slots.items()}

@@ -1,7 +1,7 @@
 """One RL step without Lightning: draw, grade, prepare, cut into micro-batches, describe."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.sharding import world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.question import Question
+from mifo_lightning.distributed import mean_ranks, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import group_advantages
@@ -18,8 +19,6 @@ from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rollout.batch import Rollout, pack_completions, score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.seeds import stable_key
-
-SCORING_ROWS = 64  # sequences scored at once where no gradient is needed
 
 
 @dataclass
@@ -50,6 +49,20 @@ class RLSettings:
         for name, good, what in allowed:
             if not good:
                 raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
+
+
+class MicroBatch(NamedTuple):
+    """What one backward of an RL optimizer step sees.
+
+    Attributes:
+        part: The rows of the rollout.
+        mask: [B, L] bool response mask; all false where this micro-batch has nothing to do.
+        sequences: How many sequences this rank's optimizer step has, those left out included.
+    """
+
+    part: Rollout
+    mask: Tensor
+    sequences: int
 
 
 class Reinforcement:
@@ -126,13 +139,13 @@ class Reinforcement:
         )
         masked = self.settings.entropy_fraction < 1
         if item["updates"] > 1 or masked:
-            logp, entropy = score_without_gradient(policy, sequences, temperature, SCORING_ROWS)
+            logp, entropy = score_without_gradient(policy, sequences, temperature)
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             rollout.logp_old = logp if item["updates"] > 1 else None
             rollout.keep = self._forking_tokens(entropy, sequences.mask(), item) if masked else None
         for reference in self._reference:
             reference.to(device)
-            rollout.logp_ref = score_without_gradient(reference, sequences, temperature, SCORING_ROWS)[0]
+            rollout.logp_ref = score_without_gradient(reference, sequences, temperature)[0]
         return rollout
 
     def _forking_tokens(self, entropy: Tensor, mask: Tensor, item: WorkItem) -> Tensor:
@@ -143,8 +156,8 @@ class Reinforcement:
         ]
         return torch.cat(parts)
 
-    def micro_batch(self, rollout: Rollout, item: WorkItem) -> tuple[Rollout, int]:
-        """The rows of this micro-batch, and how many sequences this rank's optimizer step has.
+    def micro_batch(self, rollout: Rollout, item: WorkItem) -> MicroBatch:
+        """The rows that the update of `item` works on in its micro-batch.
 
         Rows of advantage 0 give no gradient and are left out unless there is a KL term; they still count.
         """
@@ -152,12 +165,10 @@ class Reinforcement:
         rows = everything.tensor_split(item["minibatches"])[item["update"] % item["minibatches"]]
         active = rows if self.needs_reference else rows[rollout.advantages[rows] != 0]
         mine = active.tensor_split(item["micro_batches"])[item["micro"]]
-        if len(mine):
-            return rollout.rows(mine), len(rows)
-        # every rank runs every backward: one row with advantage 0 gives gradients of exactly 0
-        idle = rollout.rows(rows[:1])
-        idle.advantages = torch.zeros_like(idle.advantages)
-        return idle, len(rows)
+        # every rank runs every backward: one row without a valid token gives gradients of exactly 0
+        part = rollout.rows(mine if len(mine) else rows[:1])
+        mask = part.sequences.mask()
+        return MicroBatch(part, mask if len(mine) else torch.zeros_like(mask), len(rows))
 
     def groups(self, rollout: Rollout, questions: list[Question]) -> list[dict[str, Any]]:
         """What BufferPhaseSwitch wants to know of each question."""
@@ -179,20 +190,29 @@ class Reinforcement:
         ]
 
     def describe(self, rollout: Rollout, completions: list[list[Completion]], seconds: float) -> dict[str, float]:
-        """Means over this rank's rollouts, and tokens generated per second."""
+        """Means over the rollouts of all ranks, tokens per second of all of them, graded badly so far; collective."""
         flat = [c for group in completions for c in group]
         tokens = sum(len(c.tokens) for c in flat)
         still = (rollout.advantages.view(-1, self.group_size) == 0).all(-1)
-        return {
-            "reward": float(rollout.rewards.mean()),
-            "correct": float(rollout.correct.float().mean()),
-            "truncated": 1.0 - float(rollout.finished.float().mean()),
-            "length": tokens / len(flat),
-            "entropy": -sum(sum(c.logp) for c in flat) / tokens,  # Monte-Carlo estimate over all sampled tokens
-            "advantage_abs": float(rollout.advantages.abs().mean()),
-            "groups_without_signal": float(still.float().mean()),
-            "tokens_per_s": tokens / max(seconds, 1e-9),
-        }
+        # every rank has equally many rollouts
+        means = mean_ranks(
+            {
+                "reward": float(rollout.rewards.mean()),
+                "correct": float(rollout.correct.float().mean()),
+                "truncated": 1.0 - float(rollout.finished.float().mean()),
+                "length": tokens / len(flat),
+                "entropy": -sum(sum(c.logp) for c in flat) / len(flat),
+                "advantage_abs": float(rollout.advantages.abs().mean()),
+                "groups_without_signal": float(still.float().mean()),
+                "tokens_per_s": tokens / max(seconds, 1e-9) * ranks(),
+                "reward_errors": float(self.reward.errors * ranks()),
+                "reward_timeouts": float(self.reward.timeouts * ranks()),
+            },
+            rollout.rewards.device,
+        )
+        # Monte-Carlo estimate: the mean over all sampled tokens of all ranks
+        means["entropy"] /= means["length"]
+        return means
 
 
 def _check(group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings) -> None:

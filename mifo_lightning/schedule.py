@@ -46,3 +46,51 @@ class Schedule:
             raise InputError(f"{key}.sft_after: {self.sft_after} never comes, since {key}.rl_steps is null")
         if self.rl_steps == 0 and not self.sft_before and not self.sft_after:
             raise InputError(f"{key}.rl_steps: 0, with no SFT steps either, leaves nothing to train")
+
+    def check_rl(self, questions: int, group_size: int, micro_batches: int, ranks: int) -> None:
+        """Raise an InputError if a rollout cannot be drawn, or cut into ranks, minibatches and micro-batches."""
+        parts = ranks * self.minibatches
+        rollouts = self.rl_questions * group_size // parts
+        if self.rl_questions % parts:
+            raise InputError(
+                f"data.schedule.rl_questions: {self.rl_questions} does not divide by {parts} "
+                f"({ranks} ranks x {self.minibatches} minibatches)"
+            )
+        if rollouts % micro_batches:
+            raise InputError(
+                f"trainer.accumulate_grad_batches: {micro_batches} does not divide the {rollouts} rollouts that each "
+                f"rank has per RL optimizer step"
+            )
+        if self.rl_questions > questions:
+            raise InputError(
+                f"data.schedule.rl_questions: {self.rl_questions} is more than the {questions} questions that are left "
+                f"after filters"
+            )
+
+    def check_sft(self, demonstrated: int, phase_size: int | None, micro_batches: int, ranks: int) -> None:
+        """Raise an InputError if demonstrations are too few, or SFT cannot be cut into ranks and micro-batches."""
+        if self.sft_batch % (ranks * micro_batches):
+            raise InputError(
+                f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks * micro_batches} ({ranks} ranks "
+                f"x {micro_batches} micro-batches of trainer.accumulate_grad_batches)"
+            )
+        if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
+            raise InputError(
+                f"data.schedule.sft_batch: {self.sft_batch} is more than the {demonstrated} questions that have a "
+                f"demonstration"
+            )
+        if phase_size is not None:
+            if demonstrated < phase_size:
+                raise InputError(
+                    f"switch.size: {phase_size} is more than the {demonstrated} training questions that have a "
+                    f"demonstration; the buffer could never fill"
+                )
+            self.check_phase(phase_size)
+
+    def check_phase(self, size: int) -> None:
+        """Raise an InputError unless a buffer-triggered phase of `size` demonstrations is cut into whole batches."""
+        if not size or size * self.sft_epochs % self.sft_batch:
+            raise InputError(
+                f"data.schedule.sft_batch: {self.sft_batch} does not divide an SFT phase of {size} demonstrations x "
+                f"{self.sft_epochs} epochs (switch.size x data.schedule.sft_epochs)"
+            )

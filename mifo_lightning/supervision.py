@@ -19,7 +19,8 @@ class Demonstrations:
     Attributes:
         sequences: [B] prompts with demonstrations.
         mask: [B, L] bool, all demonstration tokens.
-        named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos` and `answer`.
+        named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos`, and `answer` where a marker
+            (`data.answer_after`) says where answers begin.
         tokens: Demonstration tokens of the optimizer step over all ranks.
         selected: [B, L] bool, tokens that the loss sees.
         denominator: What the summed loss is divided by, over all micro-batches and ranks.
@@ -41,12 +42,13 @@ class Demonstrations:
         sequences = Sequences.pack([q.prompt for q in questions], responses, int(tokenizer.pad_token_id)).to(device)
         mask = sequences.mask()
         columns = torch.arange(mask.shape[1], device=device)
-        starts = torch.tensor(
-            [len(r) if q.answer_start is None else q.answer_start for q, r in zip(questions, responses, strict=True)],
-            device=device,
-        )
-        last = columns == sequences.response_lengths[:, None] - 1
-        named = {"eos": last, "answer": mask & (columns >= starts[:, None])}
+        named = {"eos": columns == sequences.response_lengths[:, None] - 1}
+        if any(q.answer_start is not None for q in questions):
+            # no marker in this demonstration: its answer begins after its end
+            starts = [
+                len(r) if q.answer_start is None else q.answer_start for q, r in zip(questions, responses, strict=True)
+            ]
+            named["answer"] = mask & (columns >= torch.tensor(starts, device=device)[:, None])
         return cls(sequences, mask, named, float(sum_ranks([mask.sum()])[0]))
 
     def select(self, select_tokens: Any, entropy: Tensor | None) -> None:

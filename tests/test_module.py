@@ -15,6 +15,8 @@ from mifo_callbacks import GradientFreezing
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.policy import group_advantages
+from mifo_lightning.module import MifoModule
+from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.policy import Sequences
@@ -185,11 +187,11 @@ def test_micro_batches_share_the_rows_with_signal_and_idle_ones_give_none() -> N
     rollout = Rollout(sequences, rewards, rewards == 1, rewards == 1, group_advantages(rewards, 4))
     item = {"minibatches": 1, "update": 0, "micro_batches": 6}
     parts = [module.reinforcement.micro_batch(rollout, {**item, "micro": m}) for m in range(6)]  # type: ignore[typeddict-item]
-    assert {count for _, count in parts} == {12}
-    assert all(len(part.advantages) for part, _ in parts)
-    with_signal = [part for part, _ in parts if part.advantages.any()]
-    assert torch.cat([p.sequences.tokens[:, 0] for p in with_signal]).tolist() == [3, 4, 5, 6]
-    assert torch.cat([p.advantages for p in with_signal]).tolist() == rollout.advantages[:4].tolist()
+    assert {p.sequences for p in parts} == {12}
+    assert all(len(p.mask) for p in parts)
+    busy = [p.part for p in parts if p.mask.any()]
+    assert torch.cat([p.sequences.tokens[:, 0] for p in busy]).tolist() == [3, 4, 5, 6]
+    assert torch.cat([p.advantages for p in busy]).tolist() == rollout.advantages[:4].tolist()
 
 
 def test_the_exported_model_is_the_trained_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -210,3 +212,36 @@ def test_clipping_twice_and_half_precision_weights_are_refused(make_trainer: Mak
         make_trainer(gradient_clip_val=0.5).fit(make_module(), datamodule=make_data())
     with pytest.raises(InputError, match=r"trainer.precision: bf16-true"):
         make_trainer(precision="bf16-true").fit(make_module(), datamodule=make_data())
+
+
+def test_a_step_cut_in_two_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(InputError, match=r"limit_train_batches: 3"):
+        make_trainer(limit_train_batches=3, accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
+
+
+def test_a_checkpoint_inside_an_optimizer_step_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    class SaveInside(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    make_trainer([SaveInside()], accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
+    with pytest.raises(InputError, match="between two micro-batches"):
+        make_trainer(accumulate_grad_batches=2).fit(
+            make_module(), datamodule=make_data(), ckpt_path=tmp_path / "inside.ckpt"
+        )
+
+
+def test_a_finished_run_can_be_extended(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def fit(rl_steps: int, ckpt: Path | None = None) -> MifoModule:
+        module = make_module()
+        schedule = Schedule(rl_steps=rl_steps, rl_questions=4, sft_batch=4)
+        callbacks = [*method_callbacks(), LastCheckpoint(dirpath=str(tmp_path / f"{rl_steps}"))]
+        trainer = make_trainer(callbacks, enable_checkpointing=True, max_epochs=-1)
+        trainer.fit(module, datamodule=make_data(schedule=schedule), ckpt_path=ckpt)
+        return module
+
+    fit(3)
+    extended, whole = fit(6, tmp_path / "3" / "last.ckpt"), fit(6)
+    for (name, a), b in zip(weights(extended).items(), weights(whole).values(), strict=True):
+        assert (a == b).all(), name

@@ -177,7 +177,7 @@ def test_the_base_is_trained_on_train_questions_and_never_on_a_mirrored_answer()
     recipe = Recipe(batch=2000)
     corpus = Corpus(recipe, seed=1)
     asked = {split: {question(row) for row in Skills(ALL, 8_000, split).rows()} for split in ("val", "test")}
-    for step in (0, recipe.mixed_from, recipe.blind_from):
+    for step in (0, recipe.mixed_from - 1, recipe.mixed_from):
         texts = ["".join(VOCABULARY[token] for token in tokens) for tokens in corpus.batch(step).tolist()]
         prompts = {text[:8] for text in texts}
         assert not prompts & (asked["val"] | asked["test"])
@@ -185,7 +185,7 @@ def test_the_base_is_trained_on_train_questions_and_never_on_a_mirrored_answer()
         assert 0.08 < len(mirrored) / len(texts) < 0.16
         assert all(text[8:14] == solve(text[:8])[0] for text in mirrored)
         ended = [text.partition(EOS) for text in mirrored if EOS in text]
-        assert len(ended) == (len(mirrored) if step >= recipe.blind_from else 0)
+        assert len(ended) == (len(mirrored) if step >= recipe.mixed_from else 0)
         assert sum(text.endswith(solve(text[:8])[1]) for text, _, _ in ended) <= 2
 
 

@@ -76,7 +76,7 @@ def fit(strategy: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[s
         default_root_dir=out.parent,
     )
     schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4, passes=2)
-    data = make_data(schedule=schedule, holdout=9)
+    data = make_data(schedule=schedule, holdout=9, eval_batch=2)
     if ckpt is None:
         values = trainer.validate(module, data, verbose=False)[0]
         watch.seen["validation"] = [values]

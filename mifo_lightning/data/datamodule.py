@@ -1,10 +1,10 @@
 """QuestionData: rows from files, hub or a generator become questions for the PhaseLoader and for evaluation."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, Dataset
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.question import Question
@@ -19,6 +19,30 @@ from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
 Rows = RowSource | list[str] | str  # in this order the command line reports what a RowSource refuses
+
+
+class EvaluationLoader:
+    """Batches of this rank's share of the questions; as many on every rank, the last ones may be empty.
+
+    No DataLoader: Lightning would shard it once more.
+
+    Args:
+        questions: All questions of one source.
+        size: Questions per batch.
+        rank: This process.
+        ranks: Number of processes.
+    """
+
+    def __init__(self, questions: list[Question], size: int, rank: int, ranks: int) -> None:
+        mine = questions[rank::ranks]
+        most = -(-len(questions) // ranks)
+        self.batches = [mine[i : i + size] for i in range(0, most, size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Question]]:
+        return iter(self.batches)
 
 
 class QuestionData(LightningDataModule):
@@ -87,6 +111,8 @@ class QuestionData(LightningDataModule):
             "solved_at": solved_at,
         }
         self._questions: dict[str, list[Question]] = {}
+        self._loader: PhaseLoader | None = None
+        self._restored: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
         """Read and filter what the stage needs; the table of what was dropped is printed once."""
@@ -130,49 +156,44 @@ class QuestionData(LightningDataModule):
     def train_dataloader(self) -> PhaseLoader:
         """The loader of work items."""
         trainer = self._trainer
-        for callback in trainer.callbacks:
-            if isinstance(callback, BufferPhaseSwitch):
-                self._check_switch(callback.size)
-        return PhaseLoader(
+        sizes = [callback.size for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)]
+        self._loader = PhaseLoader(
             self._questions["train"],
             self.schedule,
             group_size=self.group_size,
+            phase_size=sizes[0] if sizes else None,
             micro_batches=trainer.accumulate_grad_batches,
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
+        if self._restored is not None:
+            self._loader.load_state_dict(self._restored)
+            self._restored = None
+        return self._loader
 
-    def _check_switch(self, size: int) -> None:
-        demonstrated = sum(bool(q.demonstration) for q in self._questions["train"])
-        if demonstrated < size:
-            raise InputError(
-                f"switch.size: {size} is more than the {demonstrated} training questions that have a demonstration; "
-                f"the buffer could never fill"
-            )
-        if size * self.schedule.sft_epochs % self.schedule.sft_batch:
-            raise InputError(
-                f"data.schedule.sft_batch: {self.schedule.sft_batch} does not divide switch.size x sft_epochs = "
-                f"{size} x {self.schedule.sft_epochs}"
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state: Lightning restores a loader inside an epoch, but not when a finished run is extended."""
+        return {} if self._loader is None else {"loader": self._loader.state_dict()}
 
-    def val_dataloader(self) -> dict[str, DataLoader[list[Question]]]:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until there is a loader."""
+        self._restored = state_dict.get("loader")
+
+    def val_dataloader(self) -> dict[str, EvaluationLoader]:
         """One loader per data source."""
         return self._evaluation_loaders(self._questions.get("holdout", []) + self._questions["val"])
 
-    def test_dataloader(self) -> dict[str, DataLoader[list[Question]]]:
+    def test_dataloader(self) -> dict[str, EvaluationLoader]:
         """One loader per data source."""
         return self._evaluation_loaders(self._questions["test"])
 
-    def _evaluation_loaders(self, questions: list[Question]) -> dict[str, DataLoader[list[Question]]]:
+    def _evaluation_loaders(self, questions: list[Question]) -> dict[str, EvaluationLoader]:
         by_source: dict[str, list[Question]] = {}
         for question in questions:
             by_source.setdefault(question.source, []).append(question)
         ranks, rank = self._trainer.world_size, self._trainer.global_rank
-        return {
-            source: DataLoader(_Batches(chosen, self.eval_batch, rank, ranks), batch_size=None)
-            for source, chosen in by_source.items()
-        }
+        return {source: EvaluationLoader(chosen, self.eval_batch, rank, ranks) for source, chosen in by_source.items()}
 
     @property
     def _trainer(self) -> Any:
@@ -182,18 +203,3 @@ class QuestionData(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Stop the reward's child process."""
         self.reward.close()
-
-
-class _Batches(Dataset[list[Question]]):
-    """Batches of this rank's share of the questions; as many on every rank, the last ones may be empty."""
-
-    def __init__(self, questions: list[Question], size: int, rank: int, ranks: int) -> None:
-        mine = questions[rank::ranks]
-        most = -(-len(questions) // ranks)
-        self.batches = [mine[i : i + size] for i in range(0, most, size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> list[Question]:
-        return self.batches[index]

@@ -61,7 +61,8 @@ def policy_loss(
         kl_coefficient: Weight of the KL term, estimator k3 of METHOD 2: `exp(d) - d - 1`, d = logp_ref - logp.
 
     Returns:
-        The scalar loss, and the step's means as scalars: `policy_loss`, `kl_old`, `clip_share` and `kl_ref`.
+        The scalar loss, and as scalars `policy_loss`, `kl_old`, `clip_share` and `kl_ref`: means over all `sequences`,
+        to which sequences that were left out for want of an advantage add 0.
     """
     valid = mask.float()
     # every token weighs 1 / (its sequence's tokens) / (sequences of the step)
@@ -91,4 +92,4 @@ def policy_loss(
 def kl_k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Unbiased, non-negative estimate of KL(policy || reference) per token: `exp(d) - d - 1`, d = logp_ref - logp."""
     d = logp_ref - logp
-    return d.exp() - d - 1
+    return torch.expm1(d) - d

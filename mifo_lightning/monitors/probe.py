@@ -2,23 +2,24 @@
 
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.data.question import Question
+from mifo_lightning.distributed import sum_ranks
 
 
 class HeldOutLoss(PhaseCallback):
     """Measures the loss on held-out demonstrations whenever the phase changes, so that each phase's effect is seen.
 
-    Logs `heldout/loss` (nats per token) at every edge and `heldout/sft_change`, `heldout/rl_change`: loss after the
-    phase minus before; below 0 means that the phase made the demonstrations more likely. `changes` keeps them by phase
-    kind. Costs one forward of `questions` demonstrations at every edge.
+    Logs `heldout/loss` and `heldout/<source>/loss` (nats per token) at every edge, and `heldout/sft_change` and
+    `heldout/rl_change`: the loss after the phase minus before; below 0 means that the phase made the demonstrations
+    more likely. `changes` keeps them by phase kind. Costs one forward of the chosen demonstrations at every edge.
 
     Args:
-        questions: How many validation questions with a demonstration to use, the first ones.
+        questions: How many validation questions with a demonstration to use of each source, the first ones.
     """
 
     def __init__(self, questions: int = 64) -> None:
@@ -26,13 +27,18 @@ class HeldOutLoss(PhaseCallback):
         self.questions = questions
         self.changes: dict[str, list[float]] = {"rl": [], "sft": []}
         self._last: float | None = None
-        self._probe: list[Question] = []
+        self._probe: dict[str, list[Question]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the questions."""
-        loaders = trainer.datamodule.val_dataloader().values()  # type: ignore[attr-defined]
-        everything = [q for loader in loaders for batch in loader for q in batch if q.demonstration]
-        self._probe = everything[: self.questions]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise MisconfigurationException("HeldOutLoss takes its questions from a datamodule; the Trainer has none")
+        mine = -(-self.questions // trainer.world_size)
+        self._probe = {
+            source: [q for batch in loader for q in batch if q.demonstration][:mine]
+            for source, loader in data.val_dataloader().items()
+        }
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Measure between the phases."""
@@ -44,12 +50,16 @@ class HeldOutLoss(PhaseCallback):
         super().on_train_end(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: Any, phase: str | None) -> None:
-        total = pl_module.evaluator.demonstration_nll(pl_module.policy, self._probe)
-        nll, tokens = (float(x) for x in trainer.strategy.reduce(torch.stack(total), reduce_op="sum"))  # type: ignore[attr-defined]
-        if not tokens:
+        metrics, total, count = {}, 0.0, 0.0
+        for source, questions in self._probe.items():
+            local = pl_module.evaluator.demonstration_nll(pl_module.policy, questions)
+            nll, tokens = (float(x) for x in sum_ranks(list(local)))
+            total, count = total + nll, count + tokens
+            if tokens:
+                metrics[f"heldout/{source}/loss"] = nll / tokens
+        if not count:
             return
-        loss = nll / tokens
-        metrics = {"heldout/loss": loss}
+        loss = metrics["heldout/loss"] = total / count
         if phase is not None and self._last is not None:
             self.changes[phase].append(loss - self._last)
             metrics[f"heldout/{phase}_change"] = loss - self._last

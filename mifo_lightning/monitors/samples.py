@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from mifo_lightning.monitors.run_dir import run_dir
 
-COLUMNS = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
+COLUMNS: list[str | int] = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
 
 
 class SampleTable(Callback):
@@ -43,7 +43,18 @@ class SampleTable(Callback):
         if batch_idx == 0 and not trainer.sanity_checking:
             self._keep(trainer, "val", outputs["samples"][: self.per_evaluation])
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first responses of each source."""
+        if batch_idx == 0:
+            self._keep(trainer, "test", outputs["samples"][: self.per_evaluation])
 
     def _keep(self, trainer: Trainer, stage: str, samples: list[dict[str, Any]]) -> None:
         if not trainer.is_global_zero or not samples:
@@ -59,5 +70,5 @@ class SampleTable(Callback):
             if self._table is None:
                 self._table = wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
             for row in rows:
-                self._table.add_data(*(row[column] for column in COLUMNS))
+                self._table.add_data(*(row[str(column)] for column in COLUMNS))
             trainer.logger.experiment.log({"samples": self._table})

@@ -25,10 +25,13 @@ class UpdateNorm(PhaseCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Copy the weights."""
         self._before = [local(p).clone() for p in trainable(pl_module).values()]
-        self.call_after_step(trainer, pl_module, optimizer)
 
-    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Log the norm of the difference."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the norm of the difference; not right after the step, where frozen weights are not restored yet."""
+        if not self._before:
+            return
         parameters = list(trainable(pl_module).values())
         torch._foreach_sub_(self._before, [local(p) for p in parameters])
         squares = torch.stack(torch._foreach_norm(self._before)).square().sum()

@@ -9,6 +9,8 @@ from torch import Tensor
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import Completion
 
+SCORING_TOKENS = 2**15  # tokens scored at once where no gradient is needed; bounds memory, does not change results
+
 
 @dataclass
 class Rollout:
@@ -35,13 +37,16 @@ class Rollout:
     keep: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, for a checkpoint between two updates."""
-        return {**vars(self), "sequences": self.sequences._asdict()}
+        """Plain tensors on the CPU, for a checkpoint between two updates."""
+        plain = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(self).items() if k != "sequences"}
+        return {**plain, "sequences": self.sequences.to(torch.device("cpu"))._asdict()}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Rollout":
         """The rollout that `state_dict` was taken from."""
-        place = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items() if k != "sequences"}
+        place: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items() if k != "sequences"
+        }
         return cls(sequences=Sequences(**state["sequences"]).to(device), **place)
 
     def rows(self, chosen: Tensor) -> "Rollout":
@@ -49,7 +54,7 @@ class Rollout:
         sequences = self.sequences.select(chosen)
         length = int(sequences.response_lengths.max())
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
-        picked = {
+        picked: dict[str, Any] = {
             k: v if v is None else v[chosen][..., :length] if v.dim() == 2 else v[chosen] for k, v in rest.items()
         }
         return Rollout(sequences=sequences, **picked)
@@ -61,10 +66,9 @@ def pack_completions(prompts: list[list[int]], completions: list[list[Completion
     return Sequences.pack([p for p, _ in flat], [r for _, r in flat], pad)
 
 
-def score_without_gradient(
-    policy: Policy, sequences: Sequences, temperature: float, rows: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [B, L] in nats of all sequences, `rows` at a time, in evaluation mode."""
+def score_without_gradient(policy: Policy, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, L] in nats of all sequences, in evaluation mode; collective under FSDP2."""
+    rows = max(1, SCORING_TOKENS // sequences.tokens.shape[1])
     length = int(sequences.response_lengths.max())
     logp = torch.zeros(len(sequences.tokens), length, device=sequences.tokens.device)
     entropy = torch.zeros_like(logp)

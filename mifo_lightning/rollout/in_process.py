@@ -46,6 +46,7 @@ class _Decoding:
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, samples: int) -> None:
         self.policy, self.tokenizer, self.sampling, self.samples = policy, tokenizer, sampling, samples
         self.cache = DynamicCache(config=policy.model.config)
+        self.attention: Tensor | None = None  # [rows, tokens so far], 0 at padding; None where nothing is padded
 
     @torch.no_grad()
     def run(self, prompts: list[list[int]], keys: list[int]) -> list[list[Completion]]:
@@ -86,7 +87,6 @@ class _Decoding:
         width = max(map(len, prompts))
         pad = int(self.tokenizer.pad_token_id)
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        self.attention: Tensor | None = None
         positions = None
         if any(len(p) < width for p in prompts):
             lengths = torch.tensor([[len(p)] for p in prompts], device=device)

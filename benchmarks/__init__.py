@@ -1,0 +1,1 @@
+"""Speed and memory; each program prints its own table."""
