@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps of the warm-up, 16 rows each; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 0:
+        parser.error(f"--steps: {args.steps} given, allowed is 0 or more")
     transformers.utils.logging.disable_progress_bar()
     try:
         make(args.data, args.out, args.steps, args.seed)

@@ -13,11 +13,11 @@ from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
+from mifo_lightning.guards import check_alignment, check_resume, check_trainer
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import policy_loss
 from mifo_lightning.losses.sft import sft_loss
@@ -31,8 +31,6 @@ from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.step_metrics import StepMetrics
 from mifo_lightning.supervision import Demonstrations
-
-PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
 
 
 class MifoModule(LightningModule):
@@ -103,12 +101,7 @@ class MifoModule(LightningModule):
         """Load the weights (fp32 master copy) and, under FSDP2, shard them."""
         if self.policy is not None:
             return
-        require_data_parallel(self.trainer, "MifoModule")
-        if self.trainer.precision not in PRECISIONS:
-            raise InputError(
-                f"trainer.precision: {self.trainer.precision} is not allowed; it must be one of "
-                f"{', '.join(PRECISIONS)}: master weights and measured updates are fp32"
-            )
+        check_trainer(self.trainer)
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
         reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -128,26 +121,9 @@ class MifoModule(LightningModule):
         """Work items and questions are plain lists; tensors are made from them where they are needed."""
         return batch
 
-    def on_fit_start(self) -> None:
-        """Refuse what would clip twice, or cut an optimizer step in two."""
-        limit, micro = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
-        if isinstance(limit, int) and limit % micro:
-            raise InputError(
-                f"trainer.limit_train_batches: {limit} is not a multiple of accumulate_grad_batches = {micro}"
-            )
-        if self.trainer.gradient_clip_val:
-            raise InputError(
-                f"trainer.gradient_clip_val: {self.trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
-                f"model.sft.clip"
-            )
-
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
-        if self.trainer.train_dataloader.position["micro"]:  # type: ignore[union-attr]
-            raise InputError(
-                "ckpt_path: written between two micro-batches of one optimizer step, whose gradient it does not hold; "
-                "take another, such as last.ckpt"
-            )
+        check_resume(self.trainer)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
@@ -157,12 +133,7 @@ class MifoModule(LightningModule):
 
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
-        micro = self.trainer.accumulate_grad_batches
-        if batch_idx % micro != batch["micro"] or micro != batch["micro_batches"]:
-            raise InputError(
-                f"trainer.accumulate_grad_batches: {micro} at batch {batch_idx} is out of step with the loader, which "
-                f"is at micro-batch {batch['micro'] + 1} of {batch['micro_batches']}; keep it the same for a whole run"
-            )
+        check_alignment(self.trainer, batch, batch_idx)
         if batch["micro"] == 0:
             lr = self._phase_optimizer.enter(batch["phase"], batch["step"])
             self._metrics.put(batch["phase"], {"lr": lr})

@@ -65,7 +65,7 @@ class AdamWSettings:
 
 
 class PhaseAdamW:
-    """Gives each phase kind its own moments, learning rate and weight decay on one torch AdamW (METHOD 1.6).
+    """Gives each phase kind its own moments, learning rate and weight decay on one torch AdamW (MIFO, SFT optimizer).
 
     Lightning's automatic optimization allows one optimizer; the moments of the phase that is not running are parked
     here. RL moments survive an SFT phase in every mode but `shared`.

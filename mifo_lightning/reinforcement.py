@@ -117,7 +117,7 @@ class Reinforcement:
         return self.engine.generate(policy, self.tokenizer, prompts, keys, self.group_size, self.sampling)
 
     def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Tensor:
-        """[B] fp32 rewards; a response that did not end by itself gets 0 (METHOD 1.1)."""
+        """[B] fp32 rewards; a response that did not end by itself gets 0 (MIFO, buffer rule)."""
         flat = [c for group in completions for c in group]
         texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
         truths = [q.truth for q in questions for _ in range(self.group_size)]

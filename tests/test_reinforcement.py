@@ -348,11 +348,9 @@ def test_the_gradient_is_that_of_the_sampling_temperature(
     (drawn,) = engine.drawn
     expected, at_one = (grpo_gradient(drawn, Coin(), tokenizer, t) for t in (0.7, 1.0))
     assert relative(at_one, expected) > 0.1
-    print(relative(at_one, expected))
     assert len(watch.found) == passes
     for gradient in watch.found:  # the weights stay, so every pass has ratio 1, and KL and its gradient are 0
-        print(relative(gradient, expected))
-        assert relative(gradient, expected) < 1e-3
+        assert relative(gradient, expected) < 1e-4
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])

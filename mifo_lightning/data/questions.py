@@ -84,7 +84,7 @@ def build_questions(
     solved_at: float = 1.0,
     where: str,
 ) -> tuple[list[Question], Drops]:
-    """Questions in the order of `rows`, and an account of what was dropped (METHOD: MIFO's buffer).
+    """Questions in the order of `rows`, and an account of what was dropped (MIFO, demonstrations D(q)).
 
     Nothing is ever truncated: a cut prompt asks something else, a cut demonstration teaches to stop in
     mid-thought.

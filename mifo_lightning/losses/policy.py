@@ -58,7 +58,7 @@ def policy_loss(
         clip_high: Upper clip range.
         keep: [B, L] bool entropy mask; tokens outside do not push the policy but still count in the denominator.
         logp_ref: [B, L] log-probabilities under the reference, needed if `kl_coefficient` is not 0.
-        kl_coefficient: Weight of the KL term, estimator k3 of METHOD 2: `exp(d) - d - 1`, d = logp_ref - logp.
+        kl_coefficient: Weight of the KL term, estimator k3: `exp(d) - d - 1`, d = logp_ref - logp.
 
     Returns:
         The scalar loss, and as scalars `policy_loss`, `kl_old`, `clip_share` and `kl_ref`: means over all `sequences`,

@@ -1,0 +1,208 @@
+"""One SFT step and its optimizer: what is packed, which tokens count, the gradient by hand, clipping, learning rates."""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_data, make_module, method_callbacks
+from lightning import Callback, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from mifo_callbacks import GradientFreezing
+from mifo_lightning.data.question import Question
+from mifo_lightning.loader import PhaseLoader
+from mifo_lightning.models import load_policy
+from mifo_lightning.optim import AdamWSettings
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.schedule import Schedule
+from mifo_lightning.supervision import Demonstrations
+
+MakeTrainer = Callable[..., Trainer]
+# prompts and demonstrations of different lengths, so that means over sequences are not means over tokens
+SHOWN = [
+    ("1+1=", "2<eos>"),
+    ("12x34=", "604000>6400<eos>"),
+    ("s:40312=", "40312>01234<eos>"),
+    ("9+9=", "18<eos>"),
+    ("r:1=", "1>1<eos>"),
+    ("777+111=", "808080>0888<eos>"),
+    ("5=", "<eos>"),
+    ("r:40312=", "40312>21304<eos>"),
+]
+
+
+def questions(tokenizer: Any, answer_starts: list[int | None] | None = None) -> list[Question]:
+    starts = answer_starts or [None] * len(SHOWN)
+    shown = SHOWN[: len(starts)]
+    ids = [[tokenizer.encode(text, add_special_tokens=False) for text in pair] for pair in shown]
+    return [
+        Question(i, "s", shown[i][0], prompt, "", demonstration, start)
+        for i, ((prompt, demonstration), start) in enumerate(zip(ids, starts, strict=True))
+    ]
+
+
+def test_demonstrations_are_packed_with_masks_of_their_end_and_answer(tokenizer: Any) -> None:
+    qs = questions(tokenizer, [0, 7, None, 2])  # the last one: the answer is no more than the end
+    demos = Demonstrations.pack(qs, tokenizer, torch.device("cpu"))
+    lengths = [2, 12, 12, 3]
+    assert demos.sequences.response_lengths.tolist() == lengths
+    for row, q in enumerate(qs):
+        assert q.demonstration is not None
+        ids = q.prompt + q.demonstration
+        assert demos.sequences.tokens[row].tolist() == ids + [tokenizer.pad_token_id] * (20 - len(ids))
+    expected = {
+        "all": [range(2), range(12), range(12), range(3)],
+        "eos": [range(1, 2), range(11, 12), range(11, 12), range(2, 3)],
+        "answer": [range(2), range(7, 12), range(0), range(2, 3)],
+    }
+    found = {"all": demos.mask, **demos.named}
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        assert found[name].dtype == torch.bool
+        assert found[name].tolist() == [[column in row for column in range(12)] for row in rows], name
+    assert demos.tokens == sum(lengths)
+
+
+def test_the_loss_sees_all_tokens_unless_something_selects(tokenizer: Any) -> None:
+    demos = Demonstrations.pack(questions(tokenizer), tokenizer, torch.device("cpu"))
+    demos.select(None, None)
+    assert torch.equal(demos.selected, demos.mask)
+    assert demos.denominator == demos.tokens == sum(len(q.demonstration or []) for q in questions(tokenizer))
+
+
+def test_a_selection_is_asked_once_with_everything_and_obeyed(tokenizer: Any) -> None:
+    demos = Demonstrations.pack(questions(tokenizer, [0, 7, None, 2]), tokenizer, torch.device("cpu"))
+    asked, entropy = [], torch.rand(demos.mask.shape)
+
+    def select(entropy: Tensor, mask: Tensor, named: dict[str, Tensor]) -> tuple[Tensor, float]:
+        asked.append((entropy, mask, named))
+        return named["eos"], 17.0
+
+    demos.select(select, entropy)
+    ((seen, mask, named),) = asked
+    assert seen is entropy
+    assert torch.equal(mask, demos.mask)
+    assert named.keys() == {"eos", "answer"}
+    assert torch.equal(demos.selected, demos.named["eos"])
+    assert demos.denominator == 17.0
+
+
+class Steps(Callback):
+    """Phase, gradient before and after clipping, masks and settings of every optimizer step; the last in the list."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.raw: list[dict[str, Tensor]] = []
+        self.clipped: list[dict[str, Tensor]] = []
+        self.masks: list[dict[str, Tensor]] = []
+        self.groups: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self.clipped.append(gradient(pl_module))
+            (group,) = optimizer.param_groups
+            self.groups.append({k: v for k, v in group.items() if k != "params"})
+
+        trainer.optimizers[0].register_step_post_hook(after_step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch["micro"] == 0:
+            self.phases.append(batch["phase"])
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.raw.append(gradient(pl_module))
+        freeze = next((c for c in trainer.callbacks if isinstance(c, GradientFreezing)), None)
+        self.masks.append({n: m.clone() for n, m in freeze.masks.items()} if freeze else {})
+
+
+def gradient(module: Any) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in module.named_parameters()}
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+@pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_without_a_selection_the_gradient_is_that_of_the_mean_cross_entropy_over_tokens(
+    make_trainer: MakeTrainer, tokenizer: Any, micro_batches: int
+) -> None:
+    qs = questions(tokenizer)
+    loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8), micro_batches=micro_batches)
+    steps = Steps()
+    trainer = make_trainer([steps], accumulate_grad_batches=micro_batches)
+    trainer.fit(make_module(sft=AdamWSettings(lr=0.0)), train_dataloaders=loader)
+    policy, losses = load_policy("embedded"), []
+    for q in qs:
+        demonstration = q.demonstration or []
+        logits = policy.model(torch.tensor([q.prompt + demonstration])).logits[0, len(q.prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, torch.tensor(demonstration), reduction="none"))
+    torch.cat(losses).mean().backward()
+    expected = {f"policy.{n}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    (found,) = steps.raw
+    difference = {n: found[n] - expected[n] for n in expected}
+    assert found.keys() == expected.keys()
+    assert norm(difference) < 1e-4 * norm(expected)  # type: ignore[arg-type]
+
+
+class Coin(Reward):
+    """Right for about half of all responses, so that every RL step learns and questions enter the buffer."""
+
+    def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
+        return [float(zlib.crc32(response.encode()) % 2) for response in responses]
+
+
+@pytest.mark.parametrize("clip", [(1e-2, 3e-3), (2e-3, 0.0), (0.0, 2e-3)])
+def test_a_gradient_is_clipped_to_its_phase_and_frozen_coordinates_do_not_count(
+    make_trainer: MakeTrainer, clip: tuple[float, float]
+) -> None:
+    limits = dict(zip(("rl", "sft"), clip, strict=True))
+    steps = Steps()
+    module = make_module(
+        reward=Coin(), rl=AdamWSettings(lr=5e-4, clip=limits["rl"]), sft=AdamWSettings(lr=1e-3, clip=limits["sft"])
+    )
+    schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4)
+    trainer = make_trainer([*method_callbacks(size=8), steps], accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=make_data(schedule=schedule))
+    assert len(steps.phases) == len(steps.raw) == len(steps.clipped) == trainer.global_step
+    assert {"rl", "sft"} == set(steps.phases)
+    for phase, raw, clipped, masks in zip(steps.phases, steps.raw, steps.clipped, steps.masks, strict=True):
+        assert bool(masks) == (phase == "sft")
+        for name, mask in masks.items():
+            assert mask.any()
+            assert (raw[name][mask] == 0).all()
+        before, limit = norm(raw), limits[phase]
+        assert before > 2e-2
+        assert norm(clipped) == pytest.approx(limit or before, rel=1e-4)
+        for name in raw:
+            torch.testing.assert_close(clipped[name], raw[name] * ((limit or before) / before), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("moments", ["reset", "shared"])
+def test_learning_rates_and_settings_follow_the_steps_of_their_own_phase_kind(
+    make_trainer: MakeTrainer, moments: str
+) -> None:
+    rl = AdamWSettings(lr=1e-4, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1, warmup_steps=100)
+    sft = AdamWSettings(lr=1e-3, schedule="linear", decay_steps=50, min_ratio=0.5)
+    steps = Steps()
+    schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4, passes=2, sft_before=3, sft_after=2)
+    trainer = make_trainer([method_callbacks(size=8)[3], steps], accumulate_grad_batches=2)
+    module = make_module(reward=Coin(), rl=rl, sft=sft, moments=moments)
+    trainer.fit(module, datamodule=make_data(schedule=schedule))
+    text = "".join(phase[0] for phase in steps.phases)
+    assert text.startswith("sss" + "rr")
+    assert text.endswith("ss")
+    assert "rssr" in text
+    rates: dict[str, list[float]] = {"rl": [], "sft": []}
+    for phase, group in zip(steps.phases, steps.groups, strict=True):
+        rates[phase].append(group["lr"])
+        settings = {"rl": rl, "sft": sft}[phase]
+        assert group["betas"] == settings.betas
+        assert (group["eps"], group["weight_decay"]) == (settings.eps, settings.weight_decay)
+    assert rates["rl"] == pytest.approx([1e-4 * (i + 1) / 100 for i in range(8)])
+    assert rates["sft"] == pytest.approx([1e-3 * (1 - 0.5 * i / 50) for i in range(text.count("s"))])
