@@ -182,7 +182,9 @@ class MifoModule(LightningModule):
             rewards = self.reinforcement.grade(batch["questions"], completions)
         with self._profile("score"):
             self._rollout = self.reinforcement.prepare(self._policy, batch, completions, rewards)
-        self._metrics.put("rollout", self.reinforcement.describe(self._rollout, completions, seconds))
+        described = self.reinforcement.describe(self._rollout, completions, seconds)
+        self.last_reward = described["reward"]
+        self._metrics.put("rollout", described)
         return {
             "groups": self.reinforcement.groups(self._rollout, batch["questions"]),
             "samples": self.reinforcement.samples(self._rollout, batch["questions"], completions),
@@ -238,9 +240,7 @@ class MifoModule(LightningModule):
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
-        values = self._metrics.take()
-        self.last_reward = values.get("rollout/reward", self.last_reward)
-        log_metrics(self.trainer, values)
+        log_metrics(self.trainer, self._metrics.take())
 
     def on_train_epoch_end(self) -> None:
         """The loader's schedule is one epoch, whatever `max_epochs` allows."""

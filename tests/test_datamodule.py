@@ -203,9 +203,7 @@ def test_rows_are_read_once_and_the_reward_is_closed(monkeypatch: pytest.MonkeyP
             self.closed += 1
 
     read = []
-    monkeypatch.setattr(
-        "mifo_lightning.data.datamodule.read_rows", lambda *a: read.append(a) or read_rows(*a)
-    )
+    monkeypatch.setattr("mifo_lightning.data.datamodule.read_rows", lambda *a: read.append(a) or read_rows(*a))
     reward = Closing()
     data = attached(reward=reward, val=Numbered(3))
     data.setup("validate")

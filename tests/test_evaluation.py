@@ -66,7 +66,9 @@ def completion(tokenizer: Any, text: str) -> Completion:
     return Completion(tokens, [-1.0] * len(tokens), text.endswith("<eos>"))
 
 
-def question(tokenizer: Any, text: str, number: int = 0, demonstration: str | None = None, source: str = "") -> Question:
+def question(
+    tokenizer: Any, text: str, number: int = 0, demonstration: str | None = None, source: str = ""
+) -> Question:
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in (text, demonstration or "")]
     return Question(number, source, text, ids[0], "7", ids[1] or None)
 
@@ -98,23 +100,24 @@ def test_every_number_of_an_evaluation(policy: Policy, tokenizer: Any, cpu: torc
     a = [question(tokenizer, text, i) for i, text in enumerate(list(SAMPLED)[:3])]
     b = question(tokenizer, "4x4=", 0, "1>7<eos>")
     judge = evaluator(Scripted(SAMPLED, GREEDY), tokenizer)
-    for _ in range(2):  # `reset` begins anew
-        judge.reset(["a", "b"], cpu)
-        judge.update(policy, a[:2], 0)
-        judge.update(policy, [b], 1)
-        judge.update(policy, a[2:], 0)
-        loss = sum(nll(policy, b)) / 4
-        expected = {
-            # right of 4: 3, 0 and 1 in a, 4 in b; what was cut off is wrong
-            "a": {"avg@4": 4 / 12, "pass@2": (1 + 0 + 1 / 2) / 3, "pass@4": 2 / 3, "greedy": 1 / 3},
-            "b": {"avg@4": 1.0, "pass@2": 1.0, "pass@4": 1.0, "greedy": 0.0},
-            "": {"avg@4": 8 / 16, "pass@2": (1 + 0 + 1 / 2 + 1) / 4, "pass@4": 3 / 4, "greedy": 1 / 4},
-        }
-        expected["a"] |= {"length": (16 + 15 + 13) / 12, "truncated": 2 / 12}
-        expected["b"] |= {"length": 16 / 4, "truncated": 0.0, "demonstration_loss": loss}
-        expected[""] |= {"length": 60 / 16, "truncated": 2 / 16, "demonstration_loss": loss}
-        flat = {"/".join(filter(None, ("val", s, m))): x for s, ms in expected.items() for m, x in ms.items()}
-        assert numbers(judge.compute("val")) == pytest.approx(flat)
+    judge.reset(["a"], cpu)
+    judge.update(policy, a[:1], 0)  # of an evaluation before, which `reset` ends
+    judge.reset(["a", "b"], cpu)
+    judge.update(policy, a[:2], 0)
+    judge.update(policy, [b], 1)
+    judge.update(policy, a[2:], 0)
+    loss = sum(nll(policy, b)) / 4
+    expected = {
+        # right of 4: 3, 0 and 1 in a, 4 in b; what was cut off is wrong
+        "a": {"avg@4": 4 / 12, "pass@2": (1 + 0 + 1 / 2) / 3, "pass@4": 2 / 3, "greedy": 1 / 3},
+        "b": {"avg@4": 1.0, "pass@2": 1.0, "pass@4": 1.0, "greedy": 0.0},
+        "": {"avg@4": 8 / 16, "pass@2": (1 + 0 + 1 / 2 + 1) / 4, "pass@4": 3 / 4, "greedy": 1 / 4},
+    }
+    expected["a"] |= {"length": (16 + 15 + 13) / 12, "truncated": 2 / 12}
+    expected["b"] |= {"length": 16 / 4, "truncated": 0.0, "demonstration_loss": loss}
+    expected[""] |= {"length": 60 / 16, "truncated": 2 / 16, "demonstration_loss": loss}
+    flat = {"/".join(filter(None, ("val", s, m))): x for s, ms in expected.items() for m, x in ms.items()}
+    assert numbers(judge.compute("val")) == pytest.approx(flat)
 
 
 @pytest.mark.parametrize(

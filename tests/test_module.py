@@ -77,6 +77,20 @@ def test_accumulated_gradients_equal_those_of_one_batch(
     assert all(max(found) > 0 for found in scales.values())
 
 
+def test_gradient_checkpointing_changes_no_gradient(make_trainer: MakeTrainer) -> None:
+    runs = []
+    for checkpointing in (False, True):
+        watch = Watch()
+        module = make_module(gradient_checkpointing=checkpointing)
+        make_trainer([watch, *method_callbacks()], max_steps=4).fit(module, datamodule=make_data())
+        assert module.policy is not None
+        assert module.policy.model.is_gradient_checkpointing == checkpointing
+        runs.append(watch.gradients)
+    for plain, saved in zip(*runs, strict=True):
+        for name in plain:
+            torch.testing.assert_close(saved[name], plain[name])
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("moments", ["reset", "keep", "shared"])
 def test_frozen_coordinates_stand_still_and_the_rest_moves(

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.data.source import Row, RowSource
@@ -128,11 +128,17 @@ def test_the_profiler_adds_up_actions_that_are_nested_or_open_twice(clock: Calla
         (23, "stop", "mifo.forward"),  # 3 s
         (24, "stop", "mifo.forward"),  # never begun
         (30, "start", "mifo.reward"),  # never ended
+        (40, "start", "mifo.reward"),
+        (42, "stop", "mifo.reward"),  # 2 s: what was begun last ends first
     ]
     for seconds, what, action in program:
         clock(seconds)
         getattr(profiler, what)(action)
-    assert {k: v for k, v in profiler.seconds.items() if v} == {"mifo.forward": 1 + 11 + 3, "mifo.rollout": 8}
+    assert {k: v for k, v in profiler.seconds.items() if v} == {
+        "mifo.forward": 1 + 11 + 3,
+        "mifo.rollout": 8,
+        "mifo.reward": 2,
+    }
 
 
 def test_actions_add_up_to_activities(clock: Callable[[float], None]) -> None:
@@ -223,7 +229,10 @@ def test_the_table_shows_every_source_before_and_after() -> None:
 
 def test_the_summary_compares_the_first_validation_with_the_last(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     summary, engine = RunSummary(), Sums(False)
-    module, data = make_module(engine=engine), additions(holdout=4, schedule=Schedule(rl_steps=1, rl_questions=4))
+    module, data = (
+        make_module(engine=engine),
+        additions(holdout=4, schedule=Schedule(rl_steps=1, rl_questions=4, sft_batch=4)),
+    )
     trainer = make_trainer([summary, BufferPhaseSwitch(size=4)], limit_val_batches=1.0, num_sanity_val_steps=0)
     trainer.validate(module, data, verbose=False)
     engine.right = (True,)
@@ -263,10 +272,9 @@ def test_samples_of_rollouts_and_evaluations_are_appended(make_trainer: MakeTrai
         engine = Sums(True)
         module = make_module(engine=engine)
         splits = {name: Skills(["addition"], 5, split=name) for name in ("val", "test")}  # type: ignore[arg-type]
-        data = additions(**splits, schedule=Schedule(rl_steps=5, rl_questions=4, passes=2))
-        trainer = make_trainer(
-            [SampleTable(every=2, per_evaluation=3)], limit_val_batches=1.0, val_check_interval=5
-        )
+        schedule = Schedule(rl_steps=5, rl_questions=4, passes=2)
+        data = additions(**splits, schedule=schedule, eval_batch=2)
+        trainer = make_trainer([SampleTable(every=2, per_evaluation=3)], limit_val_batches=1.0, val_check_interval=5)
         asked = {name: [r["prompt"][0]["content"] for r in rows.rows()][:3] for name, rows in splits.items()}
 
         trainer.validate(module, data, verbose=False)
@@ -474,8 +482,6 @@ def test_progress_counts_planned_sft_and_names_its_phase(
     assert {tuple(line[-2:]) for line in lines} == {("buffer 0/8", "SFT phases 0")}
 
 
-# fails: `last_reward` is set in the module's on_train_batch_end, which runs after the callbacks', so the line of a step
-# shows the reward of the rollout before it, and the first line none
 def test_progress_shows_the_reward_of_the_step_it_names(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -206,6 +206,11 @@ def test_the_description_of_a_rollout(policy: Policy, tokenizer: Any) -> None:
             "reward_timeouts": 2,
         }
     )
+    # a rollout at the mean of its group has advantage 0, but its group does have a signal
+    graded = torch.tensor([0, 0.5, 0.5, 1.0] + [1.0] * 8)
+    assert rl.describe(rl.prepare(policy, item(qs), completions, graded), completions, 0.5)[
+        "groups_without_signal"
+    ] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -354,9 +359,7 @@ def test_the_gradient_is_that_of_the_sampling_temperature(
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
-def test_micro_batches_hold_every_sequence_that_pushes_once(
-    policy: Policy, tokenizer: Any, coefficient: float
-) -> None:
+def test_micro_batches_hold_every_sequence_that_pushes_once(policy: Policy, tokenizer: Any, coefficient: float) -> None:
     rl = reinforcement(tokenizer, settings=RLSettings(kl_coefficient=coefficient))
     qs = questions(tokenizer)[:3]
     texts = ["3>7<eos>", "43>8<eos>", "543>8<eos>", "3>7", *["3>8<eos>"] * 4, *["3>7<eos>"] * 4]

@@ -1,4 +1,4 @@
-"""One SFT step and its optimizer: what is packed, which tokens count, the gradient by hand, clipping, learning rates."""
+"""One SFT step and its optimizer: packing, tokens that count, the gradient by hand, clipping, learning rates."""
 
 import math
 import zlib

@@ -21,6 +21,7 @@ class SampleTable(Callback):
 
     def __init__(self, every: int = 10, per_evaluation: int = 4) -> None:
         self.every, self.per_evaluation = every, per_evaluation
+        self._kept: dict[int, int] = {}  # responses kept in the running evaluation, by data source
         self._table: Any = None
 
     def on_train_batch_end(
@@ -31,30 +32,31 @@ class SampleTable(Callback):
             self._keep(trainer, "rl", outputs["samples"])
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
     ) -> None:
         """Keep the first responses of each source."""
-        if batch_idx == 0 and not trainer.sanity_checking:
-            self._keep(trainer, "val", outputs["samples"][: self.per_evaluation])
+        if not trainer.sanity_checking:
+            self._keep_first(trainer, "val", outputs["samples"], *where, **named)
 
     def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
+    ) -> None:
+        """Keep the first responses of each source."""
+        self._keep_first(trainer, "test", outputs["samples"], *where, **named)
+
+    def _keep_first(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
+        stage: str,
+        samples: list[dict[str, Any]],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first responses of each source."""
-        if batch_idx == 0:
-            self._keep(trainer, "test", outputs["samples"][: self.per_evaluation])
+        kept = self._kept.get(dataloader_idx, 0) if batch_idx else 0
+        chosen = samples[: self.per_evaluation - kept]
+        self._kept[dataloader_idx] = kept + len(chosen)
+        self._keep(trainer, stage, chosen)
 
     def _keep(self, trainer: Trainer, stage: str, samples: list[dict[str, Any]]) -> None:
         if not trainer.is_global_zero or not samples:
