@@ -127,15 +127,15 @@ def make(data: Path, out: Path, steps: int, seed: int) -> None:
     seconds = time.process_time() - start
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    size = f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
-    print(f"{out}: {size}, {steps} steps in {seconds:.0f} CPU seconds, loss {loss:.2f} nats a token")
+    warmth = f"{steps} steps in {seconds:.0f} CPU seconds, loss {loss:.2f} nats a token" if steps else "no warm-up"
+    print(f"{out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {warmth}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tokenizer and a tiny model on the questions of GSM8K.")
     parser.add_argument("--data", type=Path, required=True, help="parquet file with prompt and target columns")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--steps", type=int, default=100, help="steps of the warm-up, 16 rows each; 0 for none")
+    parser.add_argument("--steps", type=int, default=60, help="steps of the warm-up, 16 rows each; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.steps < 0:
