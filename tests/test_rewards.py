@@ -196,6 +196,8 @@ def test_a_child_that_dies_is_replaced(new_children: Callable[[], set[int]]) -> 
 
 def test_an_interrupted_check_does_not_shift_the_answers() -> None:
     reward = MathReward(timeout=60)
+    # a process started in the background by a shell ignores the signal unless told otherwise
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert reward([r"\boxed{1}"], ["1"]) == [1]
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -203,6 +205,7 @@ def test_an_interrupted_check_does_not_shift_the_answers() -> None:
             reward([HANGS], ["1"])
         assert reward([r"\boxed{1}", r"\boxed{2}", r"\boxed{1}"], ["1"] * 3) == [1, 0, 1]
     finally:
+        signal.signal(signal.SIGINT, before)
         reward.close()
 
 
