@@ -13,6 +13,11 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gather_ranks(value: Any) -> list[Any]:
     """The value of every rank, in rank order; values must pickle."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -2,8 +2,8 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 
@@ -39,11 +39,19 @@ class WorkItem(TypedDict):
     micro_batches: int
 
 
+class Pushed(NamedTuple):
+    """An SFT phase that waits: ids of its questions, and the demonstrations that are not the data's, by id."""
+
+    ids: list[int]
+    own: dict[int, list[int]]
+
+
 @dataclass
 class _Position:
     """Where the loader is: plain integers and lists, so that a checkpoint holds all of it."""
 
     rl: int = 0  # rollouts begun
+    more: int = 0  # further batches of questions that rollouts asked for
     sft: int = 0  # SFT phases begun
     before: int = 0  # optimizer steps done of `sft_before`
     after: int = 0  # optimizer steps done of `sft_after`
@@ -98,19 +106,30 @@ class PhaseLoader:
         if phase_size is not None or schedule.sft_before or schedule.sft_after:
             schedule.check_sft(len(self.demonstrated), phase_size, micro_batches, world_size)
         self._at = _Position()
-        self._queue: list[list[int]] = []  # pushed SFT phases that have not begun
+        self._queue: list[Pushed] = []  # pushed SFT phases that have not begun
         self._kind: str | None = None  # what is under way: rl, sft, before, after
         self._ids: list[int] = []  # questions of what is under way
+        self._own: dict[int, list[int]] = {}  # demonstrations of what is under way that are not the data's
         self._update = 0
 
     def push(self, entries: list[dict[str, Any]]) -> None:
-        """Queue an SFT phase on the demonstrations of these buffer entries (their `id` is a question's).
+        """Queue an SFT phase on these buffer entries.
+
+        Args:
+            entries: Each with the `id` of a question and, if it is not the data's, its `demonstration` (token ids).
 
         Raises:
             InputError: If the phase cannot be cut into whole SFT batches.
         """
         self.schedule.check_phase(len(entries))
-        self._queue.append([entry["id"] for entry in entries])
+        own = {entry["id"]: list(entry["demonstration"]) for entry in entries if "demonstration" in entry}
+        self._queue.append(Pushed([entry["id"] for entry in entries], own))
+
+    def more(self) -> list[Question]:
+        """This rank's share of the next batch of questions, for a rollout under way that wants further ones."""
+        self._at.more += 1
+        ids = self._rl_batch(self._at.rl - 1)
+        return [self.questions[i] for i in ids[self.rank :: self.world_size]]
 
     def __len__(self) -> int:
         """A bound no run reaches: Lightning does not fetch ahead from a loader that has a length."""
@@ -140,17 +159,19 @@ class PhaseLoader:
     def _begin(self) -> None:
         """Decide what comes next; only ever between optimizer steps."""
         s, at = self.schedule, self._at
+        own: dict[int, list[int]] = {}
         if at.before < s.sft_before:
             self._kind, self._ids = "before", self._demonstrations(at.before)
         elif self._queue:
-            self._kind, self._ids = "sft", self._shuffled_epochs(self._queue.pop(0))
+            pushed = self._queue.pop(0)
+            self._kind, self._ids, own = "sft", self._shuffled_epochs(pushed.ids), pushed.own
         elif s.rl_steps is None or at.rl < s.rl_steps:
-            self._kind, self._ids = "rl", self._batch(len(self.questions), s.rl_questions, at.rl, "rl")
+            self._kind, self._ids = "rl", self._rl_batch(at.rl)
         elif at.after < s.sft_after:
             self._kind, self._ids = "after", self._demonstrations(s.sft_before + at.after)
         else:
             raise StopIteration
-        self._update = 0
+        self._own, self._update = own, 0
         if self._kind == "rl":
             at.rl += 1
         elif self._kind == "sft" or getattr(at, self._kind) == 0:
@@ -169,7 +190,7 @@ class PhaseLoader:
         mine = self._ids[start : start + batch][self.rank :: self.world_size]
         return WorkItem(
             phase="rl" if rl else "sft",
-            questions=[self.questions[i] for i in mine],
+            questions=[self._question(i) for i in mine],
             rollout=(at.rl if rl else at.sft) - 1,
             update=self._update,
             updates=self._updates(),
@@ -178,6 +199,11 @@ class PhaseLoader:
             micro=at.micro,
             micro_batches=self.micro_batches,
         )
+
+    def _question(self, i: int) -> Question:
+        """Question number i, with the demonstration that was pushed, if one was."""
+        q = self.questions[i]
+        return replace(q, demonstration=self._own[i], answer_start=None) if i in self._own else q
 
     def _end_step(self) -> None:
         self._update += 1
@@ -192,6 +218,10 @@ class PhaseLoader:
         """The SFT batch number `step` of an endless shuffled pass over all demonstrations."""
         chosen = self._batch(len(self.demonstrated), self.schedule.sft_batch, step, "demonstrations")
         return [self.demonstrated[i] for i in chosen]
+
+    def _rl_batch(self, rollout: int) -> list[int]:
+        """Questions of rollout number `rollout`, after all further batches that rollouts asked for."""
+        return self._batch(len(self.questions), self.schedule.rl_questions, rollout + self._at.more, "rl")
 
     def _batch(self, n: int, size: int, number: int, name: str) -> list[int]:
         """Batch `number` of range(n), shuffled anew in every epoch.
@@ -219,9 +249,10 @@ class PhaseLoader:
         """Position, pushed phases, what is under way, and what the questions were: plain integers and lists."""
         return {
             "position": self.position,
-            "queue": [list(ids) for ids in self._queue],
+            "queue": [{"ids": list(p.ids), "own": dict(p.own)} for p in self._queue],
             "kind": self._kind,
             "ids": list(self._ids),
+            "own": dict(self._own),
             "update": self._update,
             "updates": self._updates(),
             "questions": len(self.questions),
@@ -240,7 +271,8 @@ class PhaseLoader:
                 f"{len(self.questions)} now); data.train, its filters, data.holdout and the seed must stay the same"
             )
         self._at = _Position(**state["position"])
-        self._queue = [list(ids) for ids in state["queue"]]
+        self._queue = [Pushed(**pushed) for pushed in state["queue"]]
+        self._own = dict(state["own"])
         self._kind, self._ids, self._update = state["kind"], list(state["ids"]), state["update"]
         if self._update == state["updates"]:
             self._update = self._updates()  # it was complete, whatever a phase looks like now

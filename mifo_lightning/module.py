@@ -14,23 +14,24 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.data.question import Question
-from mifo_lightning.distributed import full, gather_ranks
+from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.guards import check_alignment, check_resume, check_trainer
 from mifo_lightning.loader import WorkItem
-from mifo_lightning.losses.policy import policy_loss
-from mifo_lightning.losses.sft import sft_loss
+from mifo_lightning.losses.sft import SFTWeight, sft_loss, sft_weights
 from mifo_lightning.models import load_policy, load_tokenizer, shard_policy
 from mifo_lightning.optim import AdamWSettings, PhaseAdamW
 from mifo_lightning.policy import Policy
-from mifo_lightning.reinforcement import Reinforcement, RLSettings
+from mifo_lightning.reinforcement import Reinforcement
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.step_metrics import StepMetrics
-from mifo_lightning.supervision import Demonstrations
+from mifo_lightning.supervision import Demonstrations, initial_losses
 
 
 class MifoModule(LightningModule):
@@ -47,6 +48,11 @@ class MifoModule(LightningModule):
         solved_at: Reward from which a rollout counts as correct.
         sampling: How RL rollouts are drawn.
         policy: The policy loss.
+        mixing: Demonstrations inside RL steps; null mixes none in.
+        demonstrations: What a buffered question is learned from in an SFT phase: the data's solution, or the model's
+            own correct rollout.
+        sft_weight: What multiplies each demonstration token's cross-entropy in SFT phases: uniform, dft, chord,
+            low_entropy, high_entropy or flow.
         rl: AdamW of RL phases.
         sft: AdamW of SFT phases.
         moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
@@ -69,6 +75,9 @@ class MifoModule(LightningModule):
         solved_at: float = 1.0,
         sampling: Sampling = Sampling(),
         policy: RLSettings = RLSettings(),
+        mixing: Mixing | None = None,
+        demonstrations: Literal["data", "own"] = "data",
+        sft_weight: SFTWeight = "uniform",
         rl: AdamWSettings = AdamWSettings(),
         sft: AdamWSettings = AdamWSettings(),
         moments: Literal["reset", "keep", "shared"] = "reset",
@@ -85,10 +94,12 @@ class MifoModule(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
-            engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed
+            engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
         )
         self.evaluator = Evaluator(self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed)
         self.optimizer_of_phase: PhaseAdamW | None = None
+        self.own_demonstrations, self.sft_weight = demonstrations == "own", sft_weight
+        self._initial_losses: Tensor | None = None  # of all questions, in units of their median; for flow
         self._rollout: Rollout | None = None
         self._demonstrations: Demonstrations | None = None
         self._restored: dict[str, Any] = {}
@@ -127,7 +138,11 @@ class MifoModule(LightningModule):
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
+            self._initial_losses = self._restored["initial_losses"]
             self._restored = {}
+        elif self.sft_weight == "flow":
+            questions = self.trainer.train_dataloader.questions  # type: ignore[union-attr]
+            self._initial_losses = initial_losses(self._policy, questions, int(self.tokenizer.pad_token_id))
 
     # --- one optimizer step -------------------------------------------------------------------------------------
 
@@ -139,60 +154,69 @@ class MifoModule(LightningModule):
             self._metrics.put(batch["phase"], {"lr": lr})
 
     def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, plus `groups` and `samples` where fresh rollouts were made."""
+        """Loss of one micro-batch, `work` for accounts, and `groups` and `samples` where fresh rollouts were made."""
         output = self._rl_step(batch) if batch["phase"] == "rl" else self._sft_step(batch)
         # undo Lightning's division by micro-batches and the strategy's mean over ranks: our denominators count all
         output["loss"] = output["loss"] * (batch["micro_batches"] * self.trainer.world_size)
         return output
 
     def _rl_step(self, batch: WorkItem) -> dict[str, Any]:
+        work: dict[str, Any] = {"generated": 0, "scored": 0}
         output: dict[str, Any] = {}
         if batch["update"] == 0 and batch["micro"] == 0:
-            output = self._roll_out(batch)
+            output = self._roll_out(batch, work)
         assert self._rollout is not None, "the loader begins every rollout with its first update"
-        settings = self.reinforcement.settings
-        part, mask, sequences = self.reinforcement.micro_batch(self._rollout, batch)
+        reinforcement = self.reinforcement
+        part = reinforcement.micro_batch(self._rollout, batch)
         if batch["update"] + 1 == batch["updates"] and batch["micro"] + 1 == batch["micro_batches"]:
             self._rollout = None  # used up: no checkpoint need hold it
         with self._profile("forward"):
-            logp, _ = self._policy(part.sequences, self.reinforcement.sampling.temperature)
-        loss, metrics = policy_loss(
-            logp,
-            logp.detach() if part.logp_old is None else part.logp_old,
-            part.advantages,
-            mask,
-            sequences=sequences * self.trainer.world_size,
-            keep=part.keep,
-            logp_ref=part.logp_ref,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            kl_coefficient=settings.kl_coefficient,
-        )
+            bonus = reinforcement.settings.entropy_bonus > 0
+            logp, entropy = self._policy(part.sequences, reinforcement.sampling.temperature, entropy_gradient=bonus)
+        loss, metrics = reinforcement.loss(part, logp, entropy, batch["rollout"])
         self._metrics.add("rl", metrics)
-        return {**output, "loss": loss}
+        shown = [] if part.demonstrated is None else part.question[part.demonstrated & part.active].tolist()
+        work |= {"trained": part.sequences.token_count(), "demonstrations": shown}
+        return {**output, "loss": loss, "work": work}
 
-    def _roll_out(self, batch: WorkItem) -> dict[str, Any]:
+    def _roll_out(self, batch: WorkItem, work: dict[str, Any]) -> dict[str, Any]:
         """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
         self._rollout = None  # the old one is not needed while the new one is made
+        reinforcement = self.reinforcement
         start = time.perf_counter()
-        with self._profile("rollout"):
-            completions = self.reinforcement.draw(self._policy, batch)
+        drawn, attempts = self._draw(batch["questions"], batch["rollout"], 0), 1
+        wanted = len(batch["questions"]) * self.trainer.world_size
+        while (chosen := reinforcement.choose(drawn, attempts, wanted)) is None:
+            more = self.trainer.train_dataloader.more()  # type: ignore[union-attr]
+            drawn, attempts = drawn + self._draw(more, batch["rollout"], attempts), attempts + 1
         seconds = time.perf_counter() - start
-        with self._profile("reward"):
-            rewards = self.reinforcement.grade(batch["questions"], completions)
         with self._profile("score"):
-            self._rollout = self.reinforcement.prepare(self._policy, batch, completions, rewards)
-        described = self.reinforcement.describe(self._rollout, completions, seconds)
+            rollout = self._rollout = reinforcement.prepare(self._policy, batch, drawn.select(chosen))
+        scored = (batch["updates"] > 1 or rollout.keep is not None) + (rollout.logp_ref is not None)
+        work |= {"generated": drawn.tokens, "scored": scored * rollout.sequences.token_count()}
+        described = drawn.describe(self.device)
         self.last_reward = described["reward"]
-        self._metrics.put("rollout", described)
-        return {
-            "groups": self.reinforcement.groups(self._rollout, batch["questions"]),
-            "samples": self.reinforcement.samples(self._rollout, batch["questions"], completions),
+        rest = {
+            "advantage_abs": float(rollout.advantages.abs().mean()),
+            "tokens_per_s": drawn.tokens / max(seconds, 1e-9) * ranks(),
+            "reward_errors": float(reinforcement.reward.errors * ranks()),
+            "reward_timeouts": float(reinforcement.reward.timeouts * ranks()),
+            "attempts": float(attempts),
         }
+        self._metrics.put("rollout", described | mean_ranks(rest, self.device))
+        return {"groups": drawn.groups(self.own_demonstrations), "samples": drawn.samples(self.tokenizer)}
+
+    def _draw(self, questions: list[Question], rollout: int, attempt: int) -> Graded:
+        with self._profile("rollout"):
+            completions = self.reinforcement.draw(self._policy, questions, rollout, attempt)
+        with self._profile("reward"):
+            return self.reinforcement.grade(questions, completions)
 
     def _sft_step(self, batch: WorkItem) -> dict[str, Any]:
         if batch["micro"] == 0:
-            self._demonstrations = Demonstrations.pack(batch["questions"], self.tokenizer, self.device)
+            self._demonstrations = Demonstrations.pack(
+                batch["questions"], self.tokenizer, self.device, self._initial_losses
+            )
         demos = self._demonstrations
         assert demos is not None, "the loader begins every optimizer step with its first micro-batch"
         alone = batch["micro_batches"] == 1
@@ -206,11 +230,20 @@ class MifoModule(LightningModule):
             demos.select(self.select_tokens, entropy)
         length = logp.shape[1]
         selected, valid = demos.selected[rows, :length], demos.mask[rows, :length]
-        loss, metrics = sft_loss(logp, selected, demos.denominator)
+        initial = None if demos.initial is None else demos.initial[rows]
+        weight = sft_weights(self.sft_weight, logp, entropy, valid, initial)
+        loss, metrics = sft_loss(logp, selected, demos.denominator, weight)
         metrics["nll"] = -(logp.detach() * valid).sum() / demos.tokens
         metrics["entropy"] = (entropy * valid).sum() / demos.tokens
         self._metrics.add("sft", metrics)
-        return {"loss": loss}
+        again = not alone and batch["micro"] == 0 and self.select_tokens is not None
+        work = {
+            "generated": 0,
+            "scored": demos.sequences.token_count() if again else 0,
+            "trained": demos.sequences.select(rows).token_count(),
+            "demonstrations": [batch["questions"][i].id for i in rows.tolist()],
+        }
+        return {"loss": loss, "work": work}
 
     def _entropies(self, demos: Demonstrations) -> Tensor | None:
         """Entropies [B, L] of the whole optimizer step on this rank, if a selection wants them."""
@@ -281,6 +314,7 @@ class MifoModule(LightningModule):
             checkpoint["mifo"] = {
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
+                "initial_losses": self._initial_losses,
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

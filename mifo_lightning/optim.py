@@ -20,6 +20,7 @@ class AdamWSettings:
 
     Args:
         lr: Learning rate after warm-up.
+        lr_factor: Multiplies `lr`, so that a control can halve a rate without knowing it.
         betas: Decay of the first and second moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
@@ -31,6 +32,7 @@ class AdamWSettings:
     """
 
     lr: float = 1e-6
+    lr_factor: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -42,7 +44,7 @@ class AdamWSettings:
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
-        for name in ("lr", "eps", "weight_decay", "clip", "warmup_steps", "min_ratio"):
+        for name in ("lr", "lr_factor", "eps", "weight_decay", "clip", "warmup_steps", "min_ratio"):
             if getattr(self, name) < 0:
                 raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -55,13 +57,14 @@ class AdamWSettings:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step number `step` (from 0) of this phase kind."""
+        peak = self.lr * self.lr_factor
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return peak * (step + 1) / self.warmup_steps
         if self.schedule == "constant" or self.decay_steps is None:
-            return self.lr
+            return peak
         done = min(1.0, (step - self.warmup_steps) / (self.decay_steps - self.warmup_steps))
         left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return self.lr * (self.min_ratio + (1 - self.min_ratio) * left)
+        return peak * (self.min_ratio + (1 - self.min_ratio) * left)
 
 
 class PhaseAdamW:

@@ -36,6 +36,10 @@ class Sequences(NamedTuple):
         width = int((chosen.prompt_lengths + chosen.response_lengths).max())
         return chosen._replace(tokens=chosen.tokens[:, :width])
 
+    def token_count(self) -> int:
+        """Tokens of all prompts and responses, padding left out."""
+        return int((self.prompt_lengths + self.response_lengths).sum())
+
     def to(self, device: torch.device) -> "Sequences":
         """The same on another device."""
         return Sequences(*(field.to(device) for field in self))
@@ -61,15 +65,18 @@ class Policy(nn.Module):
         self.model = model
         self.split_head = _head_is_last(model)
 
-    def forward(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, sequences: Sequences, temperature: float = 1.0, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced scores of the response tokens.
 
         Args:
             sequences: B prompts with responses.
             temperature: Logits are divided by it before both scores.
+            entropy_gradient: Whether a gradient flows through the entropy.
 
         Returns:
-            `logp` [B, L] with gradient and `entropy` [B, L] without, fp32 nats, 0 outside the response.
+            `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response.
         """
         mask = sequences.mask()
         row, step = mask.nonzero(as_tuple=True)
@@ -82,7 +89,7 @@ class Policy(nn.Module):
             hidden = self.model(input_ids=sequences.tokens, use_cache=False).logits
             head = nn.Identity()
         # the state before a token predicts it; only response positions ever reach the head
-        scores = token_scores(head, hidden[row, position - 1], targets, temperature)
+        scores = token_scores(head, hidden[row, position - 1], targets, temperature, entropy_gradient)
         logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
         return logp, entropy
 

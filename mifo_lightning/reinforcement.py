@@ -1,72 +1,31 @@
-"""One RL step without Lightning: draw, grade, prepare, cut into micro-batches, describe."""
+"""One RL step without Lightning: draw, grade, prepare, cut into micro-batches, loss."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_callbacks.sharding import world_group
+from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.question import Question
-from mifo_lightning.distributed import mean_ranks, ranks
+from mifo_lightning.distributed import gather_ranks, rank, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
-from mifo_lightning.losses.policy import group_advantages
-from mifo_lightning.policy import Policy
+from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
+from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
+from mifo_lightning.mixing import Rows, training_rows
+from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rewards.base import Reward, score
-from mifo_lightning.rollout.batch import Rollout, pack_completions, score_without_gradient
+from mifo_lightning.rl_settings import Mixing, RLSettings
+from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.seeds import stable_key
 
 
-@dataclass
-class RLSettings:
-    """The policy loss (GRPO).
-
-    Args:
-        clip_low: Lower clip range of the probability ratio.
-        clip_high: Upper clip range of the probability ratio.
-        kl_coefficient: Weight of the KL to the initial model (estimator k3); 0 loads no reference.
-        entropy_fraction: Share of tokens, those of highest entropy under the policy that sampled, that push the policy;
-            1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coefficient: float = 0.0
-    entropy_fraction: float = 1.0
-
-    def check(self, key: str) -> None:
-        """Raise an InputError that names the key, its value and what is allowed."""
-        allowed = [
-            ("clip_low", 0 < self.clip_low < 1, "in (0, 1)"),
-            ("clip_high", self.clip_high > 0, "above 0"),
-            ("kl_coefficient", self.kl_coefficient >= 0, "at least 0"),
-            ("entropy_fraction", 0 < self.entropy_fraction <= 1, "in (0, 1]"),
-        ]
-        for name, good, what in allowed:
-            if not good:
-                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
-
-
-class MicroBatch(NamedTuple):
-    """What one backward of an RL optimizer step sees.
-
-    Attributes:
-        part: The rows of the rollout.
-        mask: [B, L] bool response mask; all false where this micro-batch has nothing to do.
-        sequences: How many sequences this rank's optimizer step has, those left out included.
-    """
-
-    part: Rollout
-    mask: Tensor
-    sequences: int
-
-
 class Reinforcement:
-    """Everything of an RL step but the loss and the gradient.
+    """Everything of an RL step but the forward pass with a gradient.
 
     Args:
         engine: Draws responses.
@@ -77,6 +36,7 @@ class Reinforcement:
         group_size: G, rollouts per question.
         solved_at: Reward from which a rollout counts as correct.
         seed: Seed of all rollouts.
+        mixing: How demonstrations are mixed into RL steps; None mixes none in.
 
     Raises:
         InputError: If a setting is impossible.
@@ -92,10 +52,11 @@ class Reinforcement:
         group_size: int,
         solved_at: float,
         seed: int,
+        mixing: Mixing | None = None,
     ) -> None:
-        _check(group_size, solved_at, sampling, settings)
+        _check(group_size, solved_at, sampling, settings, mixing)
         self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
-        self.sampling, self.settings = sampling, settings
+        self.sampling, self.settings, self.mixing = sampling, settings, mixing
         self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
         self._reference: list[Policy] = []
@@ -109,118 +70,194 @@ class Reinforcement:
         """Keep the frozen initial model for the KL term."""
         self._reference = [] if reference is None else [reference.requires_grad_(False)]
 
-    def draw(self, policy: Policy, item: WorkItem) -> list[list[Completion]]:
-        """G responses to each of this rank's questions, the same whatever the number of ranks."""
-        questions = item["questions"]
-        keys = [stable_key(self.seed, "rl", item["rollout"], q.id) for q in questions]
+    def draw(self, policy: Policy, questions: list[Question], rollout: int, attempt: int = 0) -> list[list[Completion]]:
+        """Responses to each question, the same whatever the number of ranks; a demonstration may take one's place."""
+        again = (attempt,) if attempt else ()
+        keys = [stable_key(self.seed, "rl", rollout, q.id, *again) for q in questions]
         prompts = [q.prompt for q in questions]
-        return self.engine.generate(policy, self.tokenizer, prompts, keys, self.group_size, self.sampling)
+        n = self.group_size - (self.mixing is not None and self.mixing.in_group)
+        return self.engine.generate(policy, self.tokenizer, prompts, keys, n, self.sampling)
 
-    def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Tensor:
-        """[B] fp32 rewards; a response that did not end by itself gets 0 (MIFO, buffer rule)."""
+    def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Graded:
+        """Grade responses; one that did not end by itself gets 0 (MIFO, buffer rule)."""
         flat = [c for group in completions for c in group]
         texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
-        truths = [q.truth for q in questions for _ in range(self.group_size)]
+        truths = [q.truth for q, group in zip(questions, completions, strict=True) for _ in group]
         rewards = score(self.reward, texts, truths)
-        return torch.tensor([r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)])
+        kept = torch.tensor([r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)])
+        return Graded(questions, completions, kept.view(len(questions), -1), self.solved_at)
 
-    def prepare(self, policy: Policy, item: WorkItem, completions: list[list[Completion]], rewards: Tensor) -> Rollout:
-        """Pack and add advantages and, where the updates need them, old and reference log-probabilities."""
+    def choose(self, graded: Graded, attempts: int, wanted: int) -> list[int] | None:
+        """Which of this rank's questions train; None if dynamic sampling wants further questions; collective.
+
+        Args:
+            graded: All that was drawn for this RL step so far, on this rank.
+            attempts: How many batches of questions that were.
+            wanted: Groups that the RL step trains on, over all ranks.
+        """
+        if not self.settings.dynamic_sampling:
+            return list(range(len(graded.questions)))
+        # dealt out like cards: the order, and with it the choice, is that of a single process
+        flags = [flag for row in zip(*gather_ranks(graded.differ.tolist()), strict=True) for flag in row]
+        chosen = [i for i, flag in enumerate(flags) if flag][:wanted]
+        if len(chosen) < wanted and attempts < self.settings.dynamic_sampling:
+            return None
+        # a rank without any group still takes part: a group without a signal weighs nothing
+        return [i // ranks() for i in chosen if i % ranks() == rank()] or [0]
+
+    def prepare(self, policy: Policy, item: WorkItem, graded: Graded) -> Rollout:
+        """Pack rows, advantages and weights and, where the updates need them, old and reference log-probabilities."""
         device, temperature = policy.device, self.sampling.temperature
-        prompts = [q.prompt for q in item["questions"]]
-        sequences = pack_completions(prompts, completions, int(self.tokenizer.pad_token_id)).to(device)
-        rewards = rewards.to(device)
+        rows = training_rows(graded, self.settings, self.mixing, self._demonstration_rewards(graded))
+        prompts = [graded.questions[i].prompt for i in rows.question.tolist()]
+        sequences = Sequences.pack(prompts, rows.tokens, int(self.tokenizer.pad_token_id)).to(device)
+        minibatch = (rows.question * item["minibatches"]) // len(graded.questions)
+        weight, sft_weight = self._weights(rows, sequences.mask(), minibatch.to(device), item["minibatches"])
         rollout = Rollout(
             sequences=sequences,
-            rewards=rewards,
-            correct=rewards >= self.solved_at,
-            finished=torch.tensor([c.finished for group in completions for c in group], device=device),
-            advantages=group_advantages(rewards, self.group_size),
+            advantages=rows.advantages.to(device),
+            correct=rows.correct.to(device),
+            weight=weight,
+            minibatch=minibatch.to(device),
+            active=rows.active.to(device),
+            question=torch.tensor([graded.questions[i].id for i in rows.question.tolist()], device=device),
         )
+        if self.mixing is not None:
+            rollout.demonstrated, rollout.sft_weight = rows.demonstrated.to(device), sft_weight
         masked = self.settings.entropy_fraction < 1
         if item["updates"] > 1 or masked:
             logp, entropy = score_without_gradient(policy, sequences, temperature)
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             rollout.logp_old = logp if item["updates"] > 1 else None
-            rollout.keep = self._forking_tokens(entropy, sequences.mask(), item) if masked else None
+            rollout.keep = self._forking_tokens(entropy, rollout, item["minibatches"]) if masked else None
         for reference in self._reference:
             reference.to(device)
             rollout.logp_ref = score_without_gradient(reference, sequences, temperature)[0]
         return rollout
 
-    def _forking_tokens(self, entropy: Tensor, mask: Tensor, item: WorkItem) -> Tensor:
-        """[B, L] bool: the tokens of highest entropy of each optimizer step, over all ranks."""
-        parts = [
-            select_tokens(entropy[rows], mask[rows], fraction=self.settings.entropy_fraction, group=world_group()).mask
-            for rows in torch.arange(len(mask), device=mask.device).tensor_split(item["minibatches"])
-        ]
-        return torch.cat(parts)
+    def _demonstration_rewards(self, graded: Graded) -> Tensor | None:
+        """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""
+        if self.mixing is None or not self.mixing.in_group:
+            return None
+        shown = [i for i, q in enumerate(graded.questions) if q.demonstration]
+        responses = [graded.questions[i].demonstration or [] for i in shown]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        rewards = torch.zeros(len(graded.questions))
+        if shown:
+            rewards[shown] = torch.tensor(score(self.reward, texts, [graded.questions[i].truth for i in shown]))
+        return rewards
 
-    def micro_batch(self, rollout: Rollout, item: WorkItem) -> MicroBatch:
+    def _weights(self, rows: Rows, mask: Tensor, minibatch: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
+        """[B, L] weights of the policy loss and of the SFT loss, by the counts of each whole optimizer step."""
+        device = mask.device
+        in_policy, demonstrated = rows.in_policy.to(device), rows.demonstrated.to(device)
+        lengths = mask.sum(-1)
+        questions = torch.zeros_like(in_policy)
+        questions[torch.searchsorted(rows.question, rows.question.unique()).to(device)] = True
+        counted = torch.stack(
+            [in_policy, in_policy * lengths, demonstrated, demonstrated * lengths, questions]
+        ).double()
+        counts = torch.zeros(5, minibatches, device=device, dtype=torch.double).index_add_(1, minibatch, counted)
+        counts = sum_over(counts, world_group())
+        policy, sft = torch.zeros(mask.shape, device=device), torch.zeros(mask.shape, device=device)
+        for m, (sequences, tokens, shown, shown_tokens, asked) in enumerate(counts.T.tolist()):
+            here = minibatch == m
+            policy[here] = token_weights(
+                mask[here] & in_policy[here, None],
+                self.settings.aggregation,
+                sequences=max(sequences, 1.0),
+                tokens=max(tokens, 1.0),
+                max_length=self.sampling.max_new_tokens,
+            )
+            if shown:
+                sft[here] = (mask[here] & demonstrated[here, None]) * (shown / asked / shown_tokens)
+        return policy, sft
+
+    def _forking_tokens(self, entropy: Tensor, rollout: Rollout, minibatches: int) -> Tensor:
+        """[B, L] bool: the tokens of highest entropy of each optimizer step, over all ranks, and all demonstrations."""
+        keep = torch.zeros_like(rollout.weight, dtype=torch.bool)
+        mask = rollout.weight > 0
+        if rollout.demonstrated is not None:
+            keep |= rollout.demonstrated[:, None]
+            mask = mask & ~rollout.demonstrated[:, None]
+        for m in range(minibatches):
+            rows = rollout.minibatch == m
+            fraction = self.settings.entropy_fraction
+            keep[rows] |= select_tokens(entropy[rows], mask[rows], fraction=fraction, group=world_group()).mask
+        return keep
+
+    def micro_batch(self, rollout: Rollout, item: WorkItem) -> Rollout:
         """The rows that the update of `item` works on in its micro-batch.
 
-        Rows of advantage 0 give no gradient and are left out unless there is a KL term; they still count.
+        Rows that cannot give a gradient, those of advantage 0 above all, are left out; they still count.
         """
-        everything = torch.arange(len(rollout.rewards), device=rollout.rewards.device)
-        rows = everything.tensor_split(item["minibatches"])[item["update"] % item["minibatches"]]
-        active = rows if self.needs_reference else rows[rollout.advantages[rows] != 0]
+        rows = (rollout.minibatch == item["update"] % item["minibatches"]).nonzero()[:, 0]
+        active = rows[rollout.active[rows]]
         mine = active.tensor_split(item["micro_batches"])[item["micro"]]
-        # every rank runs every backward: one row without a valid token gives gradients of exactly 0
-        part = rollout.rows(mine if len(mine) else rows[:1])
-        mask = part.sequences.mask()
-        return MicroBatch(part, mask if len(mine) else torch.zeros_like(mask), len(rows))
+        if len(mine):
+            return rollout.rows(mine)
+        # every rank runs every backward: one row that weighs nothing gives gradients of exactly 0
+        part = rollout.rows(torch.zeros(1, dtype=torch.long, device=rows.device))
+        nothing = torch.zeros_like(part.weight)
+        return replace(part, weight=nothing, sft_weight=None if part.sft_weight is None else nothing)
 
-    def groups(self, rollout: Rollout, questions: list[Question]) -> list[dict[str, Any]]:
-        """What BufferPhaseSwitch wants to know of each question."""
-        n_correct = rollout.correct.view(-1, self.group_size).sum(-1).tolist()
-        return [
-            {"id": q.id, "n_correct": n, "size": self.group_size, "has_demonstration": bool(q.demonstration)}
-            for q, n in zip(questions, n_correct, strict=True)
-        ]
+    def loss(self, part: Rollout, logp: Tensor, entropy: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Policy loss, KL, entropy bonus and the SFT loss on demonstrations, of one micro-batch.
 
-    def samples(
-        self, rollout: Rollout, questions: list[Question], completions: list[list[Completion]]
-    ) -> list[dict[str, Any]]:
-        """The first question's responses, as text with their rewards."""
-        texts = self.tokenizer.batch_decode([c.tokens for c in completions[0]])
-        q, rewards = questions[0], rollout.rewards.tolist()
-        return [
-            {"source": q.source, "prompt": q.text, "response": text, "truth": q.truth, "reward": reward}
-            for text, reward in zip(texts, rewards, strict=False)
-        ]
-
-    def describe(self, rollout: Rollout, completions: list[list[Completion]], seconds: float) -> dict[str, float]:
-        """Means over the rollouts of all ranks, tokens per second of all of them, graded badly so far; collective."""
-        flat = [c for group in completions for c in group]
-        tokens = sum(len(c.tokens) for c in flat)
-        still = (rollout.advantages.view(-1, self.group_size) == 0).all(-1)
-        # every rank has equally many rollouts
-        means = mean_ranks(
-            {
-                "reward": float(rollout.rewards.mean()),
-                "correct": float(rollout.correct.float().mean()),
-                "truncated": 1.0 - float(rollout.finished.float().mean()),
-                "length": tokens / len(flat),
-                "entropy": -sum(sum(c.logp) for c in flat) / len(flat),
-                "advantage_abs": float(rollout.advantages.abs().mean()),
-                "groups_without_signal": float(still.float().mean()),
-                "tokens_per_s": tokens / max(seconds, 1e-9) * ranks(),
-                "reward_errors": float(self.reward.errors * ranks()),
-                "reward_timeouts": float(self.reward.timeouts * ranks()),
-            },
-            rollout.rewards.device,
+        Args:
+            part: From `micro_batch`.
+            logp: [B, L] log-probabilities in nats, with gradient.
+            entropy: [B, L] entropies in nats, with gradient if there is a bonus.
+            step: Number of the RL step, from 0.
+        """
+        s, mixing = self.settings, self.mixing
+        own = part.weight
+        advantages = part.advantages
+        if part.demonstrated is not None and mixing is not None:
+            own = part.weight.masked_fill(part.demonstrated[:, None], 0.0)
+            if mixing.own == "sign":
+                factor = mixing.positive_weight * mean_over(entropy, own > 0)[:, 0].exp()
+                advantages = torch.where(~part.demonstrated & (advantages > 0), advantages * factor, advantages)
+        loss, metrics = policy_loss(
+            logp,
+            logp.detach() if part.logp_old is None else part.logp_old,
+            advantages,
+            part.weight,
+            surrogate=s.surrogate,
+            ratio=s.ratio,
+            clip_low=s.clip_low,
+            clip_high=s.clip_high,
+            ratio_cap=s.ratio_cap,
+            keep=part.keep,
+            demonstrated=part.demonstrated,
+            shape=mixing.shape if mixing else 0.1,
         )
-        # Monte-Carlo estimate: the mean over all sampled tokens of all ranks
-        means["entropy"] /= means["length"]
-        return means
+        if part.logp_ref is not None:
+            kl = (kl_k3(logp, part.logp_ref) * own).sum()
+            loss, metrics["kl_ref"] = loss + s.kl_coefficient * kl, kl.detach()
+        if s.entropy_bonus:
+            bonus = (entropy * own).sum()
+            loss, metrics["entropy"] = loss - s.entropy_bonus * bonus, bonus.detach()
+        if mixing is not None and part.sft_weight is not None and (mu := mixing.sft_at(step)):
+            weight = sft_weights(mixing.token_weight, logp, entropy, part.sft_weight > 0)
+            sft, described = sft_loss(logp, part.sft_weight, 1.0, weight)
+            loss, metrics["sft_loss"] = (1 - mu if mixing.convex else 1) * loss + mu * sft, described["loss"]
+        return loss, metrics
 
 
-def _check(group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings) -> None:
+def _check(group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings, mixing: Mixing | None) -> None:
     """Raise an InputError that names the key, its value and what is allowed."""
     sampling.check("model.sampling")
     settings.check("model.policy")
-    if group_size < 2:
-        raise InputError(f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts")
+    least = 2
+    if mixing is not None:
+        mixing.check("model.mixing")
+        least = 3 if mixing.in_group else 2
+    if group_size < least:
+        raise InputError(
+            f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts"
+            + (" beside the demonstration" if least == 3 else "")
+        )
     if not 0 < solved_at <= 1:
         raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
     if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mifo_callbacks.sharding import sum_over, world_group
 from mifo_lightning.data.question import Question
-from mifo_lightning.distributed import sum_ranks
-from mifo_lightning.policy import Sequences
+from mifo_lightning.distributed import rank, ranks, sum_ranks
+from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.rollout.batch import score_without_gradient
+
+INITIAL_ROWS = 64  # demonstrations packed together; bounds padding
 
 
 @dataclass
@@ -22,6 +26,7 @@ class Demonstrations:
         named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos`, and `answer` where a marker
             (`data.answer_after`) says where answers begin.
         tokens: Demonstration tokens of the optimizer step over all ranks.
+        initial: [B] loss of each demonstration before training in units of the median; None unless it is a weight.
         selected: [B, L] bool, tokens that the loss sees.
         denominator: What the summed loss is divided by, over all micro-batches and ranks.
     """
@@ -30,14 +35,26 @@ class Demonstrations:
     mask: Tensor
     named: dict[str, Tensor]
     tokens: float
+    initial: Tensor | None
     selected: Tensor = field(init=False)
     denominator: float = field(init=False)
 
     @classmethod
     def pack(
-        cls, questions: list[Question], tokenizer: PreTrainedTokenizerBase, device: torch.device
+        cls,
+        questions: list[Question],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        initial_losses: Tensor | None = None,
     ) -> "Demonstrations":
-        """Pad the questions' demonstrations to tensors; collective, since tokens are counted over all ranks."""
+        """Pad the questions' demonstrations to tensors; collective, since tokens are counted over all ranks.
+
+        Args:
+            questions: This rank's questions, each with a demonstration.
+            tokenizer: The model's.
+            device: Where the tensors go.
+            initial_losses: [N] by question id, from `initial_losses`.
+        """
         responses = [q.demonstration or [] for q in questions]
         sequences = Sequences.pack([q.prompt for q in questions], responses, int(tokenizer.pad_token_id)).to(device)
         mask = sequences.mask()
@@ -49,7 +66,8 @@ class Demonstrations:
                 len(r) if q.answer_start is None else q.answer_start for q, r in zip(questions, responses, strict=True)
             ]
             named["answer"] = mask & (columns >= torch.tensor(starts, device=device)[:, None])
-        return cls(sequences, mask, named, float(sum_ranks([mask.sum()])[0]))
+        initial = None if initial_losses is None else initial_losses[[q.id for q in questions]].to(device)
+        return cls(sequences, mask, named, float(sum_ranks([mask.sum()])[0]), initial)
 
     def select(self, select_tokens: Any, entropy: Tensor | None) -> None:
         """Choose the tokens that the loss sees; all of them where there is no selection.
@@ -63,3 +81,25 @@ class Demonstrations:
         else:
             assert entropy is not None
             self.selected, self.denominator = select_tokens(entropy, self.mask, named=self.named)
+
+
+def initial_losses(policy: Policy, questions: list[Question], pad: int) -> Tensor:
+    """Loss of each question's demonstration under the present policy, in units of the median (FLOW, arXiv 2502.02797).
+
+    Costs one forward pass over all demonstrations, shared by the ranks; collective.
+
+    Returns:
+        [N] fp32 on the CPU, mean nats per token over their median; 0 where there is no demonstration.
+    """
+    losses = torch.zeros(len(questions), device=policy.device)
+    shown = [i for i, q in enumerate(questions) if q.demonstration]
+    with policy.sampling():
+        for start in range(rank() * INITIAL_ROWS, len(shown), ranks() * INITIAL_ROWS):
+            chosen = shown[start : start + INITIAL_ROWS]
+            prompts = [questions[i].prompt for i in chosen]
+            responses = [questions[i].demonstration or [] for i in chosen]
+            sequences = Sequences.pack(prompts, responses, pad).to(policy.device)
+            logp, _ = score_without_gradient(policy, sequences, temperature=1.0)
+            losses[chosen] = -logp.sum(-1) / sequences.response_lengths
+    losses = sum_over(losses, world_group()).cpu()
+    return losses / losses[shown].median()

@@ -75,6 +75,7 @@ class DemonstrationBuffer:
                 re_entries += before is not None
                 self.solved.discard(question)
                 self._entries[question] = {
+                    **{key: value for key, value in group.items() if key not in GROUP_KEYS},
                     "id": question,
                     "n_correct": n_correct,
                     "size": size,

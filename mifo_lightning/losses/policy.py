@@ -1,91 +1,120 @@
-"""The policy loss of reinforcement learning: GRPO with clipping, optional KL to a reference and entropy mask."""
+"""The policy-loss family of reinforcement learning: one loss made of a surrogate, a ratio and an aggregation.
+
+| | surrogate | ratio | aggregation | advantage |
+|---|---|---|---|---|
+| GRPO | clipped | token | sequence | group_std |
+| Dr.GRPO | clipped | token | constant | group_mean |
+| DAPO | clipped, 0.2 / 0.28 | token | token | group_std, with dynamic sampling |
+| GSPO | clipped, 3e-4 / 4e-4 | sequence | sequence | group_std |
+| CISPO | truncated | token | token | group_std |
+| RLOO | reinforce | | as you like | leave_one_out |
+"""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Surrogate = Literal["clipped", "unclipped", "truncated", "reinforce"]
+Ratio = Literal["token", "sequence"]
+Aggregation = Literal["sequence", "token", "constant"]
 
-def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """GRPO advantages `(R - mean) / (std + eps)` within each group of rollouts of one question.
 
-    A group whose rewards are all equal gets exactly 0.
+def token_weights(
+    mask: Tensor, aggregation: Aggregation, *, sequences: float, tokens: float, max_length: int
+) -> Tensor:
+    """How much each token counts in the loss of an optimizer step; summing weighted tokens aggregates them.
+
+    The counts are those of the whole step, so losses and gradients summed over micro-batches and ranks are those of the
+    undivided batch.
 
     Args:
-        rewards: [B] rewards; the rollouts of a question stand next to each other.
-        group_size: G, the number of rollouts per question.
-        eps: Added to the standard deviation (over G - 1 degrees of freedom).
+        mask: [B, L] bool response mask.
+        aggregation: Mean over `sequence`s of their token means (GRPO), mean over all `token`s (DAPO), or the sum over
+            a `constant`, sequences times the longest possible response (Dr.GRPO).
+        sequences: Sequences of the optimizer step over all micro-batches and ranks.
+        tokens: Response tokens of the same.
+        max_length: Longest response that sampling allows, in tokens.
 
     Returns:
-        [B] fp32 advantages.
-
-    Raises:
-        ValueError: If G < 2 or B is not a multiple of G.
+        [B, L] fp32 weights, 0 outside the mask.
     """
-    if group_size < 2:
-        raise ValueError(f"group advantages need at least 2 rollouts per question, got {group_size}")
-    groups = rewards.float().view(-1, group_size)
-    centred = groups - groups.mean(-1, keepdim=True)
-    # the mean of equal numbers can be off by one rounding; that must not become a gradient
-    equal = (groups == groups[:, :1]).all(-1, keepdim=True)
-    advantages = centred / (groups.std(-1, keepdim=True) + eps)
-    return advantages.masked_fill(equal, 0.0).flatten()
+    valid = mask.float()
+    if aggregation == "sequence":
+        return valid / valid.sum(-1, keepdim=True).clamp_min(1.0) / sequences
+    return valid / (tokens if aggregation == "token" else sequences * max_length)
 
 
 def policy_loss(
     logp: Tensor,
     logp_old: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    weight: Tensor,
     *,
-    sequences: int,
+    surrogate: Surrogate = "clipped",
+    ratio: Ratio = "token",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    ratio_cap: float = 5.0,
     keep: Tensor | None = None,
-    logp_ref: Tensor | None = None,
-    kl_coefficient: float = 0.0,
+    demonstrated: Tensor | None = None,
+    shape: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO: `-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`, token mean per sequence, mean over sequences.
+    """`-sum(weight * objective)`, r = exp(logp - logp_old), with one of these objectives per token.
 
-    Summed over all micro-batches and ranks of an optimizer step the loss, its gradient and every metric are those of
-    the undivided batch, since `sequences` counts the whole step.
+    `clipped`: `min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`. `unclipped`: `r A`. `truncated`:
+    `sg[min(r, ratio_cap)] A logp` (CISPO). `reinforce`: `A logp`. With `ratio` "sequence" r is
+    `exp(mean over the sequence of logp - logp_old)` (GSPO). Tokens of demonstrations have no sampling policy: theirs is
+    `A f(p)`, f(x) = x / (x + shape), p the probability of the token (LUFFY).
 
     Args:
         logp: [B, L] log-probabilities of the response tokens, with gradient.
         logp_old: [B, L] the same under the policy that sampled, without gradient.
         advantages: [B] advantage of each sequence.
-        mask: [B, L] bool, true up to and including the first end-of-sequence token.
-        sequences: Number of sequences of the optimizer step over all micro-batches and ranks.
+        weight: [B, L] from `token_weights`; 0 outside the responses.
+        surrogate: The objective.
+        ratio: One ratio per token, or one per sequence.
         clip_low: Lower clip range.
         clip_high: Upper clip range.
+        ratio_cap: Largest ratio of `truncated`.
         keep: [B, L] bool entropy mask; tokens outside do not push the policy but still count in the denominator.
-        logp_ref: [B, L] log-probabilities under the reference, needed if `kl_coefficient` is not 0.
-        kl_coefficient: Weight of the KL term, estimator k3: `exp(d) - d - 1`, d = logp_ref - logp.
+        demonstrated: [B] bool, sequences that are demonstrations.
+        shape: The constant in f.
 
     Returns:
-        The scalar loss, and as scalars `policy_loss`, `kl_old`, `clip_share` and `kl_ref`: means over all `sequences`,
-        to which sequences that were left out for want of an advantage add 0.
+        The scalar loss, and as scalars `policy_loss`, `kl_old` and `clip_share` (of the policy's own tokens): means in
+        the sense of the aggregation, to which sequences that were left out for want of an advantage add 0.
     """
-    valid = mask.float()
-    # every token weighs 1 / (its sequence's tokens) / (sequences of the step)
-    weight = valid / valid.sum(-1, keepdim=True).clamp_min(1.0) / sequences
+    valid = (weight > 0).float()
     log_ratio = (logp - logp_old) * valid
-    ratio = log_ratio.exp()
+    if demonstrated is not None:
+        log_ratio = log_ratio.masked_fill(demonstrated[:, None], 0.0)
+    if ratio == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1.0)
+    r = log_ratio.exp()
     advantage = advantages[:, None]
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    clipped = r.clamp(1.0 - clip_low, 1.0 + clip_high)
+    limited = (clipped * advantage < r * advantage).float()
+    if surrogate == "clipped":
+        objective = torch.minimum(r * advantage, clipped * advantage)
+    elif surrogate == "unclipped":
+        objective, limited = r * advantage, torch.zeros_like(limited)
+    elif surrogate == "truncated":
+        objective = r.detach().clamp_max(ratio_cap) * advantage * logp
+        limited = (r > ratio_cap).float()
+    else:
+        objective, limited = advantage * logp, torch.zeros_like(limited)
+    if demonstrated is not None:
+        p = logp.exp()
+        objective = torch.where(demonstrated[:, None], advantage * p / (p + shape), objective)
     if keep is not None:
         objective = objective * keep
     loss = -(objective * weight).sum()
     metrics = {
         "policy_loss": loss.detach(),
-        "kl_old": ((ratio - 1 - log_ratio) * weight).sum().detach(),
-        "clip_share": ((clipped * advantage < ratio * advantage).float() * weight).sum().detach(),
+        "kl_old": ((r - 1 - log_ratio) * weight).sum().detach(),
+        "clip_share": (limited * weight).sum().detach(),
     }
-    if kl_coefficient:
-        if logp_ref is None:
-            raise ValueError("kl_coefficient needs logp_ref")
-        kl = (kl_k3(logp, logp_ref) * weight).sum()
-        metrics["kl_ref"] = kl.detach()
-        loss = loss + kl_coefficient * kl
     return loss, metrics
 
 

@@ -10,7 +10,11 @@ CHUNK_ELEMENTS = 2**25  # fp32 logits alive at once: 128 MiB; small vocabularies
 
 
 def token_scores(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float = 1.0
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Score each target token under softmax(head(hidden) / temperature).
 
@@ -21,15 +25,16 @@ def token_scores(
         hidden: [N, D] hidden states, one per scored token.
         targets: [N] int64 token ids.
         temperature: The sampling temperature; 1 in SFT.
+        entropy_gradient: Whether the entropy needs a gradient: a bonus does, a selection does not.
 
     Returns:
-        `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats, without gradient.
+        `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats.
     """
     n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
     if len(hidden) <= n:
-        return _score(head, hidden, targets, temperature)
+        return _score(head, hidden, targets, temperature, entropy_gradient)
     parts = [
-        checkpoint(_score, head, h, t, temperature, use_reentrant=False)
+        checkpoint(_score, head, h, t, temperature, entropy_gradient, use_reentrant=False)
         for h, t in zip(hidden.split(n), targets.split(n), strict=True)
     ]
     return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
@@ -42,15 +47,15 @@ def vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
 
 
 def _score(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     log_z = logits.logsumexp(-1)
     logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         # H = log Z - E[logit]; rounding can push a deterministic token just below zero
         probs = torch.exp(logits - log_z[:, None])
-        entropy = (log_z - probs.mul_(logits).sum(-1)).clamp_min_(0.0)
+        entropy = (log_z - (probs * logits).sum(-1)).clamp_min(0.0)
     return logp, entropy

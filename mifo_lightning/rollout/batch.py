@@ -1,4 +1,4 @@
-"""A graded rollout: what the RL updates of one RL step share."""
+"""What the RL updates of one RL step share."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -7,34 +7,41 @@ import torch
 from torch import Tensor
 
 from mifo_lightning.policy import Policy, Sequences
-from mifo_lightning.rollout.engine import Completion
 
 SCORING_TOKENS = 2**15  # tokens scored at once where no gradient is needed; bounds memory, does not change results
 
 
 @dataclass
 class Rollout:
-    """Graded responses to this rank's questions; the G responses of a question stand next to each other.
+    """What this rank's updates of one RL step train on: responses, and demonstrations where they are mixed in.
 
     Attributes:
         sequences: [B] prompts with responses.
-        rewards: [B] fp32 in [0, 1]; 0 where truncated.
-        correct: [B] bool, reward at least `solved_at`.
-        finished: [B] bool, False where truncated.
         advantages: [B] fp32.
+        correct: [B] bool, reward at least `solved_at`.
+        weight: [B, L] fp32 weights of the policy loss, over the whole optimizer step.
+        minibatch: [B] int64, which optimizer step of a pass the sequence belongs to.
+        active: [B] bool, whether the sequence can give a gradient.
+        question: [B] int64, id of the question.
         logp_old: [B, L] log-probabilities in nats under the policy that sampled; None with one on-policy update.
         logp_ref: [B, L] the same under the reference; None without a KL term.
         keep: [B, L] bool, tokens that push the policy; None without an entropy mask.
+        demonstrated: [B] bool, which sequences are demonstrations; None where none are mixed in.
+        sft_weight: [B, L] fp32 weights of the SFT loss on demonstrations; None where none are mixed in.
     """
 
     sequences: Sequences
-    rewards: Tensor
-    correct: Tensor
-    finished: Tensor
     advantages: Tensor
+    correct: Tensor
+    weight: Tensor
+    minibatch: Tensor
+    active: Tensor
+    question: Tensor
     logp_old: Tensor | None = None
     logp_ref: Tensor | None = None
     keep: Tensor | None = None
+    demonstrated: Tensor | None = None
+    sft_weight: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors on the CPU, for a checkpoint between two updates."""
@@ -58,12 +65,6 @@ class Rollout:
             k: v if v is None else v[chosen][..., :length] if v.dim() == 2 else v[chosen] for k, v in rest.items()
         }
         return Rollout(sequences=sequences, **picked)
-
-
-def pack_completions(prompts: list[list[int]], completions: list[list[Completion]], pad: int) -> Sequences:
-    """Sequences of all completions, question by question."""
-    flat = [(prompt, c.tokens) for prompt, group in zip(prompts, completions, strict=True) for c in group]
-    return Sequences.pack([p for p, _ in flat], [r for _, r in flat], pad)
 
 
 def score_without_gradient(policy: Policy, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:

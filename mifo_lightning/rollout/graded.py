@@ -1,0 +1,113 @@
+"""Graded responses: what the buffer, the tables and the log want to know of fresh rollouts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.distributed import sum_ranks
+from mifo_lightning.rollout.engine import Completion
+
+
+@dataclass
+class Graded:
+    """This rank's questions with their graded responses.
+
+    Attributes:
+        questions: Q questions.
+        completions: For each question its R responses.
+        rewards: [Q, R] fp32 in [0, 1], on the CPU; 0 where truncated.
+        solved_at: Reward from which a response is correct.
+    """
+
+    questions: list[Question]
+    completions: list[list[Completion]]
+    rewards: Tensor
+    solved_at: float
+
+    @property
+    def correct(self) -> Tensor:
+        """[Q, R] bool."""
+        return self.rewards >= self.solved_at
+
+    @property
+    def differ(self) -> Tensor:
+        """[Q] bool: the rewards of the group are not all equal, so that it has a signal."""
+        return (self.rewards != self.rewards[:, :1]).any(-1)
+
+    def __add__(self, other: "Graded") -> "Graded":
+        """Both, one after the other."""
+        return Graded(
+            self.questions + other.questions,
+            self.completions + other.completions,
+            torch.cat([self.rewards, other.rewards]),
+            self.solved_at,
+        )
+
+    def select(self, chosen: list[int]) -> "Graded":
+        """The chosen questions."""
+        return Graded(
+            [self.questions[i] for i in chosen],
+            [self.completions[i] for i in chosen],
+            self.rewards[chosen],
+            self.solved_at,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that decoding ran through the model: each prompt once, and the responses."""
+        prompts = sum(len(q.prompt) for q in self.questions)
+        return prompts + sum(len(c.tokens) for group in self.completions for c in group)
+
+    def groups(self, own: bool) -> list[dict[str, Any]]:
+        """What BufferPhaseSwitch wants to know of each question.
+
+        Args:
+            own: Whether the first correct response, not the data's solution, is the demonstration.
+        """
+        entries = []
+        for q, group, correct in zip(self.questions, self.completions, self.correct.tolist(), strict=True):
+            entry = {
+                "id": q.id,
+                "n_correct": sum(correct),
+                "size": len(group),
+                "has_demonstration": any(correct) if own else bool(q.demonstration),
+            }
+            if own and any(correct):
+                entry["demonstration"] = group[correct.index(True)].tokens
+            entries.append(entry)
+        return entries
+
+    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """The first question's responses, as text with their rewards."""
+        q = self.questions[0]
+        texts = tokenizer.batch_decode([c.tokens for c in self.completions[0]])
+        return [
+            {"source": q.source, "prompt": q.text, "response": text, "truth": q.truth, "reward": reward}
+            for text, reward in zip(texts, self.rewards[0].tolist(), strict=True)
+        ]
+
+    def describe(self, device: torch.device) -> dict[str, float]:
+        """Means over the responses of all ranks; collective."""
+        flat = [c for group in self.completions for c in group]
+        tokens = sum(len(c.tokens) for c in flat)
+        sums = {
+            "reward": float(self.rewards.sum()),
+            "correct": float(self.correct.sum()),
+            "truncated": float(sum(not c.finished for c in flat)),
+            "length": float(tokens),
+            "entropy": -sum(sum(c.logp) for c in flat),
+            "groups_without_signal": float((~self.differ).sum()),
+            "responses": float(len(flat)),
+            "groups": float(len(self.questions)),
+        }
+        keys = list(sums)
+        totals = dict(zip(keys, sum_ranks([torch.tensor(sums[k], device=device) for k in keys]), strict=True))
+        means = {k: float(totals[k] / totals["responses"]) for k in ("reward", "correct", "truncated", "length")}
+        # Monte-Carlo estimate: the mean over all sampled tokens of all ranks
+        means["entropy"] = float(totals["entropy"] / totals["length"])
+        means["groups_without_signal"] = float(totals["groups_without_signal"] / totals["groups"])
+        return means
