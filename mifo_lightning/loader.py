@@ -71,6 +71,7 @@ class PhaseLoader:
         schedule: How much of which phase.
         group_size: Rollouts per question; only to check that micro-batches divide.
         phase_size: Demonstrations that a buffer pushes for one SFT phase; only to check that batches divide.
+        own_demonstrations: Whether pushed entries bring their demonstrations; only to check that there are enough.
         micro_batches: Micro-batches per optimizer step, the Trainer's `accumulate_grad_batches`.
         seed: Seed of the order of questions and demonstrations.
         rank: This process.
@@ -87,6 +88,7 @@ class PhaseLoader:
         *,
         group_size: int = 1,
         phase_size: int | None = None,
+        own_demonstrations: bool = False,
         micro_batches: int = 1,
         seed: int = 0,
         rank: int = 0,
@@ -104,7 +106,8 @@ class PhaseLoader:
         if schedule.rl_steps != 0:
             schedule.check_rl(len(questions), group_size, micro_batches, world_size)
         if phase_size is not None or schedule.sft_before or schedule.sft_after:
-            schedule.check_sft(len(self.demonstrated), phase_size, micro_batches, world_size)
+            lending = len(questions) if own_demonstrations else len(self.demonstrated)
+            schedule.check_sft(lending, phase_size, micro_batches, world_size)
         self._at = _Position()
         self._queue: list[Pushed] = []  # pushed SFT phases that have not begun
         self._kind: str | None = None  # what is under way: rl, sft, before, after

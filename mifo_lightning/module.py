@@ -19,7 +19,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.guards import check_alignment, check_resume, check_trainer
 from mifo_lightning.loader import WorkItem
-from mifo_lightning.losses.sft import SFTWeight, sft_loss, sft_weights
+from mifo_lightning.losses.sft import SFTWeight
 from mifo_lightning.models import load_policy, load_tokenizer, shard_policy
 from mifo_lightning.optim import AdamWSettings, PhaseAdamW
 from mifo_lightning.policy import Policy
@@ -28,7 +28,6 @@ from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
-from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.step_metrics import StepMetrics
 from mifo_lightning.supervision import Demonstrations, initial_losses
@@ -182,16 +181,12 @@ class MifoModule(LightningModule):
     def _roll_out(self, batch: WorkItem, work: dict[str, Any]) -> dict[str, Any]:
         """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
         self._rollout = None  # the old one is not needed while the new one is made
-        reinforcement = self.reinforcement
         start = time.perf_counter()
-        drawn, attempts = self._draw(batch["questions"], batch["rollout"], 0), 1
-        wanted = len(batch["questions"]) * self.trainer.world_size
-        while (chosen := reinforcement.choose(drawn, attempts, wanted)) is None:
-            more = self.trainer.train_dataloader.more()  # type: ignore[union-attr]
-            drawn, attempts = drawn + self._draw(more, batch["rollout"], attempts), attempts + 1
+        more: Any = getattr(self.trainer.train_dataloader, "more", None)
+        drawn, chosen = self.reinforcement.roll_out(self._policy, batch, more, self._profile)
         seconds = time.perf_counter() - start
         with self._profile("score"):
-            rollout = self._rollout = reinforcement.prepare(self._policy, batch, drawn.select(chosen))
+            rollout = self._rollout = self.reinforcement.prepare(self._policy, batch, drawn.select(chosen))
         scored = (batch["updates"] > 1 or rollout.keep is not None) + (rollout.logp_ref is not None)
         work |= {"generated": drawn.tokens, "scored": scored * rollout.sequences.token_count()}
         described = drawn.describe(self.device)
@@ -199,18 +194,11 @@ class MifoModule(LightningModule):
         rest = {
             "advantage_abs": float(rollout.advantages.abs().mean()),
             "tokens_per_s": drawn.tokens / max(seconds, 1e-9) * ranks(),
-            "reward_errors": float(reinforcement.reward.errors * ranks()),
-            "reward_timeouts": float(reinforcement.reward.timeouts * ranks()),
-            "attempts": float(attempts),
+            "reward_errors": float(self.reinforcement.reward.errors * ranks()),
+            "reward_timeouts": float(self.reinforcement.reward.timeouts * ranks()),
         }
         self._metrics.put("rollout", described | mean_ranks(rest, self.device))
         return {"groups": drawn.groups(self.own_demonstrations), "samples": drawn.samples(self.tokenizer)}
-
-    def _draw(self, questions: list[Question], rollout: int, attempt: int) -> Graded:
-        with self._profile("rollout"):
-            completions = self.reinforcement.draw(self._policy, questions, rollout, attempt)
-        with self._profile("reward"):
-            return self.reinforcement.grade(questions, completions)
 
     def _sft_step(self, batch: WorkItem) -> dict[str, Any]:
         if batch["micro"] == 0:
@@ -228,13 +216,7 @@ class MifoModule(LightningModule):
             logp, entropy = self._policy(demos.sequences.select(rows))
         if alone:
             demos.select(self.select_tokens, entropy)
-        length = logp.shape[1]
-        selected, valid = demos.selected[rows, :length], demos.mask[rows, :length]
-        initial = None if demos.initial is None else demos.initial[rows]
-        weight = sft_weights(self.sft_weight, logp, entropy, valid, initial)
-        loss, metrics = sft_loss(logp, selected, demos.denominator, weight)
-        metrics["nll"] = -(logp.detach() * valid).sum() / demos.tokens
-        metrics["entropy"] = (entropy * valid).sum() / demos.tokens
+        loss, metrics = demos.loss(rows, logp, entropy, self.sft_weight)
         self._metrics.add("sft", metrics)
         again = not alone and batch["micro"] == 0 and self.select_tokens is not None
         work = {

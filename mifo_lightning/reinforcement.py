@@ -1,5 +1,7 @@
 """One RL step without Lightning: draw, grade, prepare, cut into micro-batches, loss."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -69,6 +71,37 @@ class Reinforcement:
     def set_reference(self, reference: Policy | None) -> None:
         """Keep the frozen initial model for the KL term."""
         self._reference = [] if reference is None else [reference.requires_grad_(False)]
+
+    def roll_out(
+        self,
+        policy: Policy,
+        item: WorkItem,
+        more: Callable[[], list[Question]],
+        profile: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[Graded, list[int]]:
+        """Draw and grade until there is enough to train on; collective.
+
+        Args:
+            policy: The model.
+            item: The first micro-batch of an RL step.
+            more: Gives this rank's share of the next batch of questions.
+            profile: Measures an activity by name.
+
+        Returns:
+            All that was drawn, and which of its questions train.
+        """
+        drawn: Graded | None = None
+        questions, wanted, attempts = item["questions"], len(item["questions"]) * ranks(), 0
+        while True:
+            with profile("rollout"):
+                completions = self.draw(policy, questions, item["rollout"], attempts)
+            with profile("reward"):
+                graded = self.grade(questions, completions)
+            drawn, attempts = graded if drawn is None else drawn + graded, attempts + 1
+            chosen = self.choose(drawn, attempts, wanted)
+            if chosen is not None:
+                return drawn, chosen
+            questions = more()
 
     def draw(self, policy: Policy, questions: list[Question], rollout: int, attempt: int = 0) -> list[list[Completion]]:
         """Responses to each question, the same whatever the number of ranks; a demonstration may take one's place."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.sharding import sum_over, world_group
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import rank, ranks, sum_ranks
+from mifo_lightning.losses.sft import SFTWeight, sft_loss, sft_weights
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.batch import score_without_gradient
 
@@ -81,6 +82,27 @@ class Demonstrations:
         else:
             assert entropy is not None
             self.selected, self.denominator = select_tokens(entropy, self.mask, named=self.named)
+
+    def loss(self, rows: Tensor, logp: Tensor, entropy: Tensor, weight: SFTWeight) -> tuple[Tensor, dict[str, Tensor]]:
+        """The SFT loss of one micro-batch, once tokens are selected.
+
+        Args:
+            rows: [b] the rows of the micro-batch.
+            logp: [b, l] log-probabilities of their tokens in nats, with gradient.
+            entropy: [b, l] entropies in nats.
+            weight: What multiplies each token's cross-entropy.
+
+        Returns:
+            The scalar loss, and as scalars `loss`, `nll` (mean over all demonstration tokens) and `entropy`.
+        """
+        length = logp.shape[1]
+        selected, valid = self.selected[rows, :length], self.mask[rows, :length]
+        initial = None if self.initial is None else self.initial[rows]
+        weights = sft_weights(weight, logp, entropy, valid, initial)
+        loss, metrics = sft_loss(logp, selected, self.denominator, weights)
+        metrics["nll"] = -(logp.detach() * valid).sum() / self.tokens
+        metrics["entropy"] = (entropy * valid).sum() / self.tokens
+        return loss, metrics
 
 
 def initial_losses(policy: Policy, questions: list[Question], pad: int) -> Tensor:
