@@ -44,7 +44,11 @@ def attached(stage: str = "fit", rank: int = 0, ranks: int = 1, callbacks: Any =
     """A QuestionData on `Numbered` rows, set up as a Trainer on this rank does it."""
     data = make_data(**{"train": Numbered(30), **changes})
     trainer: Any = SimpleNamespace(
-        callbacks=list(callbacks), accumulate_grad_batches=1, global_rank=rank, world_size=ranks
+        callbacks=list(callbacks),
+        accumulate_grad_batches=1,
+        global_rank=rank,
+        world_size=ranks,
+        lightning_module=None,
     )
     data.trainer = trainer
     data.setup(stage)

@@ -3,6 +3,7 @@
 from mifo_callbacks.buffer import DemonstrationBuffer
 from mifo_callbacks.buffer_phase_switch import BufferPhaseSwitch
 from mifo_callbacks.entropy_token_selection import EntropyTokenSelection
+from mifo_callbacks.gradient_dropping import GradientDropping, dropping_mask
 from mifo_callbacks.gradient_freezing import GradientFreezing, freezing_masks
 from mifo_callbacks.importance_ema import ImportanceEMA, update_importance
 from mifo_callbacks.masking import mask_gradients
@@ -14,10 +15,12 @@ __all__ = [
     "BufferPhaseSwitch",
     "DemonstrationBuffer",
     "EntropyTokenSelection",
+    "GradientDropping",
     "GradientFreezing",
     "ImportanceEMA",
     "PhaseCallback",
     "Selection",
+    "dropping_mask",
     "freezing_masks",
     "kth_largest",
     "mask_gradients",

@@ -7,6 +7,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.damage import damage_demonstrations
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
@@ -62,10 +63,11 @@ class QuestionData(LightningDataModule):
         max_prompt_tokens: Longest prompt; longer ones are dropped and counted.
         max_response_tokens: Longest demonstration with its end-of-sequence token; longer ones are dropped, never cut.
         verify_demonstrations: Whether to drop demonstrations that the reward does not accept.
+        damaged_share: Share of training demonstrations, chosen by seed, with wrong digits before `answer_after`.
         eval_batch: Questions evaluated at once per rank.
         group_size: Rollouts per question; the command line takes the model's.
         solved_at: Reward from which a demonstration is right; the command line takes the model's.
-        seed: Seed of order and holdout.
+        seed: Seed of order, holdout and damage.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class QuestionData(LightningDataModule):
         max_prompt_tokens: int = 1024,
         max_response_tokens: int = 8192,
         verify_demonstrations: bool = True,
+        damaged_share: float = 0.0,
         eval_batch: int = 64,
         group_size: int = 8,
         solved_at: float = 1.0,
@@ -96,9 +99,13 @@ class QuestionData(LightningDataModule):
         if max_response_tokens < 1 or holdout < 0:
             name, value = ("holdout", holdout) if holdout < 0 else ("max_response_tokens", max_response_tokens)
             raise InputError(f"data.{name}: {value} is not allowed; it must not be negative, and a length at least 1")
+        if not 0 <= damaged_share <= 1:
+            raise InputError(f"data.damaged_share: {damaged_share} is not allowed; it must be between 0 and 1")
+        if damaged_share and not answer_after:
+            raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
-        self.group_size, self.seed = group_size, seed
+        self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
         self.tokenizer = load_tokenizer(tokenizer)
         self.options: dict[str, Any] = {
             "reward": reward,
@@ -132,7 +139,10 @@ class QuestionData(LightningDataModule):
         source = self.sources[split]
         if source is not None:
             where = f"data.{split}"
-            questions, drops = build_questions(read_rows(source, where), self.tokenizer, where=where, **self.options)
+            damage = self._damage if split == "train" and self.damaged_share else None
+            questions, drops = build_questions(
+                read_rows(source, where), self.tokenizer, damage=damage, where=where, **self.options
+            )
             self._questions[split] = questions
             rank_zero_only(drops.print)()
         if split == "train":
@@ -143,8 +153,7 @@ class QuestionData(LightningDataModule):
         everything = self._questions["train"]
         if self.holdout >= len(everything):
             raise InputError(f"data.holdout: {self.holdout} leaves none of the {len(everything)} training questions")
-        ranked = sorted(everything, key=lambda q: stable_key(self.seed, "holdout", q.id))
-        held = ranked[: self.holdout]
+        held = self._held_out(everything)
         chosen = {q.id for q in held}
         self._questions["train"] = [q for q in everything if q.id not in chosen]
         for position, question in enumerate(self._questions["train"]):
@@ -152,6 +161,15 @@ class QuestionData(LightningDataModule):
         for question in held:
             question.source = f"{question.source}-holdout"
         self._questions["holdout"] = held
+
+    def _held_out(self, questions: list[Question]) -> list[Question]:
+        return sorted(questions, key=lambda q: stable_key(self.seed, "holdout", q.id))[: self.holdout]
+
+    def _damage(self, pairs: list[tuple[Question, str | None]]) -> dict[int, str]:
+        """Damage demonstrations that will be trained on; what is held out measures, so it stays right."""
+        held = {q.id for q in self._held_out([q for q, _ in pairs])}
+        solutions = [(q, text) for q, text in pairs if text and text.strip() and q.id not in held]
+        return damage_demonstrations(solutions, self.damaged_share, self.seed, self.options["answer_after"])
 
     def train_dataloader(self) -> PhaseLoader:
         """The loader of work items."""
@@ -162,6 +180,7 @@ class QuestionData(LightningDataModule):
             self.schedule,
             group_size=self.group_size,
             phase_size=sizes[0] if sizes else None,
+            own_demonstrations=getattr(trainer.lightning_module, "own_demonstrations", False),
             micro_batches=trainer.accumulate_grad_batches,
             seed=self.seed,
             rank=trainer.global_rank,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,9 @@ EMPTY_PROMPT, LONG_PROMPT = "empty prompt", "prompt too long"
 EMPTY_DEMO, LONG_DEMO, WRONG_DEMO = "demonstration empty", "demonstration too long", "demonstration wrong"
 REASONS = (EMPTY_PROMPT, LONG_PROMPT, EMPTY_DEMO, LONG_DEMO, WRONG_DEMO)
 
+# questions, each with the text of its demonstration, if any -> other texts for some of them, by question id
+Rewrite = Callable[[list[tuple[Question, str | None]]], dict[int, str]]
+
 THINK = "<think>"
 CHUNK = 512  # responses encoded at once: an encoding takes many times the memory of its ids
 
@@ -35,6 +38,7 @@ class Drops:
         rows: Rows read, by source.
         questions: Questions kept, by source.
         demonstrations: Demonstrations kept, by source.
+        damaged: Demonstrations among them that are damaged on purpose, by source.
         dropped: Prompts and demonstrations dropped, by (source, reason); the reasons are `REASONS`.
     """
 
@@ -42,6 +46,7 @@ class Drops:
     rows: Counter[str] = field(default_factory=Counter)
     questions: Counter[str] = field(default_factory=Counter)
     demonstrations: Counter[str] = field(default_factory=Counter)
+    damaged: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def by_reason(self) -> dict[str, int]:
@@ -55,11 +60,13 @@ class Drops:
 
         reasons = self.by_reason()
         table = Table("source", title=f"Questions of {self.where}")
-        for header in ("rows", *reasons, "questions", "with demonstration"):
+        damaged = ("of these damaged",) if self.damaged.total() else ()
+        for header in ("rows", *reasons, "questions", "with demonstration", *damaged):
             table.add_column(header, justify="right")
         for source in self.rows:
             drops = (self.dropped[source, reason] for reason in reasons)
-            counts = (self.rows[source], *drops, self.questions[source], self.demonstrations[source])
+            counts = [self.rows[source], *drops, self.questions[source], self.demonstrations[source]]
+            counts += [self.damaged[source]] if damaged else []
             table.add_row(source, *map(str, counts))
         return table
 
@@ -82,6 +89,7 @@ def build_questions(
     answer_after: str | None,
     verify_demonstrations: bool = True,
     solved_at: float = 1.0,
+    damage: Rewrite | None = None,
     where: str,
 ) -> tuple[list[Question], Drops]:
     """Questions in the order of `rows`, and an account of what was dropped (MIFO, demonstrations D(q)).
@@ -100,6 +108,7 @@ def build_questions(
         answer_after: Marker after which the final answer stands, for `Question.answer_start`; None: none.
         verify_demonstrations: Whether demonstrations must score at least `solved_at`.
         solved_at: Reward from which a response counts as correct.
+        damage: Other texts for some demonstrations, by question id; None leaves all as they are.
         where: Name of the data, for messages.
 
     Raises:
@@ -119,10 +128,14 @@ def build_questions(
         raise InputError(
             f"{where}: no question left of {len(rows)} ({reasons}); max_prompt_tokens is {max_prompt_tokens}"
         )
+    damaged = damage(pairs) if damage else {}
+    pairs = [(question, damaged.get(question.id, text)) for question, text in pairs]
     solutions = _attach_demonstrations(pairs, tokenizer, max_response_tokens, answer_after, drops)
     if verify_demonstrations:
         _verify_demonstrations(solutions, reward, solved_at, drops)
-    drops.demonstrations.update(question.source for question in questions if question.demonstration)
+    shown = [question for question in questions if question.demonstration]
+    drops.demonstrations.update(question.source for question in shown)
+    drops.damaged.update(question.source for question in shown if question.id in damaged)
     return questions, drops
 
 

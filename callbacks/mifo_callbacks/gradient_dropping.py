@@ -1,0 +1,78 @@
+"""GradientDropping: leave out a random share of the gradient at every optimizer step of one phase."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mifo_callbacks.checks import require_fraction
+from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.masking import zero_
+from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.sharding import local, require_visible_weights, shard_like, trainable
+from mifo_callbacks.thresholds import random_scores
+
+DROPPING = 0x64726F70  # "drop": other random numbers than `GradientFreezing` draws from the same seed
+
+
+class GradientDropping(PhaseCallback):
+    """Drop each coordinate of the gradient with a probability, anew at every optimizer step (MIFO, section 3.1).
+
+    Before every optimizer step of the phase, ahead of clipping, dropped coordinates are set to zero; the others are
+    not rescaled. Dropping is not freezing: under Adam momentum and weight decay still move a dropped coordinate. A
+    mask depends on the seed, `trainer.global_step` and the parameter alone, so it is the same on every rank, under
+    every strategy and in a resumed run.
+
+    Args:
+        probability: Probability that a coordinate is dropped, in (0, 1].
+        during: Label of the phase in which gradients are dropped.
+        seed: Seed of the masks.
+        phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
+
+    Raises:
+        MisconfigurationException: If the probability is outside what is allowed; when training starts, if the
+            strategy hides the gradients.
+
+    Example::
+
+        trainer = Trainer(callbacks=[GradientDropping(probability=0.5, during="sft")])
+        trainer.fit(module)  # batches are {"phase": "rl" or "sft", ...}
+    """
+
+    def __init__(
+        self, probability: float = 0.5, during: str = "sft", seed: int = 0, phase: str | PhaseOf = "phase"
+    ) -> None:
+        super().__init__(phase)
+        require_fraction("GradientDropping.probability", probability)
+        self.probability = probability
+        self.during = during
+        self.seed = seed
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(during=self.during)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_visible_weights(trainer, pl_module, "GradientDropping")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._current != self.during:
+            return
+        stepped = {p for group in optimizer.param_groups for p in group["params"]}
+        dropped = total = 0
+        for position, p in enumerate(trainable(pl_module).values()):
+            if p.grad is None or p not in stepped:
+                continue
+            # On the full shape and the CPU: the same mask for every strategy and device.
+            mask = dropping_mask(p.shape, self.probability, self.seed, trainer.global_step, position)
+            dropped, total = dropped + int(mask.count_nonzero()), total + mask.numel()
+            zero_(local(p.grad), local(shard_like(mask, p)))
+        if total:
+            log_metrics(trainer, {"drop/share": dropped / total})
+
+
+def dropping_mask(shape: Sequence[int], probability: float, *seed: int) -> Tensor:
+    """Bool mask of `shape` on the CPU, each entry True with `probability`; depends on the integers in `seed` alone."""
+    return torch.lt(random_scores(shape, *seed, DROPPING), probability)
