@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with four named, nullable method callbacks and our monitors."""
+"""The command line: LightningCLI with named, nullable method callbacks and our monitors."""
 
 import difflib
 import os
@@ -18,13 +18,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
+from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.forgetting import Forgetting
+from mifo_lightning.monitors.history import History
+from mifo_lightning.monitors.layer_updates import LayerUpdates
+from mifo_lightning.monitors.overlap import FrozenOverlap
+from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.run_dir import run_dir
@@ -38,12 +44,19 @@ METHOD = {
     "entropy": EntropyTokenSelection,
     "importance": ImportanceEMA,
     "freeze": GradientFreezing,
+    "drop": GradientDropping,
     "switch": BufferPhaseSwitch,
 }
 MONITORS: dict[str, type[Callback]] = {
     "updates": UpdateNorm,
     "heldout": HeldOutLoss,
+    "forgetting": Forgetting,
+    "phase_kl": PhaseKL,
+    "layer_updates": LayerUpdates,
+    "overlap": FrozenOverlap,
     "seconds": SecondsByActivity,
+    "costs": Costs,  # after those that measure before a batch: its clock starts then
+    "history": History,  # after all that log
     "samples": SampleTable,
     "export": ExportModel,
     "checkpoint": LastCheckpoint,

@@ -14,7 +14,7 @@ from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rollout.batch import score_without_gradient
-from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.seeds import stable_key
 
 
@@ -128,18 +128,10 @@ class Evaluator:
     def _respond(
         self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool
     ) -> list[dict[str, Any]]:
-        sampling = self.settings.sampling
-        if greedy:
-            sampling = Sampling(0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
-        keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
-        prompts = [q.prompt for q in questions]
-        completions = self.engine.generate(policy, self.tokenizer, prompts, keys, n, sampling)
-        flat = [c for group in completions for c in group]
+        sampling = self._greedy_sampling() if greedy else self.settings.sampling
+        flat, texts, rewards = self._graded(policy, questions, n, sampling)
         if not flat:
             return []
-        texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
-        rewards = score(self.reward, texts, [q.truth for q in questions for _ in range(n)])
-        rewards = [r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)]
         correct = (torch.tensor(rewards, device=policy.device) >= self.solved_at).view(-1, n).sum(-1)
         for scores in (self.scores[source], self.scores[-1]):
             for name, metric in scores.at_k.items():
@@ -158,6 +150,32 @@ class Evaluator:
             }
             for i, q in enumerate(questions)
         ]
+
+    def greedy_correct(self, policy: Policy, questions: list[Question]) -> Tensor:
+        """Whether the greedy response to each of this rank's questions is correct, [n] bool; collective.
+
+        Adds nothing to the scores.
+        """
+        _, _, rewards = self._graded(policy, questions, 1, self._greedy_sampling())
+        return torch.tensor(rewards) >= self.solved_at
+
+    def _greedy_sampling(self) -> Sampling:
+        sampling = self.settings.sampling
+        return Sampling(0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
+
+    def _graded(
+        self, policy: Policy, questions: list[Question], n: int, sampling: Sampling
+    ) -> tuple[list[Completion], list[str], list[float]]:
+        """n responses to each question, question by question, as tokens and as text, with their rewards."""
+        keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
+        prompts = [q.prompt for q in questions]
+        completions = self.engine.generate(policy, self.tokenizer, prompts, keys, n, sampling)
+        flat = [c for group in completions for c in group]
+        if not flat:
+            return [], [], []
+        texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
+        rewards = score(self.reward, texts, [q.truth for q in questions for _ in range(n)])
+        return flat, texts, [r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)]
 
     def _demonstration_loss(self, policy: Policy, questions: list[Question], source: int) -> None:
         """Mean negative log-likelihood in nats per demonstration token."""

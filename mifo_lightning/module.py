@@ -148,6 +148,9 @@ class MifoModule(LightningModule):
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
         check_alignment(self.trainer, batch, batch_idx)
+        is_rl = batch["phase"] == "rl"
+        counter = "rl_step" if is_rl else "sft_phase"
+        self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
         if batch["micro"] == 0:
             lr = self._phase_optimizer.enter(batch["phase"], batch["step"])
             self._metrics.put(batch["phase"], {"lr": lr})
@@ -246,16 +249,16 @@ class MifoModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(parameters, self._phase_optimizer.settings[phase].clip or torch.inf)
         self._metrics.put(phase, {"grad_norm": full(norm).detach()})
 
-    def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
-        """Log the optimizer step once it is complete, and let go of its gradients before the next rollout."""
-        if batch["micro"] + 1 < batch["micro_batches"]:
-            return
-        self._demonstrations = None
-        self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
-        is_rl = batch["phase"] == "rl"
-        counter = "rl_step" if is_rl else "sft_phase"
-        self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
+        super().optimizer_step(*arguments, **named)
         log_metrics(self.trainer, self._metrics.take())
+
+    def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
+        """Let go of the optimizer step's gradients before the next rollout."""
+        if batch["micro"] + 1 == batch["micro_batches"]:
+            self._demonstrations = None
+            self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self) -> None:
         """The loader's schedule is one epoch, whatever `max_epochs` allows."""

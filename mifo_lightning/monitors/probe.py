@@ -6,31 +6,38 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import sum_ranks
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 
-class HeldOutLoss(PhaseCallback):
+class HeldOutLoss(PhaseMonitor):
     """Measures the loss on held-out demonstrations whenever the phase changes, so that each phase's effect is seen.
 
     Logs `heldout/loss` and `heldout/<source>/loss` (nats per token) at every edge, and `heldout/sft_change` and
     `heldout/rl_change`: the loss after the phase minus before; below 0 means that the phase made the demonstrations
-    more likely. `changes` keeps them by phase kind. Costs one forward of the chosen demonstrations at every edge.
+    more likely. Costs one forward of the chosen demonstrations at every edge.
 
     Args:
         questions: How many validation questions with a demonstration to use of each source, the first ones.
     """
 
+    summary_key = "heldout"
+
     def __init__(self, questions: int = 64) -> None:
         super().__init__()
         self.questions = questions
-        self.changes: dict[str, list[float]] = {"rl": [], "sft": []}
-        self._last: float | None = None
+        self._edge: float | None = None  # the loss at the last change of phase
         self._probe: dict[str, list[Question]] = {}
+
+    @property
+    def changes(self) -> dict[str, list[float]]:
+        """What the finished phases of each kind did to the loss, in nats per token."""
+        return {kind: [r["change"] for r in self.phases if r["phase"] == kind] for kind in ("rl", "sft")}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the questions."""
+        super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise MisconfigurationException("HeldOutLoss takes its questions from a datamodule; the Trainer has none")
@@ -40,16 +47,25 @@ class HeldOutLoss(PhaseCallback):
             for source, loader in data.val_dataloader().items()
         }
 
-    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
-        """Measure between the phases."""
-        self._measure(trainer, pl_module, previous)
+    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+        """The end of the phase before is the start of this one; only the first phase is measured anew."""
+        if self._edge is None:
+            losses = self._losses(pl_module)
+            self._edge = losses.get("heldout/loss")
+            log_metrics(trainer, losses)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure after the last phase."""
-        self._measure(trainer, pl_module, self._current)
-        super().on_train_end(trainer, pl_module)
+    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any] | None:
+        """What the phase changed."""
+        losses = self._losses(pl_module)
+        before, self._edge = self._edge, losses.get("heldout/loss")
+        if before is None or self._edge is None:
+            return None
+        change = self._edge - before
+        log_metrics(trainer, losses | {f"heldout/{phase}_change": change})
+        return {"change": change}
 
-    def _measure(self, trainer: Trainer, pl_module: Any, phase: str | None) -> None:
+    def _losses(self, pl_module: Any) -> dict[str, float]:
+        """What is logged at an edge; empty without demonstrations."""
         metrics, total, count = {}, 0.0, 0.0
         for source, questions in self._probe.items():
             local = pl_module.evaluator.demonstration_nll(pl_module.policy, questions)
@@ -57,20 +73,16 @@ class HeldOutLoss(PhaseCallback):
             total, count = total + nll, count + tokens
             if tokens:
                 metrics[f"heldout/{source}/loss"] = nll / tokens
-        if not count:
-            return
-        loss = metrics["heldout/loss"] = total / count
-        if phase is not None and self._last is not None:
-            self.changes[phase].append(loss - self._last)
-            metrics[f"heldout/{phase}_change"] = loss - self._last
-        self._last = loss
-        log_metrics(trainer, metrics)
+        return metrics | {"heldout/loss": total / count} if count else {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Changes so far and the loss at the last edge."""
-        return super().state_dict() | {"changes": self.changes, "last": self._last}
+    def summary(self) -> dict[str, Any]:
+        """Seconds, every phase, and the changes by phase kind."""
+        return {**super().summary(), "changes": self.changes}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def own_state(self) -> dict[str, Any]:
+        """The loss at the last change of phase."""
+        return {"edge": self._edge}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        super().load_state_dict(state_dict)
-        self.changes, self._last = state_dict["changes"], state_dict["last"]
+        self._edge = state["edge"]

@@ -1,4 +1,4 @@
-"""The table at the end: every source before and after, and where the seconds went."""
+"""The table at the end: every source before and after, what the monitors found, and where the seconds went."""
 
 import json
 from typing import Any
@@ -10,14 +10,14 @@ from rich.table import Table
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
-from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.run_dir import run_dir
 
 
 class RunSummary(Callback):
     """Remembers the first and the last validation of a run; `report` prints both and writes `summary.json`.
 
-    The first validation is in the checkpoint, so a resumed run still compares with its true beginning.
+    The file also holds `callback.summary()` of every callback that has a `summary_key`, under that key. The first
+    validation is in the checkpoint, so a resumed run still compares with its true beginning.
     """
 
     def __init__(self) -> None:
@@ -46,14 +46,14 @@ class RunSummary(Callback):
         profiler = trainer.profiler  # type: ignore[attr-defined]
         seconds = profiler.by_activity() if isinstance(profiler, ActivityProfiler) else {}
         switch = next((c for c in trainer.callbacks if isinstance(c, BufferPhaseSwitch)), None)  # type: ignore[attr-defined]
-        probe = next((c for c in trainer.callbacks if isinstance(c, HeldOutLoss)), None)  # type: ignore[attr-defined]
-        record = {
+        monitors = [c for c in trainer.callbacks if hasattr(c, "summary_key")]  # type: ignore[attr-defined]
+        record: dict[str, Any] = {
             "before": self.before,
             "after": self.after,
             "optimizer_steps": trainer.global_step,
             "sft_phases": switch.switches if switch else 0,
-            "heldout_changes": probe.changes if probe else {},
             "seconds": seconds,
+            **{monitor.summary_key: monitor.summary() for monitor in monitors},
         }
         path = run_dir(trainer) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ class RunSummary(Callback):
         console.print(
             f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases"
         )
-        if probe:
-            console.print(probe_line(probe.changes), highlight=False)
+        if "heldout" in record:
+            console.print(probe_line(record["heldout"]["changes"]), highlight=False)
         if seconds:
             console.print(seconds_line(seconds), highlight=False)
 

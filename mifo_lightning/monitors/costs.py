@@ -1,0 +1,136 @@
+"""What a run used: steps, questions, demonstrations, tokens, FLOPs and seconds, by phase kind."""
+
+import time
+from collections import defaultdict
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+from mifo_callbacks.logging import log_metrics
+from mifo_lightning.distributed import gather_ranks
+from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.activity import ActivityProfiler
+
+TOKENS = ("generated", "scored", "trained")
+
+
+class Costs(Callback):
+    """Keeps one account per phase kind, over all ranks, in the checkpoint too.
+
+    An account has `optimizer_steps`, `questions` (answered by rollouts), `demonstrations` (trained on; with
+    repetitions), `generated_tokens`, `scored_tokens` (forwarded without gradient), `trained_tokens`, `flops` and
+    `seconds` (wall seconds of the training batches on the first rank; what callbacks do before a batch, such as drawing
+    masks and measuring, is under `callbacks`, given an `ActivityProfiler`). Evaluation and monitors are not in the
+    accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of a few integers per
+    optimizer step.
+
+    FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 6 N per trained token, N as
+    `multiplying` counts; attention between tokens and recomputed activations are left out.
+
+    Raises:
+        InputError: If `training_step` returns no `work`.
+    """
+
+    summary_key = "costs"
+
+    def __init__(self) -> None:
+        self.accounts: dict[str, dict[str, float]] = {"rl": _empty(), "sft": _empty()}
+        self.questions: set[int] = set()
+        self.demonstrations: set[int] = set()
+        self._weights = 0  # N
+        self._began = 0.0
+        self._step: list[dict[str, Any]] = []  # the work of this rank in the running optimizer step
+        self._profiler: Any = None
+        self._earlier: dict[str, float] = {}  # seconds of callbacks before the run was resumed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the weights."""
+        self._weights = multiplying(pl_module.policy.model)  # type: ignore[union-attr,arg-type]
+        self._profiler = trainer.profiler  # type: ignore[attr-defined]
+        self._step = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Enter a micro-batch; at the end of an optimizer step add up the ranks."""
+        account = self.accounts[batch["phase"]]
+        account["seconds"] += time.perf_counter() - self._began
+        if "work" not in outputs:
+            raise InputError(
+                f"costs: {type(pl_module).__name__}.training_step returns no 'work' in phase {batch['phase']!r}; it "
+                f"must be a dict of {', '.join(TOKENS)} and demonstrations"
+            )
+        # groups, not the batch: a step may draw more questions than it trains on
+        self._step.append({**outputs["work"], "questions": [group["id"] for group in outputs.get("groups", [])]})
+        if batch["micro"] + 1 < batch["micro_batches"]:
+            return
+        account["optimizer_steps"] += 1
+        work = [micro for rank in gather_ranks(self._step) for micro in rank]
+        self._step = []
+        for kind in TOKENS:
+            account[f"{kind}_tokens"] += sum(micro[kind] for micro in work)
+        for name, distinct in (("questions", self.questions), ("demonstrations", self.demonstrations)):
+            ids = [i for micro in work for i in micro[name]]
+            account[name] += len(ids)
+            distinct.update(ids)
+        totals = {f"{kind}_tokens": sum(a[f"{kind}_tokens"] for a in self.accounts.values()) for kind in TOKENS}
+        totals["flops"] = sum(flops(a, self._weights) for a in self.accounts.values())
+        log_metrics(trainer, {f"costs/{name}": value for name, value in totals.items()})
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON: both accounts, distinct questions and demonstrations, seconds of every callback."""
+        accounts = {phase: {**a, "flops": flops(a, self._weights)} for phase, a in self.accounts.items()}
+        distinct = {"distinct_questions": len(self.questions), "distinct_demonstrations": len(self.demonstrations)}
+        return {**accounts, **distinct, "callbacks": self._seconds_of_callbacks()}
+
+    def _seconds_of_callbacks(self) -> dict[str, float]:
+        seconds = defaultdict(float, self._earlier)
+        if isinstance(self._profiler, ActivityProfiler):
+            for action, spent in self._profiler.seconds.items():
+                if action.startswith("[Callback]"):
+                    # [Callback]Name{'key': value}.hook
+                    seconds[action.removeprefix("[Callback]").partition("{")[0].partition(".")[0]] += spent
+        return dict(seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Accounts, distinct ids and seconds."""
+        return {
+            "accounts": {phase: dict(account) for phase, account in self.accounts.items()},
+            "questions": sorted(self.questions),
+            "demonstrations": sorted(self.demonstrations),
+            "callbacks": self._seconds_of_callbacks(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.accounts = {phase: dict(account) for phase, account in state_dict["accounts"].items()}
+        self.questions, self.demonstrations = set(state_dict["questions"]), set(state_dict["demonstrations"])
+        self._earlier = dict(state_dict["callbacks"])
+
+
+def _empty() -> dict[str, float]:
+    counts = ("optimizer_steps", "questions", "demonstrations", *(f"{kind}_tokens" for kind in TOKENS))
+    return {**dict.fromkeys(counts, 0), "seconds": 0.0}
+
+
+def multiplying(model: nn.Module) -> int:
+    """N: weights that a token is multiplied with; all but an input embedding that is not also the head.
+
+    Args:
+        model: A Hugging Face causal LM, sharded or not.
+    """
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is not None and head.weight is embedding.weight
+    total = sum(p.numel() for p in model.parameters())
+    return total if tied else total - sum(p.numel() for p in embedding.parameters())
+
+
+def flops(account: dict[str, float], weights: int) -> float:
+    """Floating-point operations of the matrix products of an account: 2 N forward, 4 N backward per token."""
+    return weights * (2 * (account["generated_tokens"] + account["scored_tokens"]) + 6 * account["trained_tokens"])

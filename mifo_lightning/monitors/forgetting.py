@@ -1,0 +1,125 @@
+"""Which questions a phase makes the model forget, and which it teaches."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+
+from mifo_callbacks.logging import log_metrics
+from mifo_lightning.data.question import Question
+from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+
+Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
+Cells = dict[str, dict[str, int]]
+
+
+class Forgetting(PhaseMonitor):
+    """Answers the same validation questions greedily at every change of phase and compares what was solved.
+
+    Logs `forgetting/<source>/accuracy` and, when a phase ends, `forgetting/<phase>/<source>/retained` (share of the
+    questions solved before it that still are) and `.../gained` (share of the others that are solved now). Costs one
+    greedy response per question at the start of training and at every change of phase; ranks share the work.
+
+    Args:
+        questions: How many validation questions to use of each source, the first ones.
+        every: RL steps between two further measurements inside an RL phase; 0 makes none.
+
+    Raises:
+        InputError: If a number is not allowed; when training starts, if there are no validation questions.
+    """
+
+    summary_key = "forgetting"
+
+    def __init__(self, questions: int = 64, every: int = 0) -> None:
+        super().__init__()
+        if questions < 1:
+            raise InputError(f"forgetting.questions: {questions} is not allowed; it must be at least 1")
+        if every < 0:
+            raise InputError(f"forgetting.every: {every} is not allowed; it must be at least 0")
+        self.questions, self.every = questions, every
+        self.responses = 0
+        self._probe: dict[str, list[Question]] = {}  # this rank's
+        self._first: Solved = {}
+        self._edge: Solved = {}  # at the last change of phase
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the questions."""
+        super().on_train_start(trainer, pl_module)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        sources = {} if data is None else data.val_dataloader()
+        if not sources:
+            raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
+        first = range(trainer.global_rank, self.questions, trainer.world_size)  # positions of this rank's questions
+        for source, loader in sources.items():
+            self._probe[source] = [q for batch in loader for q in batch][: len(first)]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure at a change of phase and every few RL steps."""
+        inside = batch["phase"] == self._current == "rl"
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        fresh = batch["update"] == batch["micro"] == 0
+        if self.every and inside and fresh and batch["rollout"] % self.every == 0:
+            with self.timed():
+                self._measure(trainer, pl_module)
+
+    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+        """The end of the phase before is the start of this one; only the first phase is measured anew."""
+        if not self._first:
+            self._first = self._edge = self._measure(trainer, pl_module)
+
+    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any]:
+        """What the phase kept and gained."""
+        now = self._measure(trainer, pl_module)
+        cells, self._edge = compare(self._edge, now), now
+        metrics = {}
+        for source, cell in cells.items():
+            unsolved = cell["questions"] - cell["solved"]
+            if cell["solved"]:
+                metrics[f"forgetting/{phase}/{source}/retained"] = cell["retained"] / cell["solved"]
+            if unsolved:
+                metrics[f"forgetting/{phase}/{source}/gained"] = cell["gained"] / unsolved
+        log_metrics(trainer, metrics)
+        return {"sources": cells}
+
+    def _measure(self, trainer: Trainer, pl_module: Any) -> Solved:
+        solved: Solved = {}
+        for source, questions in self._probe.items():
+            mine = pl_module.evaluator.greedy_correct(pl_module.policy, questions)
+            solved[source] = gather_dealt(mine.tolist())
+        if self._first and {s: len(v) for s, v in solved.items()} != {s: len(v) for s, v in self._first.items()}:
+            then, now = ({s: len(v) for s, v in found.items()} for found in (self._first, solved))
+            raise InputError(
+                f"ckpt_path: forgetting has been measured on {then} validation questions and would now be on {now}; "
+                "keep data.val, data.holdout and forgetting.questions the same for a whole run"
+            )
+        self.responses += sum(map(len, solved.values()))
+        log_metrics(trainer, {f"forgetting/{source}/accuracy": sum(v) / len(v) for source, v in solved.items()})
+        return solved
+
+    def summary(self) -> dict[str, Any]:
+        """Seconds, responses, the whole run from the first measurement to the last, and every phase."""
+        return {**super().summary(), "responses": self.responses, "run": compare(self._first, self._edge)}
+
+    def own_state(self) -> dict[str, Any]:
+        """What is solved at the start and at the last change of phase."""
+        return {"responses": self.responses, "first": self._first, "edge": self._edge}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.responses, self._first, self._edge = state["responses"], state["first"], state["edge"]
+
+
+def compare(before: Solved, after: Solved) -> Cells:
+    """Of each source: `questions`, `solved` before, `retained` of these after, `gained` of the others after.
+
+    Args:
+        before: Whether each question of each source was solved.
+        after: The same of the same questions later.
+    """
+    cells: Cells = {}
+    for source, solved in before.items():
+        old, new = torch.tensor(solved), torch.tensor(after[source])
+        counts = {"solved": old, "retained": old & new, "gained": ~old & new}
+        cells[source] = {"questions": len(solved), **{name: int(mask.sum()) for name, mask in counts.items()}}
+    return cells

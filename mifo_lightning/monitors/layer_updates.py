@@ -1,0 +1,111 @@
+"""How far each phase moves each part of the model."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import (
+    full_on_first_rank,
+    local,
+    require_visible_weights,
+    shard_group,
+    shard_like,
+    sum_over,
+    trainable,
+)
+from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+
+
+class LayerUpdates(PhaseMonitor):
+    """Measures what each phase changes: L2 norm of the net change and share of changed weights, by part of the model.
+
+    Logs `layer_updates/<phase>/<part>/l2` and `.../changed` when a phase ends; parts are `embedding`, of every layer
+    `layers.<n>.attention`, `.mlp` and `.norm`, the last `norm` and the `head` where it is not the embedding. Costs one
+    fp32 copy of the weights, also in checkpoints, and two passes over them per phase.
+    """
+
+    summary_key = "layer_updates"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start: dict[str, Tensor] = {}
+        self._start_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put a restored copy where its parameters are."""
+        super().on_train_start(trainer, pl_module)
+        require_visible_weights(trainer, pl_module, "LayerUpdates")
+        params = trainable(pl_module)
+        if self._start and self._start.keys() != params.keys():
+            unlike = sorted(self._start.keys() ^ params.keys())[0]
+            raise InputError(f"ckpt_path: weight {unlike!r} is trained by the checkpoint or by the model, not by both")
+        self._start = {name: shard_like(t, params[name]) for name, t in self._start.items()}
+
+    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+        """Copy the weights, into the memory of the last copy."""
+        self._start_step = trainer.global_step
+        for name, p in trainable(pl_module).items():
+            if name in self._start:
+                self._start[name].copy_(p.detach())
+            else:
+                self._start[name] = p.detach().clone()
+
+    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any]:
+        """Compare."""
+        layers = layer_changes(self._start, trainable(pl_module))
+        metrics = {f"layer_updates/{phase}/{part}/{name}": x for part, v in layers.items() for name, x in v.items()}
+        log_metrics(trainer, metrics)
+        return {"steps": trainer.global_step - self._start_step, "layers": layers}
+
+    def own_state(self) -> dict[str, Any]:
+        """The weights at the start of the running phase."""
+        return {"start": full_on_first_rank(self._start), "start_step": self._start_step}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._start, self._start_step = dict(state["start"]), state["start_step"]
+
+
+def layer_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Of each part of the model `l2` (norm of the change) and `changed` (share of its weights that differ).
+
+    Args:
+        before: fp32 weights by name, sharded or not.
+        after: The same weights later, sharded alike; collective then.
+    """
+    names = list(before)
+    sums = [_squares_and_changes(local(before[name]), local(after[name])) for name in names]
+    found = sum_over(torch.stack(sums), shard_group(before.values())).tolist()
+    totals: dict[str, list[float]] = {}
+    for name, (squares, changed) in zip(names, found, strict=True):
+        total = totals.setdefault(layer_group(name), [0.0, 0.0, 0.0])
+        for i, value in enumerate((squares, changed, before[name].numel())):
+            total[i] += value
+    return {part: {"l2": squares**0.5, "changed": changed / n} for part, (squares, changed, n) in totals.items()}
+
+
+def _squares_and_changes(before: Tensor, after: Tensor) -> Tensor:
+    """[2] fp64: sum of the squared differences, number of weights that differ."""
+    delta = after - before
+    return torch.stack([delta.square().sum(dtype=torch.float64), (before != after).sum().double()])
+
+
+def layer_group(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its Hugging Face name."""
+    inside = re.search(r"\.(\d+)\.(\w+)", name)
+    if inside is None:
+        last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+        return "norm" if _is_norm(last) else "head" if "head" in last or last == "embed_out" else "embedding"
+    layer, module = inside.groups()
+    attention = "attn" in module or "attention" in module
+    return f"layers.{layer}.{'norm' if _is_norm(module) else 'attention' if attention else module}"
+
+
+def _is_norm(module: str) -> bool:
+    return "norm" in module or module.startswith("ln")

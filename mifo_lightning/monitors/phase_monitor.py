@@ -1,0 +1,119 @@
+"""What the monitors that measure at the edges of phases share."""
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+from lightning import LightningModule, Trainer
+
+from mifo_callbacks.phase import PhaseCallback
+from mifo_lightning.distributed import gather_ranks
+
+
+class PhaseMonitor(PhaseCallback):
+    """Measures every phase at its two edges and keeps one record of each phase, in the checkpoint too.
+
+    What is measured when training ends is no part of the state: a resumed run goes on inside that phase, so that it
+    ends with the records of an undisturbed one. Subclasses fill in `end` and, where they need them, `begin`,
+    `own_state` and `load_own_state`.
+
+    Attributes:
+        summary_key: Where `summary.json` has the summary.
+        phases: One record per finished phase: `phase`, `number` (among those of its kind, from 1), `rl_step` (RL steps
+            done when it ended) and what `end` found.
+        seconds: Wall seconds spent on measuring.
+    """
+
+    summary_key: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._numbers = {"rl": 0, "sft": 0}
+        self._rl_step = 0
+        self._at_end: dict[str, Any] | None = None  # the state from before the measurement at the end of training
+
+    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take what the end of the phase is compared with; no optimizer step of the phase has been made."""
+
+    @abstractmethod
+    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any] | None:
+        """Measure the phase and log; what belongs into its record, or None where there is nothing to record."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training goes on: the state moves again."""
+        self._at_end = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure if the phase changes here, then count RL steps."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch["phase"] == "rl":
+            self._rl_step = batch["rollout"] + 1
+
+    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
+        """Measure between the phases."""
+        with self.timed():
+            if previous is not None:
+                self._end(trainer, pl_module, previous)
+            self._numbers[current] += 1
+            self.begin(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure after the last phase."""
+        self._at_end = self.state_dict()
+        if self._current is not None:
+            with self.timed():
+                self._end(trainer, pl_module, self._current)
+        super().on_train_end(trainer, pl_module)
+
+    def _end(self, trainer: Trainer, pl_module: Any, phase: str) -> None:
+        found = self.end(trainer, pl_module, phase)
+        if found is not None:
+            where = {"phase": phase, "number": self._numbers[phase], "rl_step": self._rl_step}
+            self.phases.append(where | found)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the wall seconds of the block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON: seconds and records."""
+        return {"seconds": self.seconds, "phases": self.phases}
+
+    def own_state(self) -> dict[str, Any]:
+        """What a subclass adds to the state; a copy, plain types and tensors."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take back what `own_state` gave; places on devices and shards are known in `on_train_start`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Records, counts and what the running phase will be compared with; collective if weights are sharded."""
+        if self._at_end is not None:
+            return self._at_end
+        common = {
+            "phases": list(self.phases),
+            "seconds": self.seconds,
+            "numbers": dict(self._numbers),
+            "rl_step": self._rl_step,
+        }
+        return super().state_dict() | common | {"own": self.own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        self.phases, self.seconds = list(state_dict["phases"]), state_dict["seconds"]
+        self._numbers, self._rl_step = dict(state_dict["numbers"]), state_dict["rl_step"]
+        self.load_own_state(state_dict["own"])
+
+
+def gather_dealt(mine: list[Any]) -> list[Any]:
+    """Items of all ranks in their common order, rank r holding every R-th from r; none is None; collective."""
+    return [item for row in zip_longest(*gather_ranks(mine)) for item in row if item is not None]

@@ -1,0 +1,44 @@
+"""Two processes, replicated (DDP) or sharded (FSDP2), keep the records of one process, also when resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("two_process_records.py")
+
+
+def run(strategy: str, out: Path, *ckpt: Path) -> dict[str, Any]:
+    ranks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+    environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROGRAM), strategy, str(out), *map(str, ckpt)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def numbers(record: Any, where: str = "") -> dict[str, Any]:
+    """Every leaf by its path; floats to be compared up to rounding."""
+    if not isinstance(record, (dict, list)):
+        return {where: pytest.approx(record, rel=1e-3, abs=1e-5) if isinstance(record, float) else record}
+    pairs = record.items() if isinstance(record, dict) else enumerate(record)
+    return {path: leaf for key, value in pairs for path, leaf in numbers(value, f"{where}/{key}").items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_keep_the_records_of_one(tmp_path: Path, strategy: str) -> None:
+    one, two = run("single", tmp_path / "one.json"), run(strategy, tmp_path / "two.json")
+    for record in (one, two):  # a rank without a row to train on runs one all the same
+        extra = record["costs"]["rl"]
+        assert extra.pop("trained_tokens") > 0 < extra.pop("flops")
+    assert numbers(two) == numbers(one)
+    in_sft = one["layer_updates"]["phases"][0]["steps"] + 1
+    again = run(strategy, tmp_path / "again.json", tmp_path / strategy / f"step={in_sft}.ckpt")
+    for key in ("trained_tokens", "flops"):
+        del again["costs"]["rl"][key]
+    assert again == two

@@ -1,0 +1,51 @@
+"""A program for test_records_strategies.py: fits with all monitors under a strategy and writes what they kept.
+
+python tests/two_process_records.py {single|ddp|fsdp2} OUT.json [CHECKPOINT]
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import make_data, make_module, method_callbacks
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from monitoring import monitors, summaries
+
+from mifo_lightning.data.skills import Skills
+from mifo_lightning.schedule import Schedule
+
+
+def main() -> None:
+    strategy, out = sys.argv[1], Path(sys.argv[2])
+    ckpt = sys.argv[3] if len(sys.argv) > 3 else None
+    chosen: Any = {
+        "single": "auto",
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    }[strategy]
+    kept = monitors(5)  # an odd number for two ranks
+    saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if strategy == "single" else 2,
+        strategy=chosen,
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=ckpt is None,
+        callbacks=[*method_callbacks(size=8), *kept, *([] if ckpt else [saver])],
+        default_root_dir=out.parent,
+    )
+    schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)
+    data = make_data(val=Skills(["addition", "mirrored"], 12, split="val"), schedule=schedule)
+    trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt)
+    if trainer.is_global_zero:
+        out.write_text(json.dumps(summaries(kept)))
+
+
+if __name__ == "__main__":
+    main()
