@@ -1,0 +1,250 @@
+"""One cell of a grid in its directory: what it was run with, where it stopped, and the fit itself."""
+
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.grid import Cell
+from mifo_lightning.errors import InputError
+
+FINGERPRINT, OUTCOME, SUMMARY, LOG, LOCK = "fingerprint.json", "outcome.json", "summary.json", "log.txt", "lock"
+Fingerprint = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: status done, failed or missing; wall seconds of its last attempt."""
+
+    status: str
+    error: str | None = None
+    seconds: float = 0.0
+
+
+def fingerprint(cell: Cell) -> Fingerprint:
+    """What decides a cell's result, our code aside: arguments, contents of configurations, files of the base model."""
+    return {
+        "arguments": list(cell.settings),
+        "configurations": [_digest_config(Path(file)) for file in cell.configs],
+        "base model": _digest_model(cell.model),
+    }
+
+
+def check_fingerprint(cell: Cell, present: Fingerprint) -> None:
+    """Raise InputError if the cell's directory holds something else than a run of exactly this cell."""
+    path = cell.directory / FINGERPRINT
+    if not path.is_file():
+        if cell.directory.is_dir() and {entry.name for entry in cell.directory.iterdir()} - {LOG, LOCK}:
+            raise InputError(f"{cell.name}: {cell.directory} holds other files; choose another `out` or remove it")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key, value in present.items() if before.get(key) != value]
+    if changed:
+        raise InputError(
+            f"{cell.name}: {cell.directory} was run with other {' and '.join(changed)}; "
+            "choose another `out` or remove that directory"
+        )
+
+
+def outcome(directory: Path) -> Outcome:
+    """How the cell in this directory ended; missing if it has not."""
+    path = directory / OUTCOME
+    if not path.is_file():
+        return Outcome("missing")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["error"] is None and not (directory / SUMMARY).is_file():
+        return Outcome("missing")
+    return Outcome("failed" if record["error"] else "done", record["error"], record["seconds"])
+
+
+def record_outcome(directory: Path, error: str | None, seconds: float) -> None:
+    """Write how an attempt ended; an error of None means that it is done."""
+    write_json(directory / OUTCOME, {"error": error, "seconds": round(seconds, 3)})
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a JSON file that is never there by half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def prepare(directory: Path) -> list[str]:
+    """Make the directory ready for an attempt; the arguments that go on from its checkpoint, if it has one to read.
+
+    Lightning moves a finished checkpoint into place, which copies it, and can be cut off, if the temporary directory
+    is on another disk: then the cell begins anew.
+    """
+    import torch
+
+    path = directory / "checkpoints" / "last.ckpt"
+    try:
+        step = int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError):
+        _clear(directory)
+        return []
+    (directory / OUTCOME).unlink(missing_ok=True)
+    _keep_samples_until(directory / "samples.jsonl", step)
+    return ["--ckpt_path", str(path)]
+
+
+def fit(cell: Cell, present: Fingerprint) -> None:
+    """Run the cell to its end unless that has been done; what it prints goes to its log."""
+    directory = cell.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with held(directory / LOCK):
+        check_fingerprint(cell, present)
+        if outcome(directory).status == "done":  # another runner was faster
+            return
+        write_json(directory / FINGERPRINT, present)
+        began = time.monotonic()
+        with output_to(directory / LOG):
+            ended_well = _call([*cell.arguments, *prepare(directory)])
+        error = None if ended_well else last_line(directory / LOG)
+        if ended_well and not (directory / SUMMARY).is_file():
+            error = f"it wrote no {SUMMARY}: the group `summary` must not be null"
+        record_outcome(directory, error, time.monotonic() - began)
+        if error is None:  # nothing will go on from its checkpoint, and a grid has many
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def child(cell: Cell, present: Fingerprint) -> None:
+    """`fit` in a process of its own, which ends with the process that started it, and its children with it."""
+    os.setpgrp()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    fit(cell, present)
+
+
+class ClusterCell:
+    """`fit` as a job of submitit; one that is preempted or out of time is queued again and goes on."""
+
+    def __init__(self, cell: Cell, present: Fingerprint) -> None:
+        self.cell, self.present = cell, present
+
+    def __call__(self) -> None:
+        """Run it."""
+        fit(self.cell, self.present)
+
+    def checkpoint(self) -> Any:
+        """What submitit is to queue again: the checkpoint on disk is all the state."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for it; the system frees it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Append to a file what this process and its children write to standard output and error."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(fd) for fd in (1, 2)]
+    with open(path, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, old in zip((1, 2), before, strict=True):
+            os.dup2(old, fd)
+            os.close(old)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def _call(arguments: list[str]) -> bool:
+    """Call the command line in this process; whether it ended well."""
+    from mifo_lightning.cli import main
+
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return not end.code
+    except Exception:
+        traceback.print_exc()
+        return False
+    finally:
+        import wandb
+
+        wandb.finish()  # a process of multiprocessing runs no exit handlers
+    return True
+
+
+def _die_with_parent() -> None:
+    """Wait for the end of the process that started this one, then kill this one and its children."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an attempt left that cannot be gone on from; the log stays."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in (FINGERPRINT, LOG, LOCK):
+            entry.unlink()
+
+
+def _keep_samples_until(path: Path, step: int) -> None:
+    """Drop the samples that were recorded after a checkpoint: the run will record them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):  # the last one, cut off
+            continue
+        row = json.loads(line)
+        # a checkpoint comes after the step's rollout and before an evaluation at that step
+        if row["step"] < step or (row["step"] == step and row["stage"] == "rl"):
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+@cache
+def _digest_config(path: Path) -> str:
+    """Of what a YAML file says; its comments do not count."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _digest_model(directory: Path) -> str:
+    """Of names and contents of the files in a model directory."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in directory.iterdir() if p.is_file()):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,362 @@
+"""The ablation runner: what it refuses, what it would run, and that a grid survives being killed."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from experiments import ablation
+from experiments.cell import check_fingerprint, fingerprint, fit, outcome, prepare
+from experiments.grid import cells, choose, read_ablation
+from mifo_lightning.cli import main
+from mifo_lightning.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+BASE = "mifo_lightning/assets/base"
+GRID: dict[str, Any] = {
+    "name": "two arms",
+    "question": "Does the runner run?",
+    "primary": "avg@1",
+    "metrics": ["addition/avg@1"],
+    "reference": "mifo",
+    "config": ["configs/tiny.yaml"],
+    "bases": {"shipped": BASE},
+    "seeds": [0, 1],
+    "jobs": 2,
+    "set": {
+        "data.schedule.rl_steps": 3,
+        "data.schedule.rl_questions": 8,
+        "data.schedule.sft_batch": 8,
+        "data.train.init_args.count": 64,
+        "data.val.init_args.count": 16,
+        "switch.size": 8,
+        "switch.p": 0.5,
+        "checkpoint.every": 1,
+    },
+    "arms": {
+        "mifo": {},
+        "interleave, half + lr": {"configs": ["configs/methods/interleave.yaml"], "set": {"model.sft.lr": 5.0e-4}},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def write(root: Path, **changes: Any) -> Path:
+    """An ablation file of two arms, one base and two seeds, with some keys changed; None leaves a key out."""
+    content = {key: value for key, value in {"out": str(root / "out"), **GRID, **changes}.items() if value is not None}
+    path = root / "ablation.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The runner in a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "callbacks"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.ablation", "--config", str(config), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def until(condition: Any, seconds: float = 60) -> bool:
+    """Wait for something; whether it came."""
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(met)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tpyo": 1}, ["unknown key tpyo", "allowed are name, question"]),
+        ({"arms": {"mifo": {"config": []}}}, ["arms.mifo", "unknown key config", "configs, set"]),
+        ({"arms": {"mifo": None}}, ["arms.mifo", "expected"]),
+        ({"arms": {}}, ["arms", "at least one"]),
+        ({"reference": "best"}, ["reference: best", "mifo, interleave, half + lr"]),
+        ({"bases": {"x": "runs/none"}, "make_bases": "make it"}, ["bases.x", "runs/none", "`make it`"]),
+        ({"seeds": [1, 1]}, ["seeds: 1 given"]),
+        ({"seeds": []}, ["seeds: none given"]),
+        ({"seeds": "all"}, ["seeds", "all"]),
+        ({"arms": {"mifo": {}, "MIFO!": {}}}, ["arms: mifo given"]),
+        ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml"]),
+        ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
+        ({"arms": {"mifo": {"set": {"trainer.logger.name": "x"}}}}, ["arms.mifo.set.trainer.logger.name", "wandb"]),
+        ({"jobs": 0}, ["jobs", "0"]),
+        ({"design": "random"}, ["design", "crossed", "nested", "random"]),
+        ({"question": None}, ["question"]),
+    ],
+)
+def test_a_bad_file_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    assert ablation.main(["--config", str(write(tmp_path, **changes))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert [word for word in words if word not in error] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_arm_meets_every_base_and_seed_once_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    config = write(tmp_path, bases={"a": BASE, "b": BASE}, seeds=[3, 5, 7])
+    grid = cells(read_ablation(config))
+    expected = set(itertools.product(GRID["arms"], ["a", "b"], [3, 5, 7]))
+    assert {(cell.arm, cell.base, cell.seed) for cell in grid} == expected
+    assert len(grid) == len({cell.directory for cell in grid}) == 12
+    assert {(cell.arm, cell.base) for cell in grid[:4]} == {(arm, base) for arm, base, _ in expected}
+
+
+def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, arms={"mifo": {"set": {"data.schedule.rl_steps": 9, "freeze": None}}})
+    assert ablation.main(["--config", str(config), "--only", "mifo/shipped/1", "--dry_run"]) == 0
+    program, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
+    assert (program, arguments[0]) == ("-m", "mifo_lightning")
+    with pytest.raises(SystemExit) as end:
+        main([*arguments[1:], "--print_config"])
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["seed_everything"] == 1
+    assert printed["model"]["model"] == BASE
+    assert printed["data"]["schedule"]["rl_steps"] == 9
+    assert printed["freeze"] is None
+    assert printed["switch"]["init_args"]["p"] == 0.5
+    assert printed["trainer"]["default_root_dir"] == str(tmp_path / "out" / "mifo" / "shipped" / "seed1")
+    assert printed["trainer"]["logger"] is False
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        (["mifo"], 4),
+        (["p = 1/8"], 4),
+        (["p_=_1_8/a"], 2),
+        (["p = 1/8/b/0", "mifo/b/seed1"], 2),
+        (["mifo", "mifo/a"], 4),
+        ([], 8),
+    ],
+)
+def test_only_names_arms_bases_and_seeds(tmp_path: Path, only: list[str], count: int) -> None:
+    config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms={"mifo": {}, "p = 1/8": {}})
+    grid = cells(read_ablation(config))
+    assert len(choose(grid, only)) == count
+    with pytest.raises(InputError, match=r"--only mif: allowed .* arms mifo, p = 1/8; bases a, b; seeds 0, 1"):
+        choose(grid, [*only, "mif"])
+
+
+def test_a_sweep_names_every_cell_by_one_value(tmp_path: Path) -> None:
+    config, target = write(tmp_path), tmp_path / "sweep.yaml"
+    assert ablation.main(["--config", str(config), "--sweep", str(target)]) == 0
+    written = yaml.safe_load(target.read_text(encoding="utf-8"))
+    grid = cells(read_ablation(config))
+    assert written["method"] == "grid"
+    assert [choose(grid, [value]) for value in written["parameters"]["only"]["values"]] == [[cell] for cell in grid]
+    assert written["command"][-1] == "${args}"
+    arguments = [*written["command"][4:-1], "--only=mifo/shipped/0", "--dry_run"]
+    assert ablation.main(arguments) == 0
+
+
+def test_wandb_runs_share_a_group_and_leave_the_files_in_the_cell(tmp_path: Path) -> None:
+    config = write(tmp_path, wandb={"project": "p"})
+    options = []
+    for cell in cells(read_ablation(config)):
+        logger = json.loads(cell.places[cell.places.index("--trainer.logger") + 1])["init_args"]
+        assert cell.directory in Path(logger["save_dir"]).parents
+        assert (logger["project"], logger["group"], logger["mode"]) == ("p", "two arms", "offline")
+        assert logger["name"] == cell.name
+        options.append(logger["id"])
+    assert len(set(options)) == 4
+    assert not any(character in "".join(options) for character in "/\\#?%:, ")
+
+
+def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Path) -> None:
+    base, method = tmp_path / "base", tmp_path / "method.yaml"
+    base.mkdir()
+    (base / "config.json").write_text("{}", encoding="utf-8")
+    method.write_text("freeze: null  # none\n", encoding="utf-8")
+
+    def present(**changes: Any) -> dict[str, Any]:
+        arms = {"mifo": {"configs": [str(method)]}}
+        fingerprint.__globals__["_digest_config"].cache_clear()
+        fingerprint.__globals__["_digest_model"].cache_clear()
+        return fingerprint(
+            cells(read_ablation(write(tmp_path, **{"bases": {"b": str(base)}, "arms": arms} | changes)))[0]
+        )
+
+    first = present()
+    assert present(jobs=1, wandb={}, out=str(tmp_path / "elsewhere")) == first
+    method.write_text("freeze:   null\n", encoding="utf-8")
+    assert present() == first
+    assert present(seeds=[4]) != first
+    method.write_text("freeze: {fraction: 0.3}\n", encoding="utf-8")
+    assert {key for key, value in present().items() if value != first[key]} == {"configurations"}
+    (base / "model.safetensors").write_bytes(b"other weights")
+    assert {key for key, value in present().items() if value != first[key]} == {"configurations", "base model"}
+
+
+def test_an_unfinished_cell_goes_on_only_from_a_checkpoint_that_can_be_read(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    torch.save({"global_step": 2, "weights": torch.zeros(1000)}, checkpoint)
+    rows = [(0, "val"), (1, "rl"), (2, "rl"), (2, "val"), (3, "rl")]
+    lines = [json.dumps({"step": step, "stage": stage}) + "\n" for step, stage in rows]
+    (tmp_path / "samples.jsonl").write_text("".join(lines) + '{"step": 4, "st', encoding="utf-8")
+    (tmp_path / "log.txt").write_text("before\n", encoding="utf-8")
+    assert prepare(tmp_path) == ["--ckpt_path", str(checkpoint)]
+    # what came after the checkpoint will come again
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8") == "".join(lines[:3])
+    checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    assert prepare(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
+    cell = cells(read_ablation(write(tmp_path)))[0]
+    present = fingerprint(cell)
+    cell.directory.mkdir(parents=True)
+    check_fingerprint(cell, present)
+    (cell.directory / "thesis.tex").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="holds other files"):
+        fit(cell, present)
+    assert (cell.directory / "thesis.tex").exists()
+
+
+def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_path: Path) -> None:
+    arms = {"bad": {"set": {"data.schedule.rl_questions": 0}}, "mifo": {}}
+    runner = start(write(tmp_path, arms=arms, seeds=[0]), "--wandb", "offline")
+    printed = runner.communicate()[0]
+    assert runner.returncode == 1, printed
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "out" / "cells.json").read_text(encoding="utf-8"))}
+    assert (rows["bad"]["status"], rows["mifo"]["status"]) == ("failed", "done")
+    assert rows["bad"]["error"].startswith("error: data.schedule.rl_questions: 0")
+    assert f"failed: bad/shipped/seed0: {rows['bad']['error']}" in printed
+    run = tmp_path / "out" / rows["mifo"]["directory"]
+    assert {"summary.json", "samples.jsonl", "config.yaml", "log.txt", "model", "wandb"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert list(run.glob("wandb/wandb/offline-run-*-two_arms-mifo-shipped-seed0/*.wandb"))
+    changed = write(tmp_path, arms=arms, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 4})
+    refused = start(changed)
+    printed = refused.communicate()[0]
+    assert refused.returncode == 2
+    assert printed.count("\n") == 1
+    assert "bad/shipped/seed0" in printed
+    assert "other arguments; choose another `out`" in printed
+
+
+@pytest.mark.slow
+def test_fits_end_with_their_runner(tmp_path: Path) -> None:
+    config = write(tmp_path, set={**GRID["set"], "data.schedule.rl_steps": 100_000})
+    runner, out = start(config, "--only", "mifo"), tmp_path / "out"
+    assert until(lambda: len(_stamps(out)) == 2 or runner.poll() is not None)
+    assert not _free(out)
+    runner.kill()
+    runner.communicate()
+    assert until(lambda: _free(out), 20)
+
+
+@pytest.mark.slow
+def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+    calm, killed = write(tmp_path / "calm"), write(tmp_path / "killed")
+    undisturbed = start(calm)
+    printed = undisturbed.communicate()[0]
+    assert undisturbed.returncode == 0, printed
+    delays, out = random.Random(0), tmp_path / "killed" / "out"
+    for _ in range(3):
+        runner = start(killed)
+        seen = _stamps(out)
+        until(lambda r=runner, s=seen: r.poll() is not None or _stamps(out) != s)
+        time.sleep(delays.uniform(0, 0.6))
+        runner.kill()
+        runner.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/summary.json")}
+    ended = {path for path in kept if outcome(path.parent).status == "done"}
+    last = start(killed)
+    printed = last.communicate()[0]
+    assert last.returncode == 0, printed
+    assert all(path.stat().st_mtime_ns == kept[path] for path in ended)
+    logs = "".join(path.read_text(encoding="utf-8") for path in out.glob("*/*/*/log.txt"))
+    assert "Restor" in logs
+    for cell in cells(read_ablation(calm)):
+        other = out / cell.directory.relative_to(tmp_path / "calm" / "out")
+        before, after = (json.loads((p / "summary.json").read_text(encoding="utf-8")) for p in (cell.directory, other))
+        for key in ("before", "after", "optimizer_steps", "sft_phases"):
+            assert before[key] == after[key], f"{cell.name}: {key}"
+        for file in ("model/model.safetensors", "samples.jsonl"):
+            assert (cell.directory / file).read_bytes() == (other / file).read_bytes(), f"{cell.name}: {file}"
+
+
+def test_the_cluster_runs_what_is_unfinished(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
+    config = write(tmp_path, slurm={"cluster": "debug", "timeout_min": 5})
+    assert ablation.main(["--config", str(config), "--only", "mifo/shipped/0", "--slurm"]) == 0
+    cell = choose(cells(read_ablation(config)), ["mifo/shipped/0"])[0]
+    assert outcome(cell.directory).status == "done"
+    stamp = (cell.directory / "summary.json").stat().st_mtime_ns
+    assert ablation.main(["--config", str(config), "--only", "mifo/shipped/0", "--slurm"]) == 0
+    assert (cell.directory / "summary.json").stat().st_mtime_ns == stamp
+
+
+def test_an_unknown_cluster_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
+    config = write(tmp_path, slurm={"cluster": "moon"})
+    assert ablation.main(["--config", str(config), "--slurm"]) == 2
+    assert "moon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/ablations/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_ablations_are_right_but_for_their_bases(path: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "arms" not in content:  # a configuration laid over the base
+        return
+    content["bases"] = dict.fromkeys(content["bases"], BASE)
+    copy = tmp_path / path.name
+    copy.write_text(yaml.safe_dump(content), encoding="utf-8")
+    grid = cells(read_ablation(copy))
+    assert len(grid) == len(content["arms"]) * len(content["bases"]) * len(content["seeds"])
+    uncommented = [
+        line for line in path.read_text(encoding="utf-8").split("\narms:")[0].splitlines() if "#" not in line
+    ]
+    assert [line for line in uncommented if not line.startswith("  ")] == []
+
+
+def _stamps(out: Path) -> dict[Path, int]:
+    """When each checkpoint of a grid was written."""
+    stamps = {}
+    for path in out.glob("*/*/*/checkpoints/last.ckpt"):
+        with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
+            stamps[path] = path.stat().st_mtime_ns
+    return stamps
+
+
+def _free(out: Path) -> bool:
+    """Whether no process holds a cell."""
+    for path in out.glob("*/*/*/lock"):
+        with open(path, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
