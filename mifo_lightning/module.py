@@ -189,7 +189,7 @@ class MifoModule(LightningModule):
         drawn, chosen = self.reinforcement.roll_out(self._policy, batch, more, self._profile)
         seconds = time.perf_counter() - start
         with self._profile("score"):
-            rollout = self._rollout = self.reinforcement.prepare(self._policy, batch, drawn.select(chosen))
+            rollout = self._rollout = self.reinforcement.prepare(self._policy, batch, drawn, chosen)
         scored = (batch["updates"] > 1 or rollout.keep is not None) + (rollout.logp_ref is not None)
         work |= {"generated": drawn.tokens, "scored": scored * rollout.sequences.token_count()}
         described = drawn.describe(self.device)

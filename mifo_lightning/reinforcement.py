@@ -12,17 +12,16 @@ from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import gather_ranks, rank, ranks
-from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
 from mifo_lightning.mixing import Rows, training_rows
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rewards.base import Reward, score
-from mifo_lightning.rl_settings import Mixing, RLSettings
+from mifo_lightning.rl_settings import Mixing, RLSettings, check_rl
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from mifo_lightning.rollout.graded import Graded
+from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.seeds import stable_key
 
 
@@ -56,7 +55,7 @@ class Reinforcement:
         seed: int,
         mixing: Mixing | None = None,
     ) -> None:
-        _check(group_size, solved_at, sampling, settings, mixing)
+        check_rl(group_size, solved_at, sampling, settings, mixing)
         self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
         self.sampling, self.settings, self.mixing = sampling, settings, mixing
         self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
@@ -78,7 +77,7 @@ class Reinforcement:
         item: WorkItem,
         more: Callable[[], list[Question]],
         profile: Callable[[str], AbstractContextManager[None]],
-    ) -> tuple[Graded, list[int]]:
+    ) -> tuple[Graded, Chosen]:
         """Draw and grade until there is enough to train on; collective.
 
         Args:
@@ -120,7 +119,7 @@ class Reinforcement:
         kept = torch.tensor([r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)])
         return Graded(questions, completions, kept.view(len(questions), -1), self.solved_at)
 
-    def choose(self, graded: Graded, attempts: int, wanted: int) -> list[int] | None:
+    def choose(self, graded: Graded, attempts: int, wanted: int) -> Chosen | None:
         """Which of this rank's questions train; None if dynamic sampling wants further questions; collective.
 
         Args:
@@ -129,22 +128,26 @@ class Reinforcement:
             wanted: Groups that the RL step trains on, over all ranks.
         """
         if not self.settings.dynamic_sampling:
-            return list(range(len(graded.questions)))
+            everything = list(range(len(graded.questions)))
+            return Chosen(everything, everything, len(everything))
         # dealt out like cards: the order, and with it the choice, is that of a single process
         flags = [flag for row in zip(*gather_ranks(graded.differ.tolist()), strict=True) for flag in row]
         chosen = [i for i, flag in enumerate(flags) if flag][:wanted]
         if len(chosen) < wanted and attempts < self.settings.dynamic_sampling:
             return None
+        mine = [(i // ranks(), place) for place, i in enumerate(chosen) if i % ranks() == rank()]
         # a rank without any group still takes part: a group without a signal weighs nothing
-        return [i // ranks() for i in chosen if i % ranks() == rank()] or [0]
+        picked, places = zip(*(mine or [(0, 0)]), strict=True)
+        return Chosen(list(picked), list(places), max(len(chosen), 1))
 
-    def prepare(self, policy: Policy, item: WorkItem, graded: Graded) -> Rollout:
+    def prepare(self, policy: Policy, item: WorkItem, drawn: Graded, chosen: Chosen) -> Rollout:
         """Pack rows, advantages and weights and, where the updates need them, old and reference log-probabilities."""
         device, temperature = policy.device, self.sampling.temperature
+        graded = drawn.select(chosen.picked)
         rows = training_rows(graded, self.settings, self.mixing, self._demonstration_rewards(graded))
         prompts = [graded.questions[i].prompt for i in rows.question.tolist()]
         sequences = Sequences.pack(prompts, rows.tokens, int(self.tokenizer.pad_token_id)).to(device)
-        minibatch = (rows.question * item["minibatches"]) // len(graded.questions)
+        minibatch = torch.tensor(chosen.place)[rows.question] * item["minibatches"] // chosen.total
         weight, sft_weight = self._weights(rows, sequences.mask(), minibatch.to(device), item["minibatches"])
         rollout = Rollout(
             sequences=sequences,
@@ -276,25 +279,3 @@ class Reinforcement:
             sft, described = sft_loss(logp, part.sft_weight, 1.0, weight)
             loss, metrics["sft_loss"] = (1 - mu if mixing.convex else 1) * loss + mu * sft, described["loss"]
         return loss, metrics
-
-
-def _check(group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings, mixing: Mixing | None) -> None:
-    """Raise an InputError that names the key, its value and what is allowed."""
-    sampling.check("model.sampling")
-    settings.check("model.policy")
-    least = 2
-    if mixing is not None:
-        mixing.check("model.mixing")
-        least = 3 if mixing.in_group else 2
-    if group_size < least:
-        raise InputError(
-            f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts"
-            + (" beside the demonstration" if least == 3 else "")
-        )
-    if not 0 < solved_at <= 1:
-        raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
-    if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
-        raise InputError(
-            f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is "
-            f"not allowed in RL; temperature > 0, top_p 1, top_k 0 are: the loss sees the whole vocabulary"
-        )

@@ -7,6 +7,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.losses.advantages import Advantage
 from mifo_lightning.losses.policy import Aggregation, Ratio, Surrogate
 from mifo_lightning.losses.sft import SFTWeight
+from mifo_lightning.rollout.engine import Sampling
 
 
 @dataclass
@@ -114,3 +115,32 @@ class Mixing:
         """Weight of the SFT loss in RL step number `step`, from 0."""
         done = min(1.0, step / self.sft_decay) if self.sft_decay else 0.0
         return self.sft + (self.sft_end - self.sft) * done
+
+
+def check_rl(
+    group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings, mixing: Mixing | None
+) -> None:
+    """Raise an InputError unless these settings of a module fit together."""
+    sampling.check("model.sampling")
+    settings.check("model.policy")
+    least = 2
+    if mixing is not None:
+        mixing.check("model.mixing")
+        least = 3 if mixing.in_group else 2
+    if group_size < least:
+        raise InputError(
+            f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts"
+            + (" beside the demonstration" if least == 3 else "")
+        )
+    if mixing is not None and settings.dynamic_sampling:
+        raise InputError(
+            f"model.policy.dynamic_sampling: {settings.dynamic_sampling} is not allowed with model.mixing; it would "
+            f"drop the groups whose demonstrations are wanted most"
+        )
+    if not 0 < solved_at <= 1:
+        raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
+    if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
+        raise InputError(
+            f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is "
+            f"not allowed in RL; temperature > 0, top_p 1, top_k 0 are: the loss sees the whole vocabulary"
+        )

@@ -1,7 +1,7 @@
 """Graded responses: what the buffer, the tables and the log want to know of fresh rollouts."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,3 +111,18 @@ class Graded:
         means["entropy"] = float(totals["entropy"] / totals["length"])
         means["groups_without_signal"] = float(totals["groups_without_signal"] / totals["groups"])
         return means
+
+
+class Chosen(NamedTuple):
+    """Which questions of a rank's draw train.
+
+    Attributes:
+        picked: Their positions in the draw.
+        place: Place of each among all that train, of all ranks, where there is a choice, else of this rank; it decides
+            the optimizer step.
+        total: How many places there are.
+    """
+
+    picked: list[int]
+    place: list[int]
+    total: int
