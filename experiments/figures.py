@@ -162,7 +162,7 @@ def layers(title: str, arm: str, updates: LayerUpdates, ends: tuple[float, float
         axes.set_xlabel(label)
     if ends[0] > 0:
         panels[0].set_xlim(ends[0] / 1.1, ends[1] * 1.1)
-        _log_axis(panels[0])
+        _log_axis(panels[0], dense=10)
     panels[1].set_xlim(-0.06, 1.06)
     panels[1].set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     panels[0].set_yticks(range(len(groups)), [_short(group) for group in groups], fontsize=9)
@@ -179,7 +179,7 @@ def scatter(title: str, changes: Sequence[PhaseChange], x: str, xlabel: str, lim
         points = [(getattr(c, x), c.lost) for c in changes if c.kind == kind and getattr(c, x) > 0]
         points = points[:: -(-len(points) // limit) or 1]
         if points:
-            axes.plot(*zip(*points, strict=True), ls="", marker=marker, ms=3.2, mew=0, color=color, alpha=0.5)
+            axes.plot(*zip(*points, strict=True), ls="", marker=marker, ms=3.2, mew=0, color=color, alpha=0.6)
     _log_axis(axes)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("share of solved questions lost")
@@ -191,7 +191,7 @@ def _strip(axes: Axes, strip: Strip, y: float, spread: float, log: bool) -> None
     scores = np.where(strip.scores > 0, strip.scores, np.nan) if log else strip.scores
     bases = len(scores)
     for b, values in enumerate(scores):
-        offset = spread * (2 * b / (bases - 1) - 1) if bases > 1 else 0.0
+        offset = spread * (2 * b / (bases - 1) - 1 if bases > 1 else 1)
         color = strip.color or PALETTE[b % len(PALETTE)]
         marker = MARKERS[b % len(MARKERS)]
         axes.plot(
@@ -222,15 +222,15 @@ def _unit_axis(axes: Axes) -> None:
     axes.grid(axis="y", color=INK, alpha=0.12, lw=0.6)
 
 
-def _log_axis(axes: Axes) -> None:
-    """A logarithmic x-axis with plain numbers, 1-2-5 where it spans less than two decades."""
+def _log_axis(axes: Axes, dense: float = 100) -> None:
+    """A logarithmic x-axis with plain numbers, 1-2-5 where its ends are less than a factor `dense` apart."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     if high < 4 * low:
         middle = (low * high) ** 0.5
         low, high = middle / 2, middle * 2
         axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < dense * low else (1,), numticks=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

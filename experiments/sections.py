@@ -28,6 +28,8 @@ def verdict(ablation: Ablation) -> list[str]:
 
 
 def _headline(primary: str, reference: str, means: dict[str, Interval], others: dict[str, Comparison]) -> list[str]:
+    if not any(c.cells for c in others.values()):
+        return [f"Nothing can be compared: no arm but the reference {reference} has a run with {primary}."]
     order = _order(means)
     top, significant = order[0], [arm for arm in order if arm in others and others[arm].significant]
     text = f"{top} has the highest {primary}, {bracketed(means[top])}, and "
@@ -177,9 +179,8 @@ def made(ablation: Ablation) -> Section:
         else "bases were resampled, then seeds within each base"
     )
     text = [
-        f"Made by: {ablation.command}, commit {ablation.commit}; {len(ablation.arms)} arms, "
-        f"{len(ablation.bases)} bases ({', '.join(ablation.bases)}), seeds {', '.join(map(str, ablation.seeds))}. "
-        f"The primary metric, {ablation.primary}, was set in the configuration.",
+        f"Made by: {ablation.command}, at commit {ablation.commit}. Bases: {', '.join(ablation.bases)}. Seeds: "
+        f"{', '.join(map(str, ablation.seeds))}. The primary metric, {ablation.primary}, was set in the configuration.",
         f"An interval is a 95 % percentile bootstrap interval of the mean over runs, from 10,000 resamples: {how}. "
         "With 3 bases that differ as much as runs do, such intervals cover the truth in about 81 % of cases instead of "
         "95 %; with one base they say nothing about other bases.",

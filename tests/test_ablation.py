@@ -266,12 +266,12 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
 
 @pytest.mark.slow
 def test_fits_end_with_their_runner(tmp_path: Path) -> None:
-    config = write(tmp_path, set={**GRID["set"], "data.schedule.rl_steps": 100_000})
+    config = write(tmp_path, set={**GRID["set"], "data.schedule.rl_steps": 1000})
     runner, out = start(config, "--only", "mifo"), tmp_path / "out"
     assert until(lambda: len(_stamps(out)) == 2 or runner.poll() is not None)
     assert not _free(out)
     runner.kill()
-    runner.communicate()
+    runner.wait()
     assert until(lambda: _free(out), 20)
 
 
@@ -290,7 +290,8 @@ def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(tmp_path: Path) -> Non
         until(lambda r=runner, s=seen: r.poll() is not None or _stamps(out) != s)
         time.sleep(delays.uniform(0, 0.6))
         runner.kill()
-        runner.communicate()
+        runner.wait()
+        assert until(lambda: _free(out), 20)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/summary.json")}
     ended = {path for path in kept if outcome(path.parent).status == "done"}
     last = start(killed)

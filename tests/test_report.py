@@ -1,135 +1,15 @@
 """The report of an ablation: what it says first, that nothing from data becomes markup, what is left out or missing."""
 
-import json
 import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from ablation_data import EVIL, PAPER, bare, edit, make, write
 
 from experiments.report import main, write_report
-from experiments.results import Cell, learning_curves, retention, retention_by_phase
 from mifo_lightning.errors import InputError
-
-SOURCES = ["addition", "mirrored", "sorting", "reversal"]
-GROUPS = ["embedding", *(f"layers.{i}.{part}" for i in range(3) for part in ("attention", "mlp", "norm")), "head"]
-PAPER = {
-    "rl": 0.72, "sft": 0.55, "sft_then_rl": 0.80, "relift": 0.80, "interleave": 0.79, "mifo_es": 0.80, "mifo_pf": 0.80,
-    "mifo": 0.86, "mifo_dagger": 0.805, "luffy": 0.70, "srft": 0.75, "random freeze + ES": 0.81, "half lr": 0.80,
-}  # fmt: skip
-EVIL = "<script>alert(1)</script>"
-RL_STEPS = 120
-Record = dict[str, Any]
-
-
-def write(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def write_lines(path: Path, rows: list[Record]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def counts(rng: np.random.Generator, kept: float) -> Record:
-    return {
-        source: {"questions": 64, "solved": 50, "retained": int(rng.binomial(50, kept)), "gained": int(rng.integers(9))}
-        for source in SOURCES
-    }
-
-
-def summary(rng: np.random.Generator, arm: str, score: float) -> Record:
-    """What a run records with every monitor on: an RL phase, then an SFT phase, several times."""
-    frozen = 0.5 if arm.startswith(("mifo", "random")) else 0.0
-    order = [kind for _ in range(6) for kind in (["rl", "sft"] if arm not in ("rl", "sft") else [arm])]
-    phases = [{"phase": kind, "number": order[: i + 1].count(kind), "rl_step": 20 * order[: i + 1].count("rl")}
-              for i, kind in enumerate(order)]  # fmt: skip
-    size = {kind: rng.gamma(4, 0.05 if kind == "rl" else 0.2, len(order)) for kind in ("rl", "sft")}
-    kl = [float(size[p["phase"]][i]) for i, p in enumerate(phases)]
-    layers = [
-        {g: {"l2": float(k * rng.uniform(1, 3)), "changed": 0.9 if p["phase"] == "sft" else 0.6} for g in GROUPS}
-        for p, k in zip(phases, kl, strict=True)
-    ]
-    account = {"optimizer_steps": 120, "questions": 3840, "demonstrations": 700, "generated_tokens": 4.1e5,
-               "scored_tokens": 5.2e5, "trained_tokens": 6.1e5, "flops": 1.3e12, "seconds": 9.5}  # fmt: skip
-    scores = {f"{s}/avg@1": float(score + rng.normal(0, 0.01) - 0.05 * i) for i, s in enumerate(SOURCES)}
-    return {
-        "before": {"avg@1": 0.6, **{f"{source}/avg@1": 0.6 for source in SOURCES}},
-        "after": {"avg@1": score, **scores},
-        "optimizer_steps": 150, "sft_phases": 6, "seconds": {"rollout": 3.0},
-        "forgetting": {"seconds": 1.0, "responses": 900, "run": counts(rng, 0.8), "phases": [
-            {**p, "sources": counts(rng, float(np.exp(-k)))} for p, k in zip(phases, kl, strict=True)]},
-        "phase_kl": {"seconds": 1.0, "phases": [
-            {**p, "kl": k, "kl_response": 9 * k} for p, k in zip(phases, kl, strict=True)]},
-        "layer_updates": {"seconds": 0.2, "phases": [
-            {**p, "steps": 20, "layers": one} for p, one in zip(phases, layers, strict=True)]},
-        "overlap": {"seconds": 0.1, "phases": [
-            {"number": i, "rl_step": 20 * i, "frozen": frozen, "gradient": 0.55, "gradient_squared": 0.6}
-            for i in range(1, 7) if frozen]},
-        "costs": {"rl": account, "sft": account, "distinct_questions": 3000, "distinct_demonstrations": 650,
-                  "callbacks": {"ImportanceEMA": 0.31, "GradientFreezing": 0.12, "Forgetting": 1.0}},
-    }  # fmt: skip
-
-
-def history(rng: np.random.Generator, arm: str) -> list[Record]:
-    rows: list[Record] = []
-    accuracy = np.array([0.3, 0.0, 0.95, 0.95])
-    for step in range(RL_STEPS + 1):
-        rl_step = 0 if arm == "sft" else step
-        if step % 20 == 0:
-            keys = [f"forgetting/{source}/accuracy" for source in SOURCES]
-            rows.append({"step": step, "rl_step": rl_step, **dict(zip(keys, accuracy.clip(0, 1), strict=True))})
-            accuracy = accuracy + rng.normal(0, 0.05, 4) + [0.08, 0.12, -0.03, -0.04]
-        if step:
-            in_sft = arm == "sft" or (arm != "rl" and step % 20 == int(rng.integers(3)))
-            row = {"step": step, "rl_step": rl_step, "phase/is_sft": float(in_sft), "phase/rl_step": float(rl_step)}
-            reward = {} if arm == "sft" else {"rollout/reward": 0.3 + 0.5 * step / RL_STEPS + rng.normal(0, 0.05)}
-            rows.append({**row, **reward})
-    return rows
-
-
-def make(
-    root: Path, arms: dict[str, float], bases: int = 3, seeds: int = 5, noise: float = 0.01, primary: str = "avg@1"
-) -> Path:
-    """An ablation as the runner leaves it, every monitor on; `arms` are mean scores."""
-    base_names, seed_names = [f"seed{i}" for i in range(bases)], list(range(seeds))
-    record = {
-        "name": "paper_table", "question": "Does MIFO beat SFT then RL at equal compute?", "primary": primary,
-        "metrics": [f"{s}/avg@1" for s in SOURCES], "reference": next(a for a in arms if a in ("sft_then_rl", "ref")),
-        "design": "crossed", "command": "python -m experiments.ablation --config x.yaml", "commit": "0123abc",
-        "arms": [{"name": a, "directory": f"arm{i}", "configs": ["configs/tiny.yaml"], "set": {"model.lr": 0.1}}
-                 for i, a in enumerate(arms)],
-        "bases": base_names, "seeds": seed_names,
-    }  # fmt: skip
-    cells = []
-    for i, (arm, level) in enumerate(arms.items()):
-        for b, base in enumerate(base_names):
-            for seed in seed_names:
-                rng = np.random.default_rng([b, seed])
-                shared, own = rng.normal(0, 0.03), np.random.default_rng([i, b, seed])
-                directory = f"arm{i}/{base}/seed{seed}"
-                write(root / directory / "summary.json", summary(own, arm, level + shared + own.normal(0, noise)))
-                write_lines(root / directory / "history.jsonl", history(own, arm))
-                rows = [
-                    {"step": 9, "stage": "val", "source": s, "prompt": "12+3=", "response": f"{EVIL} & {s}",
-                     "truth": "15", "reward": 1.0}
-                    for s in SOURCES
-                ]  # fmt: skip
-                write_lines(root / directory / "samples.jsonl", rows)
-                cells.append({"arm": arm, "base": base, "seed": seed, "directory": directory, "status": "done",
-                              "error": None, "seconds": 17.5})  # fmt: skip
-    write(root / "ablation.json", record)
-    write(root / "cells.json", cells)
-    return root
-
-
-def edit(path: Path, change: Any) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    write(path, value)
 
 
 class Page(HTMLParser):
@@ -172,7 +52,7 @@ def verdict(root: Path) -> str:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make(tmp_path_factory.mktemp("small"), {"ref": 0.5, f"mifo {EVIL} $\\x$": 0.6, "sft": 0.5}, bases=2, seeds=3)
+    root = make(tmp_path_factory.mktemp("small"), {"ref": 0.5, f"$\\x$ {EVIL}": 0.6, "sft": 0.5}, bases=2, seeds=3)
     fail = {"status": "failed", "error": f"model.lr: {EVIL} is not allowed"}
     edit(root / "cells.json", lambda cells: (cells[3].update(fail), cells.pop()))
     (root / "arm1/seed0/seed0/samples.jsonl").open("a").write('{"half": ')
@@ -246,17 +126,28 @@ def test_too_few_runs_and_one_base_are_said(tmp_path: Path) -> None:
     assert "nothing is known about other bases" in text
 
 
-def test_a_reference_without_a_result_compares_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arm", "words"), [("ref", "the reference ref has no run"), ("a", "no arm but the reference")])
+def test_without_two_results_nothing_is_compared(arm: str, words: str, tmp_path: Path) -> None:
     root = bare(make(tmp_path, {"ref": 0.5, "a": 0.9}, bases=1, seeds=2))
-    edit(root / "cells.json", lambda cells: [cell.update(status="failed") for cell in cells if cell["arm"] == "ref"])
-    assert "Nothing can be compared: the reference ref has no run" in verdict(root)
+    edit(root / "cells.json", lambda cells: [cell.update(status="failed") for cell in cells if cell["arm"] == arm])
+    text = verdict(root)
+    assert f"Nothing can be compared: {words}" in text
+    assert "significantly" not in text.split("Every arm")[0]
 
 
 def test_what_no_monitor_recorded_is_left_out_in_one_line(tmp_path: Path) -> None:
     root = bare(make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=1, seeds=2))
     text = verdict(root) + (root / "report.md").read_text().replace("\\", "")
+    assert "nan" not in text
     for monitor in ("history", "forgetting", "phase_kl", "layer_updates", "overlap", "costs", "samples"):
         assert f"Not recorded: the monitor {monitor} would show it." in text
+
+
+def test_one_run_has_no_interval(tmp_path: Path) -> None:
+    text = verdict(bare(make(tmp_path, {"ref": 0.5, "a": 0.9}, bases=1, seeds=1)))
+    assert re.search(
+        r"a has the highest avg@1, 0\.\d{3} \[-\], and is not significantly ahead of ref: \+0\.\d{3} \[-\]", text
+    )
 
 
 def test_scores_are_sorted_and_the_reference_is_marked(small: Path) -> None:
@@ -297,65 +188,6 @@ def test_a_file_that_is_not_there_or_not_json_is_named(name: str, tmp_path: Path
     write(root / name, [{"arm": "ref"}])
     with pytest.raises(InputError, match=r"summary\.json" if "arm0" in name else r"ablation\.json or cells\.json"):
         write_report(root)
-
-
-def bare(root: Path) -> Path:
-    """The same ablation with nothing but the final scores."""
-    for path in root.glob("arm*/*/*"):
-        edit(path / "summary.json", lambda record: [record.pop(key) for key in list(record) if key != "after"])
-        (path / "history.jsonl").unlink()
-        (path / "samples.jsonl").unlink()
-    return root
-
-
-def cell(history: list[Record] | None = None, phases: list[Record] | None = None) -> Cell:
-    return Cell("a", "b", 0, Path(), "done", None, 1.0, {"forgetting": {"phases": phases or []}}, history or [])
-
-
-def test_learning_curves_average_runs_and_carry_accuracies_forward() -> None:
-    def run(shift: float) -> Cell:
-        rewards = [{"step": i, "rl_step": i, "rollout/reward": i + shift, "phase/is_sft": 0.0} for i in range(1, 5)]
-        first = {"step": 0, "rl_step": 0, "forgetting/x/accuracy": 0.9}
-        later = {"step": 2, "rl_step": 2, "forgetting/x/accuracy": 0.5 + shift}
-        sft = {"step": 3, "rl_step": 2, "phase/is_sft": 1.0}
-        return cell([first, *rewards[:2], later, *([sft] if shift else []), *rewards[2:]])
-
-    data = learning_curves([run(0.0), run(0.2)], bins=4)
-    assert data is not None
-    assert data.axis == "rl_step"
-    np.testing.assert_allclose(data.edges, [-1, 0, 1, 2, 3, 4], atol=1e-12)
-    np.testing.assert_allclose(data.reward, [np.nan, np.nan, 1.1, 2.1, 3.1, 4.1])
-    np.testing.assert_allclose(data.accuracy["x"], [0.9, 0.9, 0.9, 0.6, 0.6, 0.6])
-    np.testing.assert_allclose(data.sft, [0, 0, 0, 0.5, 0, 0])
-    coarse = learning_curves([run(0.0)], bins=2)
-    assert coarse is not None
-    np.testing.assert_allclose(coarse.reward[2:], [1.5, 3.5])
-    assert learning_curves([cell()]) is None
-
-
-def test_an_arm_without_rl_goes_by_optimizer_steps() -> None:
-    rows = [{"step": i, "rl_step": 0, "phase/is_sft": 1.0} for i in range(1, 11)]
-    data = learning_curves([cell(rows)])
-    assert data is not None
-    assert data.axis == "step"
-    assert data.edges[-1] == 10
-    assert data.sft[2:].tolist() == [1.0] * 10
-
-
-def test_retention_pools_counts() -> None:
-    one = {"x": {"solved": 10, "retained": 9}, "y": {"solved": 30, "retained": 15}}
-    two = {"x": {"solved": 0, "retained": 0}, "y": {"solved": 10, "retained": 10}}
-    assert retention([one, two]) == pytest.approx(34 / 50)
-    assert retention([one, two], "x") == pytest.approx(0.9)
-    assert retention([two], "x") is None
-
-    def phase(number: int, retained: int) -> Record:
-        return {"phase": "sft", "number": number, "sources": {"x": {"solved": 10, "retained": retained}}}
-
-    rl = {"phase": "rl", "number": 1, "sources": {"x": {"solved": 10, "retained": 0}}}
-    runs = [cell(phases=[rl, phase(1, 8), phase(2, 6), phase(3, 1)]), cell(phases=[phase(1, 10), phase(2, 10)])]
-    runs.append(cell(phases=[phase(1, 9)]))
-    assert retention_by_phase(runs, "x") == [pytest.approx(0.9), pytest.approx(0.8)]  # the third only one of three has
 
 
 @pytest.mark.slow
