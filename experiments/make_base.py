@@ -80,11 +80,11 @@ class Result:
     seconds: float
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
+def build_tokenizer(vocabulary: list[str]) -> Qwen2Tokenizer:
     """One token per character, none merged; as with any byte-level vocabulary, a character outside it is dropped."""
     # transformers loads every qwen2 directory with this class, whatever class wrote it: so this class writes it
     return Qwen2Tokenizer(
-        vocab=IDS,
+        vocab={token: index for index, token in enumerate(vocabulary)},
         merges=[],
         unk_token=None,  # type: ignore[arg-type]  # the default would add a token without an embedding
         eos_token=EOS,
@@ -95,10 +95,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def build_model() -> Qwen2ForCausalLM:
-    """A Qwen2 shape of 307,680 parameters with random weights, float32."""
+def build_model(vocabulary: list[str]) -> Qwen2ForCausalLM:
+    """A Qwen2 shape with random weights, float32; 307,680 parameters with the 24 tokens of the skills."""
+    eos, pad = vocabulary.index(EOS), vocabulary.index(PAD)
     config = Qwen2Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -108,12 +109,12 @@ def build_model() -> Qwen2ForCausalLM:
         tie_word_embeddings=True,
         initializer_range=0.1,  # at the usual 0.02, 900 steps are too few to learn to add digits with a carry
         bos_token_id=None,
-        eos_token_id=IDS[EOS],
-        pad_token_id=IDS[PAD],
+        eos_token_id=eos,
+        pad_token_id=pad,
         dtype="float32",
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=IDS[EOS], pad_token_id=IDS[PAD], do_sample=True)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
     return model
 
 
@@ -222,11 +223,11 @@ def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Res
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     start = time.process_time()
-    model = build_model()
+    model = build_model(VOCABULARY)
     train(model, recipe, seed)
     seconds = time.process_time() - start
     model.save_pretrained(out)
-    build_tokenizer().save_pretrained(out)
+    build_tokenizer(VOCABULARY).save_pretrained(out)
     return Result(seed, {skill: accuracy(model, skill, questions) for skill in SIZES}, seconds)
 
 

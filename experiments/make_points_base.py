@@ -1,0 +1,188 @@
+"""What must a model know of the 24 game for RL to matter? Makes the base model of GeneralPoints from nothing.
+
+It knows what cards count under both rules, does whole-number arithmetic and keeps track of the numbers at hand. It
+often begins at random, so it makes 24 only now and then (RL has something to sharpen), less often where few solutions
+exist (demonstrations have something to teach).
+
+    python -m experiments.make_points_base --seeds 0 --out runs/points_bases        (writes runs/points_bases/seed0)
+
+About five minutes of one CPU thread a seed. One thread and seeded throughout: the same seed gives the same weights on
+the same machine. Training uses hands of the train split only, the printed accuracies those of the test split.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2ForCausalLM
+
+from experiments.make_base import EOS, PAD, build_model, build_tokenizer
+from mifo_lightning.data.general_points import (
+    CARDS,
+    RANKS,
+    RULES,
+    GeneralPoints,
+    Number,
+    Step,
+    belongs,
+    prompt,
+    results,
+    values,
+    ways,
+    written,
+)
+from mifo_lightning.policy import Policy
+from mifo_lightning.rewards.points import PointsReward
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.seeds import stable_key
+
+VOCABULARY = [PAD, EOS, *"0123456789ATJQK+-*/()=,:tl"]
+IDS = {token: index for index, token in enumerate(VOCABULARY)}
+PROMPT_TOKENS, RESPONSE_TOKENS, SAMPLES = 7, 32, 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is trained."""
+
+    steps: int = 1600
+    batch: int = 160
+    lr: float = 3e-3
+    warmup: int = 50
+    decay_from: int = 1000
+    """From here the rate falls linearly to a twentieth."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    pool: int = 128_000
+    """Responses drawn before training; each is seen about twice."""
+    solved: float = 0.5
+    """Share of responses that begin with a step of a solution; the others begin at random. As every response goes
+    on to 24 once three or two numbers can make it, the last two steps are learned and the first is left open."""
+    largest: int = 99
+    """Results above it, which hardly ever help, are left out of the random responses."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained base: its seed, by rule the test accuracy at temperature 1 and pass@8, and seconds of training."""
+
+    seed: int
+    accuracy: dict[str, float]
+    solved: dict[str, float]
+    seconds: float
+
+
+def response(numbers: tuple[int, ...], recipe: Recipe, rng: np.random.Generator) -> str:
+    """A correct response to the cards: random steps until the numbers at hand are seen to make 24, then these steps."""
+    hand: list[Number] = list(numbers)
+    steps: list[Step] = []
+    while len(hand) > 1:
+        seen = ways(tuple(sorted(hand))) if len(hand) < CARDS or rng.random() < recipe.solved else ()
+        if seen:
+            steps += seen[rng.integers(len(seen))]
+            break
+        a, b = (hand.pop(rng.integers(len(hand))) for _ in range(2))
+        allowed = [step for step in results(a, b) if isinstance(step[3], int) and step[3] <= recipe.largest]
+        steps.append(allowed[rng.integers(len(allowed))])  # the difference is always allowed
+        hand.append(steps[-1][3])
+    return written(tuple(steps))
+
+
+def corpus(recipe: Recipe, seed: int) -> Tensor:
+    """Prompts and responses on hands of the train split, solvable or not, both rules alike: int64 [pool, 39]."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((recipe.pool, PROMPT_TOKENS + RESPONSE_TOKENS), IDS[PAD], dtype=np.int64)
+    for row in range(recipe.pool):
+        rule = list(RULES)[row % 2]
+        ranks: tuple[int, ...] = ()
+        while not ranks or not belongs(tuple(sorted(values(ranks, rule))), "train"):
+            ranks = tuple(rng.integers(len(RANKS), size=CARDS).tolist())
+        text = prompt(ranks, rule) + response(values(ranks, rule), recipe, rng)
+        tokens[row, : len(text) + 1] = [*(IDS[char] for char in text), IDS[EOS]]
+    return torch.from_numpy(tokens)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, then from `decay_from` linear to a twentieth."""
+    left = (recipe.steps - step) / (recipe.steps - recipe.decay_from)
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup, max(left, 0.05))
+
+
+def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
+    """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
+    pool = corpus(recipe, seed)
+    rng = np.random.default_rng([seed, 1])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        tokens = pool[rng.integers(recipe.pool, size=recipe.batch)]
+        longest = int((tokens != IDS[PAD]).sum(1).max())
+        targets = tokens[:, PROMPT_TOKENS:longest]
+        logits = model(tokens[:, : longest - 1], use_cache=False, logits_to_keep=targets.shape[1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IDS[PAD])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+
+
+def grades(model: Qwen2ForCausalLM, rule: str, questions: int, samples: int = 1, seed: int = 0) -> Tensor:
+    """Graded rewards of responses at temperature 1 to test hands, [questions, samples]; without EOS they are 0."""
+    rows = GeneralPoints([rule], questions, "test", seed).rows()
+    prompts = [[IDS[char] for char in row["prompt"][0]["content"]] for row in rows]
+    keys = [stable_key(seed, rule, index) for index in range(questions)]
+    sampling = Sampling(temperature=1.0, max_new_tokens=RESPONSE_TOKENS)
+    drawn = InProcessEngine().generate(Policy(model), build_tokenizer(VOCABULARY), prompts, keys, samples, sampling)
+    ends = [one.tokens if one.finished else [] for group in drawn for one in group]
+    texts = ["".join(VOCABULARY[token] for token in tokens).removesuffix(EOS) for tokens in ends]
+    truths = [row["reward_model"]["ground_truth"] for row in rows for _ in range(samples)]
+    return torch.tensor(PointsReward(graded=True)(texts, truths)).view(questions, samples)
+
+
+def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Result:
+    """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    transformers.utils.logging.disable_progress_bar()
+    start = time.process_time()
+    model = build_model(VOCABULARY)
+    train(model, recipe, seed)
+    seconds = time.process_time() - start
+    model.save_pretrained(out)
+    build_tokenizer(VOCABULARY).save_pretrained(out)
+    right = {rule: grades(model, rule, questions, SAMPLES) == 1 for rule in RULES}
+    accuracy = {rule: float(each.float().mean()) for rule, each in right.items()}
+    return Result(seed, accuracy, {rule: float(each.any(1).float().mean()) for rule, each in right.items()}, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the base model of GeneralPoints from random weights.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="bases, written to --out/seed<N>")
+    parser.add_argument("--questions", type=int, default=1024, help="test questions per rule")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    args = parser.parse_args()
+    if args.questions < 1:
+        parser.error("--questions: allowed is 1 or more")
+    print(f"{args.questions} test questions a rule, {SAMPLES} responses each, temperature 1")
+    print("| seed | " + " | ".join(f"{rule} avg | {rule} pass@{SAMPLES}" for rule in RULES) + " | CPU seconds |")
+    print("|---" * (2 * len(RULES) + 2) + "|")
+    for seed in args.seeds:
+        result = make(seed, args.out / f"seed{seed}", args.questions)
+        cells = " | ".join(f"{result.accuracy[rule]:.3f} | {result.solved[rule]:.3f}" for rule in RULES)
+        print(f"| {seed} | {cells} | {result.seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
