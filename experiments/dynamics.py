@@ -41,7 +41,8 @@ def learning(ablation: Ablation) -> Section:
     ]
     text = (
         "Means over the runs of an arm. Reward is that of the rollouts; the accuracies are of greedy responses to a "
-        "fixed set of questions. Shaded where runs had an SFT phase after that RL step: the stronger, the more runs."
+        "fixed set of questions, measured at every change of phase, with straight lines between (from start to end "
+        "where there is no change). Shaded where runs had an SFT phase after that RL step: the stronger, the more runs."
     )
     sources = sorted({source for data in drawn.values() for source in data.accuracy})
     legend = [figures.Key("reward", figures.INK), *figures.keys(sources)]

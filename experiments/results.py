@@ -186,7 +186,7 @@ def learning_curves(cells: list[Cell], bins: int = 40) -> Curves | None:
     edges = np.linspace(-last / bins, last, bins + 2)
     names = sorted({key for history in histories for line in history for key in line if _source(key)})
     reward = _mean([_binned(history, axis, edges, REWARD) for history in histories])
-    accuracy = {_source(key): _mean([_carried(history, axis, edges, key) for history in histories]) for key in names}
+    accuracy = {_source(key): _mean([_measured(history, axis, edges, key) for history in histories]) for key in names}
     in_sft = [np.isfinite(_binned([x for x in h if x.get("phase/is_sft")], axis, edges, axis)) for h in histories]
     return Curves(axis, edges, reward, accuracy, np.mean(in_sft, 0))
 
@@ -242,12 +242,16 @@ def _binned(history: list[Record], axis: str, edges: Scores, key: str) -> Scores
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _carried(history: list[Record], axis: str, edges: Scores, key: str) -> Scores:
-    """The last value at or before each edge; before the run, the first."""
+def _measured(history: list[Record], axis: str, edges: Scores, key: str) -> Scores:
+    """Straight lines between measurements; where there are two at once, before and after SFT, the later one counts."""
     x, y = _points(history, axis, key)
     if not x.size:
         return np.full(len(edges), np.nan)
-    return y[np.searchsorted(x, edges + 1e-9 * edges[-1], side="right").clip(min=1) - 1]
+    last = np.searchsorted(x, edges + 1e-9 * edges[-1], side="right").clip(min=1) - 1
+    following = np.minimum(last + 1, len(x) - 1)
+    span = x[following] - x[last]
+    share = ((edges - x[last]) / np.where(span > 0, span, 1.0)).clip(0.0, 1.0) * (span > 0)
+    return y[last] + share * (y[following] - y[last])
 
 
 def _mean(rows: list[Scores]) -> Scores:

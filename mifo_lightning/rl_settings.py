@@ -60,7 +60,7 @@ class RLSettings:
 
 @dataclass
 class Mixing:
-    """Demonstrations inside RL steps: LUFFY, SRFT, CHORD and HPT are settings of it (METHODS in the README).
+    """Demonstrations inside RL steps: LUFFY, SRFT, CHORD and HPT are settings of it (docs/methods.md).
 
     The SFT part is the mean over the demonstration tokens of the step, times the share of its questions that lend one.
 

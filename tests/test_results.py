@@ -15,7 +15,7 @@ def cell(history: list[Record] | None = None, phases: list[Record] | None = None
     return Cell("a", "b", 0, Path(), "done", None, 1.0, {"forgetting": {"phases": phases or []}}, history or [])
 
 
-def test_learning_curves_average_runs_and_carry_accuracies_forward() -> None:
+def test_learning_curves_average_runs_and_join_accuracies_by_straight_lines() -> None:
     def run(shift: float) -> Cell:
         rewards = [{"step": i, "rl_step": i, "rollout/reward": i + shift, "phase/is_sft": 0.0} for i in range(1, 5)]
         first = {"step": 0, "rl_step": 0, "forgetting/x/accuracy": 0.9}
@@ -28,7 +28,7 @@ def test_learning_curves_average_runs_and_carry_accuracies_forward() -> None:
     assert data.axis == "rl_step"
     np.testing.assert_allclose(data.edges, [-1, 0, 1, 2, 3, 4], atol=1e-12)
     np.testing.assert_allclose(data.reward, [np.nan, np.nan, 1.1, 2.1, 3.1, 4.1])
-    np.testing.assert_allclose(data.accuracy["x"], [0.9, 0.9, 0.9, 0.6, 0.6, 0.6])
+    np.testing.assert_allclose(data.accuracy["x"], [0.9, 0.9, 0.75, 0.6, 0.6, 0.6])
     np.testing.assert_allclose(data.sft, [0, 0, 0, 0.5, 0, 0])
     coarse = learning_curves([run(0.0)], bins=2)
     assert coarse is not None
