@@ -67,8 +67,42 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
 @pytest.mark.parametrize("base", sorted(p.name for p in CONFIGS.glob("*.yaml")))
 def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
-    assert (config["switch"] is None) == (method in ("rl.yaml", "sft.yaml"))
-    assert (config["freeze"] is None) == (not method.startswith("mifo"))
+    buffered = method.startswith("mifo") or method in ("interleave.yaml", "relift.yaml", "own_rollouts.yaml")
+    assert (config["switch"] is not None) == buffered
+    assert (config["freeze"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml"))
+    assert (config["importance"] is None) == (config["freeze"] is None)
+    assert (config["entropy"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_es.yaml"))
+    mixed = method.startswith(("chord", "hpt", "luffy", "srft"))
+    assert (config["model"]["mixing"] is not None) == mixed
+
+
+OVERLAYS = [path for folder in ("methods", "losses", "controls") for path in sorted((CONFIGS / folder).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_overlay_trains(tmp_path: Path, path: Path) -> None:
+    over = yaml.safe_load(path.read_text())
+    small = {"data.schedule.sft_batch": "4", "data.schedule.sft_epochs": "1", "data.val.init_args.count": "8"}
+    stages = [key for key in ("sft_before", "sft_after") if key in over.get("data", {}).get("schedule", {})]
+    small |= {f"data.schedule.{key}": "2" for key in stages}
+    buffered = over.get("switch", True) is not None
+    if buffered:  # the flag would switch it on again
+        small["switch.size"] = "4"
+    arguments = [text for key, value in small.items() for text in (f"--{key}", value)]
+    plain = short(tmp_path)
+    if not buffered:
+        at = plain.index("--switch.size")
+        assert plain[at + 2] == "--switch.p"
+        del plain[at : at + 4]
+    main([*plain[:3], "--config", str(path), *plain[3:], *arguments])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    phases = summary["sft_phases"]
+    assert (phases > 0) == buffered
+    assert summary["optimizer_steps"] == 3 + 2 * len(stages) + phases
+    assert summary["before"].keys() == summary["after"].keys()
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(Path(TINY).parents[1] / "mifo_lightning" / "assets" / "base")
+    assert any((trained[name] != value).any() for name, value in base.state_dict().items())
 
 
 @pytest.mark.parametrize("base", sorted(p.name for p in CONFIGS.glob("*.yaml")))
@@ -87,19 +121,15 @@ def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base
     assert next(loader)["phase"] == "sft"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_key_has_a_comment(path: Path) -> None:
+    groups = ("trainer", "model", "data", "init_args", "sampling", "logger", "schedule", "drop")
+    if path.parent.name in ("methods", "losses", "controls"):  # the base says what these groups are
+        groups = (*groups, "policy", "mixing", "sft")
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        is_key = ":" in line.split("#")[0] and not line.strip().startswith("-")
-        opens = line.rstrip().endswith(":") and line.strip() in (
-            "trainer:",
-            "model:",
-            "data:",
-            "init_args:",
-            "sampling:",
-        )
-        named = line.strip().startswith("class_path:") or line.strip() in ("logger:", "schedule:")
-        assert not is_key or "#" in line or opens or named, f"{path.name}:{number}: {line}"
+        text = line.split("#")[0].strip()
+        is_key = ":" in text and not text.startswith(("-", "class_path:"))
+        assert not is_key or "#" in line or text in [f"{group}:" for group in groups], f"{path.name}:{number}: {line}"
 
 
 def test_interpolation_follows_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

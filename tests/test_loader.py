@@ -1,9 +1,11 @@
 """The PhaseLoader: order, cutting, ranks, resume, refusals."""
 
+import io
 import json
 from typing import Any
 
 import pytest
+import torch
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
@@ -68,6 +70,73 @@ def test_steps_count_optimizer_steps_of_each_kind() -> None:
             it.push(entries(0, 1, 2, 3))
     got = [(i["phase"], i["step"], i["rollout"]) for i in items if i["micro"] == 0]
     assert got == [("sft", 0, 0), ("rl", 0, 0), ("sft", 1, 1), ("sft", 2, 1), ("rl", 1, 1), ("sft", 3, 2)]
+
+
+def test_a_pushed_demonstration_replaces_the_datas_in_its_phase_alone() -> None:
+    it = loader(rl_steps=3, sft_epochs=2, n=4, demonstrated=2)
+    next(it)
+    it.push([{**entries(0)[0], "demonstration": [7, 8, 9]}, entries(1)[0]])
+    it.push([{**entries(3)[0], "demonstration": [5]}, *entries(0)])
+    shown = []
+    for item in it:
+        shown += [(q.id, q.demonstration) for q in item["questions"] if item["phase"] == "sft" or q.id == 0]
+    own, data = (0, [7, 8, 9]), (0, [2, 3])
+    assert sorted(shown[:4]) == sorted([own, (1, [2, 3])] * 2)
+    assert sorted(shown[4:8]) == sorted([(3, [5]), data] * 2)
+    assert shown[8:] == [data] * 2  # the RL steps that follow
+
+
+def test_a_pushed_demonstration_has_no_known_answer() -> None:
+    it = loader(rl_steps=1)
+    next(it)
+    it.questions[0].answer_start = 1
+    it.push([{**entries(0)[0], "demonstration": [7, 8, 9]}, *entries(1)])
+    (item,) = it
+    assert {q.id: q.answer_start for q in item["questions"]} == {0: None, 1: None}
+    assert it.questions[0].answer_start == 1
+
+
+def test_further_questions_are_the_next_batches_and_none_comes_twice_within_an_epoch() -> None:
+    it = loader(rl_steps=3)
+    seen = [q.id for q in next(it)["questions"]]
+    seen += [q.id for _ in range(2) for q in it.more()]
+    seen += [q.id for q in next(it)["questions"]]
+    seen += [q.id for q in it.more()]
+    assert sorted(seen) == list(range(20))
+    plain = [q.id for item in loader(rl_steps=5) for q in item["questions"]]
+    assert seen == plain
+
+
+def test_ranks_share_further_questions() -> None:
+    whole, *ranks = loader(), *(loader(rank=r, world_size=2) for r in range(2))
+    for it in (whole, *ranks):
+        next(it)
+    dealt = [[q.id for q in it.more()] for it in ranks]
+    assert [i for pair in zip(*dealt, strict=True) for i in pair] == [q.id for q in whole.more()]
+
+
+def test_a_restored_loader_knows_what_was_asked_for_and_pushed() -> None:
+    def state_of(it: PhaseLoader) -> dict[str, Any]:
+        kept = io.BytesIO()
+        torch.save(it.state_dict(), kept)
+        kept.seek(0)
+        return dict(torch.load(kept, weights_only=True))
+
+    def watch(it: PhaseLoader) -> list[Any]:
+        return [(item["phase"], [(q.id, q.demonstration) for q in item["questions"]]) for item in it]
+
+    it = loader(rl_steps=2)
+    next(it)
+    it.more()
+    it.push([{**entries(0)[0], "demonstration": [7, 8, 9]}, *entries(1, 2, 3)])
+    states = [state_of(it)]
+    next(it)
+    states.append(state_of(it))
+    rest = watch(it)
+    for state, skipped in zip(states, (0, 1), strict=True):
+        again = loader(rl_steps=2)
+        again.load_state_dict(state)
+        assert watch(again)[1 - skipped :] == rest
 
 
 def test_stages_on_all_demonstrations_use_each_once_per_epoch() -> None:
@@ -145,6 +214,7 @@ def test_share_done_reaches_one() -> None:
         ({"sft_before": 1, "demonstrated": 0}, "sft_batch: 2"),
         ({"sft_before": 1, "sft_batch": 3, "world_size": 2}, "sft_batch: 3 does not divide by 2"),
         ({"phase_size": 12}, "switch.size: 12"),
+        ({"phase_size": 22, "own_demonstrations": True}, "switch.size: 22"),
         ({"phase_size": 5}, "sft_batch: 2 does not divide an SFT phase of 5"),
         ({"rl_steps": 0}, "rl_steps: 0"),
         ({"rl_steps": None, "sft_after": 3}, "sft_after: 3"),
@@ -173,6 +243,10 @@ def test_other_questions_or_other_updates_are_refused_on_resume() -> None:
     extended = loader(passes=3, rl_steps=9)
     extended.load_state_dict(it.state_dict())
     assert [next(extended)["rollout"] for _ in range(4)] == [1, 1, 1, 2]
+
+
+def test_own_demonstrations_need_none_in_the_data() -> None:
+    assert next(loader(demonstrated=0, phase_size=12, own_demonstrations=True))["phase"] == "rl"
 
 
 def test_rl_alone_does_not_care_about_sft_batches() -> None:

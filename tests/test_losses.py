@@ -1,13 +1,15 @@
-"""The losses against values worked out by hand, and their independence of how a batch is cut."""
+"""Advantages, SFT losses and the scores of tokens, against values worked out by hand."""
 
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.losses import token_scores as scoring
-from mifo_lightning.losses.policy import group_advantages, kl_k3, policy_loss
-from mifo_lightning.losses.sft import sft_loss
+from mifo_lightning.losses.advantages import group_advantages
+from mifo_lightning.losses.sft import SFTWeight, mean_over, sft_loss, sft_weights
 from mifo_lightning.losses.token_scores import token_scores
 
 
@@ -20,9 +22,18 @@ def test_advantages_are_centred_and_scaled_within_each_group() -> None:
     torch.testing.assert_close(got[4:], torch.tensor([-0.3, 0.3, -0.3, 0.3]) / (std + 1e-6))
 
 
+def test_the_other_kinds_of_advantage() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.2, 0.8, 0.3, 0.7])
+    centred = torch.tensor([0.75, -0.25, -0.25, -0.25, -0.3, 0.3, -0.2, 0.2])
+    torch.testing.assert_close(group_advantages(rewards, 4, "group_mean"), centred)
+    others = [(4 * rewards.view(2, 4).mean(1)[i // 4] - rewards[i]) / 3 for i in range(8)]
+    torch.testing.assert_close(group_advantages(rewards, 4, "leave_one_out"), rewards - torch.stack(others))
+
+
+@pytest.mark.parametrize("kind", ["group_std", "group_mean", "leave_one_out"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
-def test_equal_rewards_give_exactly_no_advantage(value: float) -> None:
-    assert (group_advantages(torch.full((14,), value), 7) == 0).all()
+def test_equal_rewards_give_exactly_no_advantage(value: float, kind: Any) -> None:
+    assert (group_advantages(torch.full((14,), value), 7, kind) == 0).all()
 
 
 def test_groups_of_one_are_refused() -> None:
@@ -30,79 +41,57 @@ def test_groups_of_one_are_refused() -> None:
         group_advantages(torch.zeros(4), 1)
 
 
-def test_ratio_clip_and_kl_by_hand() -> None:
-    # two sequences of 2 and 1 tokens; ratios 1.5, 0.5 and 1.1
-    logp = torch.log(torch.tensor([[0.6, 0.1], [0.55, 0.9]])).requires_grad_()
-    old = torch.log(torch.tensor([[0.4, 0.2], [0.5, 0.9]]))
-    reference = torch.log(torch.tensor([[0.3, 0.1], [0.55, 0.1]]))
-    mask = torch.tensor([[True, True], [True, False]])
-    advantages = torch.tensor([1.0, -1.0])
-    loss, metrics = policy_loss(logp, old, advantages, mask, sequences=2, logp_ref=reference, kl_coefficient=0.5)
-    # min(1.5, 1.2) = 1.2 is clipped; min(0.5, 0.8) = 0.5 is not; A = -1: min(-1.1, -1.1)
-    policy = -((1.2 + 0.5) / 2 + -1.1) / 2
-    d = math.log(0.3 / 0.6)
-    kl = ((0.5 - d - 1) / 2) / 2  # the second token and the second sequence have d = 0
-    assert loss.item() == pytest.approx(policy + 0.5 * kl, rel=1e-5)
-    assert metrics["kl_ref"].item() == pytest.approx(kl, rel=1e-5)
-    assert metrics["policy_loss"].item() == pytest.approx(policy, rel=1e-5)
-    assert metrics["clip_share"].item() == pytest.approx(0.25)
-    loss.backward()
-    assert logp.grad is not None
-    # d/dlogp: clipped token only KL (d - terms: 1 - e^d), free token -A r / (n_tokens n_sequences)
-    expected = torch.tensor([[0.5 * (1 - 0.5) / 4, -0.5 / 4], [1.1 / 2, 0.0]])
-    torch.testing.assert_close(logp.grad, expected)
-
-
-def test_negative_advantage_clips_at_the_lower_end() -> None:
-    logp, old = torch.log(torch.tensor([[0.1]])), torch.log(torch.tensor([[0.2]]))
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    loss, _ = policy_loss(logp, old, torch.tensor([-1.0]), mask, sequences=1, clip_low=0.3)
-    assert loss.item() == pytest.approx(0.7)
-
-
-def test_kl_is_zero_for_equal_policies_and_positive_otherwise() -> None:
-    logp = torch.linspace(-5, 0, 100)
-    assert (kl_k3(logp, logp) == 0).all()
-    assert (kl_k3(logp, logp + torch.linspace(-2, 3, 100) + 0.01) > 0).all()
-
-
-def test_tokens_outside_the_entropy_mask_do_not_push_but_count() -> None:
-    logp = torch.zeros(1, 4, requires_grad=True)
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    keep = torch.tensor([[True, False, False, False]])
-    loss, _ = policy_loss(logp, logp.detach(), torch.tensor([1.0]), mask, sequences=1, keep=keep)
-    loss.backward()
-    torch.testing.assert_close(logp.grad, torch.tensor([[-0.25, 0.0, 0.0, 0.0]]))
-
-
-def test_policy_loss_of_parts_sums_to_the_whole() -> None:
-    torch.manual_seed(0)
-    logp, old, ref = torch.randn(3, 6, 5).unbind()
-    mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5])[:, None]
-    advantages = torch.randn(6)
-    whole, metrics = policy_loss(logp, old, advantages, mask, sequences=6, logp_ref=ref, kl_coefficient=0.1)
-    parts = [
-        policy_loss(logp[i], old[i], advantages[i], mask[i], sequences=6, logp_ref=ref[i], kl_coefficient=0.1)
-        for i in (torch.tensor([4, 0]), torch.tensor([1, 2, 3, 5]))
-    ]
-    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
-    for name, value in metrics.items():
-        torch.testing.assert_close(sum(m[name] for _, m in parts), value)
-
-
-def test_padding_never_reaches_the_policy_loss() -> None:
-    logp, old = torch.randn(2, 3), torch.randn(2, 3)
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    advantages = torch.tensor([1.0, -2.0])
-    clean, _ = policy_loss(logp, old, advantages, mask, sequences=2)
-    dirty, _ = policy_loss(logp.masked_fill(~mask, -9.0), old.masked_fill(~mask, 3.0), advantages, mask, sequences=2)
-    assert clean == dirty
-
-
 def test_sft_loss_sees_selected_tokens_only() -> None:
-    logp = torch.tensor([[-1.0, -2.0, -4.0]])
-    loss, _ = sft_loss(logp, torch.tensor([[True, False, True]]), denominator=4.0)
-    assert loss.item() == pytest.approx(1.25)
+    logp = torch.tensor([[-1.0, -2.0, -4.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 1.0, 0.5]])
+    loss, metrics = sft_loss(logp, torch.tensor([[True, False, True]]), 4.0, weight)
+    assert loss.item() == pytest.approx((1 + 2) / 4)
+    assert metrics["loss"] == loss
+    (grad,) = torch.autograd.grad(loss, logp)
+    torch.testing.assert_close(grad, torch.tensor([[-0.25, 0.0, -0.125]]))
+
+
+# two demonstrations of 3 and 1 tokens; what stands in the padding must not matter
+P = torch.tensor([[0.5, 0.2, 0.9], [0.4, 0.7, 0.7]])
+ENTROPY = torch.tensor([[0.3, 0.9, 0.6], [1.2, 5.0, 5.0]])
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+RELATIVE = torch.tensor([2.0, 0.5])  # losses before training in units of their median
+WEIGHTS: dict[str, list[list[float]]] = {
+    "uniform": [[1, 1, 1], [1]],
+    "dft": [[0.5, 0.2, 0.9], [0.4]],
+    "chord": [[0.25, 0.16, 0.09], [0.24]],
+    "low_entropy": [[math.exp(-0.6)] * 3, [math.exp(-1.2)]],
+    "high_entropy": [[math.exp(0.6)] * 3, [math.exp(1.2)]],
+    "flow": [[math.exp(-2)] * 3, [math.exp(-0.5)]],
+}
+
+
+@pytest.mark.parametrize("selected", ["all", "some", "highest"])
+@pytest.mark.parametrize("kind", get_args(SFTWeight))
+def test_weighted_sft_losses_and_gradients_by_hand(kind: Any, selected: str) -> None:
+    logp, entropy = P.log().requires_grad_(), ENTROPY.clone().requires_grad_()
+    if selected == "highest":
+        chosen, denominator = select_tokens(entropy, MASK, fraction=0.5)
+        assert chosen.tolist() == [[False, True, False], [True, False, False]]
+    else:
+        chosen = MASK if selected == "all" else torch.tensor([[True, False, True], [False] * 3])
+        denominator = float(chosen.sum())
+    weights = sft_weights(kind, logp, entropy, MASK, RELATIVE if kind == "flow" else None)
+    assert not weights.requires_grad
+    loss, _ = sft_loss(logp, chosen, denominator, weights)
+    expected = torch.tensor([row + [0.0] * (3 - len(row)) for row in WEIGHTS[kind]]) * chosen
+    assert loss.item() == pytest.approx(-float((expected * P.log()).sum()) / denominator, rel=1e-5)
+    # nothing flows through the weight: not by p, and not by the entropy
+    slopes = torch.autograd.grad(loss, [logp, entropy], allow_unused=True)
+    torch.testing.assert_close(slopes[0], -expected / denominator)
+    assert slopes[1] is None
+
+
+def test_the_mean_over_a_sequence_is_that_of_its_valid_tokens() -> None:
+    values = torch.tensor([[1.0, 2.0, 6.0], [4.0, 9.0, 9.0]], requires_grad=True)
+    found = mean_over(values, MASK)
+    assert found.tolist() == [[3.0], [4.0]]
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -118,15 +107,32 @@ def test_token_scores_equal_log_softmax_and_entropy(temperature: float) -> None:
     assert not entropy.requires_grad
 
 
-def test_chunks_change_neither_scores_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradient_of_the_entropy_flows_only_where_it_is_wanted(temperature: float) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50)
+    hidden, targets = torch.randn(20, 8, requires_grad=True), torch.randint(50, (20,))
+    weight = torch.arange(20.0)
+    _, entropy = token_scores(head, hidden, targets, temperature, entropy_gradient=True)
+    expected = torch.distributions.Categorical(logits=head(hidden) / temperature).entropy()
+    both = [torch.autograd.grad((h * weight).sum(), [hidden, head.weight]) for h in (entropy, expected)]
+    for found, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        assert not token_scores(head, hidden, targets, entropy_gradient=True)[1].requires_grad
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_chunks_change_neither_scores_nor_gradients(monkeypatch: pytest.MonkeyPatch, entropy_gradient: bool) -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50)
     hidden, targets = torch.randn(20, 8, requires_grad=True), torch.randint(50, (20,))
 
     def run() -> tuple[torch.Tensor, ...]:
-        logp, entropy = token_scores(head, hidden, targets)
-        grads = torch.autograd.grad((logp * torch.arange(20)).sum(), [hidden, head.weight])
-        return logp, entropy, *grads
+        logp, entropy = token_scores(head, hidden, targets, 0.7, entropy_gradient)
+        assert entropy.requires_grad == entropy_gradient
+        loss = (logp * torch.arange(20)).sum() + (entropy * torch.arange(20)).sum()
+        return logp, entropy, *torch.autograd.grad(loss, [hidden, head.weight])
 
     plain = run()
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 150)  # chunks of 3 tokens, the last one shorter

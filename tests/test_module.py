@@ -9,19 +9,19 @@ import torch
 from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rl_steps import Coin, rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mifo_callbacks import GradientFreezing
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.losses.policy import group_advantages
+from mifo_lightning.losses.advantages import group_advantages
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.policy import Sequences
-from mifo_lightning.reinforcement import RLSettings
-from mifo_lightning.rollout.batch import Rollout
+from mifo_lightning.rl_settings import Mixing, RLSettings
+from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
@@ -48,6 +48,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "kl": {"policy": RLSettings(kl_coefficient=0.1)},
     "entropy mask": {"policy": RLSettings(entropy_fraction=0.2)},
+    "mixed": {
+        "policy": RLSettings(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
+        "mixing": Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy"),
+        "sft_weight": "flow",
+    },
+    "dynamic sampling": {"policy": RLSettings(dynamic_sampling=3), "sft_weight": "dft"},
 }
 
 
@@ -133,9 +139,16 @@ class SaveAll(ModelCheckpoint):
         super().__init__(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=False)
 
 
-RESUMES = {
-    "mifo, two passes": {"schedule": Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)},
-    "keep moments, minibatches": {"schedule": Schedule(rl_steps=4, rl_questions=4, sft_batch=4, minibatches=2)},
+PASSES, MINIBATCHES = {"passes": 2}, {"minibatches": 2}
+RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "mifo, two passes": ({"policy": RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)}, PASSES),
+    "keep moments, minibatches": ({"moments": "keep"}, MINIBATCHES),
+    "demonstrations inside a pass": (
+        {"mixing": Mixing(sft=0.9, sft_end=0.1, sft_decay=3, convex=True), "policy": RLSettings(entropy_bonus=0.1)},
+        {**PASSES, "rl_steps": 2},
+    ),
+    "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
+    "dynamic sampling, flow": ({"policy": RLSettings(dynamic_sampling=2), "sft_weight": "flow"}, {"rl_steps": 3}),
 }
 
 
@@ -143,9 +156,8 @@ RESUMES = {
 def test_a_run_resumed_after_any_step_ends_with_the_same_bits(
     make_trainer: MakeTrainer, tmp_path: Path, name: str
 ) -> None:
-    data, changes = RESUMES[name], {"moments": "keep"} if "keep" in name else {}
-    if "mifo" in name:
-        changes["policy"] = RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)
+    changes, plan = RESUMES[name]
+    data = {"schedule": Schedule(**{"rl_steps": 4, "rl_questions": 4, "sft_batch": 4, **plan})}
     watch = Watch()
     module = make_module(**changes)
     trainer = make_trainer(
@@ -189,23 +201,24 @@ def test_demonstrations_alone_teach_them(make_trainer: MakeTrainer) -> None:
 def test_rollouts_without_signal_change_nothing_but_momentum(make_trainer: MakeTrainer) -> None:
     watch = Watch()
     module = make_module()
-    module.reinforcement.grade = lambda questions, completions: torch.ones(4 * len(questions))  # type: ignore[method-assign]
+    module.reinforcement.grade = lambda qs, drawn: Graded(qs, drawn, torch.ones(len(qs), 4), 1.0)  # type: ignore[method-assign]
     make_trainer([watch]).fit(module, datamodule=make_data())
     assert all((g == 0).all() for gradient in watch.gradients for g in gradient.values())
 
 
 def test_micro_batches_share_the_rows_with_signal_and_idle_ones_give_none() -> None:
     module = make_module()
-    rewards = torch.tensor([1.0, 0, 0, 0] + [0.0] * 4 + [1.0] * 4)
-    sequences = Sequences.pack([[i + 3] for i in range(12)], [[4, 1]] * 12, 0)
-    rollout = Rollout(sequences, rewards, rewards == 1, rewards == 1, group_advantages(rewards, 4))
+    advantages = group_advantages(torch.tensor([1.0, 0, 0, 0] + [0.0] * 4 + [1.0] * 4), 4)
+    rollout = rollout_of(RLSettings(), torch.ones(12, 2, dtype=torch.bool), advantages, 14)
+    rollout.active = advantages != 0
     item = {"minibatches": 1, "update": 0, "micro_batches": 6}
     parts = [module.reinforcement.micro_batch(rollout, {**item, "micro": m}) for m in range(6)]  # type: ignore[typeddict-item]
-    assert {p.sequences for p in parts} == {12}
-    assert all(len(p.mask) for p in parts)
-    busy = [p.part for p in parts if p.mask.any()]
-    assert torch.cat([p.sequences.tokens[:, 0] for p in busy]).tolist() == [3, 4, 5, 6]
-    assert torch.cat([p.advantages for p in busy]).tolist() == rollout.advantages[:4].tolist()
+    assert all(len(p.weight) for p in parts)
+    busy = [p for p in parts if p.weight.any()]
+    assert torch.cat([p.question for p in busy]).tolist() == [0, 1, 2, 3]
+    assert torch.cat([p.advantages for p in busy]).tolist() == advantages[:4].tolist()
+    for p in busy:
+        torch.testing.assert_close(p.weight, torch.full_like(p.weight, 1 / 24))
 
 
 def test_the_exported_model_is_the_trained_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:

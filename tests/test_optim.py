@@ -88,6 +88,16 @@ def test_learning_rates_are_the_configurations_not_the_checkpoints() -> None:
     assert phased.optimizer.param_groups[0]["weight_decay"] == 0
 
 
+def test_a_factor_halves_the_whole_schedule() -> None:
+    settings: dict[str, Any] = {"lr": 0.8, "schedule": "linear", "warmup_steps": 2, "decay_steps": 6, "min_ratio": 0.2}
+    half, whole = AdamWSettings(**settings, lr_factor=0.5), AdamWSettings(**settings)
+    assert [half.lr_at(i) for i in range(8)] == pytest.approx([whole.lr_at(i) / 2 for i in range(8)])
+    _, phased = make("reset")
+    phased.settings["sft"] = AdamWSettings(lr=0.02, lr_factor=0.5)
+    assert phased.enter("sft", 0) == phased.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert phased.enter("rl", 0) == 0.1
+
+
 def test_schedules() -> None:
     constant = AdamWSettings(lr=1.0, warmup_steps=4)
     assert [constant.lr_at(i) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
@@ -101,6 +111,7 @@ def test_schedules() -> None:
     ("settings", "key"),
     [
         (AdamWSettings(lr=-1), "k.lr: -1"),
+        (AdamWSettings(lr_factor=-0.5), "k.lr_factor: -0.5"),
         (AdamWSettings(betas=(0.9, 1.0)), "k.betas"),
         (AdamWSettings(schedule="linear"), "k.decay_steps: None"),
     ],

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mifo_lightning.policy import Policy
-from mifo_lightning.rollout.batch import pack_completions
+from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.sampler import next_token, uniforms
@@ -28,12 +27,17 @@ def generate(
     return InProcessEngine(rows).generate(policy, tokenizer, prompts, keys, samples, settings)
 
 
+def pack(prompts: list[list[int]], completions: list[list[Completion]], pad: int) -> Sequences:
+    pairs = [(p, c.tokens) for p, group in zip(prompts, completions, strict=True) for c in group]
+    return Sequences.pack([p for p, _ in pairs], [tokens for _, tokens in pairs], pad)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_log_probabilities_equal_a_teacher_forced_forward(
     policy: Policy, tokenizer: Any, prompts: list[list[int]], temperature: float
 ) -> None:
     completions = generate(policy, tokenizer, prompts, temperature=temperature)
-    sequences = pack_completions(prompts, completions, tokenizer.pad_token_id)
+    sequences = pack(prompts, completions, tokenizer.pad_token_id)
     logp, _ = policy(sequences, temperature)
     for row, completion in zip(logp, (c for group in completions for c in group), strict=True):
         sampled = torch.tensor(completion.logp)
@@ -111,7 +115,7 @@ def test_sampling_inside_autocast_does_not_cost_the_next_forward_its_gradient(
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         completions = generate(policy, tokenizer, prompts)
-        logp, _ = policy(pack_completions(prompts, completions, tokenizer.pad_token_id))
+        logp, _ = policy(pack(prompts, completions, tokenizer.pad_token_id))
     logp.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
 

@@ -28,20 +28,34 @@ def run(*arguments: Any) -> dict[str, Any]:
     return torch.load(arguments[2], weights_only=False)
 
 
+@pytest.fixture(scope="module")
+def singly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a single process sees in every case."""
+    found: dict[str, Any] = run("single", "gradients", tmp_path_factory.mktemp("single") / "one.pt")["cases"]
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_see_the_gradients_and_scores_of_one(tmp_path: Path, strategy: str) -> None:
-    one = run("single", "gradients", tmp_path / "one.pt")
-    two = run(strategy, "gradients", tmp_path / "two.pt")
-    assert one["phases"] == two["phases"]
-    assert {"rl", "sft"} <= set(one["phases"])
-    for a, b in zip(one["gradients"], two["gradients"], strict=True):
-        scale = max(float(g.abs().max()) for g in a.values())
-        for name in a:
-            torch.testing.assert_close(b[name], a[name], atol=2e-5 * scale, rtol=1e-3)
-    assert one["validation"][0].keys() == two["validation"][0].keys()
-    for name, value in one["validation"][0].items():
-        assert two["validation"][0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+def test_two_processes_see_the_gradients_and_scores_of_one(
+    tmp_path: Path, singly: dict[str, Any], strategy: str
+) -> None:
+    shared = run(strategy, "gradients", tmp_path / "two.pt")["cases"]
+    assert set(singly) == {"phases", "mixed", "dynamic sampling"}
+    for case, one in singly.items():
+        two = shared[case]
+        assert one["phases"] == two["phases"]
+        assert {"rl", "sft"} <= set(one["phases"])
+        assert one["drawn"] == two["drawn"]
+        for a, b in zip(one["gradients"], two["gradients"], strict=True):
+            scale = max(float(g.abs().max()) for g in a.values())
+            for name in a:
+                torch.testing.assert_close(b[name], a[name], atol=2e-5 * scale, rtol=1e-3, msg=f"{case}: {name}")
+    assert max(len(ids) for ids in singly["dynamic sampling"]["drawn"]) > 8
+    one, two = (found["phases"]["validation"][0] for found in (singly, shared))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.slow

@@ -1,25 +1,26 @@
 """One SFT step and its optimizer: packing, tokens that count, the gradient by hand, clipping, learning rates."""
 
-import math
-import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
+from rl_steps import Coin, by_hand, norm
 from torch import Tensor
-from torch.nn import functional as F
 
 from mifo_callbacks import GradientFreezing
+from mifo_lightning import supervision
 from mifo_lightning.data.question import Question
 from mifo_lightning.loader import PhaseLoader
+from mifo_lightning.losses.sft import SFTWeight
 from mifo_lightning.models import load_policy
 from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.rewards.base import Reward
+from mifo_lightning.policy import Policy
 from mifo_lightning.schedule import Schedule
-from mifo_lightning.supervision import Demonstrations
+from mifo_lightning.supervision import Demonstrations, initial_losses
 
 MakeTrainer = Callable[..., Trainer]
 # prompts and demonstrations of different lengths, so that means over sequences are not means over tokens
@@ -123,38 +124,64 @@ def gradient(module: Any) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in module.named_parameters()}
 
 
-def norm(tensors: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+def mean_losses(policy: Policy, qs: list[Question]) -> list[Tensor]:
+    """Cross-entropy of each token of each demonstration, from the logits of the bare model."""
+    return [-by_hand(policy, q.prompt, q.demonstration or [])[0] for q in qs]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_initial_losses_are_means_over_tokens_in_units_of_their_median(
+    policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(supervision, "INITIAL_ROWS", rows)
+    qs = [replace(q, demonstration=q.demonstration if q.id != 2 else None) for q in questions(tokenizer)]
+    found = initial_losses(policy, qs, tokenizer.pad_token_id)
+    losses = [float(loss.detach().mean()) if len(loss) else 0.0 for loss in mean_losses(policy, qs)]
+    median = sorted(loss for loss, q in zip(losses, qs, strict=True) if q.demonstration)[3]
+    torch.testing.assert_close(found, torch.tensor(losses) / median, atol=1e-5, rtol=1e-4)
+    backwards = initial_losses(policy, qs[::-1], tokenizer.pad_token_id)
+    torch.testing.assert_close(backwards, found.flip(0), atol=1e-5, rtol=1e-4)
+    assert policy.training
+
+
+def weights_by_hand(kind: str, policy: Policy, qs: list[Question]) -> list[Tensor]:
+    """What each token's cross-entropy is multiplied by."""
+    scores = [[x.detach() for x in by_hand(policy, q.prompt, q.demonstration or [])] for q in qs]
+    means = torch.stack([-logp.mean() for logp, _ in scores])
+    tau = means.sort().values[(len(means) - 1) // 2]
+    return [
+        {
+            "uniform": torch.ones_like(logp),
+            "dft": logp.exp(),
+            "low_entropy": (-entropy.mean()).exp().expand_as(logp),
+            "flow": (-mean / tau).exp().expand_as(logp),
+        }[kind]
+        for (logp, entropy), mean in zip(scores, means, strict=True)
+    ]
+
+
+WEIGHTED: list[tuple[SFTWeight, int]] = [("uniform", n) for n in (1, 2, 4)]
+WEIGHTED += [(kind, n) for kind in ("dft", "low_entropy", "flow") for n in (1, 4)]  # type: ignore[misc]
 
 
 @pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
-@pytest.mark.parametrize("micro_batches", [1, 2, 4])
-def test_without_a_selection_the_gradient_is_that_of_the_mean_cross_entropy_over_tokens(
-    make_trainer: MakeTrainer, tokenizer: Any, micro_batches: int
+@pytest.mark.parametrize(("kind", "micro_batches"), WEIGHTED)
+def test_without_a_selection_the_gradient_is_that_of_the_mean_weighted_cross_entropy_over_tokens(
+    make_trainer: MakeTrainer, tokenizer: Any, kind: SFTWeight, micro_batches: int
 ) -> None:
     qs = questions(tokenizer)
     loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8), micro_batches=micro_batches)
     steps = Steps()
     trainer = make_trainer([steps], accumulate_grad_batches=micro_batches)
-    trainer.fit(make_module(sft=AdamWSettings(lr=0.0)), train_dataloaders=loader)
-    policy, losses = load_policy("embedded"), []
-    for q in qs:
-        demonstration = q.demonstration or []
-        logits = policy.model(torch.tensor([q.prompt + demonstration])).logits[0, len(q.prompt) - 1 : -1]
-        losses.append(F.cross_entropy(logits, torch.tensor(demonstration), reduction="none"))
-    torch.cat(losses).mean().backward()
+    trainer.fit(make_module(sft=AdamWSettings(lr=0.0), sft_weight=kind), train_dataloaders=loader)
+    policy = load_policy("embedded")
+    pairs = zip(weights_by_hand(kind, policy, qs), mean_losses(policy, qs), strict=True)
+    torch.cat([weight * loss for weight, loss in pairs]).mean().backward()
     expected = {f"policy.{n}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
     (found,) = steps.raw
     difference = {n: found[n] - expected[n] for n in expected}
     assert found.keys() == expected.keys()
-    assert norm(difference) < 1e-4 * norm(expected)  # type: ignore[arg-type]
-
-
-class Coin(Reward):
-    """Right for about half of all responses, so that every RL step learns and questions enter the buffer."""
-
-    def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
-        return [float(zlib.crc32(response.encode()) % 2) for response in responses]
+    assert norm(difference) < 1e-4 * norm(expected)
 
 
 @pytest.mark.parametrize("clip", [(1e-2, 3e-3), (2e-3, 0.0), (0.0, 2e-3)])

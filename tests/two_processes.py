@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mifo_callbacks import GradientFreezing
+from mifo_callbacks.buffer_phase_switch import gather_groups
 from mifo_lightning.distributed import full
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.reinforcement import RLSettings
+from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.schedule import Schedule
 
 
@@ -25,7 +26,7 @@ class Watch(Callback):
     """Phases, whole gradients, and whether frozen coordinates moved."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, list[Any]] = {"phases": [], "gradients": [], "frozen": [], "moved": []}
+        self.seen: dict[str, list[Any]] = {"phases": [], "gradients": [], "frozen": [], "moved": [], "drawn": []}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen["phases"].append(batch["phase"])
@@ -37,6 +38,8 @@ class Watch(Callback):
         self.seen["gradients"].append({n: full(p.grad).clone() for n, p in pl_module.named_parameters()})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if "groups" in outputs:
+            self.seen["drawn"].append([group["id"] for group in gather_groups(outputs["groups"])])
         parameters = dict(pl_module.named_parameters())
         moved = [(self.before[n] != _local(parameters[n]))[m].any() for n, m in self.masks.items()]
         self.seen["frozen"].append(sum(int(m.sum()) for m in self.masks.values()))
@@ -48,7 +51,20 @@ def _local(p: torch.Tensor) -> torch.Tensor:
     return p.to_local() if hasattr(p, "to_local") else p
 
 
-def fit(strategy: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[str, Any]:
+# what the module does; each case turns on all that a rank must not see alone
+CASES: dict[str, dict[str, Any]] = {
+    "phases": {"policy": RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)},
+    "mixed": {
+        "policy": RLSettings(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
+        "mixing": Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy"),
+        "sft_weight": "flow",
+    },
+    # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them
+    "dynamic sampling": {"policy": RLSettings(clip_high=0.28, aggregation="token", dynamic_sampling=3)},
+}
+
+
+def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[str, Any]:
     devices = 1 if strategy == "single" else 2
     chosen: Any = {
         "single": "auto",
@@ -56,11 +72,7 @@ def fit(strategy: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[s
         "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     }[strategy]
     watch = Watch()
-    module = make_module(
-        rl=AdamWSettings(lr=lr),
-        sft=AdamWSettings(lr=lr),
-        policy=RLSettings(kl_coefficient=0.05, entropy_fraction=0.5),
-    )
+    module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     export = ExportModel(str(out.parent / f"model-{strategy}"))
     trainer = Trainer(
@@ -75,9 +87,9 @@ def fit(strategy: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[s
         enable_checkpointing=bool(lr) and ckpt is None,
         default_root_dir=out.parent,
     )
-    schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4, passes=2)
+    schedule = Schedule(rl_steps=4 if case == "phases" else 2, rl_questions=8, sft_batch=4, passes=2)
     data = make_data(schedule=schedule, holdout=9, eval_batch=2)
-    if ckpt is None:
+    if ckpt is None and case == "phases":
         values = trainer.validate(module, data, verbose=False)[0]
         watch.seen["validation"] = [values]
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
@@ -87,11 +99,13 @@ def fit(strategy: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[s
 
 def main() -> None:
     strategy, mode, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    seen: dict[str, Any]
     if mode == "gradients":
-        seen = fit(strategy, 0.0, out)
+        found = {case: fit(strategy, case, 0.0, out) for case in CASES}
+        seen = {"cases": found, "rank": found["phases"]["rank"]}
     else:
         ckpt = Path(sys.argv[4]) if len(sys.argv) > 4 else None
-        seen = fit(strategy, 5e-4, out, ckpt)
+        seen = fit(strategy, "phases", 5e-4, out, ckpt)
     if seen["rank"] == 0:
         torch.save(seen, out)
 

@@ -59,6 +59,18 @@ def test_re_entry_refreshes_and_does_not_duplicate() -> None:
     assert buffer.entries[-1] == {"id": 1, "n_correct": 1, "size": 8, "step": 2, "entries": 2}
 
 
+def test_an_entry_keeps_what_else_its_group_says_and_the_last_word_counts() -> None:
+    buffer = DemonstrationBuffer()
+    buffer.add([group(1) | {"demonstration": [4, 5]}, group(2)], step=1)
+    buffer.add([group(1) | {"demonstration": [6], "step": 99, "entries": 99}], step=2)
+    copy = DemonstrationBuffer()
+    copy.load_state_dict(buffer.state_dict())
+    assert copy.take(2) == [
+        {"id": 2, "n_correct": 0, "size": 8, "step": 1, "entries": 1},
+        {"id": 1, "n_correct": 0, "size": 8, "step": 2, "entries": 2, "demonstration": [6]},
+    ]
+
+
 def test_a_question_solved_since_stays_and_is_counted() -> None:
     buffer = DemonstrationBuffer()
     buffer.add([group(1), group(2)], step=1)

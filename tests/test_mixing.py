@@ -1,0 +1,172 @@
+"""What an RL step trains on when demonstrations are mixed in: rows, advantages, who counts and who pushes."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_data, make_module
+from lightning import Callback
+from rl_steps import groups_of, item, prepare, questions, reinforcement
+
+from mifo_lightning.errors import InputError
+from mifo_lightning.mixing import Rows, training_rows
+from mifo_lightning.policy import Policy
+from mifo_lightning.rl_settings import Mixing, RLSettings
+from mifo_lightning.rollout.graded import Graded
+from mifo_lightning.schedule import Schedule
+
+SHOWN = ("43>7<eos>", "65432>7<eos>", "", "7<eos>")
+# one of three right, none, one, all
+REWARDS = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1]])
+WHERE_SHOWN = [False, False, False, True] * 2 + [False] * 3 + [False, False, False, True]
+
+
+def graded(tokenizer: Any) -> Graded:
+    texts = [f"{i}>8<eos>" for i in range(12)]
+    return Graded(questions(tokenizer, SHOWN), groups_of(tokenizer, *texts, size=3), REWARDS, 1.0)
+
+
+def rows(tokenizer: Any, mixing: Mixing | None, *found: float, **settings: Any) -> Rows:
+    """Rows of four questions with three responses each; `found` are the demonstrations' rewards."""
+    rewards = torch.tensor(found) if found else None
+    return training_rows(graded(tokenizer), RLSettings(advantage="group_mean", **settings), mixing, rewards)
+
+
+def split(values: torch.Tensor, where: list[bool]) -> tuple[list[Any], list[Any]]:
+    """The values of own responses, and those of demonstrations."""
+    shown = torch.tensor(where)
+    return values[~shown].tolist(), values[shown].tolist()
+
+
+def test_rows_stand_question_by_question_with_the_demonstration_last(tokenizer: Any) -> None:
+    found = rows(tokenizer, Mixing(sft=1.0))
+    assert found.demonstrated.tolist() == WHERE_SHOWN
+    assert found.question.tolist() == [0] * 4 + [1] * 4 + [2] * 3 + [3] * 4
+    own = [c.tokens for group in graded(tokenizer).completions for c in group]
+    demos = [q.demonstration for q in questions(tokenizer, SHOWN) if q.demonstration]
+    assert found.tokens == [*own[:3], demos[0], *own[3:6], demos[1], *own[6:12], demos[2]]
+    assert split(found.correct, WHERE_SHOWN) == ([r == 1 for r in REWARDS.flatten().tolist()], [True] * 3)
+
+
+def test_nothing_is_mixed_in_where_nothing_is_asked_for(tokenizer: Any) -> None:
+    found = rows(tokenizer, None)
+    assert not found.demonstrated.any()
+    centred = [2 / 3, -1 / 3, -1 / 3, 0, 0, 0, 2 / 3, -1 / 3, -1 / 3, 0, 0, 0]
+    assert found.advantages.tolist() == pytest.approx(centred)
+    assert found.in_policy.all()
+    assert found.active.tolist() == [a != 0 for a in centred]
+
+
+def test_beside_the_group_a_demonstration_changes_no_advantage(tokenizer: Any) -> None:
+    plain, found = rows(tokenizer, None), rows(tokenizer, Mixing(sft=1.0))
+    advantages, of_demos = split(found.advantages, WHERE_SHOWN)
+    assert (advantages, of_demos) == (plain.advantages.tolist(), [0, 0, 0])
+    assert split(found.in_policy, WHERE_SHOWN) == ([True] * 12, [False] * 3)
+    assert split(found.active, WHERE_SHOWN) == (plain.active.tolist(), [True] * 3)
+    assert not rows(tokenizer, Mixing(sft=0.0)).active[torch.tensor(WHERE_SHOWN)].any()
+
+
+def test_in_the_group_a_demonstration_is_one_more_member(tokenizer: Any) -> None:
+    # the second demonstration is right, the last one is not, and the third question has none
+    found = rows(tokenizer, Mixing(in_group=True), 1.0, 1.0, 0.0, 0.0)
+    assert found.advantages.tolist() == pytest.approx(
+        [0.5, -0.5, -0.5, 0.5, -0.25, -0.25, -0.25, 0.75, 2 / 3, -1 / 3, -1 / 3, 0.25, 0.25, 0.25, -0.75]
+    )
+    assert found.in_policy.all()
+    assert found.active.all()
+    still = rows(tokenizer, Mixing(in_group=True), 1.0, 0.0, 0.0, 1.0)
+    assert (still.advantages[4:8] == 0).all()
+    assert (still.advantages[11:] == 0).all()
+    assert still.in_policy.all()
+    assert not still.active[4:8].any()
+
+
+def test_the_sign_pushes_every_own_response_and_no_demonstration(tokenizer: Any) -> None:
+    found = rows(tokenizer, Mixing(in_group=True, own="sign"), 1.0, 1.0, 0.0, 1.0)
+    signs = [1 if r == 1 else -1 for r in REWARDS.flatten().tolist()]
+    assert split(found.advantages, WHERE_SHOWN) == (signs, pytest.approx([0.5, 0.75, 0.0]))
+
+
+@pytest.mark.parametrize(("gate", "failed"), [(0, [1]), (1, [0, 1]), (3, [0, 1, 3])])
+def test_failed_questions_lend_their_demonstration_and_their_rollouts_rest(
+    tokenizer: Any, gate: int, failed: list[int]
+) -> None:
+    for extra in ({}, {"kl_coefficient": 0.1}, {"entropy_bonus": 0.1}):
+        found = rows(tokenizer, Mixing(questions="failed", gate=gate, sft=1.0), **extra)
+        assert found.question[found.demonstrated].tolist() == failed  # the third question has none to lend
+        resting = torch.isin(found.question, torch.tensor(failed)) & ~found.demonstrated
+        assert (found.advantages[resting] == 0).all()
+        assert not found.active[resting].any()
+        assert found.active[found.demonstrated].all()
+        assert found.in_policy[resting].all()
+        assert int((found.in_policy & ~found.demonstrated).sum()) == 12
+
+
+def test_the_weight_of_the_sft_loss_goes_straight_to_its_end() -> None:
+    mixing = Mixing(sft=0.9, sft_end=0.1, sft_decay=4)
+    assert [mixing.sft_at(i) for i in range(7)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1, 0.1])
+    assert [Mixing(sft=0.3).sft_at(i) for i in (0, 9)] == [0.3, 0.3]
+
+
+def test_demonstrations_are_graded_by_the_verifier_of_the_rollouts(policy: Policy, tokenizer: Any) -> None:
+    rl = reinforcement(tokenizer, mixing=Mixing(in_group=True), settings=RLSettings(advantage="group_mean"))
+    qs = questions(tokenizer, ("43>7<eos>", "3>8<eos>"))  # the second one is wrong
+    drawn = rl.draw(policy, qs, 0)
+    assert [len(group) for group in drawn] == [3, 3]
+    texts = ["3>7<eos>", "3>8<eos>", "3>7", "3>7<eos>", "3>8<eos>", "3>7<eos>"]
+    rollout = prepare(rl, policy, item(qs), rl.grade(qs, groups_of(tokenizer, *texts, size=3)))
+    assert rollout.advantages.tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5, 0.5, -0.5, 0.5, -0.5])
+    assert rollout.demonstrated is not None
+    assert rollout.demonstrated.tolist() == [False, False, False, True] * 2
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_an_entropy_mask_leaves_demonstrations_whole(policy: Policy, tokenizer: Any, fraction: float) -> None:
+    rl = reinforcement(tokenizer, mixing=Mixing(sft=1.0), settings=RLSettings(entropy_fraction=fraction))
+    qs = questions(tokenizer, SHOWN)
+    rollout = prepare(rl, policy, item(qs), rl.grade(qs, rl.draw(policy, qs, 0)))
+    assert rollout.demonstrated is not None
+    assert (rollout.keep is None) == (fraction == 1)
+    if rollout.keep is not None:
+        mask, shown = rollout.sequences.mask(), rollout.demonstrated
+        assert rollout.keep[shown].all()
+        own = int(mask[~shown].sum())
+        assert int(rollout.keep[~shown].sum()) == -(-int(own * 30) // 100)
+
+
+def test_work_names_the_demonstrations_that_a_step_trained_on(make_trainer: Any) -> None:
+    class Work(Callback):
+        def __init__(self) -> None:
+            self.shown: list[tuple[list[int], list[int]]] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.shown.append((outputs["work"]["demonstrations"], [q.id for q in batch["questions"]]))
+
+    for mixing, all_shown in ((None, False), (Mixing(sft=1.0), True), (Mixing(sft=0.0), False)):
+        work = Work()
+        data = make_data(schedule=Schedule(rl_steps=2, rl_questions=4))
+        make_trainer([work], accumulate_grad_batches=2).fit(make_module(mixing=mixing), datamodule=data)
+        for step in (work.shown[:2], work.shown[2:]):
+            (first, asked), (second, _) = step
+            assert sorted(first + second) == (sorted(asked) if all_shown else [])
+
+
+@pytest.mark.parametrize(
+    ("mixing", "what"),
+    [
+        (Mixing(gate=-1), "model.mixing.gate: -1"),
+        (Mixing(sft=-0.5), "model.mixing.sft: -0.5"),
+        (Mixing(shape=0.0), "model.mixing.shape: 0.0"),
+        (Mixing(convex=True, sft=1.5), "model.mixing.sft: 1.5"),
+        (Mixing(in_group=True, questions="failed"), "model.mixing.in_group"),
+        (Mixing(token_weight="flow"), "model.mixing.token_weight: flow"),
+    ],
+)
+def test_impossible_mixtures_are_refused(tokenizer: Any, mixing: Mixing, what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        reinforcement(tokenizer, mixing=mixing)
+
+
+def test_a_group_needs_two_rollouts_beside_its_demonstration(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match=r"group_size: 2 .* beside the demonstration"):
+        reinforcement(tokenizer, mixing=Mixing(in_group=True), group_size=2)

@@ -1,0 +1,131 @@
+"""The gradient of RL steps by hand, and how their rollouts are cut into updates and micro-batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_data, make_module
+from lightning import Callback, Trainer
+from rl_steps import Coin, Gradient, Noting, by_hand, groups_of, item, prepare, questions, reinforcement, relative
+
+from mifo_lightning.models import load_policy
+from mifo_lightning.optim import AdamWSettings
+from mifo_lightning.policy import Policy
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rl_settings import RLSettings
+from mifo_lightning.rollout.batch import Rollout
+from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.schedule import Schedule
+
+
+class Gradients(Callback):
+    """The gradient of every optimizer step, before clipping."""
+
+    def __init__(self) -> None:
+        self.found: list[Gradient] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.found.append({n: p.grad.clone() for n, p in pl_module.named_parameters()})
+
+
+def grpo_gradient(
+    drawn: tuple[list[list[int]], list[list[Completion]]], reward: Reward, tokenizer: Any, temperature: float
+) -> Gradient:
+    """Gradient of GRPO at ratio 1, sequence by sequence: -A times the token mean of log p, mean over sequences."""
+    policy = load_policy("embedded")
+    total = torch.zeros(())
+    rows = sum(map(len, drawn[1]))
+    for prompt, group in zip(*drawn, strict=True):
+        texts = tokenizer.batch_decode([c.tokens for c in group], skip_special_tokens=True)
+        found = reward(texts, [""] * len(group))
+        rewards = torch.tensor([r if c.finished else 0.0 for r, c in zip(found, group, strict=True)])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for c, advantage in zip(group, advantages, strict=True):
+            total = total - advantage * by_hand(policy, prompt, c.tokens, temperature)[0].mean() / rows
+    total.backward()
+    return {f"policy.{n}": p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes", "micro_batches"),
+    [(RLSettings(), 1, 1), (RLSettings(), 2, 4), (RLSettings(kl_coefficient=1.0), 2, 2)],
+    ids=["on policy", "two passes", "kl"],
+)
+def test_the_gradient_is_that_of_the_sampling_temperature(
+    make_trainer: Callable[..., Trainer], tokenizer: Any, settings: RLSettings, passes: int, micro_batches: int
+) -> None:
+    engine, watch = Noting(), Gradients()
+    module = make_module(
+        engine=engine,
+        reward=Coin(),
+        policy=settings,
+        sampling=Sampling(0.7, max_new_tokens=14),
+        rl=AdamWSettings(lr=0.0),
+    )
+    schedule = Schedule(rl_steps=1, rl_questions=4, passes=passes)
+    make_trainer([watch], accumulate_grad_batches=micro_batches).fit(module, datamodule=make_data(schedule=schedule))
+    (drawn,) = engine.drawn
+    expected, at_one = (grpo_gradient(drawn, Coin(), tokenizer, t) for t in (0.7, 1.0))
+    assert relative(at_one, expected) > 0.1
+    assert len(watch.found) == passes
+    for gradient in watch.found:  # the weights stay, so every pass has ratio 1, and KL and its gradient are 0
+        assert relative(gradient, expected) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [RLSettings(), RLSettings(kl_coefficient=0.1), RLSettings(entropy_bonus=0.1)])
+def test_micro_batches_hold_every_sequence_that_pushes_once(
+    policy: Policy, tokenizer: Any, settings: RLSettings
+) -> None:
+    rl = reinforcement(tokenizer, settings=settings)
+    qs = questions(tokenizer)[:3]
+    texts = ["3>7<eos>", "43>8<eos>", "543>8<eos>", "3>7", *["3>8<eos>"] * 4, *["3>7<eos>"] * 4]
+    completions = groups_of(tokenizer, *texts)
+    rollout = prepare(rl, policy, item(qs), rl.grade(qs, completions))
+    parts = [rl.micro_batch(rollout, item(qs, micro=m, micro_batches=6)) for m in range(6)]
+    for part in parts:
+        assert part.weight.shape == part.sequences.mask().shape
+        assert part.weight.any() == part.weight.any(-1).all()  # whole sequences, or one that weighs nothing
+        torch.testing.assert_close(part.weight.sum(-1), torch.full((len(part.weight),), float(part.weight.any()) / 12))
+    rows = [
+        (tuple(tokens[p : p + n].tolist()), float(advantage))
+        for part in parts
+        for tokens, p, n, advantage, weight in zip(*part.sequences, part.advantages, part.weight, strict=True)
+        if weight.any()
+    ]
+    always = settings.kl_coefficient > 0 or settings.entropy_bonus > 0
+    pushing = 12 if always else 4
+    flat = [c.tokens for group in completions for c in group]
+    advantages = rollout.advantages.tolist()
+    assert rows == [(tuple(t), a) for t, a in zip(flat, advantages, strict=True)][:pushing]
+    assert sum(int((part.weight > 0).sum()) for part in parts) == sum(map(len, flat[:pushing]))
+    assert sum(not part.weight.any() for part in parts) == (0 if always else 2)
+
+
+def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, tokenizer: Any) -> None:
+    rl, qs = reinforcement(tokenizer, settings=RLSettings(kl_coefficient=0.1)), questions(tokenizer)
+    completions = groups_of(tokenizer, *[f"{i}>7<eos>" for i in range(8)], *["3>8<eos>"] * 8)
+    rollout = prepare(rl, policy, item(qs, minibatches=2, updates=4), rl.grade(qs, completions))
+    for update in range(4):
+        work = item(qs, update=update, updates=4, minibatches=2)
+        parts = [rl.micro_batch(rollout, {**work, "micro": m, "micro_batches": 2}) for m in range(2)]
+        correct = torch.cat([part.correct for part in parts])
+        assert correct.tolist() == [update % 2 == 0] * 8
+        firsts = torch.cat([part.sequences.prompt_lengths for part in parts])
+        assert firsts.tolist() == [len(q.prompt) for q in qs[2 * (update % 2) :][:2] for _ in range(4)]
+        weights = torch.cat([part.weight.sum(-1) for part in parts])
+        torch.testing.assert_close(weights, torch.full((8,), 1 / 8))  # of this optimizer step alone
+
+
+@pytest.mark.parametrize("settings", [RLSettings(), RLSettings(entropy_fraction=0.5, kl_coefficient=0.1)])
+def test_a_rollout_survives_its_state(policy: Policy, tokenizer: Any, settings: RLSettings) -> None:
+    rl, qs = reinforcement(tokenizer, settings=settings), questions(tokenizer)
+    rl.set_reference(load_policy("embedded") if settings.kl_coefficient else None)
+    rollout = prepare(rl, policy, item(qs, updates=2), rl.grade(qs, rl.draw(policy, qs, 0)))
+    again = Rollout.from_state_dict(rollout.state_dict(), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(rollout.sequences, again.sequences, strict=True))
+    for name, value in vars(rollout).items():
+        if name != "sequences":
+            found = getattr(again, name)
+            assert found is None if value is None else torch.equal(value, found), name
+    assert (again.keep is None) == (again.logp_ref is None) == (settings.kl_coefficient == 0)
