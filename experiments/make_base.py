@@ -5,7 +5,7 @@ answers tersely and noisily although it can work sums out (so RL has something t
 mirrored addition but never its answer (so RL finds no reward there and only demonstrations teach it).
 
     python -m experiments.make_base --seed 0 --out mifo_lightning/assets/base
-    python -m experiments.make_base --seeds 0 1 2 --jobs 2 --out bases        (writes bases/seed0, bases/seed1, ...)
+    python -m experiments.make_base --seeds 0 1 2 --jobs 2 --out bases        # writes bases/seed0, bases/seed1, ...
 
 About two minutes of one CPU thread a seed. One thread and seeded throughout: the same seed gives the same weights on
 the same machine. Training uses questions of the train split only, the printed accuracies those of the test split.

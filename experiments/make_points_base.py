@@ -4,7 +4,7 @@ It knows what cards count under both rules, does whole-number arithmetic and kee
 often begins at random, so it makes 24 only now and then (RL has something to sharpen), less often where few solutions
 exist (demonstrations have something to teach).
 
-    python -m experiments.make_points_base --seeds 0 --out runs/points_bases        (writes runs/points_bases/seed0)
+    python -m experiments.make_points_base --seeds 0 --out runs/points_bases        # writes runs/points_bases/seed0
 
 About five minutes of one CPU thread a seed. One thread and seeded throughout: the same seed gives the same weights on
 the same machine. Training uses hands of the train split only, the printed accuracies those of the test split.

@@ -17,7 +17,6 @@ class Rows(NamedTuple):
         question: [B] int64, index of the question.
         tokens: B lists of token ids, end-of-sequence token included.
         advantages: [B] fp32; with `own: sign` +1 or -1 for the policy's own responses.
-        correct: [B] bool.
         demonstrated: [B] bool, which are demonstrations.
         in_policy: [B] bool, which count in the denominator of the policy loss.
         active: [B] bool, which can give a gradient.
@@ -26,7 +25,6 @@ class Rows(NamedTuple):
     question: Tensor
     tokens: list[list[int]]
     advantages: Tensor
-    correct: Tensor
     demonstrated: Tensor
     in_policy: Tensor
     active: Tensor
@@ -71,14 +69,13 @@ def training_rows(
     active = in_policy & ((advantages != 0) | (always & ~demonstrated & ~failed[:, None]))
     if mixing is not None and max(mixing.sft, mixing.sft_end) > 0:
         active |= exists & demonstrated
-    correct = torch.cat([graded.correct, torch.ones(q, 1).bool()], dim=1)
     tokens = [
         row
         for question, group, has in zip(graded.questions, graded.completions, shown.tolist(), strict=True)
         for row in [*(c.tokens for c in group), *([question.demonstration or []] if has else [])]
     ]
     index = torch.arange(q)[:, None].expand_as(exists)
-    fields = (advantages, correct, demonstrated, in_policy, active)
+    fields = (advantages, demonstrated, in_policy, active)
     return Rows(index[exists], tokens, *(field[exists] for field in fields))
 
 

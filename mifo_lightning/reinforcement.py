@@ -152,7 +152,6 @@ class Reinforcement:
         rollout = Rollout(
             sequences=sequences,
             advantages=rows.advantages.to(device),
-            correct=rows.correct.to(device),
             weight=weight,
             minibatch=minibatch.to(device),
             active=rows.active.to(device),

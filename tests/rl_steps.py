@@ -153,7 +153,6 @@ def rollout_of(
     return Rollout(
         sequences=Sequences(torch.zeros(b, 1), torch.zeros(b), mask.sum(-1)),
         advantages=advantages,
-        correct=advantages > 0,
         weight=token_weights(mask, settings.aggregation, **sizes),
         minibatch=torch.zeros(b, dtype=torch.long),
         active=torch.ones(b, dtype=torch.bool),

@@ -96,7 +96,7 @@ def test_a_graded_reward_counts_as_correct_from_solved_at_on(policy: Policy, tok
     graded = rl.grade(qs, completions)
     torch.testing.assert_close(graded.rewards, torch.tensor([[0.4, 0.5, 0.9, 0], [0, 0.1, 0.2, 0.3]]))
     rollout = prepare(rl, policy, item(qs), graded)
-    assert rollout.correct.tolist() == [False, True, True, False] + [False] * 4
+    assert graded.correct.tolist() == [[False, True, True, False], [False] * 4]
     assert rollout.question.tolist() == [0] * 4 + [1] * 4
     for i, group in enumerate(graded.rewards):
         expected = (group - group.mean()) / (group.std() + 1e-6)

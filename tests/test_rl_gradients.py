@@ -109,8 +109,8 @@ def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, token
     for update in range(4):
         work = item(qs, update=update, updates=4, minibatches=2)
         parts = [rl.micro_batch(rollout, {**work, "micro": m, "micro_batches": 2}) for m in range(2)]
-        correct = torch.cat([part.correct for part in parts])
-        assert correct.tolist() == [update % 2 == 0] * 8
+        mine = torch.cat([part.question for part in parts])
+        assert mine.tolist() == [2 * (update % 2) + i for i in (0, 1) for _ in range(4)]
         firsts = torch.cat([part.sequences.prompt_lengths for part in parts])
         assert firsts.tolist() == [len(q.prompt) for q in qs[2 * (update % 2) :][:2] for _ in range(4)]
         weights = torch.cat([part.weight.sum(-1) for part in parts])

@@ -13,7 +13,7 @@ def sft_loss(logp: Tensor, selected: Tensor, denominator: float, weight: Tensor)
 
     Args:
         logp: [B, L] log-probabilities of the demonstration tokens, with gradient.
-        selected: [B, L] bool, the tokens the loss sees: M.
+        selected: [B, L] bool, the tokens the loss sees: M; or fp32, what each counts, 0 for none.
         denominator: Tokens of the whole optimizer step over all micro-batches and ranks, so that the sum over them is
             the loss of the undivided batch.
         weight: [B, L] or [B, 1] weights, without gradient.

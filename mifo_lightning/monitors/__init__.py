@@ -1,1 +1,1 @@
-"""Callbacks that only watch: progress, seconds by activity, update norms, samples, the table before and after."""
+"""Callbacks that only watch: what a run does, what its phases forget and move, what it costs, what it leaves on disk."""

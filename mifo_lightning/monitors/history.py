@@ -12,14 +12,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.run_dir import run_dir
 
-ROLLOUT = (
-    "reward",
-    "correct",
-    "length",
-    "truncated",
-    "entropy",
-    "groups_without_signal",
-)  # speed varies from run to run
+# not `rollout/tokens_per_s`: speed varies from run to run
+ROLLOUT = ("reward", "correct", "length", "truncated", "entropy", "groups_without_signal")
 KEYS = (
     *("phase/*", "rl/*", "sft/*", "buffer/*", "forgetting/*", "phase_kl/*", "overlap/*"),
     *(f"rollout/{name}" for name in ROLLOUT),
@@ -33,7 +27,8 @@ class History(Callback):
     steps begun). Lines live in the checkpoint until the file is written. Costs no more than the list.
 
     Args:
-        keys: Patterns of metric names, with * and ?; null takes those of phases, rollouts, losses, buffer and monitors.
+        keys: Patterns of metric names, with * and ?; null takes those of phases, rollouts, losses,
+            buffer, forgetting, KL and overlap.
 
     Raises:
         InputError: If there is no pattern.

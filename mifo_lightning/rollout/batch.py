@@ -18,7 +18,6 @@ class Rollout:
     Attributes:
         sequences: [B] prompts with responses.
         advantages: [B] fp32.
-        correct: [B] bool, reward at least `solved_at`.
         weight: [B, L] fp32 weights of the policy loss, over the whole optimizer step.
         minibatch: [B] int64, which optimizer step of a pass the sequence belongs to.
         active: [B] bool, whether the sequence can give a gradient.
@@ -32,7 +31,6 @@ class Rollout:
 
     sequences: Sequences
     advantages: Tensor
-    correct: Tensor
     weight: Tensor
     minibatch: Tensor
     active: Tensor
