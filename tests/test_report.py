@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from ablation_data import EVIL, PAPER, bare, edit, make, write
 
-from experiments.report import main, write_report
+from experiments.report import write_report
+from experiments.report.__main__ import main
 from mifo_lightning.errors import InputError
 
 

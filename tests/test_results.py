@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.results import Cell, learning_curves, retention, retention_by_phase
+from experiments.report.results import Cell, learning_curves, retention, retention_by_phase
 
 Record = dict[str, Any]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.statistics import Design, Scores, compare, holm, interval, rank_correlation, sign_flip
+from experiments.report.statistics import Design, Scores, compare, holm, interval, rank_correlation, sign_flip
 
 
 def random_effects(rng: np.random.Generator, bases: int, seeds: int, base: float = 1.0, run: float = 1.0) -> Scores:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from experiments.figures import Key
-from experiments.results import Ablation
-from experiments.statistics import Comparison, Interval, Scores, interval
+from experiments.report.figures import Key
+from experiments.report.results import Ablation
+from experiments.report.statistics import Comparison, Interval, Scores, interval
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments.results import Curves, Kind, PhaseChange
-from experiments.statistics import Interval, Scores
+from experiments.report.results import Curves, Kind, PhaseChange
+from experiments.report.statistics import Interval, Scores
 
 matplotlib.use("svg")
 

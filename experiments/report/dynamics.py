@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from experiments import figures
-from experiments.document import Figure, Section, Table, absent, intervals, large, mean, number
-from experiments.results import (
+from experiments.report import figures
+from experiments.report.document import Figure, Section, Table, absent, intervals, large, mean, number
+from experiments.report.results import (
     KINDS,
     Ablation,
     Cell,
@@ -19,8 +19,8 @@ from experiments.results import (
     retention_by_phase,
     update_norm,
 )
-from experiments.sections import MARKS
-from experiments.statistics import rank_correlation
+from experiments.report.sections import MARKS
+from experiments.report.statistics import rank_correlation
 
 Measure = Callable[[Cell], float | None]
 RL_AND_SFT = [figures.Key("RL phases", figures.RL), figures.Key("SFT phases", figures.SFT)]

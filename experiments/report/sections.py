@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from experiments import figures
-from experiments.document import Figure, Section, Table, bracketed, difference, intervals, mean, probability
-from experiments.results import Ablation, samples
-from experiments.statistics import Comparison, Interval, compare
+from experiments.report import figures
+from experiments.report.document import Figure, Section, Table, bracketed, difference, intervals, mean, probability
+from experiments.report.results import Ablation, samples
+from experiments.report.statistics import Comparison, Interval, compare
 
 MARKS = "Small marks are runs (their shape is the base), the diamond is the mean, the bar its 95 % interval."
 FEW_BASES = 10

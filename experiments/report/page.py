@@ -1,22 +1,17 @@
-"""What did an ablation show? Writes one self-contained page and the same in Markdown.
+"""One self-contained page of an ablation and the same in Markdown.
 
-    python -m experiments.report runs/ablations/paper_table --out docs/results/paper_table
-
-The runner does this by itself when it ends. The page has no script and loads nothing; all text that came from a
-configuration, an error or a model is escaped. The same results give the same bytes.
+The page has no script and loads nothing; all text that came from a configuration, an error or a model is escaped. The
+same results give the same bytes.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments import dynamics, sections
-from experiments.document import Section, Table
-from experiments.results import Ablation, load
-from mifo_lightning.errors import InputError
+from experiments.report import dynamics, sections
+from experiments.report.document import Section, Table
+from experiments.report.results import Ablation, load
 
 PARTS = (
     sections.best,
@@ -53,7 +48,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
 def as_html(ablation: Ablation, verdict: Sequence[str], parts: Sequence[Section]) -> str:
     """The page."""
     loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html.jinja")
     return template.render(name=ablation.name, question=ablation.question, verdict=verdict, sections=parts)
 
 
@@ -82,23 +77,3 @@ def _plain(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no new cell, no new line."""
     text = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
     return text.replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
-
-
-def main() -> None:
-    """Read the ablation, write both files, print where they are."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where the runner wrote ablation.json and cells.json")
-    parser.add_argument(
-        "--out", type=Path, help="where to write report.html and report.md; default: the same directory"
-    )
-    args = parser.parse_args()
-    try:
-        page = write_report(args.directory, args.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"wrote {page} and {page.with_name('report.md')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from experiments.statistics import Design, Scores
+from experiments.report.statistics import Design, Scores
 from mifo_lightning.errors import InputError
 
 Record = dict[str, Any]

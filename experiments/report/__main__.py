@@ -1,0 +1,33 @@
+"""What did an ablation show? Writes one self-contained page and the same in Markdown.
+
+    python -m experiments.report runs/ablations/paper_table --out docs/results/paper_table
+
+The runner does this by itself when it ends.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.report.page import write_report
+from mifo_lightning.errors import InputError
+
+
+def main() -> None:
+    """Read the ablation, write both files, print where they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the runner wrote ablation.json and cells.json")
+    parser.add_argument(
+        "--out", type=Path, help="where to write report.html and report.md; default: the same directory"
+    )
+    args = parser.parse_args()
+    try:
+        page = write_report(args.directory, args.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"wrote {page} and {page.with_name('report.md')}")
+
+
+if __name__ == "__main__":
+    main()
