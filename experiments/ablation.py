@@ -10,6 +10,7 @@ status is then 1. `--slurm` runs the fits as an array of jobs, `--sweep` leaves 
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shlex
@@ -47,6 +48,7 @@ from experiments.cell import (
 from experiments.grid import Ablation, Cell, cells, choose, read_ablation, slug, sweep, with_wandb
 from mifo_lightning.errors import InputError
 
+PLAN = "ablation.json"
 Work = Sequence[tuple[Cell, Fingerprint]]
 # imported once for all fits of `run_here`; W&B imports the latter two when a run begins
 IMPORTS = ("mifo_lightning.cli", "wandb.wandb_run", "experiments.cell")
@@ -158,35 +160,43 @@ def run_on_cluster(work: Work, options: dict[str, Any], folder: Path, view: View
         time.sleep(1 if pending else 0)
 
 
-def write_records(ablation: Ablation, grid: Iterable[Cell], command: str) -> list[dict[str, Any]]:
-    """Write `ablation.json` and `cells.json`; returns the latter's rows, all cells as they are on disk now."""
-    out = ablation.out
+def write_plan(ablation: Ablation, command: str, fits: bool) -> None:
+    """Write `ablation.json`; its `commit` (all of them, in order) and `command` are those of calls with fits to run.
+
+    Written before the fits, so that a call that is killed is recorded too.
+    """
+    path = ablation.out / PLAN
+    keys = ("name", "question", "setting", "primary", "metrics", "trade_off", "reference", "contrasts", "design")
     record = {
-        "name": ablation.name,
-        "question": ablation.question,
-        "primary": ablation.primary,
-        "metrics": ablation.metrics,
-        "reference": ablation.reference,
-        "design": ablation.design,
-        "command": command,
-        "commit": commit(),
+        **{key: getattr(ablation, key) for key in keys},
         "arms": [{"name": name, "directory": slug(name), **asdict(arm)} for name, arm in ablation.arms.items()],
         "bases": list(ablation.bases),
         "seeds": ablation.seeds,
     }
-    with held(out / LOCK):  # agents of a sweep end at any time
+    with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        made = {key: before.get(key) for key in ("command", "commit")}
+        if fits:
+            commits = (made["commit"] or "").split(", ")
+            commits += [now for now in [commit()] if now and now not in commits]
+            made = {"command": command, "commit": ", ".join(filter(None, commits)) or None}
+        write_json(path, {**record, **made})
+
+
+def write_cells(ablation: Ablation, grid: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Write `cells.json`, all cells as they are on disk now; returns its rows."""
+    with held(ablation.out / LOCK):
         rows = [
             {
                 "arm": cell.arm,
                 "base": cell.base,
                 "seed": cell.seed,
-                "directory": str(cell.directory.relative_to(out)),
+                "directory": str(cell.directory.relative_to(ablation.out)),
                 **asdict(outcome(cell.directory)),
             }
             for cell in grid
         ]
-        write_json(out / "ablation.json", record)
-        write_json(out / "cells.json", rows)
+        write_json(ablation.out / "cells.json", rows)
     return rows
 
 
@@ -208,13 +218,14 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     for cell, present in chosen:
         check_fingerprint(cell, present)
     work = [(cell, present) for cell, present in chosen if outcome(cell.directory).status != "done"]
+    write_plan(ablation, command, fits=bool(work))
     with View(len(chosen) - len(work), len(work)) as view:
         if work and on_cluster:
             options = {"slurm_array_parallelism": ablation.jobs, **(ablation.slurm or {})}
             run_on_cluster(work, options, ablation.out / "slurm", view)
         elif work:
             run_here(work, ablation.jobs, IMPORTS + (IMPORTS_OF_WANDB if ablation.wandb else ()), view)
-    rows = write_records(ablation, grid, command)
+    rows = write_cells(ablation, grid)
     done = sum(row["status"] == "done" for row in rows)
     if done and (not only or done == len(rows)):
         from experiments.report import write_report

@@ -72,6 +72,12 @@ class Ablation:
     """Where runs and results are kept."""
     metrics: list[str] = field(default_factory=list)
     """Further keys of the final evaluation, shown beside."""
+    setting: str = ""
+    """What was run, for readers who do not know it: free text, a paragraph a line."""
+    trade_off: dict[str, list[str]] = field(default_factory=dict)
+    """Two names, each of a mean of metrics: shown against each other; none if empty."""
+    contrasts: list[list[str]] = field(default_factory=list)
+    """Pairs of arms to compare beside the comparisons with the reference: the first minus the second."""
     design: Literal["crossed", "nested"] = "crossed"
     """Whether a seed means the same on every base (crossed) or belongs to its base (nested); for the intervals."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -205,6 +211,7 @@ def _check(ablation: Ablation, path: Path) -> None:
     """What types cannot say."""
     if ablation.reference not in ablation.arms:
         raise InputError(f"{path}: reference: {ablation.reference} is no arm; allowed are {', '.join(ablation.arms)}")
+    _check_comparisons(ablation, path)
     once: dict[str, list[str]] = {
         "seeds": [str(seed) for seed in ablation.seeds],
         "arms": [slug(arm) for arm in ablation.arms],
@@ -228,6 +235,16 @@ def _check(ablation: Ablation, path: Path) -> None:
         if not (directory / "config.json").is_file():
             make = f"; make it with `{ablation.make_bases}`" if ablation.make_bases else ""
             raise InputError(f"{path}: bases.{name}: {directory} is no model directory{make}")
+
+
+def _check_comparisons(ablation: Ablation, path: Path) -> None:
+    """That `trade_off` and `contrasts` name two things each."""
+    if ablation.trade_off and (len(ablation.trade_off) != 2 or not all(ablation.trade_off.values())):
+        raise InputError(f"{path}: trade_off: {ablation.trade_off}: allowed are two names, each with metrics")
+    for pair in ablation.contrasts:
+        unknown = [arm for arm in pair if arm not in ablation.arms]
+        if unknown or len(set(pair)) != 2 or len(pair) != 2:
+            raise InputError(f"{path}: contrasts: {pair}: allowed are two different arms of {', '.join(ablation.arms)}")
 
 
 def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:

@@ -104,6 +104,11 @@ def until(condition: Any, seconds: float = 60) -> bool:
         ({"jobs": 0}, ["jobs", "0"]),
         ({"design": "random"}, ["design", "crossed", "nested", "random"]),
         ({"question": None}, ["question"]),
+        ({"trade_off": {"learned": ["avg@1"]}}, ["trade_off: {'learned'", "two names"]),
+        ({"trade_off": {"learned": ["avg@1"], "kept": []}}, ["trade_off: {'learned'", "each with metrics"]),
+        ({"contrasts": [["mifo", "rl"]]}, ["contrasts: ['mifo', 'rl']", "mifo, interleave, half + lr"]),
+        ({"contrasts": [["mifo", "mifo"]]}, ["contrasts: ['mifo', 'mifo']", "two different"]),
+        ({"contrasts": [["mifo"]]}, ["contrasts: ['mifo']", "two different"]),
     ],
 )
 def test_a_bad_file_gets_one_line(
@@ -264,6 +269,26 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
     assert "other arguments; choose another `out`" in printed
 
 
+def test_commit_and_command_are_those_of_the_calls_that_ran_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, contrasts=[["mifo", "interleave, half + lr"]], setting="Two arms.")
+    small = read_ablation(path)
+
+    def call(commit: str, command: str, fits: bool) -> tuple[str | None, str | None]:
+        monkeypatch.setattr(ablation, "commit", lambda: commit)
+        ablation.write_plan(small, command, fits)
+        record = json.loads((tmp_path / "out" / "ablation.json").read_text(encoding="utf-8"))
+        assert (record["contrasts"], record["setting"]) == (small.contrasts, "Two arms.")
+        return record["commit"], record["command"]
+
+    assert call("a", "first", fits=False) == (None, None)
+    assert call("b", "second", fits=True) == ("b", "second")
+    assert call("c", "third", fits=False) == ("b", "second")
+    assert call("c", "fourth", fits=True) == ("b, c", "fourth")
+    assert call("b", "fifth", fits=True) == ("b, c", "fifth")
+
+
 @pytest.mark.slow
 def test_fits_end_with_their_runner(tmp_path: Path) -> None:
     config = write(tmp_path, set={**GRID["set"], "data.schedule.rl_steps": 1000})
@@ -316,7 +341,10 @@ def test_the_cluster_runs_what_is_unfinished(tmp_path: Path, capfd: pytest.Captu
     cell = choose(cells(read_ablation(config)), ["mifo/shipped/0"])[0]
     assert outcome(cell.directory).status == "done"
     stamp = (cell.directory / "summary.json").stat().st_mtime_ns
-    assert ablation.main(["--config", str(config), "--only", "mifo/shipped/0", "--slurm"]) == 0
+    plan = (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8")
+    assert "--slurm" in json.loads(plan)["command"]
+    assert ablation.main(["--config", str(config), "--only", "mifo/shipped/0"]) == 0
+    assert (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8") == plan  # no fit ran: not a new command
     assert (cell.directory / "summary.json").stat().st_mtime_ns == stamp
 
 
@@ -340,7 +368,7 @@ def test_shipped_ablations_are_right_but_for_their_bases(path: Path, tmp_path: P
     uncommented = [
         line for line in path.read_text(encoding="utf-8").split("\narms:")[0].splitlines() if "#" not in line
     ]
-    assert [line for line in uncommented if not line.startswith("  ")] == []
+    assert [line for line in uncommented if line and not line.startswith("  ")] == []
 
 
 def _stamps(out: Path) -> dict[Path, int]:
