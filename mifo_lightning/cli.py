@@ -27,11 +27,11 @@ from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.forgetting import Forgetting
+from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
-from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable

@@ -8,11 +8,11 @@ from lightning.pytorch.loggers import Logger
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.forgetting import Forgetting
+from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
-from mifo_lightning.monitors.probe import HeldOutLoss
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.rollout.engine import Completion
 

@@ -7,8 +7,8 @@ from itertools import combinations_with_replacement, permutations
 
 import pytest
 
-from mifo_lightning.data.general_points import RANKS, RULES, GeneralPoints, Split, solutions, values, ways
-from mifo_lightning.data.source import Row
+from mifo_lightning.data.general_points import RANKS, RULES, GeneralPoints, solutions, values, ways
+from mifo_lightning.data.source import Row, Split
 from mifo_lightning.errors import InputError
 from mifo_lightning.rewards.base import score
 from mifo_lightning.rewards.points import PointsReward
@@ -119,7 +119,7 @@ def test_the_seed_decides_the_rows() -> None:
     [
         ({"rules": ["tens"], "count": 1}, r"\['tens'\] given, allowed are ten, literal"),
         ({"rules": [], "count": 1}, r"\[\] given, allowed are"),
-        ({"rules": ["ten", "ten"], "count": 1}, "each rule once"),
+        ({"rules": ["ten", "ten"], "count": 1}, "each once"),
         ({"rules": ["ten"], "count": 0}, "count: 0 given, allowed is 1 or more"),
         ({"rules": ["ten"], "count": 1, "split": "dev"}, "'dev' given, allowed are train, val, test"),
         ({"rules": ["ten"], "count": 1, "seed": -1}, "seed: -1 given"),

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from monitoring import Records, Sums, additions
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.source import Row, RowSource
+from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
-from mifo_lightning.monitors.probe import HeldOutLoss
+from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
@@ -118,5 +118,10 @@ def test_without_held_out_demonstrations_there_is_no_held_out_loss(make_trainer:
 @pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
 def test_the_held_out_loss_needs_a_datamodule(make_trainer: MakeTrainer) -> None:
     loader = PhaseLoader([Question(0, "s", "1+1=", [3, 12, 3, 14], "2")], Schedule(rl_steps=1, rl_questions=1))
-    with pytest.raises(MisconfigurationException, match="HeldOutLoss"):
+    with pytest.raises(InputError, match=r"^heldout: .* datamodule"):
         make_trainer([HeldOutLoss()]).fit(make_module(engine=Sums(True)), train_dataloaders=loader)
+
+
+def test_the_held_out_loss_needs_a_question() -> None:
+    with pytest.raises(InputError, match=r"heldout\.questions: 0"):
+        HeldOutLoss(questions=0)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler, SecondsByActivity
-from mifo_lightning.monitors.summary import RunSummary, before_and_after, probe_line, seconds_line
+from mifo_lightning.monitors.summary import RunSummary, before_and_after, heldout_line, seconds_line
 from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
@@ -118,7 +118,7 @@ def test_the_line_of_seconds() -> None:
 
 
 def test_the_line_of_the_probe() -> None:
-    line = probe_line({"rl": [0.25, -0.05], "sft": [-0.5, -1.0, 0.25]})
+    line = heldout_line({"rl": [0.25, -0.05], "sft": [-0.5, -1.0, 0.25]})
     assert line == (
         "loss on held-out demonstrations, nats per token: 1 of 2 RL phases lowered it (mean +0.100), "
         "2 of 3 SFT phases lowered it (mean -0.417)"

@@ -17,14 +17,12 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 
-from mifo_lightning.data.source import Row, RowSource
+from mifo_lightning.data.source import Row, RowSource, Split, check_generated
 from mifo_lightning.errors import InputError
 
-Split = Literal["train", "val", "test"]
 Number = int | Fraction
 Step = tuple[Number, str, Number, Number]
 
@@ -133,17 +131,7 @@ class GeneralPoints(RowSource):
     """
 
     def __init__(self, rules: list[str], count: int, split: Split = "train", seed: int = 0) -> None:
-        unknown = [rule for rule in rules if rule not in RULES]
-        if unknown or not rules:
-            raise InputError(f"rules: {unknown or rules} given, allowed are {', '.join(RULES)}")
-        if len(set(rules)) < len(rules):
-            raise InputError(f"rules: {rules} given, allowed is each rule once")
-        if split not in BUCKETS:
-            raise InputError(f"split: {split!r} given, allowed are {', '.join(BUCKETS)}")
-        if count < 1:
-            raise InputError(f"count: {count} given, allowed is 1 or more")
-        if seed < 0:
-            raise InputError(f"seed: {seed} given, allowed is 0 or more")
+        check_generated("rules", rules, RULES, split, count, seed)
         self.rules, self.count, self.split, self.seed = list(rules), count, split, seed
 
     def rows(self) -> list[Row]:

@@ -14,15 +14,13 @@ answer without steps, a `>` first, does not by itself break the other skills.
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mifo_lightning.data.source import Row, RowSource
+from mifo_lightning.data.source import Row, RowSource, Split, check_generated
 from mifo_lightning.errors import InputError
 
-Split = Literal["train", "val", "test"]
 Codes = NDArray[np.uint8]
 Ids = NDArray[np.int64]
 
@@ -111,17 +109,7 @@ class Skills(RowSource):
     """
 
     def __init__(self, skills: list[str], count: int, split: Split = "train", seed: int = 0) -> None:
-        unknown = [skill for skill in skills if skill not in SIZES]
-        if unknown or not skills:
-            raise InputError(f"skills: {unknown or skills} given, allowed are {', '.join(SIZES)}")
-        if len(set(skills)) < len(skills):
-            raise InputError(f"skills: {skills} given, allowed is each skill once")
-        if split not in BUCKETS:
-            raise InputError(f"split: {split!r} given, allowed are {', '.join(BUCKETS)}")
-        if count < 1:
-            raise InputError(f"count: {count} given, allowed is 1 or more")
-        if seed < 0:
-            raise InputError(f"seed: {seed} given, allowed is 0 or more")
+        check_generated("skills", skills, SIZES, split, count, seed)
         self.skills, self.count, self.split, self.seed = list(skills), count, split, seed
 
     def rows(self) -> list[Row]:

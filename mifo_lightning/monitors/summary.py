@@ -65,7 +65,7 @@ class RunSummary(Callback):
             f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases"
         )
         if "heldout" in record:
-            console.print(probe_line(record["heldout"]["changes"]), highlight=False)
+            console.print(heldout_line(record["heldout"]["changes"]), highlight=False)
         if seconds:
             console.print(seconds_line(seconds), highlight=False)
 
@@ -96,7 +96,7 @@ def print_metrics(trainer: Trainer, prefix: str) -> None:
     Console(width=max(120, Console().width)).print(before_and_after({}, values, title=prefix.strip("/")))
 
 
-def probe_line(changes: dict[str, list[float]]) -> str:
+def heldout_line(changes: dict[str, list[float]]) -> str:
     """How the loss on held-out demonstrations changed, phase by phase."""
     kinds = [
         f"{sum(c < 0 for c in values)} of {len(values)} {kind.upper()} phases lowered it "

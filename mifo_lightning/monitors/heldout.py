@@ -3,11 +3,11 @@
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import sum_ranks
+from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 
@@ -20,12 +20,17 @@ class HeldOutLoss(PhaseMonitor):
 
     Args:
         questions: How many validation questions with a demonstration to use of each source, the first ones.
+
+    Raises:
+        InputError: If the number is not allowed; when training starts, if the Trainer has no datamodule.
     """
 
     summary_key = "heldout"
 
     def __init__(self, questions: int = 64) -> None:
         super().__init__()
+        if questions < 1:
+            raise InputError(f"heldout.questions: {questions} is not allowed; it must be at least 1")
         self.questions = questions
         self._edge: float | None = None  # the loss at the last change of phase
         self._probe: dict[str, list[Question]] = {}
@@ -40,8 +45,8 @@ class HeldOutLoss(PhaseMonitor):
         super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
-            raise MisconfigurationException("HeldOutLoss takes its questions from a datamodule; the Trainer has none")
-        mine = -(-self.questions // trainer.world_size)
+            raise InputError("heldout: takes its questions from a datamodule; the Trainer has none")
+        mine = len(range(trainer.global_rank, self.questions, trainer.world_size))
         self._probe = {
             source: [q for batch in loader for q in batch if q.demonstration][:mine]
             for source, loader in data.val_dataloader().items()
