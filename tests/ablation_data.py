@@ -12,7 +12,7 @@ PAPER = {
     "rl": 0.72, "sft": 0.55, "sft_then_rl": 0.80, "relift": 0.80, "interleave": 0.79, "mifo_es": 0.80, "mifo_pf": 0.80,
     "mifo": 0.86, "mifo_dagger": 0.805, "luffy": 0.70, "srft": 0.75, "random freeze + ES": 0.81, "half lr": 0.80,
 }  # fmt: skip
-EVIL = "<script>alert(1)</script>"
+EVIL = "</td><script>alert(1)</script>"
 RL_STEPS = 120
 Record = dict[str, Any]
 
@@ -91,6 +91,8 @@ def make(
     record = {
         "name": "paper_table", "question": "Does MIFO beat SFT then RL at equal compute?", "primary": primary,
         "metrics": [f"{s}/avg@1" for s in SOURCES], "reference": next(a for a in arms if a in ("sft_then_rl", "ref")),
+        "trade_off": {"learned": ["addition/avg@1", "mirrored/avg@1"], "kept": ["sorting/avg@1", "reversal/avg@1"]},
+        "setting": "A small model.\nFour skills.", "contrasts": [list(arms)[:2]],
         "design": "crossed", "command": "python -m experiments.ablation --config x.yaml", "commit": "0123abc",
         "arms": [{"name": a, "directory": f"arm{i}", "configs": ["configs/tiny.yaml"], "set": {"model.lr": 0.1}}
                  for i, a in enumerate(arms)],

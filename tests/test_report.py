@@ -5,18 +5,20 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ablation_data import EVIL, PAPER, bare, edit, make, write
 
 from experiments.report import write_report
 from experiments.report.__main__ import main
+from experiments.report.figures import beside
 from mifo_lightning.errors import InputError
 
 
 class Page(HTMLParser):
     """Checks that tags nest, and collects text, tags and attributes."""
 
-    VOID = {"meta", "link", "br", "img", "input"}
+    VOID = {"meta", "link", "br", "img", "input", "wbr"}
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -49,6 +51,13 @@ def verdict(root: Path) -> str:
     """The sentences before the first question."""
     write_report(root)
     return (root / "report.md").read_text().split("## ")[0].replace("\\", "")
+
+
+def rows_of(root: Path, caption: str) -> list[list[str]]:
+    """Header and rows of the table whose caption has these words."""
+    text = (root / "report.md").read_text().replace("\\", "")
+    table = re.split(rf"{re.escape(caption)}.*:\n\n", text)[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in [table[0], *table[2:]]]
 
 
 @pytest.fixture(scope="module")
@@ -106,28 +115,30 @@ def test_failed_and_missing_runs_are_listed(small: Path) -> None:
 def test_first_sentence_names_the_winner_and_its_lead(tmp_path: Path) -> None:
     text = verdict(bare(make(tmp_path, {"ref": 0.5, "good": 0.6, "same": 0.5, "bad": 0.3})))
     assert re.search(
-        r"good has the highest avg@1, 0\.\d+ \[.*\], and is significantly ahead of ref, by \+0\.\d+ \[", text
+        r"'good' has the highest avg@1, 0\.\d+ \[.*\], and is significantly ahead of 'ref', by 0\.\d+ \[0", text
     )
-    assert re.search(r"Significantly behind ref: bad by -0\.\d+ \[", text)
-    assert "No other difference is significant." in text
-    assert "same by" not in text
+    assert re.search(r"Significantly worse than 'ref': 'bad' by (0\.\d+) \[0\.\d+, 0", text)
+    assert "No other difference to it is significant." in text
+    assert "'same' by" not in text
     assert "There are 3 bases" in text
 
 
 def test_no_difference_is_said_to_be_none(tmp_path: Path) -> None:
     text = verdict(bare(make(tmp_path, {"ref": 0.5, "a": 0.5, "b": 0.5}, noise=0.03)))
-    assert "No arm differs significantly from ref." in text
+    assert "No arm differs significantly from 'ref'." in text
     assert "significantly ahead" not in text.replace("not significantly ahead", "")
 
 
 def test_too_few_runs_and_one_base_are_said(tmp_path: Path) -> None:
     text = verdict(bare(make(tmp_path, {"ref": 0.5, "a": 0.9}, bases=1, seeds=3)))
-    assert "is not significantly ahead of ref" in text
+    assert "is not significantly ahead of 'ref'" in text
     assert "no difference can be significant" in text
     assert "nothing is known about other bases" in text
 
 
-@pytest.mark.parametrize(("arm", "words"), [("ref", "the reference ref has no run"), ("a", "no arm but the reference")])
+@pytest.mark.parametrize(
+    ("arm", "words"), [("ref", "the reference 'ref' has no run"), ("a", "no arm but the reference")]
+)
 def test_without_two_results_nothing_is_compared(arm: str, words: str, tmp_path: Path) -> None:
     root = bare(make(tmp_path, {"ref": 0.5, "a": 0.9}, bases=1, seeds=2))
     edit(root / "cells.json", lambda cells: [cell.update(status="failed") for cell in cells if cell["arm"] == arm])
@@ -147,13 +158,13 @@ def test_what_no_monitor_recorded_is_left_out_in_one_line(tmp_path: Path) -> Non
 def test_one_run_has_no_interval(tmp_path: Path) -> None:
     text = verdict(bare(make(tmp_path, {"ref": 0.5, "a": 0.9}, bases=1, seeds=1)))
     assert re.search(
-        r"a has the highest avg@1, 0\.\d{3} \[-\], and is not significantly ahead of ref: \+0\.\d{3} \[-\]", text
+        r"'a' has the highest avg@1, 0\.\d{3} \[-\], and is not significantly ahead of 'ref': \+0\.\d{3} \[-\]", text
     )
 
 
 def test_scores_are_sorted_and_the_reference_is_marked(small: Path) -> None:
-    table = (small / "report.md").read_text().split("highest first:")[1].split("\n\n")[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:-1]]
+    _, *rows, last = rows_of(small, "highest first")
+    assert last[0] == "before training"
     means = [float(row[1].split()[0]) for row in rows]
     assert means == sorted(means, reverse=True)
     assert "ref (reference)" in [row[0] for row in rows]
@@ -177,6 +188,114 @@ def test_command_reports_into_out_and_names_what_is_wrong(
     assert "'ref', 'a'" in line
 
 
+def grade(root: Path, arm: int, **scores: float) -> None:
+    """Give all runs of an arm these scores of single skills."""
+    for path in root.glob(f"arm{arm}/*/*/summary.json"):
+        edit(path, lambda record: record["after"].update({f"{name}/avg@1": x for name, x in scores.items()}))
+
+
+def test_the_trade_off_says_who_is_exceeded_on_both(tmp_path: Path) -> None:
+    root = bare(make(tmp_path, {"ref": 0.5, "learner": 0.5, "keeper": 0.5, "neither": 0.5}, bases=2, seeds=2))
+    for arm, (learned, kept) in enumerate([(0.5, 0.5), (0.9, 0.1), (0.3, 0.8), (0.4, 0.4)]):
+        grade(root, arm, addition=learned + 0.1, mirrored=learned - 0.1, sorting=kept, reversal=kept)
+    write_report(root)
+    text = (root / "report.md").read_text()
+    assert "No arm is highest on both: 'learner' is on learned, 'keeper' on kept." in text
+    assert "(learned, kept): 'ref' (0.500, 0.500), 'learner' (0.900, 0.100), 'keeper' (0.300, 0.800).\n" in text
+    header, *rows = rows_of(root, "highest first")
+    place = header.index("learned")
+    assert header[place + 1] == "kept"
+    shown = {row[0]: [float(cell.split()[0]) for cell in row[place : place + 2]] for row in rows[:-1]}
+    assert shown["learner"] == [0.9, 0.1]
+    edit(root / "ablation.json", lambda record: record.pop("trade_off"))  # as an older runner wrote it
+    write_report(root)
+    assert "highest on both" not in (root / "report.md").read_text()
+    assert "kept" not in rows_of(root, "highest first")[0]
+
+
+def test_contrasts_are_corrected_among_themselves_and_said(tmp_path: Path) -> None:
+    root = bare(make(tmp_path, {"ref": 0.5, "good": 0.7, "same": 0.5}))
+    pairs = [["good", "same"], ["same", "good"], ["ref", "same"]]
+    edit(root / "ablation.json", lambda record: record.update(contrasts=pairs))
+    write_report(root)
+    text = (root / "report.md").read_text()
+    assert re.search(r"avg@1: 'good' is ahead of 'same' by 0\.\d+ \\\[0.*; 'same' is worse than 'good' by 0\.", text)
+    assert "No other of these differences is significant." in text
+    _, first, second, _ = rows_of(root, "same base and seed")
+    assert first[0] == "good minus same"
+    assert (first[2], second[2]) == ("15 of 15", "0 of 15")
+    assert first[1].startswith("+0.")
+    assert second[1].startswith("-0.")
+    edit(root / "ablation.json", lambda record: record.update(contrasts=[["ref", "same"]]))
+    write_report(root)
+    assert "None of these 1 differences in avg@1 is significant." in (root / "report.md").read_text()
+    edit(root / "ablation.json", lambda record: record.pop("contrasts"))
+    write_report(root)
+    assert "Does each part matter?" not in (root / "report.md").read_text()
+
+
+def test_differences_are_shown_by_base_and_arms_below_the_base_models_named(tmp_path: Path) -> None:
+    root = make(tmp_path, {"ref": 0.7, "a": 0.8, "low": 0.5}, bases=2, seeds=2)
+    for base, score in (("seed0", 0.9), ("seed1", 0.7)):
+        for path in root.glob(f"arm1/{base}/*/summary.json"):
+            edit(path, lambda record, score=score: record["after"].update({"avg@1": score}))
+        for path in root.glob(f"arm0/{base}/*/summary.json"):
+            edit(path, lambda record: record["after"].update({"avg@1": 0.75}))
+    text = verdict(root)
+    assert "By base, 'a' minus 'ref' is +0.150 on base seed0, -0.050 on base seed1." in text
+    assert re.search(r"Below the untrained base models \(0\.600\) end: 'low', 0\.\d+\.", text)
+    header, first, *_ = rows_of(root, "avg@1 by base")
+    assert header == ["arm", "base seed0", "base seed1", "difference on base seed0", "difference on base seed1"]
+    assert first == ["a", "0.900", "0.700", "+0.150", "-0.050"]
+
+
+def test_costs_leave_out_zeros_and_sum_what_is_small(tmp_path: Path) -> None:
+    root = make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=1, seeds=2)
+    for path in root.glob("arm*/*/*/summary.json"):
+        edit(path, lambda record: (record["costs"]["rl"].update(scored_tokens=0),
+                                   record["costs"]["sft"].update(scored_tokens=0),
+                                   record["costs"]["callbacks"].update(Costs=0.01, History=0.02)))  # fmt: skip
+    for path in root.glob("arm1/*/*/summary.json"):
+        edit(path, lambda record: record["costs"]["rl"].update(flops=2.6e12))
+    write_report(root)
+    assert "scored" not in rows_of(root, "are distinct ones")[0]
+    assert "generated" in " ".join(rows_of(root, "are distinct ones")[0])
+    header, first, _ = rows_of(root, "by group of the configuration")
+    assert header == ["arm", "forgetting", "freeze", "importance", "other"]
+    assert first[-1] == "0.03"
+    header, *rows = rows_of(root, "highest first")
+    assert {row[0]: row[header.index("FLOPs")] for row in rows[:-1]} == {"a": "x1.50", "ref (reference)": "x1.00"}
+    assert "A run took 1.000 ('ref') to 1.500 ('a') times the FLOPs" in (root / "report.md").read_text()
+
+
+def test_how_responses_were_drawn_comes_from_the_runs_configuration(tmp_path: Path) -> None:
+    root = make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=1, seeds=1)
+    data = {"val": {"init_args": {"count": 400, "split": "test"}}}
+    model = {"evaluation": {"sampling": {"temperature": 0.5}}}
+    write(root / "arm0/seed0/seed0/config.yaml", {"model": model, "data": data})
+    write_report(root)
+    text = (root / "report.md").read_text()
+    assert "responses sampled at T = 0.5, n to a question, of 400 test questions" in text
+    assert "greedy responses to the first 64 questions of each source among the 400 test questions" in text
+
+
+def test_markdown_stands_alone(small: Path) -> None:
+    text = (small / "report.md").read_text()
+    assert "has the pictures" in text.split("\n\n")[1]
+    for word in ("Shaded", "diamond", "dashed", "A point is"):
+        assert word in (small / "report.html").read_text()
+        assert word not in text
+    assert "## What was run\n\nA small model.\n\nFour skills.\n" in text
+
+
+def test_numbers_beside_points_that_crowd_do_not_overlap() -> None:
+    points = np.random.default_rng(0).normal(0, 12, (14, 2))
+    numbers = points + beside(points)
+    apart = np.linalg.norm(numbers[:, None] - numbers[None], axis=2) + 99 * np.eye(14)
+    assert apart.min() >= 11
+    assert np.linalg.norm(numbers[:, None] - points[None], axis=2).min() >= 8
+
+
 @pytest.mark.parametrize("name", ["ablation.json", "cells.json", "arm0/seed0/seed0/summary.json"])
 def test_a_file_that_is_not_there_or_not_json_is_named(name: str, tmp_path: Path) -> None:
     root = bare(make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=1, seeds=1))
@@ -197,4 +316,4 @@ def test_page_of_a_large_ablation_is_small(tmp_path: Path) -> None:
     assert page.stat().st_size < 2_000_000
     text = page.with_name("report.md").read_text()
     assert "Not recorded" not in text
-    assert "**mifo has the highest avg@1" in text
+    assert "**'mifo' has the highest avg@1" in text

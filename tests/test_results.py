@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.report.results import Cell, learning_curves, retention, retention_by_phase
+from experiments.report.reductions import learning_curves, retention, retention_by_phase
+from experiments.report.results import Cell
 
 Record = dict[str, Any]
 
@@ -36,6 +37,20 @@ def test_learning_curves_average_runs_and_join_accuracies_by_straight_lines() ->
     assert learning_curves([cell()]) is None
 
 
+def test_where_accuracies_were_measured_and_where_two_measurements_are_far_apart() -> None:
+    def run(*measured: int) -> Cell:
+        rows = [{"step": i, "rl_step": i, "rollout/reward": 0.0} for i in range(9)]
+        return cell([{**row, "forgetting/x/accuracy": 0.5} if row["rl_step"] in measured else row for row in rows])
+
+    data = learning_curves([run(0, 2, 8), run(0, 1, 8)], bins=4)  # edges -2 0 2 4 6 8; far: more than 2 steps
+    assert data is not None
+    np.testing.assert_allclose(data.measured, [0, 1, 1, 0, 0, 1])
+    np.testing.assert_allclose(data.far, [0, 0, 0, 1, 1, 1])
+    half = learning_curves([run(0, 8), run(0, 2, 4, 6, 8)], bins=4)
+    assert half is not None
+    np.testing.assert_allclose(half.far, [0, 0, 0.5, 0.5, 0.5, 0.5])
+
+
 def test_an_arm_without_rl_goes_by_optimizer_steps() -> None:
     rows = [{"step": i, "rl_step": 0, "phase/is_sft": 1.0} for i in range(1, 11)]
     data = learning_curves([cell(rows)])
@@ -59,3 +74,6 @@ def test_retention_pools_counts() -> None:
     runs = [cell(phases=[rl, phase(1, 8), phase(2, 6), phase(3, 1)]), cell(phases=[phase(1, 10), phase(2, 10)])]
     runs.append(cell(phases=[phase(1, 9)]))
     assert retention_by_phase(runs, "x") == [pytest.approx(0.9), pytest.approx(0.8)]  # the third only one of three has
+    nothing = {"phase": "sft", "number": 1, "sources": {"x": {"solved": 0, "retained": 0}}}
+    few = [cell(phases=[nothing, phase(2, 5)]), cell(phases=[nothing, phase(2, 5)]), cell(phases=[phase(1, 0)])]
+    assert retention_by_phase(few, "x") == [None, pytest.approx(0.5)]  # of the first, one run had something to lose

@@ -1,22 +1,32 @@
-"""What a report is made of: questions with the sentences, tables and pictures that answer them; how numbers read."""
+"""What is a report made of? Questions with the sentences, tables and pictures that answer them; how numbers read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from experiments.report.figures import Key
-from experiments.report.results import Ablation
+from experiments.report.drawing import Key
+from experiments.report.figures import Strip
+from experiments.report.results import Ablation, Cell
 from experiments.report.statistics import Comparison, Interval, Scores, interval
+
+Measure = Callable[[Cell], float | None]
+MARKS = "Small marks are runs (their shape is the base), the diamond is the mean, the bar its 95 % interval."
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header; the first column names the row."""
+    """Rows of text under a header; the first column names the row.
+
+    A `folded` table is shown on demand; cells are numbers or running `prose`.
+    """
 
     caption: str
     header: list[str]
     rows: list[list[str]]
+    folded: bool = False
+    prose: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,31 +38,63 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A question and what answers it.
+class Legend:
+    """What marks and lines stand for."""
 
-    `panels` are small pictures, one per arm, to which the legend belongs if there are any; `folded` tables are shown on
-    demand; tables are of numbers or of running `prose`.
-    """
+    title: str
+    keys: list[Key]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures that share legends and sentences: wide, small, or one with its legends beside it; on the page only."""
+
+    figures: list[Figure]
+    legends: list[Legend] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    kind: Literal["wide", "small", "beside"] = "wide"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A question, the sentences that answer it at once, others that explain, and tables and pictures in order."""
 
     question: str
+    answer: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    legend: list[Key] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
-    panels: list[Figure] = field(default_factory=list)
-    folded: list[Table] = field(default_factory=list)
-    prose: bool = False
+    blocks: list[Table | Gallery] = field(default_factory=list)
 
 
 def absent(question: str, monitor: str) -> Section:
     """The section of a question that no run recorded anything about."""
-    return Section(question, [f"Not recorded: the monitor {monitor} would show it."])
+    return Section(question, text=[f"Not recorded: the monitor {monitor} would show it."])
 
 
 def intervals(ablation: Ablation, scores: Mapping[str, Scores]) -> dict[str, Interval]:
     """The interval of every arm."""
     return {arm: interval(values, ablation.design) for arm, values in scores.items()}
+
+
+def strips(ablation: Ablation, measures: Mapping[str, Measure]) -> dict[str, list[Strip]]:
+    """A line per arm and measure in its colour (by base if that is empty); without the arms that have no value."""
+    rows: dict[str, list[Strip]] = {arm: [] for arm in ablation.names}
+    for color, measure in measures.items():
+        scores = {arm: ablation.grid(arm, measure) for arm in ablation.names}
+        for arm, found in intervals(ablation, scores).items():
+            rows[arm].append(Strip(scores[arm], found, color or None))
+    return {arm: row for arm, row in rows.items() if any(np.isfinite(strip.interval.mean) for strip in row)}
+
+
+def means(ablation: Ablation, measure: Measure) -> dict[str, float]:
+    """The mean over runs of every arm that has one."""
+    grids = {arm: ablation.grid(arm, measure) for arm in ablation.names}
+    return {arm: float(np.nanmean(grid)) for arm, grid in grids.items() if np.isfinite(grid).any()}
+
+
+def ends(found: Mapping[str, float]) -> str:
+    """The lowest and the highest with their names: `0.1 ('a') to 0.9 ('b')`."""
+    low, high = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    return f"{number(found[low])} ({low!r}) to {number(found[high])} ({high!r})"
 
 
 def mean(values: Scores) -> str:
@@ -83,6 +125,11 @@ def bracketed(found: Interval, sign: str = "") -> str:
     if not np.isfinite(found.low):
         return f"{found.mean:{sign}.3f} [-]"
     return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def size(found: Interval) -> str:
+    """An interval without its sign, for a sentence that says which way."""
+    return bracketed(found if found.mean >= 0 else Interval(-found.mean, -found.high, -found.low))
 
 
 def difference(comparison: Comparison) -> str:

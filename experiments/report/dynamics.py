@@ -1,29 +1,30 @@
-"""How did the arms learn, what did they forget, and what did it cost? The sections about what monitors recorded."""
-
-from collections.abc import Callable, Mapping
+"""How did the arms learn, and what moved? The sections about learning curves, updates and frozen weights."""
 
 import numpy as np
 
 from experiments.report import figures
-from experiments.report.document import Figure, Section, Table, absent, intervals, large, mean, number
-from experiments.report.results import (
-    KINDS,
-    Ablation,
-    Cell,
-    Kind,
-    layer_means,
-    learning_curves,
-    mean_of,
-    phase_changes,
-    retention,
-    retention_by_phase,
-    update_norm,
+from experiments.report.document import (
+    MARKS,
+    Figure,
+    Gallery,
+    Legend,
+    Measure,
+    Section,
+    Table,
+    absent,
+    ends,
+    large,
+    means,
+    number,
+    strips,
 )
-from experiments.report.sections import MARKS
-from experiments.report.statistics import rank_correlation
+from experiments.report.drawing import INK, PALETTE, RL, SFT, Key, keys
+from experiments.report.reductions import layer_means, learning_curves, mean_of, update_norm
+from experiments.report.results import KINDS, Ablation, Cell, Kind, probe
 
-Measure = Callable[[Cell], float | None]
-RL_AND_SFT = [figures.Key("RL phases", figures.RL), figures.Key("SFT phases", figures.SFT)]
+RL_AND_SFT = Legend("Phases", [Key("RL", RL), Key("SFT", SFT)])
+CONSTANT = 0.005
+"""Shares that differ by no more are the same."""
 
 
 def learning(ablation: Ablation) -> Section:
@@ -40,73 +41,16 @@ def learning(ablation: Ablation) -> Section:
         for arm, data in drawn.items()
     ]
     text = (
-        "Means over the runs of an arm. Reward is that of the rollouts; the accuracies are of greedy responses to a "
-        "fixed set of questions, measured at every change of phase, with straight lines between (from start to end "
-        "where there is no change). Shaded where runs had an SFT phase after that RL step: the stronger, the more runs."
+        f"Means over the runs of an arm. Reward is that of the rollouts, which are sampled; the accuracies are of "
+        f"{probe(ablation)}. A mark is where at least half of the runs were measured; between marks lines are "
+        "straight, and dashed where two measurements are more than a quarter of the run apart. Shaded where runs had "
+        "an SFT phase after that RL step: the stronger, the more runs."
     )
     sources = sorted({source for data in drawn.values() for source in data.accuracy})
-    legend = [figures.Key("reward", figures.INK), *figures.keys(sources)]
-    return Section(question, [text], legend=legend, panels=pictures)
-
-
-def forgetting(ablation: Ablation) -> Section:
-    """Retention of solved questions per SFT phase and over the run."""
-    question = "What did each phase forget?"
-    if not ablation.recorded("forgetting"):
-        return absent(question, "forgetting")
-    sources = sorted({s for cell in ablation.cells for s in cell.summary.get("forgetting", {}).get("run", {})})
-
-    columns = {f"SFT phase: {source}": _retained_per_phase(source) for source in sources}
-    columns |= {f"run: {source}": _retained(source) for source in sources}
-    rows = [[arm, *(mean(ablation.grid(arm, measure)) for measure in columns.values())] for arm in ablation.names]
-    text = (
-        "Retention is the share of the questions solved before that are still solved after, by greedy responses to a "
-        "fixed set of questions: over one SFT phase, or over the whole run."
-    )
-    pictures, panels = [], []
-    for label, measure in (("over an SFT phase", _retained_per_phase()), ("over the run", _retained())):
-        strips = _strips(ablation, {"": measure})
-        if strips:
-            title = f"retention {label}, all sources"
-            pictures.append(Figure(figures.dots(title, strips, title, bold=ablation.reference), MARKS))
-    for arm in ablation.names:
-        by_source = {source: retention_by_phase(ablation.done(arm), source) for source in sources}
-        if any(by_source.values()):
-            title = f"Retention by SFT phase of {arm}"
-            panels.append(Figure(figures.retention(title, arm, by_source)))
-    tables = [Table("Mean retention", ["arm", *columns], rows)]
-    return Section(question, [text], tables, figures.keys(sources), pictures, panels)
-
-
-def divergence(ablation: Ablation) -> Section:
-    """Forward KL of each phase and whether it predicts forgetting."""
-    question = "How far did each phase move the policy, and does that predict forgetting?"
-    if not ablation.recorded("phase_kl"):
-        return absent(question, "phase_kl")
-
-    def kl(kind: Kind) -> Measure:
-        return lambda cell: mean_of(cell.phases("phase_kl", kind), "kl")
-
-    label = "forward KL of a phase, nats per token"
-    strips = _strips(ablation, {figures.RL: kl("rl"), figures.SFT: kl("sft")})
-    pictures = [Figure(figures.dots(label, strips, label, log=True, bold=ablation.reference), MARKS)]
-    text = ["Forward KL(before || after) of a phase on RL prompts, mean over the phases of a run."]
-    changes = [change for arm in ablation.names for change in phase_changes(ablation.done(arm))]
-    sft = [change for change in changes if change.kind == "sft"]
-    if sft:
-        lost = [change.lost for change in sft]
-        by_kl = rank_correlation([change.kl for change in sft], lost)
-        by_l2 = rank_correlation([change.l2 for change in sft], lost)
-        text.append(
-            f"Over {len(sft)} SFT phases of all arms the rank correlation of the share of solved questions lost is "
-            f"{number(by_kl)} with forward KL and {number(by_l2)} with the L2 norm of the update. "
-            "Phases of one run are not independent, so no interval is given."
-        )
-        pictures.append(Figure(figures.scatter("KL and forgetting", changes, "kl", label), "A point is a phase."))
-        if np.isfinite([change.l2 for change in changes]).any():
-            title = "L2 norm of a phase's update"
-            pictures.append(Figure(figures.scatter("Update size and forgetting", changes, "l2", title)))
-    return Section(question, text, [], RL_AND_SFT, pictures)
+    legend = Legend("Share correct, and reward", [*keys(sources), Key("reward", INK)])
+    ended = {arm: float(x[np.isfinite(x)][-1]) for arm, d in drawn.items() if np.isfinite(x := d.reward).any()}
+    answer = [f"The mean reward of the last rollouts is {ends(ended)}."] if ended else []
+    return Section(question, answer, blocks=[Gallery(pictures, [legend], [text], "small")])
 
 
 def updates(ablation: Ablation) -> Section:
@@ -122,24 +66,46 @@ def updates(ablation: Ablation) -> Section:
 
         return {"steps": lambda cell: mean_of(cell.phases("layer_updates", kind), "steps"), "L2 norm": length}
 
+    columns = {f"{kind.upper()}: {name}": measure for kind in KINDS for name, measure in sizes(kind).items()}
     label = "L2 norm of a phase's update, all weights"
-    strips = _strips(ablation, {figures.RL: sizes("rl")["L2 norm"], figures.SFT: sizes("sft")["L2 norm"]})
-    pictures = [Figure(figures.dots(label, strips, label, log=True, bold=ablation.reference), MARKS)]
+    rows = strips(ablation, {RL: sizes("rl")["L2 norm"], SFT: sizes("sft")["L2 norm"]})
+    picture = Figure(figures.dots(label, rows, label, log=True, bold=ablation.reference), MARKS)
+    found = {kind.upper(): means(ablation, sizes(kind)["L2 norm"]) for kind in KINDS}
+    answer = [
+        f"The L2 norm of the update of an {kind} phase is {ends(norms)} on average." for kind, norms in found.items()
+        if norms
+    ]  # fmt: skip
+    text = (
+        "What a phase did to the weights: the L2 norm of their change, which grows with the number of weights and of "
+        "steps, so that parts of different size and phases of different length are not alike."
+    )
+    panels, constant = _layers(ablation)
+    by_layer = Gallery(panels, [RL_AND_SFT], kind="small")
+    sizes_table = table("Mean of a phase", ablation, columns)
+    blocks: list[Table | Gallery] = [sizes_table, Gallery([picture], [RL_AND_SFT]), by_layer]
+    return Section(question, answer, [text, *constant], blocks)
+
+
+def _layers(ablation: Ablation) -> tuple[list[Figure], list[str]]:
+    """A panel per arm, and a sentence on the arms whose changed share is the same everywhere, in place of a picture."""
     layers = {
         arm: {kind: found for kind in KINDS if (found := layer_means(ablation.done(arm), kind))}
         for arm in ablation.names
     }
     norms = [l2 for by_kind in layers.values() for groups in by_kind.values() for l2, _ in groups.values()]
-    ends = min((l2 for l2 in norms if l2 > 0), default=0.0), max(norms)
-    panels = [
-        Figure(figures.layers(f"Update by layer of {arm}", arm, by_kind, ends))
-        for arm, by_kind in layers.items()
-        if by_kind
-    ]
-    columns = {f"{kind.upper()}: {name}": measure for kind in KINDS for name, measure in sizes(kind).items()}
-    table = _table("Mean of a phase", ablation, columns)
-    text = "What a phase did to the weights: L2 norm of their change and share of entries that changed at all."
-    return Section(question, [text], [table], RL_AND_SFT, pictures, panels)
+    span = min((l2 for l2 in norms if l2 > 0), default=0.0), max(norms)
+    panels, constant = [], dict[str, float]()
+    for arm, by_kind in layers.items():
+        shares = [share for groups in by_kind.values() for _, share in groups.values()]
+        if shares:
+            same = max(shares) - min(shares) <= CONSTANT
+            title = f"Update by layer of {arm}"
+            panels.append(Figure(figures.layers(title, arm, by_kind, span, not same)))
+            constant |= {arm: float(np.mean(shares))} if same else {}
+    if not constant:
+        return panels, []
+    listed = ", ".join(f"{arm!r} ({number(share)})" for arm, share in constant.items())
+    return panels, [f"The share of weights that a phase changed is the same in all layers and phases of {listed}."]
 
 
 def overlap(ablation: Ablation) -> Section:
@@ -152,83 +118,28 @@ def overlap(ablation: Ablation) -> Section:
         "gradient": "L1 mass",
         "gradient_squared": "squared mass",
     }
-    colors = dict(zip(names, (figures.INK, *figures.PALETTE), strict=False))
-    measures = {color: _overlap(key) for key, color in colors.items()}
-    strips = _strips(ablation, measures)
+    colors = dict(zip(names, (INK, *PALETTE), strict=False))
+    rows = strips(ablation, {color: _overlap(key) for key, color in colors.items()})
     label = "share of SFT's gradient on frozen coordinates"
-    picture = Figure(figures.dots(label, strips, label, bold=ablation.reference), MARKS)
-    rows = [[arm, *(number(s.interval.mean) for s in row)] for arm, row in strips.items()]
+    picture = Figure(figures.dots(label, rows, label, bold=ablation.reference), MARKS)
+    cells = [[arm, *(number(s.interval.mean) for s in row)] for arm, row in rows.items()]
+    held = "; ".join(f"{arm!r} {found} (chance {chance})" for arm, chance, found, _ in cells)
+    answer = [f"Of the L1 mass of SFT's gradient, this share was on frozen coordinates: {held}."]
     text = (
         "Share of the gradient of SFT steps that fell on frozen coordinates, before it was masked. Above chance, "
         "freezing stops more of SFT than a random choice would."
     )
-    table = Table("Mean over SFT phases and runs", ["arm", *names.values()], rows)
-    return Section(question, [text], [table], [figures.Key(n, colors[k]) for k, n in names.items()], [picture])
+    legend = Legend("Measured", [Key(name, colors[key]) for key, name in names.items()])
+    shown = Table("Mean over SFT phases and runs", ["arm", *names.values()], cells)
+    return Section(question, answer, [text], [shown, Gallery([picture], [legend])])
 
 
-def costs(ablation: Ablation) -> Section:
-    """Data, tokens, floating-point operations and seconds."""
-    question = "What did it cost?"
-    if not any("costs" in cell.summary for cell in ablation.cells):
-        return absent(question, "costs")
-
-    def account(key: str, *kinds: Kind) -> Measure:
-        return lambda cell: sum(cell.summary["costs"][kind][key] for kind in kinds) if "costs" in cell.summary else None
-
-    columns: dict[str, Measure] = {
-        "questions": lambda cell: cell.summary.get("costs", {}).get("distinct_questions"),
-        "demonstrations": lambda cell: cell.summary.get("costs", {}).get("distinct_demonstrations"),
-        "tokens generated": account("generated_tokens", *KINDS),
-        "scored": account("scored_tokens", *KINDS),
-        "trained": account("trained_tokens", *KINDS),
-        "FLOPs RL": account("flops", "rl"),
-        "FLOPs SFT": account("flops", "sft"),
-        "steps RL": account("optimizer_steps", "rl"),
-        "steps SFT": account("optimizer_steps", "sft"),
-        "seconds RL": account("seconds", "rl"),
-        "seconds SFT": account("seconds", "sft"),
-        "seconds of the run": lambda cell: cell.seconds,
-    }
-    names = sorted({name for cell in ablation.cells for name in cell.summary.get("costs", {}).get("callbacks", {})})
-    callbacks = {name: _callback(name) for name in names}
-    tables = [_table("Mean of a run; questions and demonstrations are distinct ones", ablation, columns)]
-    if callbacks:
-        tables.append(_table("Seconds of a run by callback, mean", ablation, callbacks))
-    text = (
-        "k, M, G, T: 10^3, 10^6, 10^9, 10^12. FLOPs: 2 per weight and token forwarded, 6 per weight and token trained."
-    )
-    return Section(question, [text], tables)
-
-
-def _retained(source: str | None = None) -> Measure:
-    return lambda cell: retention([cell.summary.get("forgetting", {}).get("run", {})], source)
-
-
-def _retained_per_phase(source: str | None = None) -> Measure:
-    return lambda cell: retention([phase["sources"] for phase in cell.phases("forgetting", "sft")], source)
+def table(caption: str, ablation: Ablation, columns: dict[str, Measure], folded: bool = False) -> Table:
+    """Means over runs, a column for each measure."""
+    found = [means(ablation, measure) for measure in columns.values()]
+    rows = [[arm, *(large(column.get(arm, np.nan)) for column in found)] for arm in ablation.names]
+    return Table(caption, ["arm", *columns], rows, folded)
 
 
 def _overlap(key: str) -> Measure:
     return lambda cell: mean_of(cell.phases("overlap"), key)
-
-
-def _callback(name: str) -> Measure:
-    return lambda cell: cell.summary.get("costs", {}).get("callbacks", {}).get(name)
-
-
-def _table(caption: str, ablation: Ablation, columns: Mapping[str, Measure]) -> Table:
-    rows = []
-    for arm in ablation.names:
-        grids = [ablation.grid(arm, measure) for measure in columns.values()]
-        rows.append([arm, *(large(float(np.nanmean(g))) if np.isfinite(g).any() else "-" for g in grids)])
-    return Table(caption, ["arm", *columns], rows)
-
-
-def _strips(ablation: Ablation, measures: Mapping[str, Measure]) -> dict[str, list[figures.Strip]]:
-    """A line per arm and measure in its colour (by base if that is empty); without the arms that have no value."""
-    rows: dict[str, list[figures.Strip]] = {arm: [] for arm in ablation.names}
-    for color, measure in measures.items():
-        scores = {arm: ablation.grid(arm, measure) for arm in ablation.names}
-        for arm, found in intervals(ablation, scores).items():
-            rows[arm].append(figures.Strip(scores[arm], found, color or None))
-    return {arm: row for arm, row in rows.items() if any(np.isfinite(strip.interval.mean) for strip in row)}

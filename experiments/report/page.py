@@ -1,4 +1,4 @@
-"""One self-contained page of an ablation and the same in Markdown.
+"""How does a report reach a reader? As one self-contained page, and the same in Markdown.
 
 The page has no script and loads nothing; all text that came from a configuration, an error or a model is escaped. The
 same results give the same bytes.
@@ -8,24 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from experiments.report import dynamics, sections
+from experiments.report import costs, dynamics, forgetting, scores, sections
 from experiments.report.document import Section, Table
 from experiments.report.results import Ablation, load
+from experiments.report.verdict import verdict
 
 PARTS = (
-    sections.best,
+    scores.best,
+    scores.contrasts,
     dynamics.learning,
-    dynamics.forgetting,
-    dynamics.divergence,
+    forgetting.forgetting,
+    forgetting.divergence,
     dynamics.updates,
     dynamics.overlap,
-    dynamics.costs,
+    costs.costs,
     sections.responses,
     sections.unfinished,
     sections.made,
 )
-"""Each answers one question, in reading order."""
+"""Each answers one question, in reading order, or has nothing to ask (None)."""
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
@@ -35,37 +38,41 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
         InputError: A file of the ablation is missing or is not what the runner writes.
     """
     ablation = load(directory)
-    verdict = sections.verdict(ablation)
-    parts = [part(ablation) for part in PARTS]
+    words = verdict(ablation)
+    parts = [section for part in PARTS if (section := part(ablation))]
     out = out or directory
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
-    page.write_text(as_html(ablation, verdict, parts), encoding="utf-8")
-    (out / "report.md").write_text(as_markdown(ablation, verdict, parts), encoding="utf-8")
+    page.write_text(as_html(ablation, words, parts), encoding="utf-8")
+    (out / "report.md").write_text(as_markdown(ablation, words, parts), encoding="utf-8")
     return page
 
 
-def as_html(ablation: Ablation, verdict: Sequence[str], parts: Sequence[Section]) -> str:
+def as_html(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) -> str:
     """The page."""
     loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html.jinja")
-    return template.render(name=ablation.name, question=ablation.question, verdict=verdict, sections=parts)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("/", "/<wbr>"))
+    template = environment.get_template("page.html.jinja")
+    setting = ablation.setting.splitlines()
+    return template.render(
+        name=ablation.name, question=ablation.question, verdict=words, setting=setting, sections=parts
+    )
 
 
-def as_markdown(ablation: Ablation, verdict: Sequence[str], parts: Sequence[Section]) -> str:
-    """The same sentences and tables; pictures and responses are in the page only."""
-    blocks = [f"# {_plain(ablation.question)}", f"**{_plain(verdict[0])}**", *map(_plain, verdict[1:])]
+def as_markdown(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) -> str:
+    """The same sentences and tables; pictures and what models wrote are in the page only."""
+    blocks = [f"# {_plain(ablation.question)}", "The page beside it, [report.html](report.html), has the pictures."]
+    blocks += [f"**{_plain(words[0])}**", *map(_plain, words[1:])]
+    if ablation.setting:
+        blocks += ["## What was run", *(_plain(line) for line in ablation.setting.splitlines() if line)]
     for part in parts:
-        blocks += [f"## {_plain(part.question)}", *map(_plain, part.text)]
-        blocks += [block for table in _tables(part) for block in (f"{_plain(table.caption)}:", _rows(table))]
-        if part.figures or part.panels or (part.prose and part.folded):
-            blocks.append("Shown in [report.html](report.html).")
+        tables = [block for block in part.blocks if isinstance(block, Table) and not (block.folded and block.prose)]
+        if part.answer or tables or not part.blocks:
+            blocks += [f"## {_plain(part.question)}", *(f"**{_plain(line)}**" for line in part.answer)]
+            blocks += [*map(_plain, part.text)]
+            blocks += [text for table in tables for text in (f"{_plain(table.caption)}:", _rows(table))]
     return "\n\n".join(blocks) + "\n"
-
-
-def _tables(part: Section) -> list[Table]:
-    """Without what models wrote."""
-    return part.tables if part.prose else [*part.tables, *part.folded]
 
 
 def _rows(table: Table) -> str:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import yaml
+from yaml import YAMLError
 
 from experiments.report.statistics import Design, Scores
 from mifo_lightning.errors import InputError
@@ -15,8 +17,7 @@ from mifo_lightning.errors import InputError
 Record = dict[str, Any]
 Kind = Literal["rl", "sft"]
 KINDS: tuple[Kind, ...] = ("rl", "sft")
-Axis = Literal["rl_step", "step"]
-REWARD = "rollout/reward"
+When = Literal["before", "after"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Cell:
         records = self.summary.get(monitor, {}).get("phases", [])
         return [record for record in records if kind is None or record["phase"] == kind]
 
+    def cost(self, kind: Kind, key: str) -> float:
+        """An account of the costs monitor, of all phases of a kind; NaN if it was off."""
+        return float(self.summary["costs"][kind][key]) if "costs" in self.summary else float("nan")
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -58,17 +63,25 @@ class Ablation:
     metrics: list[str]
     reference: str
     design: Design
-    command: str
-    commit: str
+    command: str | None
+    commit: str | None
     arms: list[Arm]
     bases: list[str]
     seeds: list[int]
     cells: list[Cell]
+    setting: str = ""
+    trade_off: dict[str, list[str]] = field(default_factory=dict)
+    contrasts: list[list[str]] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
         """The arms in the order of the configuration."""
         return [arm.name for arm in self.arms]
+
+    @property
+    def base_names(self) -> list[str]:
+        """The bases as a reader sees them, not to be taken for seeds."""
+        return [f"base {base}" for base in self.bases]
 
     def done(self, arm: str) -> list[Cell]:
         """The finished cells of an arm."""
@@ -87,34 +100,14 @@ class Ablation:
                 scores[self.bases.index(cell.base), self.seeds.index(cell.seed)] = found
         return scores
 
-    def scores(self, metric: str, when: Literal["before", "after"] = "after") -> dict[str, Scores]:
+    def scores(self, metric: str, when: When = "after") -> dict[str, Scores]:
         """A metric of the evaluation before or after training, by arm."""
         return {arm: self.grid(arm, lambda cell: cell.summary.get(when, {}).get(metric)) for arm in self.names}
 
-
-@dataclass(frozen=True)
-class Curves:
-    """Means over the runs of an arm at `edges` of equal bins of RL steps (or optimizer steps: `axis`), float64 [edges].
-
-    `edges[0]` is one bin before the start; `accuracy` is by source, of greedy responses to held-out questions; `sft` is
-    the share of runs with an SFT phase in the bin that ends there.
-    """
-
-    axis: Axis
-    edges: Scores
-    reward: Scores
-    accuracy: dict[str, Scores]
-    sft: Scores
-
-
-@dataclass(frozen=True)
-class PhaseChange:
-    """What one phase did: forward KL in nats per token, share of solved questions it lost, L2 norm of its update."""
-
-    kind: Kind
-    kl: float
-    lost: float
-    l2: float
+    def traded(self, name: str, when: When = "after") -> dict[str, Scores]:
+        """The mean of the metrics of one side of the trade-off, by arm."""
+        parts = [self.scores(metric, when) for metric in self.trade_off[name]]
+        return {arm: np.mean([part[arm] for part in parts], axis=0) for arm in self.names}
 
 
 def load(directory: Path) -> Ablation:
@@ -130,7 +123,8 @@ def load(directory: Path) -> Ablation:
         grid = {(a.name, base, seed): None for a in plan["arms"] for base in plan["bases"] for seed in plan["seeds"]}
         named = {(row["arm"], row["base"], row["seed"]): row for row in rows}
         cells = [_cell(directory, *place, named.get(place)) for place in grid]
-        ablation = Ablation(**{key: plan[key] for key in Ablation.__annotations__ if key != "cells"}, cells=cells)
+        known = {f.name for f in fields(Ablation)}
+        ablation = Ablation(**{key: value for key, value in plan.items() if key in known}, cells=cells)
     except (KeyError, TypeError) as error:
         raise InputError(f"{directory}: ablation.json or cells.json is not what the runner writes: {error!r}") from None
     if ablation.reference not in ablation.names:
@@ -138,6 +132,26 @@ def load(directory: Path) -> Ablation:
     if ablation.design not in get_args(Design):
         raise InputError(f"{directory}/ablation.json: design {ablation.design!r} is none of {get_args(Design)}")
     return ablation
+
+
+def evaluation(ablation: Ablation) -> tuple[str, str]:
+    """How final responses were drawn (`T = 1`) and from what (`4096 test questions`); empty where not recorded."""
+    for cell in (cell for arm in ablation.names for cell in ablation.done(arm)):
+        with suppress(YAMLError, KeyError, TypeError):
+            config = yaml.safe_load(_text(cell.directory / "config.yaml"))
+            drawn = f"T = {config['model']['evaluation']['sampling']['temperature']:g}"
+            source = config["data"]["val"]["init_args"]
+            return drawn, f"{source['count']} {source['split']} questions"
+    return "", ""
+
+
+def probe(ablation: Ablation) -> str:
+    """What greedy accuracies and retention are measured by."""
+    _, questions = evaluation(ablation)
+    runs = [cell.summary["forgetting"]["run"] for cell in ablation.cells if "forgetting" in cell.summary]
+    counts = sorted({source["questions"] for run in runs for source in run.values()})
+    number = f"the first {counts[0]} questions" if len(counts) == 1 else "a fixed set of questions"
+    return f"greedy responses to {number} of each source{f' among the {questions}' if questions else ''}"
 
 
 def samples(cell: Cell, count: int) -> list[Record]:
@@ -149,116 +163,6 @@ def samples(cell: Cell, count: int) -> list[Record]:
             if row["stage"] == "val":
                 last[row["source"]] = row
     return [last[source] for source in sorted(last)][:count]
-
-
-def mean_of(records: list[Record], key: str) -> float | None:
-    """Mean of a number over records; None without any."""
-    return float(np.mean([record[key] for record in records])) if records else None
-
-
-def retention(records: list[dict[str, Record]], source: str | None = None) -> float | None:
-    """Share of the questions solved before that are solved after, over records {source: CELL}; None if none was."""
-    counts = [c for record in records for name, c in record.items() if source in (None, name)]
-    solved = sum(c["solved"] for c in counts)
-    return sum(c["retained"] for c in counts) / solved if solved else None
-
-
-def retention_by_phase(cells: list[Cell], source: str) -> list[float | None]:
-    """Retention in the first, second, ... SFT phase, counts summed over the runs; as far as half of the runs came."""
-    by_run = [cell.phases("forgetting", "sft") for cell in cells]
-    lengths = sorted((len(phases) for phases in by_run if phases), reverse=True)
-    reached = lengths[(len(lengths) - 1) // 2] if lengths else 0
-    return [retention([phases[i]["sources"] for phases in by_run if i < len(phases)], source) for i in range(reached)]
-
-
-def learning_curves(cells: list[Cell], bins: int = 40) -> Curves | None:
-    """Reward and accuracies of the runs of an arm over RL steps; None if no run kept a history.
-
-    A reward is the mean of its bin; an accuracy is the last one measured. An arm without RL steps goes by optimizer
-    steps.
-    """
-    histories = [cell.history for cell in cells if cell.history]
-    if not histories:
-        return None
-    axis: Axis = "rl_step" if any(line["rl_step"] for history in histories for line in history) else "step"
-    last = max(line[axis] for history in histories for line in history)
-    bins = max(1, min(bins, int(last)))
-    edges = np.linspace(-last / bins, last, bins + 2)
-    names = sorted({key for history in histories for line in history for key in line if _source(key)})
-    reward = _mean([_binned(history, axis, edges, REWARD) for history in histories])
-    accuracy = {_source(key): _mean([_measured(history, axis, edges, key) for history in histories]) for key in names}
-    in_sft = [np.isfinite(_binned([x for x in h if x.get("phase/is_sft")], axis, edges, axis)) for h in histories]
-    return Curves(axis, edges, reward, accuracy, np.mean(in_sft, 0))
-
-
-def phase_changes(cells: list[Cell]) -> list[PhaseChange]:
-    """Every phase of which forward KL and forgetting were measured, and where it was, the size of its update."""
-    changes = []
-    for cell in cells:
-        kl, layers = (
-            {(p["phase"], p["number"]): p for p in cell.phases(name)} for name in ("phase_kl", "layer_updates")
-        )
-        for phase in cell.phases("forgetting"):
-            key = (phase["phase"], phase["number"])
-            kept = retention([phase["sources"]])
-            if key in kl and kept is not None:
-                l2 = update_norm(layers[key]) if key in layers else np.nan
-                changes.append(PhaseChange(phase["phase"], kl[key]["kl"], 1 - kept, l2))
-    return changes
-
-
-def update_norm(phase: Record) -> float:
-    """L2 norm of a phase's update of all weights, from a record of `layer_updates`."""
-    return float(np.sqrt(sum(layer["l2"] ** 2 for layer in phase["layers"].values())))
-
-
-def layer_means(cells: list[Cell], kind: Kind) -> dict[str, tuple[float, float]]:
-    """By layer group: mean L2 norm and mean changed share of a phase's update, over phases and runs; may be empty."""
-    phases = [phase["layers"] for cell in cells for phase in cell.phases("layer_updates", kind)]
-    return {
-        group: (float(np.mean([p[group]["l2"] for p in phases])), float(np.mean([p[group]["changed"] for p in phases])))
-        for group in (phases[0] if phases else {})
-    }
-
-
-def _source(key: str) -> str:
-    """The source of `forgetting/<source>/accuracy`, else nothing."""
-    inner = key.removeprefix("forgetting/").removesuffix("/accuracy")
-    return inner if key == f"forgetting/{inner}/accuracy" else ""
-
-
-def _points(history: list[Record], axis: str, key: str) -> tuple[Scores, Scores]:
-    points = [(line[axis], line[key]) for line in history if key in line and np.isfinite(line[key])]
-    x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    return x, y
-
-
-def _binned(history: list[Record], axis: str, edges: Scores, key: str) -> Scores:
-    """Mean of the values in (edges[i-1], edges[i]]; NaN where there are none."""
-    x, y = _points(history, axis, key)
-    where = np.searchsorted(edges + 1e-9 * edges[-1], x, side="left").clip(max=len(edges) - 1)
-    counts = np.bincount(where, minlength=len(edges))
-    sums = np.bincount(where, weights=y, minlength=len(edges))
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _measured(history: list[Record], axis: str, edges: Scores, key: str) -> Scores:
-    """Straight lines between measurements; where there are two at once, before and after SFT, the later one counts."""
-    x, y = _points(history, axis, key)
-    if not x.size:
-        return np.full(len(edges), np.nan)
-    last = np.searchsorted(x, edges + 1e-9 * edges[-1], side="right").clip(min=1) - 1
-    following = np.minimum(last + 1, len(x) - 1)
-    span = x[following] - x[last]
-    share = ((edges - x[last]) / np.where(span > 0, span, 1.0)).clip(0.0, 1.0) * (span > 0)
-    return y[last] + share * (y[following] - y[last])
-
-
-def _mean(rows: list[Scores]) -> Scores:
-    """Mean over runs, without those that have no value there."""
-    values = np.array(rows)
-    counts = np.isfinite(values).sum(0)
-    return np.where(counts > 0, np.nansum(values, 0) / np.maximum(counts, 1), np.nan)
 
 
 def _cell(directory: Path, arm: str, base: str, seed: int, row: Record | None) -> Cell:

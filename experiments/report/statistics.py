@@ -4,16 +4,17 @@ Scores of an arm are float64 [bases, seeds], NaN where a cell has no result. All
 draw is seeded by the arguments alone: an arm's numbers do not depend on which other arms there are, or on their order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
 Design = Literal["crossed", "nested"]
+Name = TypeVar("Name", bound=Hashable)
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -37,7 +38,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cellwise differences of an arm to the reference.
+    """Cellwise differences of an arm to another, such as the reference.
 
     `ahead` of `cells` differences are positive; `p` is the two-sided sign-flip probability, corrected by Holm's method.
     """
@@ -113,11 +114,15 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def compare(scores: Mapping[str, Scores], reference: str, design: Design = "crossed") -> dict[str, Comparison]:
     """Every other arm against the reference, cell by cell; a cell counts where both have a result."""
-    differences = {arm: values - scores[reference] for arm, values in scores.items() if arm != reference}
+    return judge({arm: values - scores[reference] for arm, values in scores.items() if arm != reference}, design)
+
+
+def judge(differences: Mapping[Name, Scores], design: Design = "crossed") -> dict[Name, Comparison]:
+    """What cellwise differences show, by name; their probabilities are corrected for how many they are."""
     corrected = holm([sign_flip(values) for values in differences.values()])
     return {
-        arm: Comparison(interval(values, design), int((values > 0).sum()), int(np.isfinite(values).sum()), p)
-        for (arm, values), p in zip(differences.items(), corrected, strict=True)
+        name: Comparison(interval(values, design), int((values > 0).sum()), int(np.isfinite(values).sum()), p)
+        for (name, values), p in zip(differences.items(), corrected, strict=True)
     }
 
 

@@ -1,0 +1,154 @@
+"""What did the phases make the models forget, and what predicts it? The sections about retention and KL."""
+
+import numpy as np
+
+from experiments.report import figures
+from experiments.report.document import (
+    MARKS,
+    Figure,
+    Gallery,
+    Legend,
+    Measure,
+    Section,
+    Table,
+    absent,
+    bracketed,
+    ends,
+    intervals,
+    large,
+    means,
+    number,
+    strips,
+)
+from experiments.report.drawing import RL, SFT, keys
+from experiments.report.dynamics import RL_AND_SFT
+from experiments.report.reductions import PhaseChange, mean_of, phase_changes, retention, retention_by_phase
+from experiments.report.results import KINDS, Ablation, Kind, probe
+from experiments.report.statistics import rank_correlation
+
+
+def forgetting(ablation: Ablation) -> Section:
+    """Retention of solved questions over the run and per phase."""
+    question = "What was forgotten?"
+    if not ablation.recorded("forgetting"):
+        return absent(question, "forgetting")
+    sources = sorted({s for cell in ablation.cells for s in cell.summary.get("forgetting", {}).get("run", {})})
+    whole = means(ablation, _retained())
+    answer = [f"Of the questions solved before training, {ends(whole)} are still solved after it."] if whole else []
+    text = (
+        f"Retention is the share of the questions solved before that are still solved after, by {probe(ablation)}. "
+        "A dash: there was no such phase, or no question of that source was solved before. A low value of a source "
+        "that was hardly solved yet rests on few questions."
+    )
+    tables = [_run_table(ablation, sources), *(_phase_table(ablation, sources, kind) for kind in KINDS)]
+    pictures = []
+    for label, measure in (("over the run", _retained()), ("over an SFT phase", _retained_per_phase("sft"))):
+        rows = strips(ablation, {"": measure})
+        if rows:
+            title = f"retention {label}, all sources"
+            pictures.append(Figure(figures.dots(title, rows, title, bold=ablation.reference), MARKS))
+    return Section(question, answer, [text], [*filter(None, tables), Gallery(pictures), *_by_phase(ablation, sources)])
+
+
+def _run_table(ablation: Ablation, sources: list[str]) -> Table:
+    columns = {"all sources": _retained(), **{source: _retained(source) for source in sources}}
+    scores = [{arm: ablation.grid(arm, measure) for arm in ablation.names} for measure in columns.values()]
+    found = [intervals(ablation, one) for one in scores]
+    rows = [[arm, *(bracketed(column[arm]) for column in found)] for arm in ablation.names]
+    return Table("Retention over the whole run, mean over runs [95 % interval]", ["arm", *columns], rows)
+
+
+def _phase_table(ablation: Ablation, sources: list[str], kind: Kind) -> Table | None:
+    """Retention over phases of one kind, beside how many and how long they were; None if there were none."""
+    numbers: dict[str, Measure] = {
+        "phases in a run": lambda cell: float(len(cell.phases("forgetting", kind))) or None,
+        "steps in a phase": lambda cell: mean_of(cell.phases("layer_updates", kind), "steps"),
+    }
+    shares = {"all sources": _retained_per_phase(kind)}
+    shares |= {source: _retained_per_phase(kind, source) for source in sources}
+    lengths = {name: found for name, measure in numbers.items() if (found := means(ablation, measure))}
+    kept = {name: means(ablation, measure) for name, measure in shares.items()}
+    if "phases in a run" not in lengths:
+        return None
+    rows = [
+        [arm, *(large(found.get(arm, np.nan)) for found in lengths.values()),
+         *(number(found.get(arm, np.nan)) for found in kept.values())]
+        for arm in ablation.names
+    ]  # fmt: skip
+    return Table(f"Retention over an {kind.upper()} phase, mean over runs", ["arm", *lengths, *kept], rows)
+
+
+def _by_phase(ablation: Ablation, sources: list[str]) -> list[Gallery]:
+    """A panel per arm with more than one SFT phase."""
+    panels = []
+    for arm in ablation.names:
+        by_source = {source: retention_by_phase(ablation.done(arm), source) for source in sources}
+        if max(map(len, by_source.values()), default=0) > 1:
+            title = f"Retention by SFT phase of {arm}"
+            panels.append(Figure(figures.retention(title, arm, by_source)))
+    text = (
+        "Retention over the first, second, ... SFT phase, of all runs together; a point is left out where fewer than "
+        "half of the runs had a solved question to lose."
+    )
+    return [Gallery(panels, [Legend("Sources", keys(sources))], [text], "small")] if panels else []
+
+
+def divergence(ablation: Ablation) -> Section:
+    """Forward KL of each phase and whether it predicts forgetting."""
+    question = "How far did each phase move the policy, and does that predict forgetting?"
+    if not ablation.recorded("phase_kl"):
+        return absent(question, "phase_kl")
+
+    def kl(kind: Kind) -> Measure:
+        return lambda cell: mean_of(cell.phases("phase_kl", kind), "kl")
+
+    label = "forward KL of a phase, nats per token"
+    rows = strips(ablation, {RL: kl("rl"), SFT: kl("sft")})
+    pictures = [Figure(figures.dots(label, rows, label, log=True, bold=ablation.reference), MARKS)]
+    by_arm = {arm: phase_changes(ablation.done(arm)) for arm in ablation.names}
+    table = _correlations(by_arm)
+    text = ["Forward KL(before || after) of a phase on training prompts of RL."]
+    shown = {kind.upper(): found for kind in KINDS if (found := means(ablation, kl(kind)))}
+    answer = [f"The forward KL of an {kind} phase is {ends(found)} nats per token." for kind, found in shown.items()]
+    if not table.rows:
+        return Section(question, answer, text, [Gallery(pictures, [RL_AND_SFT])])
+    text.append(
+        "A rank correlation over the phases of all arms mixes in that arms have phases of different length; the mean "
+        "of the correlations within each arm does so less. Phases of one run are not independent, so no interval is "
+        "given."
+    )
+    changes = [change for found in by_arm.values() for change in found]
+    pictures.append(Figure(figures.scatter("KL and forgetting", changes, "kl", label), "A point is a phase; all are."))
+    if np.isfinite([change.l2 for change in changes]).any():
+        title = "L2 norm of a phase's update"
+        pictures.append(Figure(figures.scatter("Update size and forgetting", changes, "l2", title)))
+    return Section(question, answer, text, [table, Gallery(pictures, [RL_AND_SFT])])
+
+
+def _correlations(by_arm: dict[str, list[PhaseChange]]) -> Table:
+    """Of the share lost with KL and with update size: over all phases of a kind, and the mean of those of each arm."""
+    rows = []
+    for kind in KINDS:
+        arms = [[c for c in changes if c.kind == kind] for changes in by_arm.values()]
+        pooled = [change for changes in arms for change in changes]
+        row = [f"{kind.upper()} phases", str(len(pooled))]
+        for x in ("kl", "l2"):
+            overall, *within = (
+                rank_correlation([getattr(c, x) for c in changes], [c.lost for c in changes])
+                for changes in (pooled, *arms)
+            )
+            there = [value for value in within if np.isfinite(value)]
+            inside = f"{number(float(np.mean(there)))} ({len(there)} arms)" if there else "-"
+            row += [number(overall), inside]
+        rows += [row] if pooled else []
+    names = ("forward KL", "L2 norm of the update")
+    header = ["", "number", *(f"with {name}, {how}" for name in names for how in ("all arms", "mean within an arm"))]
+    return Table("Rank correlation of the share of solved questions that a phase lost", header, rows)
+
+
+def _retained(source: str | None = None) -> Measure:
+    return lambda cell: retention([cell.summary.get("forgetting", {}).get("run", {})], source)
+
+
+def _retained_per_phase(kind: Kind, source: str | None = None) -> Measure:
+    return lambda cell: retention([phase["sources"] for phase in cell.phases("forgetting", kind)], source)

@@ -1,0 +1,211 @@
+"""Which arm is best, and does each part of it matter? The sections about final scores."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from experiments.report import figures
+from experiments.report.document import (
+    MARKS,
+    Figure,
+    Gallery,
+    Legend,
+    Section,
+    Table,
+    bracketed,
+    difference,
+    intervals,
+    mean,
+    means,
+    number,
+    probability,
+    size,
+)
+from experiments.report.drawing import INK, MARKERS, PALETTE, Key, base_keys
+from experiments.report.results import KINDS, Ablation, evaluation
+from experiments.report.statistics import Comparison, Interval, Scores, compare, judge
+
+Pair = tuple[str, str]
+
+
+def best(ablation: Ablation) -> Section:
+    """Final scores and differences to the reference."""
+    scores = ablation.scores(ablation.primary)
+    order, comparisons = ranked(intervals(ablation, scores)), compare(scores, ablation.reference, ablation.design)
+    blocks: list[Table | Gallery] = [_scores_table(ablation, order, comparisons)]
+    if len(ablation.bases) > 1:
+        blocks.append(_by_base(ablation, order, scores))
+    if ablation.metrics:
+        blocks.append(_metrics_table(ablation, order))
+    blocks.append(_pictures(ablation, order, comparisons))
+    drawn, questions = evaluation(ablation)
+    sampled = f"avg@n is over responses sampled{f' at {drawn}' if drawn else ''}, n to a question"
+    text = [f"{sampled}{f', of {questions}' if questions else ''}. None of these scores is of greedy responses."]
+    if not ablation.trade_off:
+        return Section("Which arm is best?", [], text, blocks)
+    sides = {name: intervals(ablation, ablation.traded(name)) for name in ablation.trade_off}
+    answer, *free = _traded(sides)
+    return Section("Which arm is best?", [answer], [*free, *text], [_trade_off(ablation, order, sides), *blocks])
+
+
+def contrasts(ablation: Ablation) -> Section | None:
+    """Pairs of arms; nothing if none are named."""
+    pairs = [(first, second) for first, second in ablation.contrasts]
+    if not pairs:
+        return None
+    primary, *sides = (
+        judge({pair: scores[pair[0]] - scores[pair[1]] for pair in pairs}, ablation.design)
+        for scores in (ablation.scores(ablation.primary), *map(ablation.traded, ablation.trade_off))
+    )
+    rows = []
+    for pair in pairs:
+        c = primary[pair]
+        row = [f"{pair[0]} minus {pair[1]}", difference(c), f"{c.ahead} of {c.cells}", probability(c.p)]
+        rows.append([*row, *(difference(side[pair]) for side in sides)])
+    header = ["contrast", ablation.primary, "ahead in", f"p ({ablation.primary}, Holm)", *ablation.trade_off]
+    caption = "Mean difference over runs of the same base and seed [95 % interval]"
+    text = (
+        f"The first arm minus the second, run by run. p is for {ablation.primary}, corrected for these {len(pairs)} "
+        "comparisons; the other columns are descriptive. What is said above about bases holds here too."
+    )
+    question = "Does each part matter?"
+    return Section(question, [_significant(ablation.primary, primary)], [text], [Table(caption, header, rows)])
+
+
+def ranked(means: Mapping[str, Interval]) -> list[str]:
+    """Arms from the highest mean to the lowest, then those without one."""
+    return sorted(means, key=lambda arm: -means[arm].mean if np.isfinite(means[arm].mean) else np.inf)
+
+
+def _significant(primary: str, found: Mapping[Pair, Comparison]) -> str:
+    """Which contrasts are significant on the primary metric."""
+    named = [
+        f"{first!r} is {'ahead of' if c.difference.mean > 0 else 'worse than'} {second!r} by {size(c.difference)}"
+        for (first, second), c in found.items()
+        if c.significant
+    ]
+    if not named:
+        return f"None of these {len(found)} differences in {primary} is significant."
+    others = "" if len(named) == len(found) else " No other of these differences is significant."
+    return f"Significant in {primary}: {'; '.join(named)}.{others}"
+
+
+def _traded(sides: Mapping[str, Mapping[str, Interval]]) -> list[str]:
+    """Who is highest on each side, and whom no other arm exceeds on both; of means only."""
+    first, second = sides
+    found = {arm: (sides[first][arm].mean, sides[second][arm].mean) for arm in sides[first]}
+    found = {arm: place for arm, place in found.items() if np.isfinite(place).all()}
+    if not found:
+        return [f"No arm has runs with all metrics of {first} and {second}."]
+    tops = [max(found, key=lambda arm: found[arm][side]) for side in (0, 1)]
+    if tops[0] == tops[1]:
+        return [f"By their means {tops[0]!r} is highest on both: {first} and {second}."]
+    free = [arm for arm, (x, y) in found.items() if not any(u > x and v > y for u, v in found.values())]
+    places = (f"{arm!r} ({number(found[arm][0])}, {number(found[arm][1])})" for arm in free)
+    return [
+        f"No arm is highest on both: {tops[0]!r} is on {first}, {tops[1]!r} on {second}.",
+        f"By their means, no arm exceeds any of these on both at once ({first}, {second}): {', '.join(places)}.",
+    ]
+
+
+def _trade_off(ablation: Ablation, order: list[str], sides: Mapping[str, Mapping[str, Interval]]) -> Gallery:
+    places = [[side[arm] for side in sides.values()] for arm in order]
+    before = [_base_means(ablation.traded(name, "before")) for name in sides]
+    title = " against ".join(reversed(list(sides)))
+    picture = figures.trade_off(title, list(sides), places, before)
+    means = "; ".join(f"{name} is the mean of {', '.join(metrics)}" for name, metrics in ablation.trade_off.items())
+    caption = f"Up and to the right is better. A point is the mean of an arm, its cross the 95 % intervals: {means}."
+    arms = [Key(arm, PALETTE[i % len(PALETTE)], number=str(i + 1)) for i, arm in enumerate(order)]
+    legends = [Legend(f"Arms, from the highest {ablation.primary}", arms)]
+    if any(np.isfinite(values).any() for values in before):
+        bases = [Key(name, INK, marker=MARKERS[i % len(MARKERS)]) for i, name in enumerate(ablation.base_names)]
+        legends.append(Legend("Before training", bases))
+    return Gallery([Figure(picture, caption)], legends, kind="beside")
+
+
+def _base_means(scores: Mapping[str, Scores]) -> Scores:
+    """Mean over arms and seeds of each base, NaN without any: [bases]."""
+    values = np.concatenate(list(scores.values()), axis=1)
+    return np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in values])
+
+
+def _scores_table(ablation: Ablation, order: list[str], comparisons: Mapping[str, Comparison]) -> Table:
+    primary, reference = ablation.primary, ablation.reference
+    found = intervals(ablation, ablation.scores(primary))
+    sides = {name: intervals(ablation, ablation.traded(name)) for name in ablation.trade_off}
+    flops = _relative_flops(ablation)
+    header = ["arm", primary, f"difference to {reference}", "ahead in", "p (Holm)", *sides]
+    header += [*(["FLOPs"] if flops else []), "runs"]
+    rows = []
+    for arm in order:
+        row, c = [_name(arm, reference), bracketed(found[arm])], comparisons.get(arm)
+        row += [difference(c), f"{c.ahead} of {c.cells}", probability(c.p)] if c else ["", "", ""]
+        row += [bracketed(side[arm]) for side in sides.values()]
+        row += [flops.get(arm, "-")] if flops else []
+        rows.append([*row, f"{len(ablation.done(arm))} of {len(ablation.bases) * len(ablation.seeds)}"])
+    before = [_before(ablation.scores(primary, "before")), "", "", ""]
+    before += [_before(ablation.traded(name, "before")) for name in sides]
+    rows.append(["before training", *before, *([""] if flops else []), ""])
+    caption = "Mean over runs [95 % interval] after training, highest first"
+    return Table(caption + (f"; FLOPs are relative to {reference}" if flops else ""), header, rows)
+
+
+def _by_base(ablation: Ablation, order: list[str], scores: Mapping[str, Scores]) -> Table:
+    """Means of each base over seeds, and how far an arm is ahead of the reference there."""
+    reference, rows = ablation.reference, []
+    for arm in order:
+        row = [f"{np.nanmean(d):+.3f}" if np.isfinite(d).any() else "-" for d in scores[arm] - scores[reference]]
+        rows.append([_name(arm, reference), *map(mean, scores[arm]), *(row if arm != reference else [""] * len(row))])
+    before = ablation.scores(ablation.primary, "before")
+    rows.append(["before training", *map(number, _base_means(before)), *([""] * len(ablation.bases))])
+    header = ["arm", *ablation.base_names, *(f"difference on {name}" for name in ablation.base_names)]
+    return Table(f"{ablation.primary} by base, mean over seeds, and difference to {reference} there", header, rows)
+
+
+def _metrics_table(ablation: Ablation, order: list[str]) -> Table:
+    found = {metric: intervals(ablation, ablation.scores(metric)) for metric in ablation.metrics}
+    rows = [[_name(arm, ablation.reference), *(bracketed(one[arm]) for one in found.values())] for arm in order]
+    rows.append(["before training", *(_before(ablation.scores(metric, "before")) for metric in ablation.metrics)])
+    return Table("Further metrics, mean over runs [95 % interval]", ["arm", *ablation.metrics], rows)
+
+
+def _pictures(ablation: Ablation, order: list[str], comparisons: Mapping[str, Comparison]) -> Gallery:
+    """The primary metric, the differences in it, and every further metric."""
+    primary, reference = ablation.primary, ablation.reference
+    drawn = []
+    for metric in dict.fromkeys([primary, *ablation.metrics]):
+        scores = ablation.scores(metric)
+        found = intervals(ablation, scores)
+        strips = {arm: [figures.Strip(scores[arm], found[arm])] for arm in order}
+        picture = figures.dots(metric, strips, metric, line=found[reference].mean, bold=reference)
+        drawn.append(Figure(picture, MARKS if metric == primary else ""))
+    scores = ablation.scores(primary)
+    lines = {
+        arm: [figures.Strip(scores[arm] - scores[reference], comparisons[arm].difference,
+                            hollow=not comparisons[arm].significant)]
+        for arm in order if arm in comparisons
+    }  # fmt: skip
+    if lines:
+        label = f"{primary}: difference to {reference}"
+        caption = (
+            "The same run by run: an arm minus the reference on the same base with the same seed. "
+            "A filled diamond is a significant difference."
+        )
+        drawn.insert(1, Figure(figures.dots(label, lines, label, line=0.0), caption))
+    legends = [Legend("Bases", base_keys(ablation.base_names))] if len(ablation.bases) > 1 else []
+    return Gallery(drawn, legends)
+
+
+def _relative_flops(ablation: Ablation) -> dict[str, str]:
+    """FLOPs of a run of each arm as a multiple of the reference's; nothing where they are not recorded."""
+    flops = means(ablation, lambda cell: sum(cell.cost(kind, "flops") for kind in KINDS))
+    whole = flops.get(ablation.reference)
+    return {arm: f"x{value / whole:.2f}" for arm, value in flops.items()} if whole else {}
+
+
+def _before(scores: Mapping[str, Scores]) -> str:
+    return mean(np.array(list(scores.values())))
+
+
+def _name(arm: str, reference: str) -> str:
+    return f"{arm} (reference)" if arm == reference else arm
