@@ -19,7 +19,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "half_sft_lr": {"model.sft.lr_factor": 0.5},
     "random_tokens": {"entropy.init_args.selector": "random"},
     "bottom_tokens": {"entropy.init_args.selector": "bottom"},
-    "damaged_demonstrations": {"data.damaged_share": 1.0},
+    "damaged_demonstrations": {"data.damaged_share": 0.5},
     "drop_sft_gradients": {"drop.init_args.during": "sft", "drop.init_args.probability": 0.5},
     "drop_rl_gradients": {"drop.init_args.during": "rl", "drop.init_args.probability": 0.5},
 }
