@@ -125,7 +125,8 @@ class MifoCLI(LightningCLI):
         parser.link_arguments("model.model", "data.tokenizer")
         parser.link_arguments("model.group_size", "data.group_size")
         parser.link_arguments("model.solved_at", "data.solved_at")
-        for target in ("model.seed", "data.seed"):
+        seeded = [f"{key}.init_args.seed" for key in ("entropy", "freeze", "drop")]
+        for target in ("model.seed", "data.seed", *seeded):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def instantiate_classes(self) -> None:
