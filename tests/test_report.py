@@ -268,6 +268,18 @@ def test_costs_leave_out_zeros_and_sum_what_is_small(tmp_path: Path) -> None:
     assert "A run took 1.000 ('ref') to 1.500 ('a') times the FLOPs" in (root / "report.md").read_text()
 
 
+def test_changed_shares_are_pictures_only_where_layers_differ(tmp_path: Path) -> None:
+    root = make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=1, seeds=2)
+    page = write_report(root).read_text()
+    assert ">changed share<" not in page
+    assert "0.900 in SFT phases of 'ref', 'a'." in (root / "report.md").read_text()
+    for path in root.glob("arm1/*/*/summary.json"):
+        edit(path, lambda record: [p["layers"]["head"].update(changed=0.2) for p in record["layer_updates"]["phases"]])
+    page = write_report(root).read_text()
+    assert page.count(">changed share<") == 1
+    assert "0.900 in SFT phases of 'ref'." in (root / "report.md").read_text()
+
+
 def test_how_responses_were_drawn_comes_from_the_runs_configuration(tmp_path: Path) -> None:
     root = make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=1, seeds=1)
     data = {"val": {"init_args": {"count": 400, "split": "test"}}}

@@ -87,25 +87,24 @@ def updates(ablation: Ablation) -> Section:
 
 
 def _layers(ablation: Ablation) -> tuple[list[Figure], list[str]]:
-    """A panel per arm, and a sentence on the arms whose changed share is the same everywhere, in place of a picture."""
+    """A panel per arm, and a sentence on the changed shares that are the same in all layers, in place of a picture."""
     layers = {
         arm: {kind: found for kind in KINDS if (found := layer_means(ablation.done(arm), kind))}
         for arm in ablation.names
     }
     norms = [l2 for by_kind in layers.values() for groups in by_kind.values() for l2, _ in groups.values()]
     span = min((l2 for l2 in norms if l2 > 0), default=0.0), max(norms)
-    panels, constant = [], dict[str, float]()
+    panels, constant = [], dict[tuple[str, Kind], list[str]]()
     for arm, by_kind in layers.items():
-        shares = [share for groups in by_kind.values() for _, share in groups.values()]
+        shares = {kind: [share for _, share in groups.values()] for kind, groups in by_kind.items()}
+        same = all(max(values) - min(values) <= CONSTANT for values in shares.values())
         if shares:
-            same = max(shares) - min(shares) <= CONSTANT
-            title = f"Update by layer of {arm}"
-            panels.append(Figure(figures.layers(title, arm, by_kind, span, not same)))
-            constant |= {arm: float(np.mean(shares))} if same else {}
-    if not constant:
-        return panels, []
-    listed = ", ".join(f"{arm!r} ({number(share)})" for arm, share in constant.items())
-    return panels, [f"The share of weights that a phase changed is the same in all layers and phases of {listed}."]
+            panels.append(Figure(figures.layers(f"Update by layer of {arm}", arm, by_kind, span, not same)))
+        for kind, values in shares.items() if same else ():
+            constant.setdefault((number(float(np.mean(values))), kind), []).append(repr(arm))
+    listed = [f"{share} in {kind.upper()} phases of {', '.join(arms)}" for (share, kind), arms in constant.items()]
+    text = "The share of weights that a phase changed is the same in all layers: "
+    return panels, [f"{text}{'; '.join(listed)}."] if listed else []
 
 
 def overlap(ablation: Ablation) -> Section:

@@ -101,7 +101,8 @@ def trade_off(title: str, sides: Sequence[str], arms: Sequence[Sequence[Interval
         axes.annotate(
             str(i + 1), means[i], offsets[i], textcoords="offset points", ha="center", va="center", fontsize=11,
             color=PALETTE[i % len(PALETTE)], fontweight="bold",
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "alpha": 0.7, "color": PALETTE[i % len(PALETTE)]},
+            arrowprops={"arrowstyle": "-", "lw": 0.8, "alpha": 0.7, "color": PALETTE[i % len(PALETTE)],
+                        "patchA": None, "relpos": (0.5, 0.5), "shrinkA": 7, "shrinkB": 0},
         )  # fmt: skip
     return as_svg(figure, title)
 

@@ -118,7 +118,9 @@ def divergence(ablation: Ablation) -> Section:
         "given."
     )
     changes = [change for found in by_arm.values() for change in found]
-    pictures.append(Figure(figures.scatter("KL and forgetting", changes, "kl", label), "A point is a phase; all are."))
+    pictures.append(
+        Figure(figures.scatter("KL and forgetting", changes, "kl", label), "A point is a phase; all are shown.")
+    )
     if np.isfinite([change.l2 for change in changes]).any():
         title = "L2 norm of a phase's update"
         pictures.append(Figure(figures.scatter("Update size and forgetting", changes, "l2", title)))

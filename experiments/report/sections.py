@@ -63,7 +63,7 @@ def made(ablation: Ablation) -> Section:
     )
     text = [
         f"Made by: {ablation.command or 'a command that was not recorded'}, at commit "
-        f"{ablation.commit or 'not recorded'}. Bases: {', '.join(ablation.bases)}. Seeds: "
+        f"{ablation.commit or '(not recorded)'}. Bases: {', '.join(ablation.bases)}. Seeds: "
         f"{', '.join(map(str, ablation.seeds))}. The primary metric, {ablation.primary}, was set in the configuration.",
         f"An interval is a 95 % percentile bootstrap interval of the mean over runs, from 10,000 resamples: {how}. "
         "With 3 bases that differ as much as runs do, such intervals cover the truth in about 81 % of cases instead of "
