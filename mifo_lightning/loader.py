@@ -271,7 +271,7 @@ class PhaseLoader:
         if state["fingerprint"] != self._fingerprint():
             raise InputError(
                 f"ckpt_path: the training questions are not those of the checkpoint ({state['questions']} then, "
-                f"{len(self.questions)} now); data.train, its filters, data.holdout and the seed must stay the same"
+                f"{len(self.questions)} now); data.train, its filters, damaged_share, holdout and the seed must stay"
             )
         self._at = _Position(**state["position"])
         self._queue = [Pushed(**pushed) for pushed in state["queue"]]
@@ -286,4 +286,4 @@ class PhaseLoader:
             )
 
     def _fingerprint(self) -> int:
-        return zlib.crc32("\n".join(f"{q.text}\t{q.truth}" for q in self.questions).encode())
+        return zlib.crc32("\n".join(f"{q.text}\t{q.truth}\t{q.demonstration}" for q in self.questions).encode())

@@ -98,6 +98,9 @@ class MifoModule(LightningModule):
         self.evaluator = Evaluator(self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed)
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.own_demonstrations, self.sft_weight = demonstrations == "own", sft_weight
+        self.needs_demonstrations = mixing is not None or sft_weight == "flow"
+        if self.own_demonstrations and sft_weight == "flow":
+            raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
         self._initial_losses: Tensor | None = None  # of all questions, in units of their median; for flow
         self._rollout: Rollout | None = None
         self._demonstrations: Demonstrations | None = None
@@ -138,6 +141,8 @@ class MifoModule(LightningModule):
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
             self._initial_losses = self._restored["initial_losses"]
+            if (self._initial_losses is None) == (self.sft_weight == "flow"):
+                raise InputError(f"model.sft_weight: {self.sft_weight} is not allowed; with flow a run begins and ends")
             self._restored = {}
         elif self.sft_weight == "flow":
             questions = self.trainer.train_dataloader.questions  # type: ignore[union-attr]

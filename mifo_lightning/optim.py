@@ -45,7 +45,7 @@ class AdamWSettings:
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
         for name in ("lr", "lr_factor", "eps", "weight_decay", "clip", "warmup_steps", "min_ratio"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"{key}.betas: {list(self.betas)} is not allowed; both must be in [0, 1)")

@@ -1,5 +1,6 @@
 """Settings of RL steps: the policy loss, and how demonstrations are mixed in."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ class RLSettings:
         entropy_fraction: Share of tokens, those of highest entropy under the policy that sampled, that push the policy;
             1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
         dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards and draws further questions, at most N
-            batches of them per RL step, until `rl_questions` groups are left (DAPO).
+            batches per RL step with the first, until `rl_questions` groups are left (DAPO).
     """
 
     advantage: Advantage = "group_std"
@@ -76,7 +77,7 @@ class Mixing:
             surrogate with it).
         positive_weight: Factor of correct rollouts with `own: sign`.
         sft: Weight of the SFT loss on the demonstrations.
-        sft_end: Weight to which `sft` falls or rises linearly (CHORD's mu).
+        sft_end: Weight to which `sft` goes along half a cosine (CHORD's mu).
         sft_decay: RL steps that this takes; 0 keeps `sft`.
         convex: Whether the policy loss weighs one minus the weight of the SFT loss (CHORD).
         token_weight: What multiplies each demonstration token's cross-entropy, as `model.sft_weight`.
@@ -114,7 +115,7 @@ class Mixing:
     def sft_at(self, step: int) -> float:
         """Weight of the SFT loss in RL step number `step`, from 0."""
         done = min(1.0, step / self.sft_decay) if self.sft_decay else 0.0
-        return self.sft + (self.sft_end - self.sft) * done
+        return self.sft_end + (self.sft - self.sft_end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def check_rl(

@@ -124,4 +124,4 @@ def initial_losses(policy: Policy, questions: list[Question], pad: int) -> Tenso
             logp, _ = score_without_gradient(policy, sequences, temperature=1.0)
             losses[chosen] = -logp.sum(-1) / sequences.response_lengths
     losses = sum_over(losses, world_group()).cpu()
-    return losses / losses[shown].median()
+    return losses / losses[shown].quantile(0.5)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mifo_lightning.cli import main
 from mifo_lightning.data.question import Question
+from mifo_lightning.data.skills import Skills
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.schedule import Schedule
 
@@ -274,3 +275,54 @@ def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "has no pad_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
     (model / "config.json").unlink()
     assert "no config.json" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+
+
+def write_rows(path: Path, demonstrated: bool) -> None:
+    rows = Skills(["addition", "mirrored"], 64).rows()
+    lines = [json.dumps(row if demonstrated else row | {"target": None}) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_a_jsonl_file_is_training_data(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", demonstrated=True)
+    changes = {"data.train": str(tmp_path / "rows.jsonl"), "data.val": "null", "data.schedule.rl_steps": "1"}
+    pairs = {key: value for key, value in {**SHORT, **changes}.items() if "init_args" not in key}
+    pairs["trainer.default_root_dir"] = str(tmp_path / "run")
+    main(["fit", "--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value))])
+    groups = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in groups} <= {"addition", "mirrored"}
+    assert groups
+
+
+@pytest.mark.parametrize("method", ["luffy", "srft", "chord", "hpt"])
+def test_mixing_needs_demonstrations(capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str) -> None:
+    write_rows(tmp_path / "rows.jsonl", demonstrated=False)
+    overlay = str(CONFIGS / "methods" / f"{method}.yaml")
+    data = ["--data.train", str(tmp_path / "rows.jsonl"), "--data.val", "null", "--trainer.logger", "false"]
+    line = refused(capsys, "fit", "--config", TINY, "--config", overlay, *data)
+    assert "data.train: no question has a demonstration" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("model.rl.lr", ".nan", "model.rl.lr: nan is not allowed"),
+        ("seconds.every", "0", "seconds.every: 0 is not allowed"),
+        ("heldout", '{"class_path": "HeldOutLoss", "init_args": {"questions": -3}}', "heldout.questions: -3"),
+        ("model.demonstrations", "own", "model.sft_weight: flow is not allowed with demonstrations own"),
+    ],
+)
+def test_impossible_values_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, key: str, value: str, text: str
+) -> None:
+    assert text in refused(capsys, *short(tmp_path), "--model.sft_weight", "flow", f"--{key}", value)
+
+
+def test_a_run_does_not_go_on_with_other_demonstrations_or_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [*short(tmp_path / "a", trainer__enable_checkpointing="true"), "--checkpoint.dirpath", str(tmp_path)]
+    main(arguments)
+    resumed = [*arguments, "--ckpt_path", str(tmp_path / "last.ckpt"), "--data.schedule.rl_steps", "4"]
+    assert "damaged_share" in refused(capsys, *resumed, "--data.damaged_share", "1.0")
+    assert "model.sft_weight: flow" in refused(capsys, *resumed, "--model.sft_weight", "flow")

@@ -101,9 +101,11 @@ def test_failed_questions_lend_their_demonstration_and_their_rollouts_rest(
         assert int((found.in_policy & ~found.demonstrated).sum()) == 12
 
 
-def test_the_weight_of_the_sft_loss_goes_straight_to_its_end() -> None:
+def test_the_weight_of_the_sft_loss_goes_along_half_a_cosine_to_its_end() -> None:
     mixing = Mixing(sft=0.9, sft_end=0.1, sft_decay=4)
-    assert [mixing.sft_at(i) for i in range(7)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1, 0.1, 0.1])
+    assert [mixing.sft_at(i) for i in range(7)] == pytest.approx(
+        [0.9, 0.5 + 0.4 * 2**-0.5, 0.5, 0.5 - 0.4 * 2**-0.5, 0.1, 0.1, 0.1]
+    )
     assert [Mixing(sft=0.3).sft_at(i) for i in (0, 9)] == [0.3, 0.3]
 
 

@@ -148,7 +148,8 @@ def weights_by_hand(kind: str, policy: Policy, qs: list[Question]) -> list[Tenso
     """What each token's cross-entropy is multiplied by."""
     scores = [[x.detach() for x in by_hand(policy, q.prompt, q.demonstration or [])] for q in qs]
     means = torch.stack([-logp.mean() for logp, _ in scores])
-    tau = means.sort().values[(len(means) - 1) // 2]
+    middle = means.sort().values[[(len(means) - 1) // 2, len(means) // 2]]
+    tau = middle.mean()
     return [
         {
             "uniform": torch.ones_like(logp),

@@ -99,9 +99,10 @@ def choose_tokens(
     if broken:
         raise MisconfigurationException(f"entropy is NaN or infinite at {broken} of {total} valid tokens")
     if selector == "random":
-        start = sum(row[0] for row in counts[: rank_in(group)])
-        noise = random_scores((total,), *seed)[start : start + values.numel()]
-        values = noise.to(entropy.device)
+        # sequence i of rank r is number i R + r, as samplers deal them: the choice does not depend on R
+        numbers = range(rank_in(group), len(counts) * len(mask), len(counts))
+        noise = [random_scores((n,), *seed, i) for n, i in zip(mask.sum(1).tolist(), numbers, strict=True)]
+        values = torch.cat([values.new_zeros(0, device="cpu"), *noise]).to(entropy.device)
     chosen = torch.zeros_like(mask)
     if scope == "sequence":
         ranked = torch.zeros(mask.shape, device=mask.device)

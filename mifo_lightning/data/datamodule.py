@@ -19,13 +19,16 @@ from mifo_lightning.rewards.base import Reward
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
-Rows = RowSource | list[str] | str  # in this order the command line reports what a RowSource refuses
+Rows = RowSource | str | list[str]  # str before the list: as a list, a text file would be its lines
 
 
 class EvaluationLoader:
     """Batches of this rank's share of the questions; as many on every rank, the last ones may be empty.
 
     No DataLoader: Lightning would shard it once more.
+
+    Attributes:
+        questions: Those of all ranks.
 
     Args:
         questions: All questions of one source.
@@ -35,6 +38,7 @@ class EvaluationLoader:
     """
 
     def __init__(self, questions: list[Question], size: int, rank: int, ranks: int) -> None:
+        self.questions = questions
         mine = questions[rank::ranks]
         most = -(-len(questions) // ranks)
         self.batches = [mine[i : i + size] for i in range(0, most, size)]
@@ -174,13 +178,17 @@ class QuestionData(LightningDataModule):
     def train_dataloader(self) -> PhaseLoader:
         """The loader of work items."""
         trainer = self._trainer
+        module = trainer.lightning_module
+        lent = sum(q.demonstration is not None for q in self._questions["train"])
+        if getattr(module, "needs_demonstrations", False) and not lent:
+            raise InputError("data.train: no question has a demonstration; model.mixing and sft_weight flow need some")
         sizes = [callback.size for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)]
         self._loader = PhaseLoader(
             self._questions["train"],
             self.schedule,
             group_size=self.group_size,
             phase_size=sizes[0] if sizes else None,
-            own_demonstrations=getattr(trainer.lightning_module, "own_demonstrations", False),
+            own_demonstrations=getattr(module, "own_demonstrations", False),
             micro_batches=trainer.accumulate_grad_batches,
             seed=self.seed,
             rank=trainer.global_rank,

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
 from mifo_callbacks.logging import log_metrics
+from mifo_lightning.errors import InputError
 
 # what an action's name contains -> activity; the first that fits counts
 ACTIVITIES = {
@@ -60,9 +61,14 @@ class SecondsByActivity(Callback):
 
     Args:
         every: Optimizer steps between two records.
+
+    Raises:
+        InputError: If that is not at least 1.
     """
 
     def __init__(self, every: int = 10) -> None:
+        if every < 1:
+            raise InputError(f"seconds.every: {every} is not allowed; it must be at least 1")
         self.every = every
 
     def on_train_batch_end(

@@ -11,6 +11,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 TOKENS = ("generated", "scored", "trained")
 
@@ -21,9 +22,9 @@ class Costs(Callback):
     An account has `optimizer_steps`, `questions` (answered by rollouts), `demonstrations` (trained on; with
     repetitions), `generated_tokens`, `scored_tokens` (forwarded without gradient), `trained_tokens`, `flops` and
     `seconds` (wall seconds of the training batches on the first rank; what callbacks do before a batch, such as drawing
-    masks and measuring, is under `callbacks`, given an `ActivityProfiler`). Evaluation and monitors are not in the
-    accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of a few integers per
-    optimizer step.
+    masks, is under `callbacks`, given an `ActivityProfiler`). Evaluation, phase monitors and FLOW's pass before
+    training are not in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of
+    a few integers per optimizer step.
 
     FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 6 N per trained token, N as
     `multiplying` counts; attention between tokens and recomputed activations are left out.
@@ -52,14 +53,14 @@ class Costs(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() - _monitoring(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Enter a micro-batch; at the end of an optimizer step add up the ranks."""
         account = self.accounts[batch["phase"]]
-        account["seconds"] += time.perf_counter() - self._began
+        account["seconds"] += time.perf_counter() - _monitoring(trainer) - self._began
         if "work" not in outputs:
             raise InputError(
                 f"costs: {type(pl_module).__name__}.training_step returns no 'work' in phase {batch['phase']!r}; it "
@@ -111,6 +112,12 @@ class Costs(Callback):
         self.accounts = {phase: dict(account) for phase, account in state_dict["accounts"].items()}
         self.questions, self.demonstrations = set(state_dict["questions"]), set(state_dict["demonstrations"])
         self._earlier = dict(state_dict["callbacks"])
+
+
+def _monitoring(trainer: Trainer) -> float:
+    """Seconds that the monitors of phases have taken so far."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return sum(callback.seconds for callback in callbacks if isinstance(callback, PhaseMonitor))
 
 
 def _empty() -> dict[str, float]:

@@ -11,7 +11,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
-Cells = dict[str, dict[str, int]]
+Counts = dict[str, dict[str, int]]
 
 
 class Forgetting(PhaseMonitor):
@@ -50,9 +50,8 @@ class Forgetting(PhaseMonitor):
         sources = {} if data is None else data.val_dataloader()
         if not sources:
             raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
-        first = range(trainer.global_rank, self.questions, trainer.world_size)  # positions of this rank's questions
-        for source, loader in sources.items():
-            self._probe[source] = [q for batch in loader for q in batch][: len(first)]
+        rank, ranks = trainer.global_rank, trainer.world_size
+        self._probe = {source: load.questions[: self.questions][rank::ranks] for source, load in sources.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure at a change of phase and every few RL steps."""
@@ -110,14 +109,14 @@ class Forgetting(PhaseMonitor):
         self.responses, self._first, self._edge = state["responses"], state["first"], state["edge"]
 
 
-def compare(before: Solved, after: Solved) -> Cells:
+def compare(before: Solved, after: Solved) -> Counts:
     """Of each source: `questions`, `solved` before, `retained` of these after, `gained` of the others after.
 
     Args:
         before: Whether each question of each source was solved.
         after: The same of the same questions later.
     """
-    cells: Cells = {}
+    cells: Counts = {}
     for source, solved in before.items():
         old, new = torch.tensor(solved), torch.tensor(after[source])
         counts = {"solved": old, "retained": old & new, "gained": ~old & new}

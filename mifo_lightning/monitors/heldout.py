@@ -46,9 +46,9 @@ class HeldOutLoss(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("heldout: takes its questions from a datamodule; the Trainer has none")
-        mine = len(range(trainer.global_rank, self.questions, trainer.world_size))
+        rank, ranks = trainer.global_rank, trainer.world_size
         self._probe = {
-            source: [q for batch in loader for q in batch if q.demonstration][:mine]
+            source: [q for q in loader.questions if q.demonstration][: self.questions][rank::ranks]
             for source, loader in data.val_dataloader().items()
         }
 
