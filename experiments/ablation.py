@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
@@ -138,7 +139,7 @@ def run_on_cluster(work: Work, options: dict[str, Any], folder: Path, view: View
     try:
         import submitit
     except ImportError:
-        raise InputError("--slurm needs submitit: pip install 'mifo-lightning[slurm]'") from None
+        raise InputError("--slurm needs submitit: pip install -e '.[experiments]'") from None
     cluster = options.get("cluster", "slurm")
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -213,6 +214,9 @@ def commit() -> str | None:
 
 def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str) -> int:
     """Run what is unfinished and write the report; the exit status, 1 if a fit failed."""
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:  # known before the fits, not after them
+        raise InputError(f"the report needs {' and '.join(missing)}: pip install -e '.[experiments]'")
     grid = cells(ablation)
     chosen = [(cell, fingerprint(cell)) for cell in choose(grid, only)]
     for cell, present in chosen:

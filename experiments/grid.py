@@ -167,7 +167,8 @@ def choose(grid: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 
 def sweep(ablation: Ablation, grid: Sequence[Cell], config: Path) -> dict[str, Any]:
     """A W&B sweep whose agents run one cell of the grid after the other."""
-    run_one = ["python", "-m", "experiments.ablation", "--config", str(config), "--wandb", "online"]
+    run_one = ["python", "-m", "experiments.ablation", "--config", str(config), "--out", str(ablation.out)]
+    run_one += ["--wandb", "online"]
     return {
         "name": ablation.name,
         "description": ablation.question,

@@ -1,5 +1,9 @@
 """How much of a fine-tuning update is needed? Evaluates it with a growing share set to zero (MIFO, section 3.1).
 
+    python -m mifo_lightning fit --config configs/tiny.yaml --config configs/methods/rl.yaml \\
+        --trainer.logger false --trainer.default_root_dir runs/rl
+    python -m mifo_lightning fit --config configs/tiny.yaml --config configs/methods/sft.yaml \\
+        --trainer.logger false --trainer.default_root_dir runs/sft
     python -m experiments.prune_update --config configs/tiny.yaml --base mifo_lightning/assets/base \\
         --tuned rl=runs/rl/model sft=runs/sft/model --by magnitude --out runs/prune
 

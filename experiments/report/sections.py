@@ -4,6 +4,7 @@ import json
 
 from experiments.report.document import Gallery, Section, Table, absent
 from experiments.report.results import Ablation, samples
+from experiments.report.statistics import COVERAGE, EXACT, FALSE_ALARMS, LEVEL, RESAMPLES
 
 RESPONSES = 4
 """Shown of each arm."""
@@ -65,13 +66,17 @@ def made(ablation: Ablation) -> Section:
         f"Made by: {ablation.command or 'a command that was not recorded'}, at commit "
         f"{ablation.commit or '(not recorded)'}. Bases: {', '.join(ablation.bases)}. Seeds: "
         f"{', '.join(map(str, ablation.seeds))}. The primary metric, {ablation.primary}, was set in the configuration.",
-        f"An interval is a 95 % percentile bootstrap interval of the mean over runs, from 10,000 resamples: {how}. "
-        "With 3 bases that differ as much as runs do, such intervals cover the truth in about 81 % of cases instead of "
-        "95 %; with one base they say nothing about other bases.",
+        f"An interval is a {LEVEL:.0%} percentile bootstrap interval of the mean over runs, from {RESAMPLES:,} "
+        f"resamples: {how}. With 3 bases x 5 seeds and bases that differ as much as runs do, such intervals cover the "
+        f"truth in about {COVERAGE[ablation.design]:.0%} of simulated cases; with one base they say nothing about "
+        "other bases.",
         "p is the two-sided probability of a mean difference at least as large if each run's difference could as well "
-        "have the opposite sign (all assignments of signs up to 16 runs), corrected by Holm's method for all arms "
-        "compared with the reference on the primary metric, and for the contrasts among themselves. "
-        "It treats runs as independent. Other metrics and pictures are descriptive.",
+        f"have the opposite sign (all assignments of signs up to {EXACT} runs), corrected by Holm's method for all "
+        "arms compared with the reference on the primary metric, and for the contrasts among themselves. "
+        "It treats runs as independent. Simulated without a true difference, 3 bases x 5 seeds, a single comparison is "
+        f"called significant in {FALSE_ALARMS['nothing']:.0%} of cases if runs share nothing, in "
+        f"{FALSE_ALARMS['seed']:.0%} if what differs is as much by seed as by run, in {FALSE_ALARMS['base']:.0%} if it "
+        "is by base. Other metrics and pictures are descriptive.",
     ]
     rows = [
         [arm.name, ", ".join(arm.configs), ", ".join(f"{key} = {json.dumps(value)}" for key, value in arm.set.items())]
