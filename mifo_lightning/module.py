@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
@@ -26,11 +26,11 @@ from mifo_lightning.policy import Policy
 from mifo_lightning.reinforcement import Reinforcement
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rl_settings import Mixing, RLSettings
-from mifo_lightning.rollout.batch import Rollout, score_without_gradient
+from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.step_metrics import StepMetrics
-from mifo_lightning.supervision import Demonstrations, initial_losses
+from mifo_lightning.supervision import Supervision
 
 
 class MifoModule(LightningModule):
@@ -97,13 +97,12 @@ class MifoModule(LightningModule):
         )
         self.evaluator = Evaluator(self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed)
         self.optimizer_of_phase: PhaseAdamW | None = None
-        self.own_demonstrations, self.sft_weight = demonstrations == "own", sft_weight
+        self.own_demonstrations = demonstrations == "own"
         self.needs_demonstrations = mixing is not None or sft_weight == "flow"
         if self.own_demonstrations and sft_weight == "flow":
             raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
-        self._initial_losses: Tensor | None = None  # of all questions, in units of their median; for flow
+        self.supervision = Supervision(self.tokenizer, sft_weight)
         self._rollout: Rollout | None = None
-        self._demonstrations: Demonstrations | None = None
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
@@ -140,13 +139,10 @@ class MifoModule(LightningModule):
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
-            self._initial_losses = self._restored["initial_losses"]
-            if (self._initial_losses is None) == (self.sft_weight == "flow"):
-                raise InputError(f"model.sft_weight: {self.sft_weight} is not allowed; with flow a run begins and ends")
+            self.supervision.go_on(self._restored["initial_losses"])
             self._restored = {}
-        elif self.sft_weight == "flow":
-            questions = self.trainer.train_dataloader.questions  # type: ignore[union-attr]
-            self._initial_losses = initial_losses(self._policy, questions, int(self.tokenizer.pad_token_id))
+        else:
+            self.supervision.begin(self._policy, self.trainer.train_dataloader)
 
     # --- one optimizer step -------------------------------------------------------------------------------------
 
@@ -209,38 +205,9 @@ class MifoModule(LightningModule):
         return {"groups": drawn.groups(self.own_demonstrations), "samples": drawn.samples(self.tokenizer)}
 
     def _sft_step(self, batch: WorkItem) -> dict[str, Any]:
-        if batch["micro"] == 0:
-            self._demonstrations = Demonstrations.pack(
-                batch["questions"], self.tokenizer, self.device, self._initial_losses
-            )
-        demos = self._demonstrations
-        assert demos is not None, "the loader begins every optimizer step with its first micro-batch"
-        alone = batch["micro_batches"] == 1
-        if not alone and batch["micro"] == 0:
-            # the threshold belongs to the optimizer step: all entropies are needed before the first backward
-            demos.select(self.select_tokens, self._entropies(demos))
-        rows = torch.arange(len(demos.mask), device=self.device).tensor_split(batch["micro_batches"])[batch["micro"]]
-        with self._profile("forward"):
-            logp, entropy = self._policy(demos.sequences.select(rows))
-        if alone:
-            demos.select(self.select_tokens, entropy)
-        loss, metrics = demos.loss(rows, logp, entropy, self.sft_weight)
+        loss, metrics, work = self.supervision.step(self._policy, batch, self.select_tokens, self._profile)
         self._metrics.add("sft", metrics)
-        again = not alone and batch["micro"] == 0 and self.select_tokens is not None
-        work = {
-            "generated": 0,
-            "scored": demos.sequences.token_count() if again else 0,
-            "trained": demos.sequences.select(rows).token_count(),
-            "demonstrations": [batch["questions"][i].id for i in rows.tolist()],
-        }
         return {"loss": loss, "work": work}
-
-    def _entropies(self, demos: Demonstrations) -> Tensor | None:
-        """Entropies [B, L] of the whole optimizer step on this rank, if a selection wants them."""
-        if self.select_tokens is None:
-            return None
-        with self._profile("entropies"):
-            return score_without_gradient(self._policy, demos.sequences, temperature=1.0)[1]
 
     def configure_gradient_clipping(
         self,
@@ -262,7 +229,7 @@ class MifoModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
         """Let go of the optimizer step's gradients before the next rollout."""
         if batch["micro"] + 1 == batch["micro_batches"]:
-            self._demonstrations = None
+            self.supervision.let_go()
             self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self) -> None:
@@ -304,7 +271,7 @@ class MifoModule(LightningModule):
             checkpoint["mifo"] = {
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
-                "initial_losses": self._initial_losses,
+                "initial_losses": self.supervision.initial_losses,
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
-"""The demonstrations of one SFT optimizer step, packed, with the tokens that the loss sees."""
+"""An SFT step without Lightning: demonstrations packed, the tokens that the loss sees, micro-batch by micro-batch."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +12,83 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.sharding import sum_over, world_group
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import rank, ranks, sum_ranks
+from mifo_lightning.errors import InputError
+from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight, sft_loss, sft_weights
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.batch import score_without_gradient
 
 INITIAL_ROWS = 64  # demonstrations packed together; bounds padding
+
+
+class Supervision:
+    """An SFT step without Lightning, one micro-batch after the other.
+
+    Args:
+        tokenizer: The model's.
+        weight: What multiplies each demonstration token's cross-entropy.
+
+    Attributes:
+        initial_losses: [N] by question id, from `initial_losses`; None unless the weight is flow.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, weight: SFTWeight) -> None:
+        self.tokenizer, self.weight = tokenizer, weight
+        self.initial_losses: Tensor | None = None
+        self._demonstrations: Demonstrations | None = None  # of the running optimizer step
+
+    def begin(self, policy: Policy, loader: Any) -> None:
+        """A run begins: measure the losses before training, if the weight wants them, of all `loader.questions`."""
+        if self.weight == "flow":
+            self.initial_losses = initial_losses(policy, loader.questions, int(self.tokenizer.pad_token_id))
+
+    def go_on(self, losses: Tensor | None) -> None:
+        """A run is resumed with the losses before training; raises InputError if they do not fit the weight."""
+        if (losses is None) == (self.weight == "flow"):
+            raise InputError(f"model.sft_weight: {self.weight} is not allowed; with flow a run begins and ends")
+        self.initial_losses = losses
+
+    def step(
+        self, policy: Policy, item: WorkItem, select_tokens: Any, profile: Callable[[str], AbstractContextManager[None]]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+        """Loss, metrics and work of one micro-batch.
+
+        Args:
+            policy: The policy.
+            item: SFT work.
+            select_tokens: What `EntropyTokenSelection` put on the module, or None.
+            profile: Times activities by name.
+        """
+        first, alone = item["micro"] == 0, item["micro_batches"] == 1
+        if first:
+            self._demonstrations = Demonstrations.pack(
+                item["questions"], self.tokenizer, policy.device, self.initial_losses
+            )
+        demos = self._demonstrations
+        assert demos is not None, "the loader begins every optimizer step with its first micro-batch"
+        scored = 0
+        if first and not alone:
+            # the threshold belongs to the optimizer step: all entropies are needed before the first backward
+            entropies = None
+            if select_tokens is not None:
+                scored = demos.sequences.token_count()
+                with profile("entropies"):
+                    entropies = score_without_gradient(policy, demos.sequences, temperature=1.0)[1]
+            demos.select(select_tokens, entropies)
+        rows = torch.arange(len(demos.mask), device=policy.device).tensor_split(item["micro_batches"])[item["micro"]]
+        sequences = demos.sequences.select(rows)
+        with profile("forward"):
+            logp, entropy = policy(sequences)
+        if alone:
+            demos.select(select_tokens, entropy)
+        loss, metrics = demos.loss(rows, logp, entropy, self.weight)
+        shown = [item["questions"][i].id for i in rows.tolist()]
+        work = {"generated": 0, "scored": scored, "trained": sequences.token_count(), "demonstrations": shown}
+        return loss, metrics, work
+
+    def let_go(self) -> None:
+        """The optimizer step is over: keep no tensors of it."""
+        self._demonstrations = None
 
 
 @dataclass

@@ -93,18 +93,21 @@ def _significant(primary: str, found: Mapping[Pair, Comparison]) -> str:
 def _traded(sides: Mapping[str, Mapping[str, Interval]]) -> list[str]:
     """Who is highest on each side, and whom no other arm exceeds on both; of means only."""
     first, second = sides
-    found = {arm: (sides[first][arm].mean, sides[second][arm].mean) for arm in sides[first]}
+    # as printed, so that what is said can be seen
+    found = {arm: (round(sides[first][arm].mean, 3), round(sides[second][arm].mean, 3)) for arm in sides[first]}
     found = {arm: place for arm, place in found.items() if np.isfinite(place).all()}
     if not found:
         return [f"No arm has runs with all metrics of {first} and {second}."]
     tops = [max(found, key=lambda arm: found[arm][side]) for side in (0, 1)]
     if tops[0] == tops[1]:
         return [f"By their means {tops[0]!r} is highest on both: {first} and {second}."]
-    free = [arm for arm, (x, y) in found.items() if not any(u > x and v > y for u, v in found.values())]
-    places = (f"{arm!r} ({number(found[arm][0])}, {number(found[arm][1])})" for arm in free)
+    places = found.values()
+    beaten = {a for a, (x, y) in found.items() if any(u >= x and v >= y and (u, v) != (x, y) for u, v in places)}
+    free = [arm for arm in found if arm not in beaten]
+    listed = (f"{arm!r} ({number(found[arm][0])}, {number(found[arm][1])})" for arm in free)
     return [
         f"No arm is highest on both: {tops[0]!r} is on {first}, {tops[1]!r} on {second}.",
-        f"By their means, no arm exceeds any of these on both at once ({first}, {second}): {', '.join(places)}.",
+        f"No other arm does as well on both as any of these, by their means ({first}, {second}): {', '.join(listed)}.",
     ]
 
 
