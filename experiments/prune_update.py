@@ -28,11 +28,9 @@ from torch import Tensor
 
 from mifo_callbacks import top_mask
 from mifo_callbacks.thresholds import floor_share, random_scores
-from mifo_lightning.cli import METHOD, MONITORS, MifoCLI, OneLineParser, fail, quiet
-from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.cli import METHOD, MONITORS, OneLineParser, fail, make_cli, quiet
 from mifo_lightning.errors import InputError
 from mifo_lightning.models import load_policy
-from mifo_lightning.module import MifoModule
 
 Weights = dict[str, Tensor]
 By = Literal["magnitude", "random"]
@@ -87,18 +85,7 @@ def make_evaluate(configs: list[Path], base: Path, changes: list[str]) -> Callab
     arguments += ["--trainer.enable_checkpointing", "false"]
     arguments += [text for group in (*METHOD, *MONITORS) for text in (f"--{group}", "null")]
     OneLineParser.arguments = changes
-    cli = MifoCLI(
-        MifoModule,
-        QuestionData,
-        run=False,
-        save_config_callback=None,
-        parser_class=OneLineParser,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        trainer_defaults={"max_epochs": -1, "logger": False},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        args=[*arguments, *changes],
-    )
+    cli = make_cli([*arguments, *changes], run=False)
     cli.model.policy = policy = load_policy(str(base))
 
     def evaluate(weights: Weights) -> dict[str, float]:

@@ -176,6 +176,27 @@ class MifoCLI(LightningCLI):
         return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
 
 
+def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
+    """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
+    return MifoCLI(
+        MifoModule,
+        QuestionData,
+        run=run,
+        save_config_callback=SaveConfig if run else None,
+        save_config_kwargs={"save_to_log_dir": False},
+        parser_class=OneLineParser,
+        parser_kwargs={
+            "parser_mode": "omegaconf+",  # interpolation that follows the command line
+            "prog": "python -m mifo_lightning",
+            "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
+        },
+        trainer_defaults={"max_epochs": -1, "logger": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input prints one line and exits with status 2."""
     # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
@@ -184,22 +205,7 @@ def main(args: list[str] | None = None) -> None:
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
-        MifoCLI(
-            MifoModule,
-            QuestionData,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            parser_class=OneLineParser,
-            parser_kwargs={
-                "parser_mode": "omegaconf+",  # interpolation that follows the command line
-                "prog": "python -m mifo_lightning",
-                "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
-            },
-            trainer_defaults={"max_epochs": -1, "logger": False},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
     except OmegaConfBaseException as error:

@@ -8,9 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from test_cli import CONFIGS, printed, short
 
-from mifo_lightning.cli import MifoCLI, main
-from mifo_lightning.data.datamodule import QuestionData
-from mifo_lightning.module import MifoModule
+from mifo_lightning.cli import main, make_cli
 
 CONTROLS = CONFIGS / "controls"
 CHANGES: dict[str, dict[str, Any]] = {
@@ -69,7 +67,7 @@ def test_what_a_control_draws_differs_from_seed_to_seed(control: str) -> None:
     added = layers("tiny", "methods/mifo", f"controls/{control}")
     for seed in (0, 4):
         arguments = [*added, "--seed_everything", str(seed), "--trainer.logger", "false"]
-        cli = MifoCLI(MifoModule, QuestionData, save_config_callback=None, run=False, args=arguments)
+        cli = make_cli(arguments, run=False)
         drawn = [getattr(cli.config_init, key) for key in ("entropy", "freeze", "drop")]
         assert {callback.seed for callback in drawn if callback is not None} == {seed}
 
