@@ -68,6 +68,9 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
+# whose random choices follow seed_everything
+SEEDED = ("entropy", "freeze", "drop")
+
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line that says which argument is meant."""
@@ -125,8 +128,7 @@ class MifoCLI(LightningCLI):
         parser.link_arguments("model.model", "data.tokenizer")
         parser.link_arguments("model.group_size", "data.group_size")
         parser.link_arguments("model.solved_at", "data.solved_at")
-        seeded = [f"{key}.init_args.seed" for key in ("entropy", "freeze", "drop")]
-        for target in ("model.seed", "data.seed", *seeded):
+        for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def instantiate_classes(self) -> None:
@@ -205,6 +207,7 @@ def main(args: list[str] | None = None) -> None:
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
+        check_seeds(OneLineParser.arguments)
         make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
@@ -214,6 +217,20 @@ def main(args: list[str] | None = None) -> None:
             f"{error.full_key}: {what}; write ${{..group.key}} for another group, ${{oc.env:NAME,default}} "
             "for a variable"
         )
+
+
+def check_seeds(arguments: list[str]) -> None:
+    """Refuse a flag for a linked seed, which the parser would overwrite without a word.
+
+    A file may hold such a seed: the printed configuration does.
+
+    Raises:
+        InputError: A flag names the seed of a callback.
+    """
+    linked = {f"--{key}.{path}seed" for key in SEEDED for path in ("", "init_args.")}
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag in linked:
+            raise InputError(f"{flag}: it follows seed_everything; give --seed_everything instead")
 
 
 def _root_cause(error: BaseException) -> BaseException:

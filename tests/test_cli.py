@@ -224,6 +224,8 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     [
         ({"model.nmae": "1"}, ["--model.nmae", "did you mean"]),
         ({"freeze.fracton": "1"}, ["--freeze.fracton"]),
+        ({"freeze.seed": "5"}, ["--freeze.seed", "--seed_everything"]),
+        ({"model.seed": "5"}, ["model.seed", "seed_everything"]),
         ({"model.rl.lr": "abc"}, ["model.rl.lr", "abc", "float"]),
         ({"config": "absent.yaml"}, ["absent.yaml"]),
         ({"model.model": "absent/dir/x"}, ["model.model", "absent/dir/x", "directory"]),
