@@ -178,7 +178,7 @@ class MifoModule(LightningModule):
             logp, entropy = self._policy(part.sequences, reinforcement.sampling.temperature, entropy_gradient=bonus)
         loss, metrics = reinforcement.loss(part, logp, entropy, batch["rollout"])
         self._metrics.add("rl", metrics)
-        shown = [] if part.demonstrated is None else part.question[part.demonstrated & part.active].tolist()
+        shown = [] if part.demonstrated is None else part.question[part.demonstrated].tolist()
         work |= {"trained": part.sequences.token_count(), "demonstrations": shown}
         return {**output, "loss": loss, "work": work}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning import Callback
 from torch import Tensor
 
 from mifo_lightning.data.question import Question
@@ -38,6 +39,16 @@ class Noting(InProcessEngine):
         completions = super().generate(policy, tokenizer, prompts, *rest)
         self.drawn.append((prompts, completions))
         return completions
+
+
+class Gradients(Callback):
+    """The gradient of every optimizer step, before clipping."""
+
+    def __init__(self) -> None:
+        self.found: list[Gradient] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.found.append({n: p.grad.clone() for n, p in pl_module.named_parameters()})
 
 
 class Coin(Reward):

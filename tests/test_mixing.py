@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import make_data, make_module
 from lightning import Callback
-from rl_steps import groups_of, item, prepare, questions, reinforcement
+from rl_steps import Gradients, groups_of, item, prepare, questions, reinforcement, relative
 
+from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.mixing import Rows, training_rows
+from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.policy import Policy
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.schedule import Schedule
@@ -107,6 +110,25 @@ def test_the_weight_of_the_sft_loss_goes_along_half_a_cosine_to_its_end() -> Non
         [0.9, 0.5 + 0.4 * 2**-0.5, 0.5, 0.5 - 0.4 * 2**-0.5, 0.1, 0.1, 0.1]
     )
     assert [Mixing(sft=0.3).sft_at(i) for i in (0, 9)] == [0.3, 0.3]
+
+
+class Never(Reward):
+    """No response is right."""
+
+    def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
+        return [0.0] * len(responses)
+
+
+def test_every_rl_step_of_a_run_mixes_at_its_own_weight(make_trainer: Any) -> None:
+    mixing, watch = Mixing(sft=0.9, sft_end=0.1, sft_decay=2), Gradients()
+    # without a right response only the SFT loss pushes; all steps have the same questions and the same model
+    module = make_module(reward=Never(), mixing=mixing, rl=AdamWSettings(lr=0.0))
+    data = make_data(train=Skills(["addition", "mirrored"], 4), schedule=Schedule(rl_steps=3, rl_questions=4))
+    make_trainer([watch]).fit(module, datamodule=data)
+    at_one = {n: g / 0.9 for n, g in watch.found[0].items()}
+    assert len(watch.found) == 3
+    for gradient, weight in zip(watch.found, (0.9, 0.5, 0.1), strict=True):
+        assert relative(gradient, {n: weight * g for n, g in at_one.items()}) < 1e-4
 
 
 def test_demonstrations_are_graded_by_the_verifier_of_the_rollouts(policy: Policy, tokenizer: Any) -> None:

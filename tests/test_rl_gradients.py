@@ -6,8 +6,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_data, make_module
-from lightning import Callback, Trainer
-from rl_steps import Coin, Gradient, Noting, by_hand, groups_of, item, prepare, questions, reinforcement, relative
+from lightning import Trainer
+from rl_steps import (
+    Coin,
+    Gradient,
+    Gradients,
+    Noting,
+    by_hand,
+    groups_of,
+    item,
+    prepare,
+    questions,
+    reinforcement,
+    relative,
+)
 
 from mifo_lightning.models import load_policy
 from mifo_lightning.optim import AdamWSettings
@@ -19,20 +31,14 @@ from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.schedule import Schedule
 
 
-class Gradients(Callback):
-    """The gradient of every optimizer step, before clipping."""
-
-    def __init__(self) -> None:
-        self.found: list[Gradient] = []
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.found.append({n: p.grad.clone() for n, p in pl_module.named_parameters()})
-
-
 def grpo_gradient(
-    drawn: tuple[list[list[int]], list[list[Completion]]], reward: Reward, tokenizer: Any, temperature: float
+    drawn: tuple[list[list[int]], list[list[Completion]]],
+    reward: Reward,
+    tokenizer: Any,
+    temperature: float,
+    bonus: float = 0.0,
 ) -> Gradient:
-    """Gradient of GRPO at ratio 1, sequence by sequence: -A times the token mean of log p, mean over sequences."""
+    """Gradient of GRPO at ratio 1, sequence by sequence: the token mean of -A log p - bonus H, mean over sequences."""
     policy = load_policy("embedded")
     total = torch.zeros(())
     rows = sum(map(len, drawn[1]))
@@ -42,15 +48,21 @@ def grpo_gradient(
         rewards = torch.tensor([r if c.finished else 0.0 for r, c in zip(found, group, strict=True)])
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         for c, advantage in zip(group, advantages, strict=True):
-            total = total - advantage * by_hand(policy, prompt, c.tokens, temperature)[0].mean() / rows
+            logp, entropy = by_hand(policy, prompt, c.tokens, temperature)
+            total = total - (advantage * logp + bonus * entropy).mean() / rows
     total.backward()
     return {f"policy.{n}": p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
     ("settings", "passes", "micro_batches"),
-    [(RLSettings(), 1, 1), (RLSettings(), 2, 4), (RLSettings(kl_coefficient=1.0), 2, 2)],
-    ids=["on policy", "two passes", "kl"],
+    [
+        (RLSettings(), 1, 1),
+        (RLSettings(), 2, 4),
+        (RLSettings(kl_coefficient=1.0), 2, 2),
+        (RLSettings(entropy_bonus=0.5), 2, 2),
+    ],
+    ids=["on policy", "two passes", "kl", "entropy bonus"],
 )
 def test_the_gradient_is_that_of_the_sampling_temperature(
     make_trainer: Callable[..., Trainer], tokenizer: Any, settings: RLSettings, passes: int, micro_batches: int
@@ -66,7 +78,10 @@ def test_the_gradient_is_that_of_the_sampling_temperature(
     schedule = Schedule(rl_steps=1, rl_questions=4, passes=passes)
     make_trainer([watch], accumulate_grad_batches=micro_batches).fit(module, datamodule=make_data(schedule=schedule))
     (drawn,) = engine.drawn
-    expected, at_one = (grpo_gradient(drawn, Coin(), tokenizer, t) for t in (0.7, 1.0))
+    bonus = settings.entropy_bonus
+    expected, at_one = (grpo_gradient(drawn, Coin(), tokenizer, t, bonus) for t in (0.7, 1.0))
+    if bonus:
+        assert relative(grpo_gradient(drawn, Coin(), tokenizer, 0.7), expected) > 0.1
     assert relative(at_one, expected) > 0.1
     assert len(watch.found) == passes
     for gradient in watch.found:  # the weights stay, so every pass has ratio 1, and KL and its gradient are 0
