@@ -23,6 +23,7 @@ from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
+from mifo_lightning.rl_settings import RLSettings
 from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.schedule import Schedule
 
@@ -145,6 +146,23 @@ def test_repetitions_and_extra_forwards_count(make_trainer: MakeTrainer) -> None
     assert (sft["optimizer_steps"], sft["demonstrations"], sft["trained_tokens"]) == (6, 24, 24 * 20)
     assert sft["scored_tokens"] == 24 * 20  # entropies of all micro-batches before the first backward
     assert (costs.summary()["distinct_questions"], costs.summary()["distinct_demonstrations"]) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "forwards"),
+    [
+        (RLSettings(entropy_fraction=0.5), 1),
+        (RLSettings(kl_coefficient=0.1), 1),
+        (RLSettings(entropy_fraction=0.5, kl_coefficient=0.1), 2),
+    ],
+)
+def test_an_entropy_mask_and_a_reference_cost_a_forward_each(
+    make_trainer: MakeTrainer, settings: RLSettings, forwards: int
+) -> None:
+    costs = Costs()
+    data = make_data(train=Skills(["addition"], 64), schedule=Schedule(rl_steps=1, rl_questions=4))
+    make_trainer([costs]).fit(make_module(engine=Halves(), policy=settings), datamodule=data)
+    assert costs.summary()["rl"]["scored_tokens"] == forwards * 224
 
 
 def test_an_untied_embedding_is_looked_up_and_not_multiplied() -> None:
