@@ -129,6 +129,18 @@ def mean_losses(policy: Policy, qs: list[Question]) -> list[Tensor]:
     return [-by_hand(policy, q.prompt, q.demonstration or [])[0] for q in qs]
 
 
+def test_nll_and_entropy_are_means_over_all_tokens_whatever_is_selected(policy: Policy, tokenizer: Any) -> None:
+    qs = questions(tokenizer)
+    demos = Demonstrations.pack(qs, tokenizer, torch.device("cpu"))
+    logp, entropy = (x.detach() for x in policy(demos.sequences))
+    demos.select(lambda entropy, mask, named: (named["eos"], float(len(qs))), entropy)
+    _, metrics = demos.loss(torch.arange(len(qs)), logp, entropy, "uniform")
+    scores = [[x.detach() for x in by_hand(policy, q.prompt, q.demonstration or [])] for q in qs]
+    assert float(metrics["nll"]) == pytest.approx(-float(torch.cat([s[0] for s in scores]).mean()), rel=1e-4)
+    assert float(metrics["entropy"]) == pytest.approx(float(torch.cat([s[1] for s in scores]).mean()), rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(-sum(float(s[0][-1]) for s in scores) / len(qs), rel=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_initial_losses_are_means_over_tokens_in_units_of_their_median(
     policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: int
