@@ -1,4 +1,4 @@
-"""A program for test_records_strategies.py: fits with all monitors under a strategy and writes what they kept.
+"""A program for test_records_strategies.py: fits with all monitors under a strategy, writes what was kept and logged.
 
 python tests/two_process_records.py {single|ddp|fsdp2} OUT.json [CHECKPOINT]
 """
@@ -12,7 +12,7 @@ from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from monitoring import monitors, summaries
+from monitoring import Records, monitors, summaries
 
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.schedule import Schedule
@@ -26,14 +26,14 @@ def main() -> None:
         "ddp": "ddp",
         "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     }[strategy]
-    kept = monitors(5)  # an odd number for two ranks
+    records, kept = Records(), monitors(5)  # an odd number for two ranks
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if strategy == "single" else 2,
         strategy=chosen,
         max_epochs=1,
-        logger=False,
+        logger=records,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=ckpt is None,
@@ -44,7 +44,9 @@ def main() -> None:
     data = make_data(val=Skills(["addition", "mirrored"], 12, split="val"), schedule=schedule)
     trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt)
     if trainer.is_global_zero:
-        out.write_text(json.dumps(summaries(kept)))
+        timings = ("rollout/tokens_per_s", "costs/", "seconds/")
+        logged = [{k: v for k, v in row.items() if not k.startswith(timings)} for row in records.metrics]
+        out.write_text(json.dumps({**summaries(kept), "logged": logged}))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
         "mixing": Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy"),
         "sft_weight": "flow",
     },
-    # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them
+    # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
+    # SFT sees all tokens here
     "dynamic sampling": {"policy": RLSettings(clip_high=0.28, aggregation="token", dynamic_sampling=3)},
 }
 
@@ -72,6 +73,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
     }[strategy]
     watch = Watch()
+    method = method_callbacks(size=8)[case == "dynamic sampling" :]  # the first one selects tokens
     module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     export = ExportModel(str(out.parent / f"model-{strategy}"))
@@ -83,7 +85,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*method_callbacks(size=8), watch, export, *([saver] if lr and ckpt is None else [])],
+        callbacks=[*method, watch, export, *([saver] if lr and ckpt is None else [])],
         enable_checkpointing=bool(lr) and ckpt is None,
         default_root_dir=out.parent,
     )
