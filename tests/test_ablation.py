@@ -1,12 +1,10 @@
-"""The ablation runner: what it refuses, what it would run, and that a grid survives being killed."""
+"""The ablation runner: what a cell goes on from, and that a grid survives being killed."""
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import random
-import shlex
 import subprocess
 import sys
 import time
@@ -15,54 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from small_grid import GRID, ROOT, write
 
 from experiments import ablation
 from experiments.cell import check_fingerprint, fingerprint, fit, outcome, prepare
 from experiments.grid import cells, choose, read_ablation
-from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError
-
-ROOT = Path(__file__).parents[1]
-BASE = "mifo_lightning/assets/base"
-GRID: dict[str, Any] = {
-    "name": "two arms",
-    "question": "Does the runner run?",
-    "primary": "avg@1",
-    "metrics": ["addition/avg@1"],
-    "reference": "mifo",
-    "config": ["configs/tiny.yaml"],
-    "bases": {"shipped": BASE},
-    "seeds": [0, 1],
-    "jobs": 2,
-    "set": {
-        "data.schedule.rl_steps": 3,
-        "data.schedule.rl_questions": 8,
-        "data.schedule.sft_batch": 8,
-        "data.train.init_args.count": 64,
-        "data.val.init_args.count": 16,
-        "switch.size": 8,
-        "switch.p": 0.5,
-        "checkpoint.every": 1,
-    },
-    "arms": {
-        "mifo": {},
-        "interleave, half + lr": {"configs": ["configs/methods/interleave.yaml"], "set": {"model.sft.lr": 5.0e-4}},
-    },
-}
 
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-
-
-def write(root: Path, **changes: Any) -> Path:
-    """An ablation file of two arms, one base and two seeds, with some keys changed; None leaves a key out."""
-    content = {key: value for key, value in {"out": str(root / "out"), **GRID, **changes}.items() if value is not None}
-    path = root / "ablation.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return path
 
 
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -83,115 +44,6 @@ def until(condition: Any, seconds: float = 60) -> bool:
     while not (met := condition()) and time.monotonic() < end:
         time.sleep(0.02)
     return bool(met)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"tpyo": 1}, ["unknown key tpyo", "allowed are name, question"]),
-        ({"arms": {"mifo": {"config": []}}}, ["arms.mifo", "unknown key config", "configs, set"]),
-        ({"arms": {"mifo": None}}, ["arms.mifo", "expected"]),
-        ({"arms": {}}, ["arms", "at least one"]),
-        ({"reference": "best"}, ["reference: best", "mifo, interleave, half + lr"]),
-        ({"bases": {"x": "runs/none"}, "make_bases": "make it"}, ["bases.x", "runs/none", "`make it`"]),
-        ({"seeds": [1, 1]}, ["seeds: 1 given"]),
-        ({"seeds": []}, ["seeds: none given"]),
-        ({"seeds": "all"}, ["seeds", "all"]),
-        ({"arms": {"mifo": {}, "MIFO!": {}}}, ["arms: mifo given"]),
-        ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml"]),
-        ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
-        ({"arms": {"mifo": {"set": {"trainer.logger.name": "x"}}}}, ["arms.mifo.set.trainer.logger.name", "wandb"]),
-        ({"jobs": 0}, ["jobs", "0"]),
-        ({"design": "random"}, ["design", "crossed", "nested", "random"]),
-        ({"question": None}, ["question"]),
-        ({"trade_off": {"learned": ["avg@1"]}}, ["trade_off: {'learned'", "two names"]),
-        ({"trade_off": {"learned": ["avg@1"], "kept": []}}, ["trade_off: {'learned'", "each with metrics"]),
-        ({"contrasts": [["mifo", "rl"]]}, ["contrasts: ['mifo', 'rl']", "mifo, interleave, half + lr"]),
-        ({"contrasts": [["mifo", "mifo"]]}, ["contrasts: ['mifo', 'mifo']", "two different"]),
-        ({"contrasts": [["mifo"]]}, ["contrasts: ['mifo']", "two different"]),
-    ],
-)
-def test_a_bad_file_gets_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
-) -> None:
-    assert ablation.main(["--config", str(write(tmp_path, **changes))]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert [word for word in words if word not in error] == []
-    assert not (tmp_path / "out").exists()
-
-
-def test_every_arm_meets_every_base_and_seed_once_in_a_directory_of_its_own(tmp_path: Path) -> None:
-    config = write(tmp_path, bases={"a": BASE, "b": BASE}, seeds=[3, 5, 7])
-    grid = cells(read_ablation(config))
-    expected = set(itertools.product(GRID["arms"], ["a", "b"], [3, 5, 7]))
-    assert {(cell.arm, cell.base, cell.seed) for cell in grid} == expected
-    assert len(grid) == len({cell.directory for cell in grid}) == 12
-    assert {(cell.arm, cell.base) for cell in grid[:4]} == {(arm, base) for arm, base, _ in expected}
-
-
-def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(tmp_path, arms={"mifo": {"set": {"data.schedule.rl_steps": 9, "freeze": None}}})
-    assert ablation.main(["--config", str(config), "--only", "mifo/shipped/1", "--dry_run"]) == 0
-    program, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
-    assert (program, arguments[0]) == ("-m", "mifo_lightning")
-    with pytest.raises(SystemExit) as end:
-        main([*arguments[1:], "--print_config"])
-    assert not end.value.code
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["seed_everything"] == 1
-    assert printed["model"]["model"] == BASE
-    assert printed["data"]["schedule"]["rl_steps"] == 9
-    assert printed["freeze"] is None
-    assert printed["switch"]["init_args"]["p"] == 0.5
-    assert printed["trainer"]["default_root_dir"] == str(tmp_path / "out" / "mifo" / "shipped" / "seed1")
-    assert printed["trainer"]["logger"] is False
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("only", "count"),
-    [
-        (["mifo"], 4),
-        (["p = 1/8"], 4),
-        (["p_=_1_8/a"], 2),
-        (["p = 1/8/b/0", "mifo/b/seed1"], 2),
-        (["mifo", "mifo/a"], 4),
-        ([], 8),
-    ],
-)
-def test_only_names_arms_bases_and_seeds(tmp_path: Path, only: list[str], count: int) -> None:
-    config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms={"mifo": {}, "p = 1/8": {}})
-    grid = cells(read_ablation(config))
-    assert len(choose(grid, only)) == count
-    with pytest.raises(InputError, match=r"--only mif: allowed .* arms mifo, p = 1/8; bases a, b; seeds 0, 1"):
-        choose(grid, [*only, "mif"])
-
-
-def test_a_sweep_names_every_cell_by_one_value(tmp_path: Path) -> None:
-    config, target = write(tmp_path), tmp_path / "sweep.yaml"
-    assert ablation.main(["--config", str(config), "--sweep", str(target)]) == 0
-    written = yaml.safe_load(target.read_text(encoding="utf-8"))
-    grid = cells(read_ablation(config))
-    assert written["method"] == "grid"
-    assert [choose(grid, [value]) for value in written["parameters"]["only"]["values"]] == [[cell] for cell in grid]
-    assert written["command"][-1] == "${args}"
-    arguments = [*written["command"][4:-1], "--only=mifo/shipped/0", "--dry_run"]
-    assert ablation.main(arguments) == 0
-
-
-def test_wandb_runs_share_a_group_and_leave_the_files_in_the_cell(tmp_path: Path) -> None:
-    config = write(tmp_path, wandb={"project": "p"})
-    options = []
-    for cell in cells(read_ablation(config)):
-        logger = json.loads(cell.places[cell.places.index("--trainer.logger") + 1])["init_args"]
-        assert cell.directory in Path(logger["save_dir"]).parents
-        assert (logger["project"], logger["group"], logger["mode"]) == ("p", "two arms", "offline")
-        assert logger["name"] == cell.name
-        options.append(logger["id"])
-    assert len(set(options)) == 4
-    assert not any(character in "".join(options) for character in "/\\#?%:, ")
 
 
 def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Path) -> None:
@@ -355,22 +207,6 @@ def test_an_unknown_cluster_gets_one_line(tmp_path: Path, capsys: pytest.Capture
     config = write(tmp_path, slurm={"cluster": "moon"})
     assert ablation.main(["--config", str(config), "--slurm"]) == 2
     assert "moon" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/ablations/*.yaml")), ids=lambda path: path.stem)
-def test_shipped_ablations_are_right_but_for_their_bases(path: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "arms" not in content:  # a configuration laid over the base
-        return
-    content["bases"] = dict.fromkeys(content["bases"], BASE)
-    copy = tmp_path / path.name
-    copy.write_text(yaml.safe_dump(content), encoding="utf-8")
-    grid = cells(read_ablation(copy))
-    assert len(grid) == len(content["arms"]) * len(content["bases"]) * len(content["seeds"])
-    uncommented = [
-        line for line in path.read_text(encoding="utf-8").split("\narms:")[0].splitlines() if "#" not in line
-    ]
-    assert [line for line in uncommented if line and not line.startswith("  ")] == []
 
 
 def _stamps(out: Path) -> dict[Path, int]:

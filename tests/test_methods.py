@@ -223,7 +223,7 @@ def responses(tokenizer: Any, rl: Reinforcement) -> list[Any]:
     return groups_of(tokenizer, *(text for group in RESPONSES for text in group[:n]), size=n)
 
 
-def compare(tokenizer: Any, rl: Reinforcement, formula: Callable[[Hand], Tensor], step: int = 0) -> None:
+def assert_formula(tokenizer: Any, rl: Reinforcement, formula: Callable[[Hand], Tensor], step: int = 0) -> None:
     """Loss and gradient of one RL step are those of the formula."""
     qs, new = questions(tokenizer, SHOWN), moved(load_policy("embedded"))
     work = item(qs, updates=2, rollout=step, micro_batches=3)
@@ -245,20 +245,20 @@ def test_every_shipped_loss_and_mixture_has_its_formula() -> None:
 @pytest.mark.parametrize("name", FORMULAS)
 def test_the_loss_and_its_gradient_are_those_of_the_formula(tokenizer: Any, name: str) -> None:
     settings, mixing = rl_settings(name)
-    compare(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), FORMULAS[name])
+    assert_formula(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), FORMULAS[name])
 
 
 def test_srft_with_the_sign_of_its_code(tokenizer: Any) -> None:
     settings, mixing = rl_settings("methods/srft")
     assert mixing is not None
     mixing.token_weight = "high_entropy"
-    compare(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), lambda h: srft(h, sign=1))
+    assert_formula(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), lambda h: srft(h, sign=1))
 
 
 @pytest.mark.parametrize(("step", "mu"), [(0, 0.9), (50, 0.7755204), (100, 0.475), (200, 0.05), (500, 0.05)])
 def test_chord_decays_from_the_demonstrations_to_the_rollouts(tokenizer: Any, step: int, mu: float) -> None:
     settings, mixing = rl_settings("methods/chord")
-    compare(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), lambda h: chord(h, mu), step)
+    assert_formula(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), lambda h: chord(h, mu), step)
 
 
 EVERYTHING = "everything at once"
