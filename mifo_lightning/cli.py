@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_lightning.data.datamodule import QuestionData
-from mifo_lightning.errors import InputError
+from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
@@ -200,7 +200,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; bad input prints one line and exits with status 2."""
+    """Run the command line; bad input prints one line and exits with status 2, training that broke down with 1."""
     # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -211,6 +211,8 @@ def main(args: list[str] | None = None) -> None:
         make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
+    except TrainingError as error:
+        fail(str(error), status=1)
     except OmegaConfBaseException as error:
         what = str(error).split("\n")[0]
         fail(
@@ -253,10 +255,10 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line on standard error and exit with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print one line on standard error and exit, with status 2 for bad input."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 @rank_zero_only

@@ -17,7 +17,7 @@ from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
-from mifo_lightning.guards import check_alignment, check_resume, check_trainer
+from mifo_lightning.guards import FiniteSteps, check_alignment, check_resume, check_trainer, check_weights
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight
 from mifo_lightning.models import load_policy, load_tokenizer, shard_policy
@@ -103,9 +103,11 @@ class MifoModule(LightningModule):
             raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
         self.supervision = Supervision(self.tokenizer, sft_weight)
         self._rollout: Rollout | None = None
+        self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
+        self._finite = FiniteSteps()
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
@@ -140,6 +142,7 @@ class MifoModule(LightningModule):
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
             self.supervision.go_on(self._restored["initial_losses"])
+            self._finite.load_state_dict(self._restored["finite"])
             self._restored = {}
         else:
             self.supervision.begin(self._policy, self.trainer.train_dataloader)
@@ -152,6 +155,7 @@ class MifoModule(LightningModule):
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
+        self._step = batch["step"]
         if batch["micro"] == 0:
             lr = self._phase_optimizer.enter(batch["phase"], batch["step"])
             self._metrics.put(batch["phase"], {"lr": lr})
@@ -220,11 +224,18 @@ class MifoModule(LightningModule):
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self._phase_optimizer.settings[phase].clip or torch.inf)
         self._metrics.put(phase, {"grad_norm": full(norm).detach()})
+        if self._finite.skips(self._where(), self._metrics.broken()):
+            self._phase_optimizer.optimizer.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
-        log_metrics(self.trainer, self._metrics.take())
+        check_weights(self._policy, self._where())
+        log_metrics(self.trainer, {**self._metrics.take(), **self._finite.metrics()})
+
+    def _where(self) -> str:
+        """The running optimizer step, for a person."""
+        return f"{self._phase_optimizer.phase} step {self._step + 1}"
 
     def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
         """Let go of the optimizer step's gradients before the next rollout."""
@@ -272,6 +283,7 @@ class MifoModule(LightningModule):
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
                 "initial_losses": self.supervision.initial_losses,
+                "finite": self._finite.state_dict(),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

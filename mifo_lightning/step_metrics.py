@@ -1,5 +1,6 @@
 """Metrics of one optimizer step, collected over its micro-batches and over ranks."""
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -22,6 +23,10 @@ class StepMetrics:
     def put(self, prefix: str, values: Mapping[str, Tensor | float]) -> None:
         """Set values that are the same on every rank and that one micro-batch knows."""
         self._values.update({f"{prefix}/{name}": value for name, value in values.items()})
+
+    def broken(self) -> list[str]:
+        """Names of the values that are not finite; the same on every rank, since all of them are."""
+        return [name for name, value in self._values.items() if not math.isfinite(float(value))]
 
     def take(self) -> dict[str, float]:
         """All values as numbers; begins the next step."""

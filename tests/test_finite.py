@@ -1,0 +1,99 @@
+"""Nothing broken passes as finished: numbers that are not finite skip one step, then stop the run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_data, make_module, method_callbacks, weights
+from lightning import Callback, Trainer
+
+from mifo_lightning.cli import main
+from mifo_lightning.errors import TrainingError
+from mifo_lightning.module import MifoModule
+from mifo_lightning.monitors.checkpoint import LastCheckpoint
+from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.history import History
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Poison(Callback):
+    """Makes one gradient coordinate NaN in the given optimizer steps; keeps the weights after every step."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step in self.steps:
+            next(p for p in pl_module.parameters() if p.grad is not None).grad.view(-1)[3] = float("nan")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: MifoModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.after.append(weights(pl_module))
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_broken_step_is_skipped_said_and_counted(make_trainer: MakeTrainer) -> None:
+    poison, history = Poison(2), History(["skipped_steps", "*/grad_norm"])
+    with pytest.warns(UserWarning, match=r"(rl|sft) step \d+: (rl|sft)/grad_norm not finite; this .* skipped"):
+        make_trainer([*method_callbacks(), poison, history]).fit(make_module(), datamodule=make_data())
+    assert equal(poison.after[1], poison.after[2])
+    assert not equal(poison.after[2], poison.after[3])
+    assert [line.get("skipped_steps", 0.0) for line in history.lines] == [0, 0] + [1] * (len(history.lines) - 2)
+    assert all(w.isfinite().all() for w in poison.after[-1].values())
+
+
+def test_a_second_one_in_a_row_stops_and_leaves_the_last_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    callbacks = [Poison(2, 3), ExportModel(str(tmp_path / "model")), LastCheckpoint(every=1, dirpath=str(tmp_path))]
+    trainer = make_trainer(callbacks, enable_checkpointing=True)
+    with pytest.raises(TrainingError, match=r"rl step 4: rl/grad_norm not finite; the run stops"), pytest.warns():
+        trainer.fit(make_module(), datamodule=make_data())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 3
+    assert all(w.isfinite().all() for w in state["state_dict"].values())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_resumed_between_two_broken_steps_stops_as_the_undisturbed_one(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    saved = tmp_path / "between.ckpt"
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(saved)
+
+    with pytest.warns(UserWarning, match="skipped"):
+        make_trainer([Poison(2), Save()]).fit(make_module(), datamodule=make_data())
+    with pytest.raises(TrainingError, match="rl step 4"):
+        make_trainer([Poison(3)]).fit(make_module(), datamodule=make_data(), ckpt_path=saved)
+
+
+def test_weights_that_a_step_breaks_stop_the_run(make_trainer: MakeTrainer) -> None:
+    class Break(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: MifoModule, optimizer: Any) -> None:
+            if trainer.global_step == 1:
+                optimizer.param_groups[0]["lr"] = float("inf")
+
+    with pytest.raises(TrainingError, match=r"rl step 2: weights of \d+ tensors are not finite"):
+        make_trainer([Break()]).fit(make_module(), datamodule=make_data())
+
+
+def test_an_absurd_learning_rate_ends_with_one_line_and_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit", "--config", "configs/tiny.yaml", "--config", "configs/logger/csv.yaml", "--model.rl.lr", "1e30"]
+    arguments += ["--trainer.logger.init_args.save_dir", str(tmp_path), "--data.val", "null", "--progress", "null"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--data.train.init_args.count", "256", "--data.schedule.rl_steps", "5"])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: rl step ")
+    assert "not finite" in error
+    assert not list(tmp_path.rglob("model.safetensors"))
