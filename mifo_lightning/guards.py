@@ -1,5 +1,7 @@
 """What MifoModule refuses: settings of the Trainer under which a run would be silently wrong, and broken numbers."""
 
+from typing import Any
+
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -11,6 +13,7 @@ from mifo_lightning.distributed import sum_ranks
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.loader import WorkItem
 
+FORMAT = 3  # of what MifoModule, its loader and its callbacks put into a checkpoint
 PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
 
 
@@ -30,6 +33,16 @@ def check_trainer(trainer: Trainer) -> None:
     limit, micro = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if isinstance(limit, int) and limit % micro:
         raise InputError(f"trainer.limit_train_batches: {limit} is not a multiple of accumulate_grad_batches = {micro}")
+
+
+def check_format(checkpoint: dict[str, Any]) -> None:
+    """Raise an InputError if a checkpoint to go on from is not one of this version's runs."""
+    found = checkpoint.get("mifo", {}).get("format")
+    if found != FORMAT:
+        raise InputError(
+            f"ckpt_path: its format is {found}, this version of mifo_lightning reads {FORMAT}: a run is resumed by the "
+            "version that began it"
+        )
 
 
 def check_resume(trainer: Trainer) -> None:

@@ -17,7 +17,15 @@ from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
-from mifo_lightning.guards import FiniteSteps, check_alignment, check_resume, check_trainer, check_weights
+from mifo_lightning.guards import (
+    FORMAT,
+    FiniteSteps,
+    check_alignment,
+    check_format,
+    check_resume,
+    check_trainer,
+    check_weights,
+)
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight
 from mifo_lightning.models import load_policy, load_tokenizer, shard_policy
@@ -280,6 +288,7 @@ class MifoModule(LightningModule):
         if self.optimizer_of_phase is not None:
             rollout = None if self._rollout is None else self._rollout.state_dict()
             checkpoint["mifo"] = {
+                "format": FORMAT,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
                 "initial_losses": self.supervision.initial_losses,
@@ -289,7 +298,8 @@ class MifoModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until `on_train_start`; evaluation needs the weights alone."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._restored = checkpoint.get("mifo", {})
+            check_format(checkpoint)
+            self._restored = checkpoint["mifo"]
 
     def _restore_rollout(self, rollouts: list[dict[str, Any] | None]) -> None:
         if len(rollouts) != self.trainer.world_size and any(rollouts):

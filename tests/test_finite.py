@@ -10,7 +10,7 @@ from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
 
 from mifo_lightning.cli import main
-from mifo_lightning.errors import TrainingError
+from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
@@ -97,3 +97,14 @@ def test_an_absurd_learning_rate_ends_with_one_line_and_no_model(
     assert error.startswith("error: rl step ")
     assert "not finite" in error
     assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer([])
+    trainer.fit(make_module(), datamodule=make_data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    for old in ({**state["mifo"], "format": 2}, {k: v for k, v in state["mifo"].items() if k != "format"}):
+        torch.save({**state, "mifo": old}, tmp_path / "old.ckpt")
+        with pytest.raises(InputError, match=r"ckpt_path: its format is (2|None), this version"):
+            make_trainer([]).fit(make_module(), datamodule=make_data(), ckpt_path=tmp_path / "old.ckpt")
