@@ -6,6 +6,7 @@
 
 TRL's own code computes every advantage and loss. Only what needs a language model is replaced: the log-probabilities
 and entropies it would compute, the responses it would sample, and the rewards it would be told are given numbers.
+Which of its losses it computes is said here; clip ranges and caps are those of the shipped `configs/losses/`.
 """
 
 import argparse
@@ -16,34 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "losses"
 QUESTIONS, GROUP, LENGTH, MAX_LENGTH = 2, 4, 6, 8
 LENGTHS = [6, 3, 5, 1, 4, 6, 2, 5]
 REWARDS = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0]
 
-# name of the case -> which trainer, and its settings
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "grpo": ("grpo", {"loss_type": "grpo"}),
-    "grpo_kl": ("grpo", {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False}),
-    "grpo_kl_times_ratio": ("grpo", {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True}),
-    "grpo_entropy_mask": ("grpo", {"loss_type": "grpo", "top_entropy_quantile": 0.2}),
-    "dr_grpo": ("grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-    "dapo": ("grpo", {"loss_type": "dapo", "epsilon_high": 0.28}),
-    "dapo_kl": (
-        "grpo",
-        {"loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.1, "use_bias_correction_kl": False},
-    ),
-    "dapo_entropy_mask": ("grpo", {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.2}),
-    "gspo": (
-        "grpo",
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05, "epsilon_high": 0.08},
-    ),
-    "cispo": ("grpo", {"loss_type": "cispo", "epsilon_high": 1.4}),
-    "rloo": ("rloo", {}),
-    "rloo_on_policy": ("rloo", {}),
+# name of the case -> our loss file, the trainer, and its settings beside the clip of that file
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "grpo": ("grpo", "grpo", {"loss_type": "grpo"}),
+    "grpo_kl": ("grpo", "grpo", {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False}),
+    "grpo_kl_times_ratio": ("grpo", "grpo", {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True}),
+    "grpo_entropy_mask": ("grpo", "grpo", {"loss_type": "grpo", "top_entropy_quantile": 0.2}),
+    "dr_grpo": ("dr_grpo", "grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    "dapo": ("dapo", "grpo", {"loss_type": "dapo"}),
+    "dapo_kl": ("dapo", "grpo", {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": False}),
+    "dapo_entropy_mask": ("dapo", "grpo", {"loss_type": "dapo", "top_entropy_quantile": 0.2}),
+    "gspo": ("gspo", "grpo", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    "cispo": ("cispo", "grpo", {"loss_type": "cispo"}),
+    "rloo": ("rloo", "rloo", {}),
+    "rloo_on_policy": ("rloo", "rloo", {}),
 }
-COMMON = {"beta": 0.0, "epsilon": 0.2, "num_generations": GROUP, "max_completion_length": MAX_LENGTH}
+COMMON = {"beta": 0.0, "num_generations": GROUP, "max_completion_length": MAX_LENGTH}
 
 
 def draw(seed: int) -> dict[str, Tensor]:
@@ -51,7 +48,8 @@ def draw(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (QUESTIONS * GROUP, LENGTH)
     logp = -torch.rand(shape, generator=generator) * 3 - 0.05
-    near = [torch.randn(shape, generator=generator) * spread for spread in (0.3, 0.2)]
+    # the first so wide that every clip range and cap cuts something off
+    near = [torch.randn(shape, generator=generator) * spread for spread in (1.0, 0.2)]
     entropy = torch.rand(shape, generator=generator) * 2
     return {"logp": logp, "logp_old": logp + near[0], "logp_ref": logp + near[1], "entropy": entropy}
 
@@ -102,10 +100,18 @@ def make_trainer(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]
     return trainer
 
 
+def clip_of(loss: str) -> dict[str, float]:
+    """TRL's names for the clip range or the cap of `configs/losses/<loss>.yaml`."""
+    policy = yaml.safe_load((CONFIGS / f"{loss}.yaml").read_text(encoding="utf-8"))["model"]["policy"]
+    if "ratio_cap" in policy:
+        return {"epsilon_high": policy["ratio_cap"]}
+    return {"epsilon": policy["clip_low"], "epsilon_high": policy["clip_high"]} if "clip_low" in policy else {}
+
+
 def compute(name: str, inputs: dict[str, Tensor], model: str) -> dict[str, Any]:
     """Settings, advantages [B], loss and gradient with respect to `logp` [B, L] of one case."""
-    kind, chosen = CASES[name]
-    settings = {**COMMON, **chosen}
+    loss_file, kind, chosen = CASES[name]
+    settings = {**COMMON, **clip_of(loss_file), **chosen}
     logp = inputs["logp"].clone().requires_grad_()
     tensors = {**inputs, "logp": logp}
     if name.endswith("on_policy"):
@@ -116,6 +122,7 @@ def compute(name: str, inputs: dict[str, Tensor], model: str) -> dict[str, Any]:
     loss.backward()
     assert logp.grad is not None
     return {
+        "file": loss_file,
         "trainer": type(trainer).__mro__[1].__name__,
         "settings": settings,
         "logp_old": "logp" if name.endswith("on_policy") else "logp_old",

@@ -60,6 +60,8 @@ class MifoModule(LightningModule):
             own correct rollout.
         sft_weight: What multiplies each demonstration token's cross-entropy in SFT phases: uniform, dft, chord,
             low_entropy, high_entropy or flow.
+        sft_entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the SFT loss
+            (ReLIFT).
         rl: AdamW of RL phases.
         sft: AdamW of SFT phases.
         moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
@@ -85,6 +87,7 @@ class MifoModule(LightningModule):
         mixing: Mixing | None = None,
         demonstrations: Literal["data", "own"] = "data",
         sft_weight: SFTWeight = "uniform",
+        sft_entropy_bonus: float = 0.0,
         rl: AdamWSettings = AdamWSettings(),
         sft: AdamWSettings = AdamWSettings(),
         moments: Literal["reset", "keep", "shared"] = "reset",
@@ -109,7 +112,9 @@ class MifoModule(LightningModule):
         self.needs_demonstrations = mixing is not None or sft_weight == "flow"
         if self.own_demonstrations and sft_weight == "flow":
             raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
-        self.supervision = Supervision(self.tokenizer, sft_weight)
+        if sft_entropy_bonus < 0:
+            raise InputError(f"model.sft_entropy_bonus: {sft_entropy_bonus} is not allowed; it must be at least 0")
+        self.supervision = Supervision(self.tokenizer, sft_weight, sft_entropy_bonus)
         self._rollout: Rollout | None = None
         self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}

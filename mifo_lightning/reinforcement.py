@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,17 +149,19 @@ class Reinforcement:
         prompts = [graded.questions[i].prompt for i in rows.question.tolist()]
         sequences = Sequences.pack(prompts, rows.tokens, int(self.tokenizer.pad_token_id)).to(device)
         minibatch = torch.tensor(chosen.place)[rows.question] * item["minibatches"] // chosen.total
-        weight, sft_weight = self._weights(rows, sequences.mask(), minibatch.to(device), item["minibatches"])
+        weights = self._weights(rows, sequences.mask(), minibatch.to(device), item["minibatches"])
         rollout = Rollout(
             sequences=sequences,
             advantages=rows.advantages.to(device),
-            weight=weight,
+            weight=weights["policy"],
             minibatch=minibatch.to(device),
             active=rows.active.to(device),
             question=torch.tensor([graded.questions[i].id for i in rows.question.tolist()], device=device),
         )
         if self.mixing is not None:
-            rollout.demonstrated, rollout.sft_weight = rows.demonstrated.to(device), sft_weight
+            rollout.demonstrated, rollout.sft_weight = rows.demonstrated.to(device), weights["sft"]
+        if self.settings.entropy_bonus and self.settings.aggregation == "sum":
+            rollout.bonus_weight = weights["bonus"]
         masked = self.settings.entropy_fraction < 1
         if item["updates"] > 1 or masked:
             logp, entropy = score_without_gradient(policy, sequences, temperature)
@@ -182,31 +185,39 @@ class Reinforcement:
             rewards[shown] = torch.tensor(score(self.reward, texts, [graded.questions[i].truth for i in shown]))
         return rewards
 
-    def _weights(self, rows: Rows, mask: Tensor, minibatch: Tensor, minibatches: int) -> tuple[Tensor, Tensor]:
-        """[B, L] weights of the policy loss and of the SFT loss, by the counts of each whole optimizer step."""
-        device = mask.device
+    def _weights(self, rows: Rows, mask: Tensor, minibatch: Tensor, minibatches: int) -> dict[str, Tensor]:
+        """[B, L] weights of the `policy` loss, the `sft` loss and a `bonus` that is a mean over tokens.
+
+        They are made of the counts of each whole optimizer step.
+        """
+        device, s = mask.device, self.settings
         in_policy, demonstrated = rows.in_policy.to(device), rows.demonstrated.to(device)
+        own = rows.active.to(device) & ~demonstrated  # with a bonus all are active whose rollouts train
         lengths = mask.sum(-1)
         questions = torch.zeros_like(in_policy)
         questions[torch.searchsorted(rows.question, rows.question.unique()).to(device)] = True
         counted = torch.stack(
-            [in_policy, in_policy * lengths, demonstrated, demonstrated * lengths, questions]
+            [in_policy, in_policy * lengths, demonstrated, demonstrated * lengths, questions, own * lengths]
         ).double()
-        counts = torch.zeros(5, minibatches, device=device, dtype=torch.double).index_add_(1, minibatch, counted)
+        counts = torch.zeros(6, minibatches, device=device, dtype=torch.double).index_add_(1, minibatch, counted)
         counts = sum_over(counts, world_group())
-        policy, sft = torch.zeros(mask.shape, device=device), torch.zeros(mask.shape, device=device)
-        for m, (sequences, tokens, shown, shown_tokens, asked) in enumerate(counts.T.tolist()):
+        weights = {name: torch.zeros(mask.shape, device=device) for name in ("policy", "sft", "bonus")}
+        for m, (sequences, tokens, shown, shown_tokens, asked, own_tokens) in enumerate(counts.T.tolist()):
             here = minibatch == m
-            policy[here] = token_weights(
+            weights["policy"][here] = token_weights(
                 mask[here] & in_policy[here, None],
-                self.settings.aggregation,
+                s.aggregation,
                 sequences=max(sequences, 1.0),
                 tokens=max(tokens, 1.0),
                 max_length=self.sampling.max_new_tokens,
+                sum_sequences=s.sum_sequences,
             )
+            weights["bonus"][here] = (mask[here] & own[here, None]) / max(own_tokens, 1.0)
             if shown:
-                sft[here] = (mask[here] & demonstrated[here, None]) * (shown / asked / shown_tokens)
-        return policy, sft
+                # failed questions lend at full weight, as HPT has it: how many there are does not matter
+                share = 1.0 if self.mixing is not None and self.mixing.questions == "failed" else shown / asked
+                weights["sft"][here] = (mask[here] & demonstrated[here, None]) * (share / shown_tokens)
+        return weights
 
     def _forking_tokens(self, entropy: Tensor, rollout: Rollout, minibatches: int) -> Tensor:
         """[B, L] bool: the tokens of highest entropy of each optimizer step, over all ranks, and all demonstrations."""
@@ -234,7 +245,8 @@ class Reinforcement:
         # every rank runs every backward: one row that weighs nothing gives gradients of exactly 0
         part = rollout.rows(torch.zeros(1, dtype=torch.long, device=rows.device))
         nothing = torch.zeros_like(part.weight)
-        return replace(part, weight=nothing, sft_weight=None if part.sft_weight is None else nothing)
+        others: dict[str, Any] = {k: nothing for k in ("sft_weight", "bonus_weight") if getattr(part, k) is not None}
+        return replace(part, weight=nothing, **others)
 
     def loss(self, part: Rollout, logp: Tensor, entropy: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy loss, KL, entropy bonus and the SFT loss on demonstrations, of one micro-batch.
@@ -271,7 +283,7 @@ class Reinforcement:
             kl = (kl_k3(logp, part.logp_ref) * own).sum()
             loss, metrics["kl_ref"] = loss + s.kl_coefficient * kl, kl.detach()
         if s.entropy_bonus:
-            bonus = (entropy * own).sum()
+            bonus = (entropy * (own if part.bonus_weight is None else part.bonus_weight)).sum()
             loss, metrics["entropy"] = loss - s.entropy_bonus * bonus, bonus.detach()
         if mixing is not None and part.sft_weight is not None and (mu := mixing.sft_at(step)):
             weight = sft_weights(mixing.token_weight, logp, entropy, part.sft_weight > 0)

@@ -19,12 +19,16 @@ class RLSettings:
         advantage: group_std (GRPO), group_mean (Dr.GRPO) or leave_one_out (RLOO).
         surrogate: clipped, unclipped, truncated (CISPO) or reinforce.
         ratio: One probability ratio per token, or one per sequence (GSPO).
-        aggregation: Mean over sequences of their token means, over all tokens, or the sum over a constant (Dr.GRPO).
+        aggregation: Mean over sequences of their token means, over all tokens, the sum over a constant (Dr.GRPO), or
+            the sum over the longest possible response alone (ReLIFT, LUFFY, HPT); see `token_weights`.
+        sum_sequences: Sequences that `aggregation: sum` adds up. A GPU of its authors holds 64, and gradients are
+            averaged over GPUs: a number of its own keeps the loss the same on any number of ranks.
         clip_low: Lower clip range of the probability ratio.
         clip_high: Upper clip range of the probability ratio.
         ratio_cap: Largest ratio of the truncated surrogate.
         kl_coefficient: Weight of the KL to the initial model (estimator k3); 0 loads no reference.
-        entropy_bonus: Weight of the entropy of the policy, which is added to the objective.
+        entropy_bonus: Weight of the entropy of the policy, which is added to the objective; aggregated as the loss is,
+            with `sum` as its authors do, by the mean over tokens.
         entropy_fraction: Share of tokens, those of highest entropy under the policy that sampled, that push the policy;
             1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
         dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards and draws further questions, at most N
@@ -35,6 +39,7 @@ class RLSettings:
     surrogate: Surrogate = "clipped"
     ratio: Ratio = "token"
     aggregation: Aggregation = "sequence"
+    sum_sequences: float = 64.0
     clip_low: float = 0.2
     clip_high: float = 0.2
     ratio_cap: float = 5.0
@@ -49,6 +54,7 @@ class RLSettings:
             ("clip_low", 0 < self.clip_low < 1, "in (0, 1)"),
             ("clip_high", self.clip_high > 0, "above 0"),
             ("ratio_cap", self.ratio_cap > 0, "above 0"),
+            ("sum_sequences", self.sum_sequences > 0, "above 0"),
             ("kl_coefficient", self.kl_coefficient >= 0, "at least 0"),
             ("entropy_bonus", self.entropy_bonus >= 0, "at least 0"),
             ("entropy_fraction", 0 < self.entropy_fraction <= 1, "in (0, 1]"),
@@ -63,7 +69,8 @@ class RLSettings:
 class Mixing:
     """Demonstrations inside RL steps: LUFFY, SRFT, CHORD and HPT are settings of it (docs/methods.md).
 
-    The SFT part is the mean over the demonstration tokens of the step, times the share of its questions that lend one.
+    The SFT part is the mean over the demonstration tokens of the step; where all questions lend one, times the share of
+    those that have one.
 
     Args:
         questions: Which questions lend their demonstration: all, or only the failed ones, whose rollouts then do not

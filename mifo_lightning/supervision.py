@@ -27,13 +27,15 @@ class Supervision:
     Args:
         tokenizer: The model's.
         weight: What multiplies each demonstration token's cross-entropy.
+        entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the loss
+            (ReLIFT).
 
     Attributes:
         initial_losses: [N] by question id, from `initial_losses`; None unless the weight is flow.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, weight: SFTWeight) -> None:
-        self.tokenizer, self.weight = tokenizer, weight
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, weight: SFTWeight, entropy_bonus: float = 0.0) -> None:
+        self.tokenizer, self.weight, self.entropy_bonus = tokenizer, weight, entropy_bonus
         self.initial_losses: Tensor | None = None
         self._demonstrations: Demonstrations | None = None  # of the running optimizer step
 
@@ -78,10 +80,10 @@ class Supervision:
         rows = torch.arange(len(demos.mask), device=policy.device).tensor_split(item["micro_batches"])[item["micro"]]
         sequences = demos.sequences.select(rows)
         with profile("forward"):
-            logp, entropy = policy(sequences)
+            logp, entropy = policy(sequences, entropy_gradient=self.entropy_bonus > 0)
         if alone:
-            demos.select(select_tokens, entropy)
-        loss, metrics = demos.loss(rows, logp, entropy, self.weight)
+            demos.select(select_tokens, entropy.detach())
+        loss, metrics = demos.loss(rows, logp, entropy, self.weight, self.entropy_bonus)
         shown = [item["questions"][i].id for i in rows.tolist()]
         work = {"generated": 0, "scored": scored, "trained": sequences.token_count(), "demonstrations": shown}
         return loss, metrics, work
@@ -157,14 +159,17 @@ class Demonstrations:
             assert entropy is not None
             self.selected, self.denominator = select_tokens(entropy, self.mask, named=self.named)
 
-    def loss(self, rows: Tensor, logp: Tensor, entropy: Tensor, weight: SFTWeight) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, rows: Tensor, logp: Tensor, entropy: Tensor, weight: SFTWeight, entropy_bonus: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The SFT loss of one micro-batch, once tokens are selected.
 
         Args:
             rows: [b] the rows of the micro-batch.
             logp: [b, l] log-probabilities of their tokens in nats, with gradient.
-            entropy: [b, l] entropies in nats.
+            entropy: [b, l] entropies in nats, with gradient if there is a bonus.
             weight: What multiplies each token's cross-entropy.
+            entropy_bonus: Weight of the mean entropy over all demonstration tokens, whatever is selected.
 
         Returns:
             The scalar loss, and as scalars `loss`, `nll` (mean over all demonstration tokens) and `entropy`.
@@ -175,8 +180,9 @@ class Demonstrations:
         weights = sft_weights(weight, logp, entropy, valid, initial)
         loss, metrics = sft_loss(logp, selected, self.denominator, weights)
         metrics["nll"] = -(logp.detach() * valid).sum() / self.tokens
-        metrics["entropy"] = (entropy * valid).sum() / self.tokens
-        return loss, metrics
+        mean_entropy = (entropy * valid).sum() / self.tokens
+        metrics["entropy"] = mean_entropy.detach()
+        return loss - entropy_bonus * mean_entropy if entropy_bonus else loss, metrics
 
 
 def initial_losses(policy: Policy, questions: list[Question], pad: int) -> Tensor:
@@ -198,4 +204,5 @@ def initial_losses(policy: Policy, questions: list[Question], pad: int) -> Tenso
             logp, _ = score_without_gradient(policy, sequences, temperature=1.0)
             losses[chosen] = -logp.sum(-1) / sequences.response_lengths
     losses = sum_over(losses, world_group()).cpu()
-    return losses / losses[shown].quantile(0.5)
+    # a median of 0 means that half of them are known by heart: these keep weight 1, the others get 0, none is NaN
+    return losses / losses[shown].quantile(0.5).clamp_min(torch.finfo(losses.dtype).tiny)

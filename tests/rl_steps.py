@@ -161,6 +161,7 @@ def rollout_of(
     """A rollout of which only the numbers that the loss reads matter."""
     b = len(mask)
     sizes: dict[str, Any] = {"sequences": b, "tokens": float(mask.sum()), "max_length": max_length}
+    sizes["sum_sequences"] = settings.sum_sequences
     return Rollout(
         sequences=Sequences(torch.zeros(b, 1), torch.zeros(b), mask.sum(-1)),
         advantages=advantages,
@@ -170,6 +171,17 @@ def rollout_of(
         question=torch.arange(b),
         **scores,
     )
+
+
+def evaluate(
+    rl: Reinforcement, logp: Tensor, entropy: Tensor, mask: Tensor, advantages: Tensor, longest: int, **scores: Any
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, gradient with respect to the log-probabilities, metrics."""
+    logp = logp.clone().requires_grad_()
+    rollout = rollout_of(rl.settings, mask, advantages, longest, **scores)
+    loss, metrics = rl.loss(rollout, logp, entropy, 0)
+    (grad,) = torch.autograd.grad(loss, logp)
+    return loss.detach(), grad, metrics
 
 
 def prepare(rl: Reinforcement, policy: Policy, work: WorkItem, graded: Graded) -> Rollout:

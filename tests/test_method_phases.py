@@ -113,7 +113,7 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
         for key, kind in GROUPS.items()
         if over[key] is not None
     ]
-    settings = {key: model[key] for key in ("moments", "demonstrations") if key in model}
+    settings = {key: model[key] for key in ("moments", "demonstrations", "sft_entropy_bonus") if key in model}
     for phase in ("rl", "sft"):
         settings[phase] = AdamWSettings(**merged(name, "model", phase))
     module = make_module(reward=Coin(), **settings, **changes)
@@ -126,14 +126,14 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
     return watch, module
 
 
-def sft_gradient(watch: Watch, step: int, share: float) -> Gradient:
-    """Gradient of -sum(M logp) / sum(M), M the tokens of highest entropy, under the weights before that step."""
+def sft_gradient(watch: Watch, step: int, share: float, bonus: float = 0.0) -> Gradient:
+    """Gradient of -sum(M logp) / sum(M) - bonus mean(H), M the tokens of highest entropy, under the weights before."""
     policy = load_policy("embedded")
     policy.load_state_dict({n.removeprefix("policy."): w for n, w in watch.weights[step].items()}, strict=False)
     scores = [by_hand(policy, q.prompt, q.demonstration) for q in watch.items[step]["questions"]]
     logp, entropy = (torch.cat([pair[i] for pair in scores]) for i in (0, 1))
     chosen = entropy.topk(-(-len(logp) * round(100 * share) // 100)).indices
-    (-logp[chosen].mean()).backward()
+    (-logp[chosen].mean() - bonus * entropy.mean()).backward()
     return {f"policy.{n}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -196,6 +196,25 @@ def test_relift_keeps_the_moments_of_its_sft_steps(make_trainer: MakeTrainer, na
         assert counted == [1, 2] * (len(counted) // 2)
     in_rl = [count for count, phase in zip(watch.moments, watch.phases, strict=True) if phase == "r"]
     assert in_rl == list(range(1, 6))
+
+
+def test_relift_takes_a_thousandth_of_the_entropy_off_its_sft_loss(make_trainer: MakeTrainer) -> None:
+    watch, _ = run("relift", make_trainer)
+    steps = [i for i, phase in enumerate(watch.phases) if phase == "s"]
+    assert len(steps) >= 2
+    for i in steps:
+        assert relative(watch.gradients[i], sft_gradient(watch, i, 1.0, bonus=0.001)) < 2e-5
+        assert relative(watch.gradients[i], sft_gradient(watch, i, 1.0)) > 5e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [("relift", {"rl": 0.7, "sft": 1.0}), ("luffy", {"rl": 1.0})],
+)
+def test_the_optimizers_of_published_methods(name: str, clip: dict[str, float]) -> None:
+    for phase, largest in clip.items():
+        settings = AdamWSettings(**merged(name, "model", phase))
+        assert (tuple(settings.betas), settings.weight_decay, settings.clip) == ((0.9, 0.999), 0.01, largest)
 
 
 def test_own_rollouts_are_learned_from_the_first_correct_one(make_trainer: MakeTrainer, tokenizer: Any) -> None:

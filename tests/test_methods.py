@@ -85,10 +85,8 @@ def total(terms: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def grpo(h: Hand, skip: tuple[int, ...] = ()) -> Tensor:
-    """Mean over all 16 sequences; those of questions in `skip` are dropped but their place stays."""
-    terms = [clip(x, a).mean() for k, (x, a) in enumerate(advantages(h)) if k // 4 not in skip]
-    return -total(terms) / 16
+def grpo(h: Hand) -> Tensor:
+    return -total([clip(x, a).mean() for x, a in advantages(h)]) / 16
 
 
 def with_signal(h: Hand) -> Hand:
@@ -119,17 +117,27 @@ def rloo(h: Hand) -> Tensor:
     def less_the_others(r: Tensor) -> Tensor:
         return torch.stack([x - (r.sum() - x) / (len(r) - 1) for x in r])
 
-    return -total([a * x.logp.mean() for x, a in advantages(h, less_the_others)]) / 16
+    return -total([a * x.logp.sum() for x, a in advantages(h, less_the_others)]) / (16 * LONGEST)
 
 
 def dr_grpo(h: Hand) -> Tensor:
     return -total([clip(x, a).sum() for x, a in advantages(h, centred)]) / (16 * LONGEST)
 
 
+def per_gpu(terms: list[Tensor], sequences: int) -> Tensor:
+    """Sums over sequences / L_max, of the 64 sequences that one GPU holds, averaged over GPUs."""
+    return total([term.sum() for term in terms]) / LONGEST / (sequences / 64)
+
+
+def bonus(own: list[Response]) -> Tensor:
+    """Entropy coefficient .001, mean over tokens."""
+    return 0.001 * torch.cat([x.entropy for x in own]).mean()
+
+
 def relift(h: Hand) -> Tensor:
-    """A = R - mean, no clip, sum / L_max, entropy bonus 0.001."""
-    terms = [((x.logp - x.old).exp() * a + 0.001 * x.entropy).sum() for x, a in advantages(h, centred)]
-    return -total(terms) / (16 * LONGEST)
+    """A = R - mean, no clip, sum / L_max."""
+    pairs = advantages(h, centred)
+    return -per_gpu([(x.logp - x.old).exp() * a for x, a in pairs], 16) - bonus([x for x, _ in pairs])
 
 
 def joined(h: Hand, kind: Callable[[Tensor], Tensor]) -> list[tuple[Response, float, bool]]:
@@ -150,13 +158,13 @@ def shaped(x: Response) -> Tensor:
 def luffy(h: Hand) -> Tensor:
     """A = R - mean over own and demonstration; r A on own tokens, A f(p) on the demonstration's; sum / L_max."""
     rows = joined(h, centred)
-    terms = [(a * (shaped(x) if shown else (x.logp - x.old).exp())).sum() for x, a, shown in rows]
-    return -total(terms) / (len(rows) * LONGEST)
+    terms = [a * (shaped(x) if shown else (x.logp - x.old).exp()) for x, a, shown in rows]
+    return -per_gpu(terms, len(rows)) - bonus([x for x, _, shown in rows if not shown])
 
 
-def cross_entropy(h: Hand, weight: Callable[[Response], Any], lending: tuple[int, ...] = (0, 1, 3)) -> Tensor:
-    """Mean over the tokens of the demonstrations that are lent, times the share of the four questions that lend."""
-    demos = [x for i, x in enumerate(h.demos) if i in lending and x]
+def cross_entropy(h: Hand, weight: Callable[[Response], Any]) -> Tensor:
+    """Mean over the tokens of the demonstrations, times the share of the four questions that have one."""
+    demos = [x for x in h.demos if x]
     terms = [-(weight(x) * x.logp).sum() for x in demos]
     return total(terms) / sum(len(x.logp) for x in demos) * len(demos) / 4
 
@@ -182,7 +190,10 @@ def chord_phi(h: Hand) -> Tensor:
 
 def hpt(h: Hand) -> Tensor:
     """The second question has no correct rollout: its rollouts are dropped, its demonstration is learned instead."""
-    return grpo(h, skip=(1,)) + cross_entropy(h, lambda _: 1.0, lending=(1,))
+    pairs = [pair for k, pair in enumerate(advantages(h, centred)) if k // 4 != 1]
+    terms = [(x.logp - x.old).exp() * a for x, a in pairs]
+    assert h.demos[1] is not None
+    return -per_gpu(terms, 16) - bonus([x for x, _ in pairs]) - h.demos[1].logp.mean()
 
 
 FORMULAS: dict[str, Callable[[Hand], Tensor]] = {

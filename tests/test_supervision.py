@@ -11,9 +11,10 @@ from lightning import Callback, Trainer
 from rl_steps import Coin, by_hand, norm
 from torch import Tensor
 
-from mifo_callbacks import GradientFreezing
+from mifo_callbacks import EntropyTokenSelection, GradientFreezing
 from mifo_lightning import supervision
 from mifo_lightning.data.question import Question
+from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.losses.sft import SFTWeight
 from mifo_lightning.models import load_policy
@@ -156,6 +157,20 @@ def test_initial_losses_are_means_over_tokens_in_units_of_their_median(
     assert policy.training
 
 
+def test_initial_losses_of_demonstrations_known_by_heart_are_no_nan(
+    policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qs, known = questions(tokenizer), torch.tensor([0.0, 0, 0, 0, 0, 0, 1.0, 2.0])
+
+    def scores(policy: Policy, sequences: Any, temperature: float) -> tuple[Tensor, Tensor]:
+        logp = -known[:, None] * sequences.mask()
+        return logp, logp
+
+    monkeypatch.setattr(supervision, "score_without_gradient", scores)
+    found = initial_losses(policy, qs, tokenizer.pad_token_id)
+    assert torch.equal((-found).exp(), (known == 0).float())
+
+
 def weights_by_hand(kind: str, policy: Policy, qs: list[Question]) -> list[Tensor]:
     """What each token's cross-entropy is multiplied by."""
     scores = [[x.detach() for x in by_hand(policy, q.prompt, q.demonstration or [])] for q in qs]
@@ -175,6 +190,33 @@ def weights_by_hand(kind: str, policy: Policy, qs: list[Question]) -> list[Tenso
 
 WEIGHTED: list[tuple[SFTWeight, int]] = [("uniform", n) for n in (1, 2, 4)]
 WEIGHTED += [(kind, n) for kind in ("dft", "low_entropy", "flow") for n in (1, 4)]  # type: ignore[misc]
+
+
+@pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("selection", [None, 0.5])
+def test_the_entropy_bonus_is_the_mean_over_all_demonstration_tokens(
+    make_trainer: MakeTrainer, tokenizer: Any, micro_batches: int, selection: float | None
+) -> None:
+    qs = questions(tokenizer)
+    loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8), micro_batches=micro_batches)
+    steps = Steps()
+    chosen = [] if selection is None else [EntropyTokenSelection(fraction=selection)]
+    trainer = make_trainer([*chosen, steps], accumulate_grad_batches=micro_batches)
+    trainer.fit(make_module(sft=AdamWSettings(lr=0.0), sft_entropy_bonus=0.25), train_dataloaders=loader)
+    policy = load_policy("embedded")
+    scores = [by_hand(policy, q.prompt, q.demonstration or []) for q in qs]
+    logp, entropy = (torch.cat([pair[i] for pair in scores]) for i in (0, 1))
+    seen = entropy.topk(len(entropy) if selection is None else -(-len(entropy) // 2)).indices
+    (-logp[seen].mean() - 0.25 * entropy.mean()).backward()
+    expected = {f"policy.{n}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    (found,) = steps.raw
+    assert norm({n: found[n] - expected[n] for n in expected}) < 1e-4 * norm(expected)
+
+
+def test_an_entropy_bonus_below_zero_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model.sft_entropy_bonus: -0.1 is not allowed; it must be at least 0"):
+        make_module(sft_entropy_bonus=-0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")

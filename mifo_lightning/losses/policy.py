@@ -7,7 +7,8 @@
 | DAPO | clipped, 0.2 / 0.28 | token | token | group_std, with dynamic sampling |
 | GSPO | clipped, 3e-4 / 4e-4 | sequence | sequence | group_std |
 | CISPO | truncated | token | token | group_std |
-| RLOO | reinforce | | as you like | leave_one_out |
+| RLOO | reinforce | | constant | leave_one_out |
+| ReLIFT, LUFFY, HPT | unclipped | token | sum | group_mean |
 """
 
 from typing import Literal
@@ -17,11 +18,20 @@ from torch import Tensor
 
 Surrogate = Literal["clipped", "unclipped", "truncated", "reinforce"]
 Ratio = Literal["token", "sequence"]
-Aggregation = Literal["sequence", "token", "constant"]
+Aggregation = Literal["sequence", "token", "constant", "sum"]
+
+LOG_RATIO_LIMIT = 20.0  # |log r|: exp overflows at 88, and then min(r A, clip(r) A) is finite but its gradient NaN
+K3_LIMIT = 10.0  # d of the k3 estimator
 
 
 def token_weights(
-    mask: Tensor, aggregation: Aggregation, *, sequences: float, tokens: float, max_length: int
+    mask: Tensor,
+    aggregation: Aggregation,
+    *,
+    sequences: float,
+    tokens: float,
+    max_length: int,
+    sum_sequences: float = 64.0,
 ) -> Tensor:
     """How much each token counts in the loss of an optimizer step; summing weighted tokens aggregates them.
 
@@ -30,11 +40,13 @@ def token_weights(
 
     Args:
         mask: [B, L] bool response mask.
-        aggregation: Mean over `sequence`s of their token means (GRPO), mean over all `token`s (DAPO), or the sum over
-            a `constant`, sequences times the longest possible response (Dr.GRPO).
+        aggregation: Mean over `sequence`s of their token means (GRPO), mean over all `token`s (DAPO), the sum over
+            a `constant`, sequences times the longest possible response (Dr.GRPO), or the `sum` over `sum_sequences`
+            sequences by the longest possible response (ReLIFT), on average over the step.
         sequences: Sequences of the optimizer step over all micro-batches and ranks.
         tokens: Response tokens of the same.
         max_length: Longest response that sampling allows, in tokens.
+        sum_sequences: How many sequences `sum` adds up, whatever the step has.
 
     Returns:
         [B, L] fp32 weights, 0 outside the mask.
@@ -42,7 +54,9 @@ def token_weights(
     valid = mask.float()
     if aggregation == "sequence":
         return valid / valid.sum(-1, keepdim=True).clamp_min(1.0) / sequences
-    return valid / (tokens if aggregation == "token" else sequences * max_length)
+    if aggregation == "token":
+        return valid / tokens
+    return valid / (sequences * max_length / (sum_sequences if aggregation == "sum" else 1.0))
 
 
 def policy_loss(
@@ -64,8 +78,8 @@ def policy_loss(
 
     `clipped`: `min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`. `unclipped`: `r A`. `truncated`:
     `sg[min(r, ratio_cap)] A logp` (CISPO). `reinforce`: `A logp`. With `ratio` "sequence" r is
-    `exp(mean over the sequence of logp - logp_old)` (GSPO). Tokens of demonstrations have no sampling policy: theirs is
-    `A f(p)`, f(x) = x / (x + shape), p the probability of the token (LUFFY).
+    `exp(mean over the sequence of logp - logp_old)` (GSPO). Log-ratios are cut off at +-20. Tokens of demonstrations
+    have no sampling policy: theirs is `A f(p)`, f(x) = x / (x + shape), p the probability of the token (LUFFY).
 
     Args:
         logp: [B, L] log-probabilities of the response tokens, with gradient.
@@ -77,13 +91,14 @@ def policy_loss(
         clip_low: Lower clip range.
         clip_high: Upper clip range.
         ratio_cap: Largest ratio of `truncated`.
-        keep: [B, L] bool entropy mask; tokens outside do not push the policy but still count in the denominator.
+        keep: [B, L] bool entropy mask; tokens outside do not push the policy but still count in the denominator. A
+            sequence's ratio then has the gradient of each token for itself (GSPO-token).
         demonstrated: [B] bool, sequences that are demonstrations.
         shape: The constant in f.
 
     Returns:
-        The scalar loss, and as scalars `policy_loss`, `kl_old` and `clip_share` (of the policy's own tokens): means in
-        the sense of the aggregation, to which sequences that were left out for want of an advantage add 0.
+        The scalar loss, and as scalars `policy_loss`, `kl_old` and `clip_share` (of the policy's own tokens): means or
+        sums in the sense of the aggregation, to which sequences that were left out for want of an advantage add 0.
     """
     valid = (weight > 0).float()
     log_ratio = (logp - logp_old) * valid
@@ -91,6 +106,10 @@ def policy_loss(
         log_ratio = log_ratio.masked_fill(demonstrated[:, None], 0.0)
     if ratio == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1.0)
+        if keep is not None:
+            # the same value, but a token that is left out gets no gradient by way of the others' ratio
+            log_ratio = log_ratio.detach() + logp - logp.detach()
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     r = log_ratio.exp()
     advantage = advantages[:, None]
     clipped = r.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -119,6 +138,9 @@ def policy_loss(
 
 
 def kl_k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """Unbiased, non-negative estimate of KL(policy || reference) per token: `exp(d) - d - 1`, d = logp_ref - logp."""
-    d = logp_ref - logp
+    """Non-negative estimate of KL(policy || reference) per token: `exp(d) - d - 1`, d = logp_ref - logp, at most 10.
+
+    Unbiased but for the cut. Only the exponential needs it: below 0 the estimate is linear, and exact however far.
+    """
+    d = (logp_ref - logp).clamp_max(K3_LIMIT)
     return torch.expm1(d) - d

@@ -27,6 +27,7 @@ class Rollout:
         keep: [B, L] bool, tokens that push the policy; None without an entropy mask.
         demonstrated: [B] bool, which sequences are demonstrations; None where none are mixed in.
         sft_weight: [B, L] fp32 weights of the SFT loss on demonstrations; None where none are mixed in.
+        bonus_weight: [B, L] fp32 weights of the entropy bonus; None where they are those of the policy loss.
     """
 
     sequences: Sequences
@@ -40,6 +41,7 @@ class Rollout:
     keep: Tensor | None = None
     demonstrated: Tensor | None = None
     sft_weight: Tensor | None = None
+    bonus_weight: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors on the CPU, for a checkpoint between two updates."""
