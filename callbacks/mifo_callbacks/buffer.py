@@ -18,23 +18,36 @@ class DemonstrationBuffer:
     `entries` are dicts in order of entry: `id` of the question, `n_correct` of `size` rollouts at the last
     entry, `step` of that entry, and `entries`, how often the question has entered since it was last taken. A
     question that enters again moves to the end. `solved` holds the ids that have since been answered better
-    than the gate; they stay in the buffer.
+    than the gate and still wait; `dropped` counts the entries that left without being taken.
 
     Args:
         p: A question enters when n_correct <= floor(p * size), in [0, 1].
         order: Take the oldest entries first ("fifo") or the "newest_first".
+        max_age: An entry that is older than so many rollouts leaves; None lets it wait.
+        drop_solved: Whether a question that has since been answered better than the gate leaves at once.
 
     Raises:
         MisconfigurationException: If an argument is outside what is allowed.
     """
 
-    def __init__(self, p: float = 0.125, order: BufferOrder = "fifo") -> None:
+    def __init__(
+        self,
+        p: float = 0.125,
+        order: BufferOrder = "fifo",
+        max_age: int | None = None,
+        drop_solved: bool = False,
+    ) -> None:
         if not 0 <= p <= 1:
             raise MisconfigurationException(f"the buffer's p is {p}; allowed: 0 to 1")
         require_choice("the buffer's order", order, BufferOrder)
+        if max_age is not None and max_age < 0:
+            raise MisconfigurationException(f"the buffer's max_age is {max_age}; allowed: 0 or more, or none")
         self.p = p
         self.order = order
+        self.max_age = max_age
+        self.drop_solved = drop_solved
         self.no_demonstration = 0
+        self.dropped = 0
         self.solved: set[int | str] = set()
         self._entries: dict[int | str, dict[str, Any]] = {}
 
@@ -47,7 +60,7 @@ class DemonstrationBuffer:
         return list(self._entries.values())
 
     def add(self, groups: Iterable[Mapping[str, Any]], step: int) -> dict[str, int]:
-        """Enter the questions of one rollout that are at or below the gate.
+        """Enter the questions of one rollout that are at or below the gate, and drop what may wait no longer.
 
         Args:
             groups: For each question `id` (int or str), `n_correct` of `size` rollouts (invalid and truncated
@@ -64,7 +77,11 @@ class DemonstrationBuffer:
         for group in groups:
             question, n_correct, size, has_demonstration = _read(group)
             if n_correct > math.floor(self.p * size + 1e-9):
-                if question in self._entries:
+                if question not in self._entries:
+                    continue
+                if self.drop_solved:
+                    self._drop([question])
+                else:
                     self.solved.add(question)
             elif not has_demonstration:
                 self.no_demonstration += 1
@@ -82,7 +99,15 @@ class DemonstrationBuffer:
                     "step": step,
                     "entries": times,
                 }
+        if self.max_age is not None:
+            self._drop([q for q, entry in self._entries.items() if step - entry["step"] > self.max_age])
         return {"entered": entered, "re_entries": re_entries}
+
+    def _drop(self, questions: list[int | str]) -> None:
+        for question in questions:
+            del self._entries[question]
+        self.solved.difference_update(questions)
+        self.dropped += len(questions)
 
     def take(self, n: int) -> list[dict[str, Any]]:
         """Remove and return the next `n` entries in this buffer's order; at most as many as there are."""
@@ -101,6 +126,7 @@ class DemonstrationBuffer:
             "entries": [dict(entry) for entry in self.entries],
             "solved": [question for question in self._entries if question in self.solved],
             "no_demonstration": self.no_demonstration,
+            "dropped": self.dropped,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -108,6 +134,7 @@ class DemonstrationBuffer:
         self._entries = {entry["id"]: dict(entry) for entry in state_dict["entries"]}
         self.solved = set(state_dict["solved"])
         self.no_demonstration = state_dict["no_demonstration"]
+        self.dropped = state_dict.get("dropped", 0)
 
 
 def _read(group: Mapping[str, Any]) -> tuple[int | str, int, int, bool]:

@@ -30,6 +30,9 @@ class BufferPhaseSwitch(Callback):
             enters.
         order: Take the oldest questions first ("fifo") or the "newest_first".
         leftovers: After a push, "keep" the remaining questions or "clear" them.
+        max_age: A question leaves untaught once its last entry is more than so many rollouts ago; None lets it
+            wait. Where more questions enter a rollout than a phase takes, "fifo" teaches ever older ones.
+        drop_solved: Whether a waiting question leaves when a rollout answers it better than the gate.
 
     Raises:
         MisconfigurationException: If an argument is outside what is allowed; when training starts, if the
@@ -48,6 +51,8 @@ class BufferPhaseSwitch(Callback):
         p: float = 0.125,
         order: BufferOrder = "fifo",
         leftovers: Leftovers = "keep",
+        max_age: int | None = None,
+        drop_solved: bool = False,
     ) -> None:
         super().__init__()
         if size < 1:
@@ -55,7 +60,7 @@ class BufferPhaseSwitch(Callback):
         require_choice("BufferPhaseSwitch.leftovers", leftovers, Leftovers)
         self.size = size
         self.leftovers = leftovers
-        self.buffer = DemonstrationBuffer(p, order)
+        self.buffer = DemonstrationBuffer(p, order, max_age, drop_solved)
         self.rollouts = 0
         self.switches = 0
 
@@ -79,6 +84,7 @@ class BufferPhaseSwitch(Callback):
             "size": len(self.buffer),
             "solved_since_entry": len(self.buffer.solved),
             "no_demonstration": self.buffer.no_demonstration,
+            "dropped": self.buffer.dropped,
         }
         if len(self.buffer) >= self.size:
             trainer.train_dataloader.push(self.buffer.take(self.size))  # type: ignore[union-attr]

@@ -81,6 +81,42 @@ def test_a_question_solved_since_stays_and_is_counted() -> None:
     assert buffer.solved == set()
 
 
+def test_a_question_solved_since_can_leave_at_once() -> None:
+    buffer = DemonstrationBuffer(drop_solved=True)
+    buffer.add([group(1), group(2), group(3)], step=1)
+    buffer.add([group(2, n_correct=5), group(9, n_correct=5), group(3, n_correct=1)], step=2)
+    assert ids(buffer) == [1, 3]
+    assert (buffer.dropped, buffer.solved) == (1, set())
+    buffer.add([group(2)], step=3)
+    assert buffer.entries[-1] == {"id": 2, "n_correct": 0, "size": 8, "step": 3, "entries": 1}
+
+
+def test_an_entry_waits_no_longer_than_its_age_allows() -> None:
+    buffer = DemonstrationBuffer(max_age=2)
+    buffer.add([group(1), group(2), group(3)], step=1)
+    buffer.add([group(2)], step=2)  # enters again: its age begins anew
+    buffer.add([group(3, n_correct=8)], step=3)
+    assert (ids(buffer), buffer.dropped, buffer.solved) == ([1, 3, 2], 0, {3})
+    buffer.add([], step=4)
+    assert (ids(buffer), buffer.dropped, buffer.solved) == ([2], 2, set())
+    copy = DemonstrationBuffer(max_age=2)
+    copy.load_state_dict(buffer.state_dict())
+    copy.add([], step=5)
+    assert (len(copy), copy.dropped) == (0, 3)
+
+
+@pytest.mark.parametrize(("max_age", "oldest", "waiting"), [(None, 30, 2400), (2, 2, 3 * 80 - 64)])
+def test_a_backlog_is_taught_late_unless_its_age_is_limited(max_age: int | None, oldest: int, waiting: int) -> None:
+    """80 hard questions a rollout, 64 taught: after 150 rollouts what is taught failed 30 rollouts ago."""
+    loader = Loader([[group(80 * step + n) for n in range(80)] for step in range(150)])
+    switch = BufferPhaseSwitch(size=64, max_age=max_age)
+    fit([switch], loader, Rollouts())
+    assert len(loader.pushed) == 150
+    ages = [step + 1 - entry["step"] for step, entries in enumerate(loader.pushed) for entry in entries]
+    assert (max(ages), len(switch.buffer)) == (oldest, waiting)
+    assert switch.buffer.dropped == 150 * (80 - 64) - waiting
+
+
 @pytest.mark.parametrize(("order", "taken", "left"), [("fifo", [1, 2], [3, 4]), ("newest_first", [4, 3], [1, 2])])
 def test_order_of_taking(order: Any, taken: list[int], left: list[int]) -> None:
     buffer = DemonstrationBuffer(order=order)
@@ -121,6 +157,7 @@ def test_bad_groups(bad: dict[str, Any]) -> None:
         {"size": 4, "p": -0.1},
         {"size": 4, "order": "x"},
         {"size": 4, "leftovers": "x"},
+        {"size": 4, "max_age": -1},
     ],
 )
 def test_bad_arguments(bad: dict[str, Any]) -> None:
