@@ -1,6 +1,7 @@
 """What MifoModule refuses: settings of the Trainer under which a run would be silently wrong."""
 
 from lightning import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.errors import InputError
@@ -44,4 +45,16 @@ def check_alignment(trainer: Trainer, batch: WorkItem, batch_idx: int) -> None:
         raise InputError(
             f"trainer.accumulate_grad_batches: {micro} at batch {batch_idx} is out of step with the loader, which is "
             f"at micro-batch {batch['micro'] + 1} of {batch['micro_batches']}; keep it the same for a whole run"
+        )
+
+
+def warn_of_single_steps(trainer: Trainer, moments: str) -> None:
+    """Warn if an SFT phase is one optimizer step of a fresh AdamW: whatever the gradient, that step is its sign."""
+    steps: dict[str, int] = getattr(trainer.train_dataloader, "sft_phase_steps", {})
+    single = [key for key, n in steps.items() if n == 1]
+    if moments == "reset" and single:
+        rank_zero_warn(
+            f"an SFT phase is one optimizer step ({single[0]} = 1) with model.moments reset: it moves every weight by "
+            "the learning rate, whatever the size of its gradient, so that loss weights, denominators and clipping "
+            "mean nothing; set several steps a phase (a smaller sft_batch), or model.moments: keep"
         )

@@ -63,6 +63,7 @@ def test_two_processes_see_the_gradients_and_scores_of_one(
 def test_two_processes_freeze_resume_and_export_exactly(tmp_path: Path, strategy: str) -> None:
     whole = run(strategy, "resume", tmp_path / "whole.pt")
     assert not any(whole["moved"])
+    assert [step for step, still in enumerate(whole["still"]) if still] == [1]  # its gradient was set to 0
     frozen = dict(zip(whole["phases"], whole["frozen"], strict=True))
     assert frozen["rl"] == 0
     assert frozen["sft"] > 0
