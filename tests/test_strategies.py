@@ -56,6 +56,9 @@ def test_two_processes_see_the_gradients_and_scores_of_one(
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for found, before in ((singly, one), (shared, two)):  # the rate is 0 and the run ends on SFT: the same model again
+        after_rl = {f"val/{name}": value for name, value in found["phases"]["after_rl"][0].items()}
+        assert after_rl == pytest.approx(before, rel=1e-6)
 
 
 @pytest.mark.slow

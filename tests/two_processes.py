@@ -17,6 +17,7 @@ from mifo_callbacks import GradientFreezing
 from mifo_callbacks.buffer_phase_switch import gather_groups
 from mifo_lightning.distributed import full
 from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.schedule import Schedule
@@ -92,6 +93,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     method = method_callbacks(size=8)[case == "dynamic sampling" :]  # the first one selects tokens
     module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    summary = RunSummary()
     export = ExportModel(str(out.parent / f"model-{strategy}"))
     trainer = Trainer(
         accelerator="cpu",
@@ -101,7 +103,14 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*method, *([Vanish()] if lr else []), watch, export, *([saver] if lr and ckpt is None else [])],
+        callbacks=[
+            *method,
+            *([Vanish()] if lr else []),
+            watch,
+            summary,
+            export,
+            *([saver] if lr and ckpt is None else []),
+        ],
         enable_checkpointing=bool(lr) and ckpt is None,
         default_root_dir=out.parent,
     )
@@ -111,6 +120,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         values = trainer.validate(module, data, verbose=False)[0]
         watch.seen["validation"] = [values]
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    watch.seen["after_rl"] = [summary.after_rl]
     watch.seen["weights"] = [{n: full(p).detach().clone() for n, p in module.named_parameters()}]
     return {**watch.seen, "rank": trainer.global_rank}
 

@@ -4,6 +4,7 @@ import json
 from itertools import islice
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -115,7 +116,7 @@ def validate(trainer: Trainer, pl_module: Any) -> dict[str, float]:
     sources = {} if data is None else data.val_dataloader()
     limit = trainer.limit_val_batches
     pl_module.evaluator.reset(list(sources), pl_module.device)
-    with trainer.profiler.profile("Strategy.validation_step"):  # type: ignore[attr-defined]
+    with torch.no_grad(), trainer.profiler.profile("Strategy.validation_step"):  # type: ignore[attr-defined]
         for index, batches in enumerate(sources.values()):
             most = limit if isinstance(limit, int) else int(limit * len(batches))
             for number, questions in enumerate(islice(batches, most)):
