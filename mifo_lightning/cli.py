@@ -55,13 +55,13 @@ MONITORS: dict[str, type[Callback]] = {
     "layer_updates": LayerUpdates,
     "overlap": FrozenOverlap,
     "seconds": SecondsByActivity,
+    "summary": RunSummary,
     "costs": Costs,  # after those that measure before a batch: its clock starts then
     "history": History,  # after all that log
     "samples": SampleTable,
     "export": ExportModel,
     "checkpoint": LastCheckpoint,
     "progress": PhaseProgress,
-    "summary": RunSummary,
 }
 
 

@@ -1,16 +1,12 @@
-"""What MifoModule refuses: settings of the Trainer under which a run would be silently wrong, and broken numbers."""
+"""What MifoModule refuses: settings of the Trainer under which a run would be silently wrong."""
 
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
-from torch.distributed.tensor import DTensor
 
 from mifo_callbacks.sharding import require_data_parallel
-from mifo_lightning.distributed import sum_ranks
-from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
 
 FORMAT = 3  # of what MifoModule, its loader and its callbacks put into a checkpoint
@@ -65,60 +61,13 @@ def check_alignment(trainer: Trainer, batch: WorkItem, batch_idx: int) -> None:
         )
 
 
-class FiniteSteps:
-    """Decides what happens to an optimizer step with a number that is not finite.
-
-    One such step is skipped and counted; the second in a row stops the run, and so does a rollout whose own
-    log-probabilities are not finite: then not the step but the weights are broken.
-    """
-
-    def __init__(self) -> None:
-        self.skipped = 0
-        self._in_a_row = 0
-
-    def skips(self, where: str, broken: list[str]) -> bool:
-        """Whether the step must be skipped; call it once per optimizer step.
-
-        Args:
-            where: The optimizer step, for the message.
-            broken: Names of its metrics that are not finite, the same on every rank.
-
-        Raises:
-            TrainingError: It is the second in a row, or the policy cannot score its own rollout.
-        """
-        self._in_a_row = self._in_a_row + 1 if broken else 0
-        if not broken:
-            return False
-        what = f"{where}: {', '.join(broken)} not finite"
-        if self._in_a_row > 1 or "rollout/entropy" in broken:
-            raise TrainingError(
-                f"{what}; the run stops and the last checkpoint stays; a smaller learning rate may help"
-            )
-        self.skipped += 1
-        rank_zero_warn(f"{what}; this optimizer step is skipped, a second one in a row stops the run")
-        return True
-
-    def metrics(self) -> dict[str, float]:
-        """`skipped_steps` so far; nothing before the first."""
-        return {"skipped_steps": float(self.skipped)} if self.skipped else {}
-
-    def state_dict(self) -> dict[str, int]:
-        """How many steps were skipped, and how many of them came last."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
-
-
-def check_weights(model: nn.Module, where: str) -> None:
-    """Raise a TrainingError if a weight is not finite; collective, so that every rank stops."""
-    weights = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
-    # the largest magnitude of a tensor is finite exactly if all of it is
-    largest = torch._foreach_norm([w.detach() for w in weights.values() if w.numel()], float("inf"))
-    bad = sum_ranks([(~torch.stack(largest).isfinite()).sum()])[0]
-    if bad:
-        raise TrainingError(
-            f"{where}: weights of {int(bad)} tensors are not finite any more; the run stops and the last checkpoint "
-            "stays; a smaller learning rate may help"
+def warn_of_single_steps(trainer: Trainer, moments: str) -> None:
+    """Warn if an SFT phase is one optimizer step of a fresh AdamW: whatever the gradient, that step is its sign."""
+    steps: dict[str, int] = getattr(trainer.train_dataloader, "sft_phase_steps", {})
+    single = [key for key, n in steps.items() if n == 1]
+    if moments == "reset" and single:
+        rank_zero_warn(
+            f"an SFT phase is one optimizer step ({single[0]} = 1) with model.moments reset: it moves every weight by "
+            "the learning rate, whatever the size of its gradient, so that loss weights, denominators and clipping "
+            "mean nothing; set several steps a phase (a smaller sft_batch), or model.moments: keep"
         )

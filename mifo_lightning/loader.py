@@ -17,7 +17,8 @@ class WorkItem(TypedDict):
     """One micro-batch of one optimizer step, as the loader hands it out.
 
     Attributes:
-        phase: `rl` or `sft`; the callbacks read this key.
+        phase: `rl` or `sft`; the callbacks read this key and the next.
+        phase_number: SFT phases begun before this phase; RL rollouts without SFT between them are one phase.
         questions: This rank's questions: of the whole rollout in RL, of the whole optimizer step in SFT.
         rollout: Number of the RL rollout, or of the SFT phase, from 0.
         update: Which optimizer step of that rollout or SFT phase this is, from 0.
@@ -29,6 +30,7 @@ class WorkItem(TypedDict):
     """
 
     phase: Literal["rl", "sft"]
+    phase_number: int
     questions: list[Question]
     rollout: int
     update: int
@@ -58,6 +60,7 @@ class _Position:
     rl_updates: int = 0  # RL optimizer steps done
     sft_updates: int = 0  # SFT optimizer steps done
     micro: int = 0
+    dropped: int = 0  # pushed SFT phases left out, since no RL step was to follow
 
 
 class PhaseLoader:
@@ -108,6 +111,7 @@ class PhaseLoader:
         if phase_size is not None or schedule.sft_before or schedule.sft_after:
             lending = len(questions) if own_demonstrations else len(self.demonstrated)
             schedule.check_sft(lending, phase_size, micro_batches, world_size)
+        self.sft_phase_steps = schedule.sft_phase_steps(phase_size)
         self._at = _Position()
         self._queue: list[Pushed] = []  # pushed SFT phases that have not begun
         self._kind: str | None = None  # what is under way: rl, sft, before, after
@@ -151,6 +155,11 @@ class PhaseLoader:
         return item
 
     @property
+    def rl_is_over(self) -> bool:
+        """Whether the last RL step of the schedule has begun; what follows its updates is SFT, if anything."""
+        return self.schedule.rl_steps is not None and self._at.rl >= self.schedule.rl_steps
+
+    @property
     def share_done(self) -> float | None:
         """Share of the schedule that is done, buffer-triggered phases left out; None if RL has no end."""
         s, at = self.schedule, self._at
@@ -163,12 +172,15 @@ class PhaseLoader:
         """Decide what comes next; only ever between optimizer steps."""
         s, at = self.schedule, self._at
         own: dict[int, list[int]] = {}
+        if self.rl_is_over and s.final_sft == "drop":
+            at.dropped += len(self._queue)
+            self._queue.clear()
         if at.before < s.sft_before:
             self._kind, self._ids = "before", self._demonstrations(at.before)
         elif self._queue:
             pushed = self._queue.pop(0)
             self._kind, self._ids, own = "sft", self._shuffled_epochs(pushed.ids), pushed.own
-        elif s.rl_steps is None or at.rl < s.rl_steps:
+        elif not self.rl_is_over:
             self._kind, self._ids = "rl", self._rl_batch(at.rl)
         elif at.after < s.sft_after:
             self._kind, self._ids = "after", self._demonstrations(s.sft_before + at.after)
@@ -193,6 +205,7 @@ class PhaseLoader:
         mine = self._ids[start : start + batch][self.rank :: self.world_size]
         return WorkItem(
             phase="rl" if rl else "sft",
+            phase_number=at.sft - (not rl),
             questions=[self._question(i) for i in mine],
             rollout=(at.rl if rl else at.sft) - 1,
             update=self._update,

@@ -17,14 +17,14 @@ from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
+from mifo_lightning.finite import FiniteSteps, check_weights
 from mifo_lightning.guards import (
     FORMAT,
-    FiniteSteps,
     check_alignment,
     check_format,
     check_resume,
     check_trainer,
-    check_weights,
+    warn_of_single_steps,
 )
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight
@@ -65,6 +65,8 @@ class MifoModule(LightningModule):
         rl: AdamW of RL phases.
         sft: AdamW of SFT phases.
         moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
+        skip_zero_gradient: Whether an optimizer step whose gradient is exactly 0 over all ranks moves nothing; without
+            it AdamW's momentum and weight decay go on moving the weights. Steps and schedules advance either way.
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
@@ -91,6 +93,7 @@ class MifoModule(LightningModule):
         rl: AdamWSettings = AdamWSettings(),
         sft: AdamWSettings = AdamWSettings(),
         moments: Literal["reset", "keep", "shared"] = "reset",
+        skip_zero_gradient: bool = False,
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
@@ -101,6 +104,7 @@ class MifoModule(LightningModule):
         evaluation.check("model.evaluation")
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
+        self.skip_zero_gradient = skip_zero_gradient
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
@@ -141,7 +145,9 @@ class MifoModule(LightningModule):
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         optimizer = AdamW(parameters.values(), lr=self.rl_settings.lr, fused=True)
-        self.optimizer_of_phase = PhaseAdamW(optimizer, parameters, self.rl_settings, self.sft_settings, self.moments)
+        self.optimizer_of_phase = PhaseAdamW(
+            optimizer, parameters, self.rl_settings, self.sft_settings, self.moments, self.skip_zero_gradient
+        )
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -151,6 +157,7 @@ class MifoModule(LightningModule):
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
+        warn_of_single_steps(self.trainer, self.moments)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
@@ -170,7 +177,7 @@ class MifoModule(LightningModule):
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
         self._step = batch["step"]
         if batch["micro"] == 0:
-            lr = self._phase_optimizer.enter(batch["phase"], batch["step"])
+            lr = self._phase_optimizer.enter(batch["phase"], batch["step"], batch.get("phase_number"))
             self._metrics.put(batch["phase"], {"lr": lr})
 
     def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
@@ -215,6 +222,7 @@ class MifoModule(LightningModule):
         rest = {
             "advantage_abs": float(rollout.advantages.abs().mean()),
             "tokens_per_s": drawn.tokens / max(seconds, 1e-9) * ranks(),
+            "groups_trained": float(rollout.question[rollout.active].unique().numel() * ranks()),
             "reward_errors": float(self.reinforcement.reward.errors * ranks()),
             "reward_timeouts": float(self.reinforcement.reward.timeouts * ranks()),
         }
@@ -235,8 +243,10 @@ class MifoModule(LightningModule):
         """Clip by the phase's norm; runs after callbacks have masked frozen coordinates, and before the step."""
         phase = self._phase_optimizer.phase or "rl"
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self._phase_optimizer.settings[phase].clip or torch.inf)
-        self._metrics.put(phase, {"grad_norm": full(norm).detach()})
+        total = nn.utils.clip_grad_norm_(parameters, self._phase_optimizer.settings[phase].clip or torch.inf)
+        norm = float(full(total))
+        zeros = self._phase_optimizer.meet_norm(norm)
+        self._metrics.put(phase, {"grad_norm": norm, "zero_gradient_steps": float(zeros)})
         if self._finite.skips(self._where(), self._metrics.broken()):
             self._phase_optimizer.optimizer.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from mifo_callbacks.phase import other_number
 from mifo_callbacks.sharding import shard_like
 from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
@@ -79,6 +80,12 @@ class PhaseAdamW:
         rl: Settings in RL.
         sft: Settings in SFT.
         moments: SFT moments: `reset` at the start of each SFT phase, `keep` from one to the next, or `shared` with RL.
+        skip_zero_gradient: Whether a step whose gradient is exactly 0 moves nothing; without it momentum and weight
+            decay go on moving the weights.
+
+    Attributes:
+        phase: The kind of the phase under way; None before the first.
+        zero_gradients: Optimizer steps so far whose gradient was exactly 0, by phase kind.
     """
 
     def __init__(
@@ -88,16 +95,27 @@ class PhaseAdamW:
         rl: AdamWSettings,
         sft: AdamWSettings,
         moments: Literal["reset", "keep", "shared"],
+        skip_zero_gradient: bool = False,
     ) -> None:
         self.optimizer, self.parameters, self.moments = optimizer, parameters, moments
         self.settings: dict[str, AdamWSettings] = {"rl": rl, "sft": sft}
+        self.skip_zero_gradient = skip_zero_gradient
         self.phase: str | None = None
+        self.zero_gradients: dict[str, int] = {"rl": 0, "sft": 0}
+        self._number: int | None = None  # of the phase: two SFT phases may follow each other
         self._parked: dict[str, dict[Tensor, dict[str, Any]]] = {}
 
-    def enter(self, phase: Phase, step: int) -> float:
-        """Make the optimizer ready for optimizer step `step` of `phase`; returns the learning rate."""
-        if phase != self.phase:
+    def enter(self, phase: Phase, step: int, number: int | None = None) -> float:
+        """Make the optimizer ready for an optimizer step; returns the learning rate.
+
+        Args:
+            phase: The kind of its phase.
+            step: Number of the step among all of that kind.
+            number: Differs between two phases of one kind that follow each other.
+        """
+        if phase != self.phase or other_number(self._number, number):
             self._switch(phase)
+        self._number = number
         settings = self.settings[phase]
         lr = settings.lr_at(step)
         for group in self.optimizer.param_groups:
@@ -114,8 +132,24 @@ class PhaseAdamW:
             state.update(self._parked.pop(phase, {}))
         self.phase = phase
 
+    def meet_norm(self, norm: float) -> int:
+        """Count a gradient of exactly 0 and, where it is to be skipped, let go of it before the step.
+
+        Args:
+            norm: L2 norm of the gradient over all ranks, frozen coordinates left out.
+
+        Returns:
+            Optimizer steps of this phase kind so far whose gradient was exactly 0.
+        """
+        phase = self.phase or "rl"
+        if norm == 0:
+            self.zero_gradients[phase] += 1
+            if self.skip_zero_gradient:
+                self.optimizer.zero_grad(set_to_none=True)  # AdamW leaves a parameter without a gradient alone
+        return self.zero_gradients[phase]
+
     def state_dict(self) -> dict[str, Any]:
-        """The phase and the parked moments by parameter name, as full tensors (collective if they are sharded)."""
+        """Phase, counts, and the parked moments by parameter name as full tensors (collective if they are sharded)."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
         parked = {
             phase: {
@@ -124,11 +158,17 @@ class PhaseAdamW:
             }
             for phase, state in self._parked.items()
         }
-        return {"phase": self.phase, "parked": parked}
+        return {
+            "phase": self.phase,
+            "number": self._number,
+            "zero_gradients": dict(self.zero_gradients),
+            "parked": parked,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; call once the parameters are where they will stay."""
-        self.phase = state["phase"]
+        self.phase, self._number = state["phase"], state.get("number")
+        self.zero_gradients |= state.get("zero_gradients", {})
         self._parked = {
             phase: {
                 self.parameters[name]: {k: _place(v, self.parameters[name]) for k, v in slots.items()}

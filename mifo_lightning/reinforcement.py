@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -62,6 +63,7 @@ class Reinforcement:
         self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
         self._reference: list[Policy] = []
+        self._warned = False  # of dynamic sampling that came to its end
 
     @property
     def needs_reference(self) -> bool:
@@ -136,6 +138,13 @@ class Reinforcement:
         chosen = [i for i, flag in enumerate(flags) if flag][:wanted]
         if len(chosen) < wanted and attempts < self.settings.dynamic_sampling:
             return None
+        if len(chosen) < wanted and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"model.policy.dynamic_sampling: {attempts} batches of questions gave {len(chosen)} of {wanted} groups "
+                "with unequal rewards, so a step trains on fewer (rollout/groups_trained says how many); set more "
+                "batches, or questions that are neither solved nor hopeless"
+            )
         mine = [(i // ranks(), place) for place, i in enumerate(chosen) if i % ranks() == rank()]
         # a rank without any group still takes part: a group without a signal weighs nothing
         picked, places = zip(*(mine or [(0, 0)]), strict=True)

@@ -1,6 +1,7 @@
 """How much of which phase, in which order."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mifo_lightning.errors import InputError
 
@@ -19,6 +20,8 @@ class Schedule:
         sft_epochs: Passes over the demonstrations of an SFT phase.
         sft_before: SFT optimizer steps on all demonstrations before the first RL step.
         sft_after: SFT optimizer steps on all demonstrations after the last RL step.
+        final_sft: Whether to keep or drop a buffer-triggered SFT phase that none of the `rl_steps` follows; the same in
+            all arms of a comparison that have a buffer.
     """
 
     rl_steps: int | None = None
@@ -29,11 +32,27 @@ class Schedule:
     sft_epochs: int = 1
     sft_before: int = 0
     sft_after: int = 0
+    final_sft: Literal["keep", "drop"] = "keep"
 
     @property
     def updates(self) -> int:
         """Optimizer steps per rollout."""
         return self.passes * self.minibatches
+
+    def sft_phase_steps(self, phase_size: int | None) -> dict[str, int]:
+        """Optimizer steps of each kind of SFT phase that may come, by the keys that decide.
+
+        Args:
+            phase_size: Demonstrations that a buffer pushes for one phase; None if there is none.
+        """
+        pushed = (phase_size or 0) * self.sft_epochs // self.sft_batch
+        key = "data.schedule."
+        steps = {
+            f"{key}sft_before": self.sft_before,
+            f"switch.size x {key}sft_epochs / {key}sft_batch": pushed,
+            f"{key}sft_after": self.sft_after,
+        }
+        return {name: n for name, n in steps.items() if n}
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
@@ -44,6 +63,10 @@ class Schedule:
                 raise InputError(f"{key}.{name}: {value} is not allowed; it must be at least {low}")
         if self.rl_steps is None and self.sft_after:
             raise InputError(f"{key}.sft_after: {self.sft_after} never comes, since {key}.rl_steps is null")
+        if self.rl_steps is None and self.final_sft == "drop":
+            raise InputError(
+                f"{key}.final_sft: drop needs {key}.rl_steps: with null no RL step is known to be the last"
+            )
         if self.rl_steps == 0 and not self.sft_before and not self.sft_after:
             raise InputError(f"{key}.rl_steps: 0, with no SFT steps either, leaves nothing to train")
 

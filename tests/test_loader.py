@@ -251,3 +251,54 @@ def test_own_demonstrations_need_none_in_the_data() -> None:
 
 def test_rl_alone_does_not_care_about_sft_batches() -> None:
     assert next(loader(sft_batch=5, world_size=2))["phase"] == "rl"
+
+
+# --- which phase an item belongs to, and how a run ends ---------------------------------------------------------------
+
+
+def test_two_sft_phases_in_a_row_have_two_numbers_and_rollouts_in_a_row_have_one() -> None:
+    it = loader(sft_before=2, sft_after=2, rl_steps=3, micro_batches=2)
+    seen = []
+    for item in it:
+        if item["micro"] == 0:
+            seen.append((item["phase"][0], item["phase_number"]))
+        if item["phase"] == "rl" and item["rollout"] in (1, 2) and item["micro"] == 0:
+            it.push(entries(0, 1, 2, 3))
+    before, pushed = [("s", 0)] * 2, [("s", 1)] * 2
+    rl, last = [("r", 1)] * 2, [("r", 2)]
+    assert seen == [*before, *rl, *pushed, *last, *[("s", 2)] * 2, *[("s", 3)] * 2]
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_the_number_of_a_phase_survives(stop: int) -> None:
+    def numbers(it: PhaseLoader) -> list[int]:
+        return [item["phase_number"] for item in it]
+
+    def begun() -> PhaseLoader:
+        it = loader(rl_steps=1, sft_after=2)
+        next(it)
+        it.push(entries(0, 1))
+        it.push(entries(2, 3, 4, 5))
+        return it
+
+    whole, first, second = begun(), begun(), loader(rl_steps=1, sft_after=2)
+    kept = [next(first)["phase_number"] for _ in range(stop)]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert kept + numbers(second) == numbers(whole) == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("final_sft", ["keep", "drop"])
+def test_a_pushed_phase_that_no_rl_follows_is_kept_or_dropped(final_sft: str) -> None:
+    it = loader(rl_steps=2, sft_after=1, final_sft=final_sft)
+    seen = []
+    for item in it:
+        seen.append(item["phase"][0])
+        if item["phase"] == "rl":
+            it.push(entries(0, 1, 2, 3))
+    assert "".join(seen) == ("rssrsss" if final_sft == "keep" else "rssrs")
+    assert it.position["dropped"] == (0 if final_sft == "keep" else 1)
+
+
+def test_dropping_needs_a_last_rl_step() -> None:
+    with pytest.raises(InputError, match=r"data\.schedule\.final_sft: drop needs data\.schedule\.rl_steps"):
+        loader(rl_steps=None, final_sft="drop")

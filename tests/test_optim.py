@@ -19,9 +19,9 @@ def make(moments: Literal["reset", "keep", "shared"]) -> tuple[torch.nn.Paramete
 
 
 def run(p: torch.nn.Parameter, phased: PhaseAdamW, phases: str, start: int = 0) -> None:
-    """One step per letter: r for RL, s for SFT."""
+    """One step per letter: r for RL, s for SFT, S for another SFT phase."""
     for i, letter in enumerate(phases, start):
-        phased.enter("rl" if letter == "r" else "sft", i)
+        phased.enter("rl" if letter == "r" else "sft", i, int(letter == "S"))
         p.grad = torch.tensor([1.0, i, -0.5 * i])
         phased.optimizer.step()
 
@@ -35,19 +35,20 @@ def apart(phases: str, moments: str) -> torch.Tensor:
     }
     last = ""
     for i, letter in enumerate(phases):
-        if letter == "s" and last != "s" and moments == "reset":
+        if letter != "r" and last != letter and moments == "reset":
             optimizers["s"].state.clear()
         p.grad = torch.tensor([1.0, i, -0.5 * i])
-        optimizers[letter].step()
+        optimizers[letter.replace("S", "s")].step()
         last = letter
     return p.detach()
 
 
+@pytest.mark.parametrize("phases", ["rrrssrrssr", "ssSSrrssSr"])
 @pytest.mark.parametrize("moments", ["reset", "keep"])
-def test_each_phase_has_its_own_adamw(moments: Any) -> None:
+def test_each_phase_has_its_own_adamw(moments: Any, phases: str) -> None:
     p, phased = make(moments)
-    run(p, phased, "rrrssrrssr")
-    assert (p == apart("rrrssrrssr", moments)).all()
+    run(p, phased, phases)
+    assert (p == apart(phases, moments)).all()
 
 
 def test_shared_moments_are_one_adamw() -> None:
@@ -62,7 +63,7 @@ def test_shared_moments_are_one_adamw() -> None:
 @pytest.mark.parametrize("moments", ["reset", "keep", "shared"])
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_state_goes_on_exactly(moments: Any, stop: int) -> None:
-    phases = "rrsrrssr"
+    phases = "rrssSrSr"
     p, phased = make(moments)
     run(p, phased, phases)
     q, first = make(moments)
@@ -119,3 +120,22 @@ def test_schedules() -> None:
 def test_impossible_settings_are_refused(settings: AdamWSettings, key: str) -> None:
     with pytest.raises(InputError, match=key):
         settings.check("k")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_gradient_of_exactly_zero_is_counted_and_where_asked_moves_nothing(skip: bool) -> None:
+    p, phased = make("reset")
+    phased.skip_zero_gradient = skip
+    run(p, phased, "rr")
+    before, moments = p.detach().clone(), {k: v.clone() for k, v in phased.optimizer.state[p].items()}
+    p.grad = torch.zeros(3)
+    assert phased.meet_norm(0.0) == 1
+    phased.optimizer.step()
+    assert (p == before).all() == skip  # warm moments and weight decay go on moving it
+    assert all((v == moments[k]).all() for k, v in phased.optimizer.state[p].items()) == skip
+    assert phased.meet_norm(1e-30) == 1
+    assert phased.state_dict()["zero_gradients"] == {"rl": 1, "sft": 0}
+    _, other = make("reset")
+    other.load_state_dict(phased.state_dict())
+    other.enter("rl", 3)
+    assert other.meet_norm(0.0) == 2

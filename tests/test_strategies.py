@@ -56,6 +56,9 @@ def test_two_processes_see_the_gradients_and_scores_of_one(
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for found, before in ((singly, one), (shared, two)):  # the rate is 0 and the run ends on SFT: the same model again
+        after_rl = {f"val/{name}": value for name, value in found["phases"]["after_rl"][0].items()}
+        assert after_rl == pytest.approx(before, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -63,6 +66,7 @@ def test_two_processes_see_the_gradients_and_scores_of_one(
 def test_two_processes_freeze_resume_and_export_exactly(tmp_path: Path, strategy: str) -> None:
     whole = run(strategy, "resume", tmp_path / "whole.pt")
     assert not any(whole["moved"])
+    assert [step for step, still in enumerate(whole["still"]) if still] == [1]  # its gradient was set to 0
     frozen = dict(zip(whole["phases"], whole["frozen"], strict=True))
     assert frozen["rl"] == 0
     assert frozen["sft"] > 0

@@ -17,16 +17,24 @@ from mifo_callbacks import GradientFreezing
 from mifo_callbacks.buffer_phase_switch import gather_groups
 from mifo_lightning.distributed import full
 from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.schedule import Schedule
 
 
 class Watch(Callback):
-    """Phases, whole gradients, and whether frozen coordinates moved."""
+    """Phases, whole gradients, whether frozen coordinates moved, and whether nothing did."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, list[Any]] = {"phases": [], "gradients": [], "frozen": [], "moved": [], "drawn": []}
+        self.seen: dict[str, list[Any]] = {
+            "phases": [],
+            "gradients": [],
+            "frozen": [],
+            "moved": [],
+            "still": [],
+            "drawn": [],
+        }
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen["phases"].append(batch["phase"])
@@ -42,8 +50,17 @@ class Watch(Callback):
             self.seen["drawn"].append([group["id"] for group in gather_groups(outputs["groups"])])
         parameters = dict(pl_module.named_parameters())
         moved = [(self.before[n] != _local(parameters[n]))[m].any() for n, m in self.masks.items()]
+        self.seen["still"].append(all((self.before[n] == _local(p)).all() for n, p in parameters.items()))
         self.seen["frozen"].append(sum(int(m.sum()) for m in self.masks.values()))
         self.seen["moved"].append(bool(moved and torch.stack(moved).any()))
+
+
+class Vanish(Callback):
+    """Sets the whole gradient of the second optimizer step to 0."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 1:
+            optimizer.zero_grad(set_to_none=False)
 
 
 def _local(p: torch.Tensor) -> torch.Tensor:
@@ -74,8 +91,9 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     }[strategy]
     watch = Watch()
     method = method_callbacks(size=8)[case == "dynamic sampling" :]  # the first one selects tokens
-    module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), **CASES[case])
+    module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    summary = RunSummary()
     export = ExportModel(str(out.parent / f"model-{strategy}"))
     trainer = Trainer(
         accelerator="cpu",
@@ -85,7 +103,14 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*method, watch, export, *([saver] if lr and ckpt is None else [])],
+        callbacks=[
+            *method,
+            *([Vanish()] if lr else []),
+            watch,
+            summary,
+            export,
+            *([saver] if lr and ckpt is None else []),
+        ],
         enable_checkpointing=bool(lr) and ckpt is None,
         default_root_dir=out.parent,
     )
@@ -95,6 +120,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         values = trainer.validate(module, data, verbose=False)[0]
         watch.seen["validation"] = [values]
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+    watch.seen["after_rl"] = [summary.after_rl]
     watch.seen["weights"] = [{n: full(p).detach().clone() for n, p in module.named_parameters()}]
     return {**watch.seen, "rank": trainer.global_rank}
 

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.logging import log_metrics, profiled
-from mifo_callbacks.sharding import require_data_parallel, world_group
+from mifo_callbacks.sharding import require_data_parallel, sum_over, world_group
 from mifo_callbacks.tokens import (
     Denominator,
     Scope,
@@ -20,6 +23,9 @@ from mifo_callbacks.tokens import (
     threshold_metrics,
     with_forced,
 )
+
+END = "eos"  # name of the mask of end tokens
+WATCHED = 64  # end tokens after which a selection that took none of them is reported
 
 
 class EntropyTokenSelection(Callback):
@@ -79,6 +85,7 @@ class EntropyTokenSelection(Callback):
         self.denominator = denominator
         self.force_keep = force_keep
         self.seed = seed
+        self._ends_seen: int | None = 0  # end tokens so far, none of them taken; None: no longer watched
         self._trainer: Trainer | None = None
         self._replaced: dict[str, Any] = {}
 
@@ -104,7 +111,8 @@ class EntropyTokenSelection(Callback):
             entropy: Entropy in nats, float [B, L]: all sequences of the step on this rank; used without its
                 graph.
             mask: Valid response tokens, bool [B, L].
-            named: Token masks, bool [B, L], that `force_keep` may name.
+            named: Token masks, bool [B, L], that `force_keep` may name; whether tokens of "eos" are ever taken
+                is watched.
 
         Returns:
             The selected tokens, bool [B, L], and the denominator over all ranks.
@@ -129,12 +137,27 @@ class EntropyTokenSelection(Callback):
                 group=group,
             )
             selection = with_forced(chosen, mask, forced, self.denominator, group)
+            if named and END in named:
+                self._watch_ends(named[END] & mask, selection.mask, group)
             if trainer.loggers:
                 metrics = selection_metrics(entropy, mask, chosen, selection.mask, group)
                 if self.scope != "sequence" and self.selector != "random":
                     metrics |= threshold_metrics(entropy, mask, chosen, self.selector, group)
                 log_metrics(trainer, {f"entropy/{name}": value for name, value in metrics.items()})
         return selection
+
+    def _watch_ends(self, ends: Tensor, selected: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Say once that end tokens are never learned from, if none of the first ones was; collective until known."""
+        if self._ends_seen is None:
+            return
+        seen, taken = sum_over(torch.stack([ends.sum(), (ends & selected).sum()]), group).tolist()
+        self._ends_seen = None if taken else self._ends_seen + seen
+        if self._ends_seen is not None and self._ends_seen >= WATCHED:
+            rank_zero_warn(
+                f"EntropyTokenSelection: none of the first {self._ends_seen} end tokens was selected, so the model may "
+                f"never learn to stop; set force_keep: {END}"
+            )
+            self._ends_seen = None
 
     def _forced(self, named: Mapping[str, Tensor]) -> Tensor | None:
         if self.force_keep is None:

@@ -27,6 +27,7 @@ from mifo_callbacks.thresholds import Cut, Order, cut_mask, find_cut, floor_shar
 
 Selector = Literal["rl_topk", "rl_bottomk", "random", "none"]
 Scope = Literal["tensor", "global"]
+TIED = 0.1  # ties per frozen coordinate from which on importance says little
 ORDERS: dict[str, Order] = {"rl_topk": "largest", "rl_bottomk": "smallest_zero_last", "random": "largest"}
 
 
@@ -92,7 +93,8 @@ class GradientFreezing(PhaseCallback):
         self.scope: Scope = scope
         self.seed = seed
         self.during = during
-        self._number = 0  # how many phases have been frozen: the mask of "random" depends on it
+        self._frozen_phases = 0  # how many phases have been frozen: the mask of "random" depends on it
+        self._warned = False
         self._importance: ImportanceEMA | None = None
         self._masks: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
@@ -131,7 +133,7 @@ class GradientFreezing(PhaseCallback):
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         self._masks, self._reference = {}, {}
         if current == self.during:
-            self._number += 1
+            self._frozen_phases += 1
             self._freeze(trainer, pl_module)
 
     def _freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,7 +149,19 @@ class GradientFreezing(PhaseCallback):
         metrics = {"freeze/share": frozen.frozen / frozen.total, "freeze/ties": frozen.tied}
         if self.selector != "random":
             metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)
+            self._warn_of_ties(frozen)
         log_metrics(trainer, metrics)
+
+    def _warn_of_ties(self, frozen: Frozen) -> None:
+        """Say once that position, not importance, chose much of what is frozen."""
+        if self._warned or frozen.tied <= TIED * frozen.frozen:
+            return
+        self._warned = True
+        rank_zero_warn(
+            f"GradientFreezing: {frozen.tied} coordinates are tied at the threshold of importance, {frozen.frozen} are "
+            "frozen, and position decides which: the measured phase moves weights by little more than rounding; make "
+            "it several optimizer steps long or its learning rate higher, or take selector random"
+        )
 
     def _scores(self, params: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
         if self._importance is not None:
@@ -156,7 +170,7 @@ class GradientFreezing(PhaseCallback):
             return
         for position, (name, p) in enumerate(params.items()):
             # On the full shape and the CPU: the same mask for every strategy and device.
-            yield name, shard_like(random_scores(p.shape, self.seed, self._number, position), p)
+            yield name, shard_like(random_scores(p.shape, self.seed, self._frozen_phases, position), p)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._masks:
@@ -182,11 +196,11 @@ class GradientFreezing(PhaseCallback):
         self._masks, self._reference = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"number": self._number}
+        return super().state_dict() | {"number": self._frozen_phases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._number = state_dict["number"]
+        self._frozen_phases = state_dict["number"]
 
 
 def freezing_masks(

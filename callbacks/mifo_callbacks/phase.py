@@ -11,39 +11,47 @@ from torch.utils.hooks import RemovableHandle
 from mifo_callbacks.logging import profiled
 
 PhaseOf = Callable[[Trainer, LightningModule, Any], str]
+NUMBER = "phase_number"  # optional key of a batch: tells two phases of one label in a row apart
 
 
 class PhaseCallback(Callback):
     """Base of the callbacks that act on phases: finds the phase of each batch and reports every change.
 
-    A change is seen at the first batch of the new phase, before its `training_step`; the state names the
-    phase, so a run resumed inside a phase sees no change. Subclasses also get the hook Lightning lacks,
-    `on_after_optimizer_step`.
+    A phase is its label and, where batches have one, the integer `batch["phase_number"]`: two phases of one
+    label in a row differ in it; without it the label alone counts. A change is seen at the first batch of the
+    new phase, before its `training_step`; the state names the phase, so a run resumed inside a phase sees no
+    change. Subclasses also get the hook Lightning lacks, `on_after_optimizer_step`.
     """
 
     def __init__(self, phase: str | PhaseOf = "phase") -> None:
         super().__init__()
         self.phase = phase
         self._current: str | None = None
+        self._number: int | None = None
         self._hooks: list[tuple[Optimizer, RemovableHandle]] = []
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
-        """Called at the first batch of phase `current`; `previous` is None at the first batch of a run."""
+        """Called at the first batch of phase `current`; `previous` is None at the first batch of a run.
+
+        Both are labels, and equal where two phases of one label follow each other.
+        """
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called after `optimizer` changed the weights, once it has been given to `call_after_step`."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        current = phase_of(self.phase, trainer, pl_module, batch)
-        if current == self._current:
+        current, number = phase_of(self.phase, trainer, pl_module, batch), phase_number(batch)
+        if current == self._current and not other_number(self._number, number):
+            self._number = number
             return
         if self._current is not None and batch_idx % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
-                f"the phase changed from {self._current!r} to {current!r} at batch {batch_idx}, inside one "
+                f"the phase changed from {_named(self._current, self._number)} to {_named(current, number)} at batch "
+                f"{batch_idx}, inside one "
                 f"optimizer step of accumulate_grad_batches={trainer.accumulate_grad_batches}; "
                 "allowed: between optimizer steps"
             )
-        previous, self._current = self._current, current
+        previous, self._current, self._number = self._current, current, number
         self.on_phase_change(trainer, pl_module, previous, current)
 
     def call_after_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -78,10 +86,10 @@ class PhaseCallback(Callback):
         self.release()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phase": self._current}
+        return {"phase": self._current, NUMBER: self._number}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._current = state_dict["phase"]
+        self._current, self._number = state_dict["phase"], state_dict.get(NUMBER)
 
 
 def phase_of(phase: str | PhaseOf, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
@@ -103,3 +111,24 @@ def phase_of(phase: str | PhaseOf, trainer: Trainer, pl_module: LightningModule,
     if not isinstance(label, str):
         raise MisconfigurationException(f"the phase {phase!r} of the batch is {label!r}; allowed: a string")
     return label
+
+
+def phase_number(batch: Any) -> int | None:
+    """The number of the phase that `batch` belongs to, `batch["phase_number"]`; None where it has no such key.
+
+    Raises:
+        MisconfigurationException: If the number is not an int.
+    """
+    number = batch.get(NUMBER) if isinstance(batch, Mapping) else None
+    if number is not None and not isinstance(number, int):
+        raise MisconfigurationException(f"batch[{NUMBER!r}] is {number!r}; allowed: an int, or no such key")
+    return number
+
+
+def other_number(before: int | None, now: int | None) -> bool:
+    """Whether two numbers of phases tell these apart; one that is not known tells nothing."""
+    return before is not None and now is not None and before != now
+
+
+def _named(label: str, number: int | None) -> str:
+    return repr(label) if number is None else f"{label!r} number {number}"

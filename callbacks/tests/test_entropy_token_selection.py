@@ -1,5 +1,6 @@
 """The callback in a foreign module: where it puts itself, what it logs, what it refuses."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -116,3 +117,25 @@ def test_the_profiler_accounts_for_it() -> None:
 def test_bad_arguments(bad: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match="allowed: "):
         EntropyTokenSelection(**bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "said"),
+    [
+        ({"fraction": 0.1}, 80, [64]),  # two end tokens a step, of the lowest entropies
+        ({"fraction": 0.1}, 31, []),  # too few to say so
+        ({"fraction": 0.1, "force_keep": "eos"}, 80, []),
+        ({"fraction": 0.1, "selector": "bottom"}, 80, []),
+    ],
+)
+def test_a_selection_that_never_takes_the_end_token_says_so_once(options: Any, steps: int, said: list[int]) -> None:
+    module = Selects()
+    module.eos = torch.tensor([[True, False, False, False], [False, True, True, False]])  # the last one is padding
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([EntropyTokenSelection(**options)], Phases(["sft"] * steps), module)
+    lines = [str(w.message) for w in caught if "end tokens" in str(w.message)]
+    assert len(lines) == len(said)
+    assert all(
+        f"first {n} end tokens" in line and "force_keep: eos" in line for n, line in zip(said, lines, strict=True)
+    )

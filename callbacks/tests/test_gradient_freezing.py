@@ -1,5 +1,6 @@
 """Frozen coordinates stay bit-identical, free ones move, and everything is free again afterwards."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -274,3 +275,15 @@ def test_ties_and_zeros_are_logged(selector: Any) -> None:
     fit([ImportanceEMA(), GradientFreezing(selector=selector)], loader, HalfDead(weight_decay=0.0), logger=log)
     assert log.values("freeze/ties") == [80.0]
     assert log.values("freeze/zero_share") == [32 / (48 + 8 + 24 + 1)]
+
+
+@pytest.mark.parametrize(("lr", "said"), [(1e-9, 1), (1e-2, 0)])
+def test_importance_that_is_rounding_noise_is_said_once(lr: float, said: int) -> None:
+    """At a tiny rate a weight moves by a unit in the last place or not at all: most are tied."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule = ["rl", "rl", "sft"] * 2
+        fit([ImportanceEMA(), GradientFreezing()], Phases(schedule), Toy(lr=lr, weight_decay=0.0))
+    lines = [str(w.message) for w in caught if "tied at the threshold" in str(w.message)]
+    assert len(lines) == said
+    assert all("several optimizer steps" in line for line in lines)

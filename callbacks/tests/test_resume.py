@@ -13,6 +13,7 @@ from toy import Phases, Recorder, fit
 from mifo_callbacks import BufferPhaseSwitch, GradientFreezing, ImportanceEMA
 
 SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2 + ["sft"] * 3 + ["rl"] * 2
+NUMBERED = ["rl 0"] * 2 + ["sft 0"] * 2 + ["sft 1"] * 2 + ["rl 2"]  # two SFT phases in a row
 
 
 def every_step(folder: Path) -> Callback:
@@ -20,26 +21,27 @@ def every_step(folder: Path) -> Callback:
 
 
 @pytest.mark.parametrize(
-    ("importance", "freezing"),
+    ("importance", "freezing", "schedule"),
     [
-        ({}, {}),
-        ({"accumulate": "step"}, {"scope": "global"}),
-        ({"alpha": 0.0}, {"selector": "rl_bottomk"}),
-        ({}, {"selector": "random"}),
+        ({}, {}, SCHEDULE),
+        ({"accumulate": "step"}, {"scope": "global"}, SCHEDULE),
+        ({"alpha": 0.0}, {"selector": "rl_bottomk"}, SCHEDULE),
+        ({}, {"selector": "random"}, SCHEDULE),
+        ({"measure": "sft"}, {"selector": "random"}, NUMBERED),
     ],
 )
-def test_resumed_weights_are_bit_identical(tmp_path: Path, importance: Any, freezing: Any) -> None:
+def test_resumed_weights_are_bit_identical(tmp_path: Path, importance: Any, freezing: Any, schedule: list[str]) -> None:
     def callbacks() -> list[Any]:
         return [ImportanceEMA(**importance), GradientFreezing(**freezing)]
 
     straight = callbacks()
     recorder = Recorder()
-    module = fit([*straight, recorder, every_step(tmp_path)], Phases(SCHEDULE), enable_checkpointing=True)
-    for step in range(1, len(SCHEDULE)):
+    module = fit([*straight, recorder, every_step(tmp_path)], Phases(schedule), enable_checkpointing=True)
+    for step in range(1, len(schedule)):
         resumed = callbacks()
-        loader = Phases(SCHEDULE)
+        loader = Phases(schedule)
         again = fit([*resumed], loader, ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert again.trainer.global_step == len(SCHEDULE)
+        assert again.trainer.global_step == len(schedule)
         for a, b in zip(module.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b), f"resumed from step {step}"
         for name, value in straight[0].importance.items():
@@ -54,9 +56,9 @@ def test_checkpoints_hold_plain_types(tmp_path: Path) -> None:
     )
     state = torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]
     importance, freezing = state["ImportanceEMA{'measure': 'rl'}"], state["GradientFreezing{'during': 'sft'}"]
-    assert importance.keys() == {"phase", "updates", "importance", "start"}
+    assert importance.keys() == {"phase", "phase_number", "updates", "importance", "start"}
     assert importance["start"].keys() == importance["importance"].keys()
-    assert freezing == {"phase": "rl", "number": 1}
+    assert freezing == {"phase": "rl", "phase_number": None, "number": 1}
 
 
 def test_buffer_survives(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ class Toy(LightningModule):
 
 
 class Phases:
-    """A sized, stateful loader: one batch per entry of `schedule`, a function of its position alone."""
+    """A sized, stateful loader: one batch per entry of `schedule`, a function of its position alone.
+
+    An entry is the label of a phase, `sft`, or label and number, `sft 1`.
+    """
 
     def __init__(self, schedule: list[str], key: str = "phase") -> None:
         self.schedule, self.key = schedule, key
@@ -40,11 +43,13 @@ class Phases:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while self.position < len(self.schedule):
             draw = torch.Generator().manual_seed(self.position)
+            label, _, number = self.schedule[self.position].partition(" ")
             self.position += 1
             yield {
                 "x": torch.randn(8, 6, generator=draw),
                 "y": torch.randint(3, (8,), generator=draw),
-                self.key: self.schedule[self.position - 1],
+                self.key: label,
+                **({"phase_number": int(number)} if number else {}),
             }
 
     def state_dict(self) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """The table at the end: every source before and after, what the monitors found, and where the seconds went."""
 
 import json
+from itertools import islice
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -17,12 +19,22 @@ class RunSummary(Callback):
     """Remembers the first and the last validation of a run; `report` prints both and writes `summary.json`.
 
     The file also holds `callback.summary()` of every callback that has a `summary_key`, under that key. The first
-    validation is in the checkpoint, so a resumed run still compares with its true beginning.
+    validation is in the checkpoint, so a resumed run still compares with its true beginning. A run that ends on SFT is
+    validated once more before that SFT, so that its damage is seen apart; only `trainer.max_time` ends one unforeseen.
+
+    Attributes:
+        before: Metrics of the first validation.
+        after_rl: Metrics after the last RL step, if SFT follows it and there was a validation before; else empty.
+        after: Metrics of the last validation.
+        ends_on: Kind of the phase that was trained last; None before training.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
+        self.after_rl: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.ends_on: str | None = None
+        self._dropped = 0  # SFT phases that the loader left out
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics."""
@@ -32,13 +44,26 @@ class RunSummary(Callback):
         self.before = self.before or values
         self.after = values
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Validate where the last RL step is over and SFT begins."""
+        previous, self.ends_on = self.ends_on, batch["phase"]
+        if self.ends_on == "rl":
+            self.after_rl = {}  # a finished run that is extended
+        elif previous == "rl" and self.before and no_rl_follows(trainer, batch):
+            self.after_rl = validate(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what only the loader knows."""
+        self._dropped = getattr(trainer.train_dataloader, "position", {}).get("dropped", 0)
+
     def state_dict(self) -> dict[str, Any]:
-        """The first validation."""
-        return {"before": self.before}
+        """The validations so far that are not the last, and the phase kind."""
+        return {"before": self.before, "after_rl": self.after_rl, "ends_on": self.ends_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the first validation."""
-        self.before = state_dict["before"]
+        """Go on from there."""
+        self.before, self.after_rl = state_dict["before"], state_dict.get("after_rl", {})
+        self.ends_on = state_dict.get("ends_on")
 
     @rank_zero_only
     def report(self, trainer: Trainer) -> None:
@@ -49,9 +74,12 @@ class RunSummary(Callback):
         monitors = [c for c in trainer.callbacks if hasattr(c, "summary_key")]  # type: ignore[attr-defined]
         record: dict[str, Any] = {
             "before": self.before,
+            "after_rl": self.after_rl,
             "after": self.after,
+            "ends_on": self.ends_on,
             "optimizer_steps": trainer.global_step,
-            "sft_phases": switch.switches if switch else 0,
+            "sft_phases": switch.switches - self._dropped if switch else 0,
+            "sft_phases_dropped": self._dropped,
             "seconds": seconds,
             **{monitor.summary_key: monitor.summary() for monitor in monitors},
         }
@@ -61,13 +89,39 @@ class RunSummary(Callback):
         console = Console(width=max(120, Console().width))
         if self.after:
             console.print(before_and_after(self.before, self.after))
+        if self.after_rl:
+            console.print(before_and_after(self.after_rl, self.after, "after the last RL step → at the end, after SFT"))
+        left_out = ", the last one dropped, since no RL step was to follow" if self._dropped else ""
         console.print(
-            f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases"
+            f"{record['optimizer_steps']} optimizer steps, {record['sft_phases']} buffer-triggered SFT phases{left_out}"
         )
         if "heldout" in record:
             console.print(heldout_line(record["heldout"]["changes"]), highlight=False)
         if seconds:
             console.print(seconds_line(seconds), highlight=False)
+
+
+def no_rl_follows(trainer: Trainer, batch: Any) -> bool:
+    """Whether the SFT phase that `batch` begins is followed by no RL step, by the schedule or `max_steps`."""
+    end = trainer.global_step + batch["updates"] - batch["update"]
+    return getattr(trainer.train_dataloader, "rl_is_over", False) or 0 < trainer.max_steps <= end
+
+
+def validate(trainer: Trainer, pl_module: Any) -> dict[str, float]:
+    """Metrics of a validation amid training, without the prefix `val/`; collective.
+
+    Batches, precision and draws are those of `Trainer.validate`; nothing is logged.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    sources = {} if data is None else data.val_dataloader()
+    limit = trainer.limit_val_batches
+    pl_module.evaluator.reset(list(sources), pl_module.device)
+    with torch.no_grad(), trainer.profiler.profile("Strategy.validation_step"):  # type: ignore[attr-defined]
+        for index, batches in enumerate(sources.values()):
+            most = limit if isinstance(limit, int) else int(limit * len(batches))
+            for number, questions in enumerate(islice(batches, most)):
+                trainer.strategy.validation_step(questions, number, index)
+    return {key.removeprefix("val/"): float(value) for key, value in pl_module.evaluator.compute("val").items()}
 
 
 def before_and_after(before: dict[str, float], after: dict[str, float], title: str = "before → after") -> Table:
