@@ -1,6 +1,7 @@
 """What MifoModule refuses: settings of the Trainer under which a run would be silently wrong."""
 
 from lightning import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.errors import InputError
@@ -34,6 +35,15 @@ def check_resume(trainer: Trainer) -> None:
         raise InputError(
             "ckpt_path: written between two micro-batches of one optimizer step, whose gradient it does not hold; take "
             "another, such as last.ckpt"
+        )
+
+
+def check_ends(ends: list[int], before: list[int] | None) -> None:
+    """Say once that a resumed run ends responses with other tokens than the checkpoint's; None: it names none."""
+    if before is not None and before != ends:
+        rank_zero_warn(
+            f"ckpt_path: tokens {before} ended responses when the checkpoint was written, {ends} do now; "
+            "set eos_token_id in the model's generation_config.json if that is not meant"
         )
 
 
