@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from mifo_callbacks.thresholds import top_mask
+from mifo_lightning.ending import set_ends
 from mifo_lightning.losses.token_scores import token_scores
 from mifo_lightning.models import load_policy, load_tokenizer
 from mifo_lightning.rollout.engine import Sampling
@@ -38,7 +39,7 @@ def decode() -> None:
     sampling, engine = Sampling(max_new_tokens=14), InProcessEngine()
     for name in ("ended by themselves", "all 14 tokens long"):
         if name == "all 14 tokens long":
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(23)  # a token that never comes
+            set_ends(tokenizer, {23})  # a token that never comes
         work = partial(engine.generate, policy, tokenizer, prompts, list(range(32)), 8, sampling)
         tokens = sum(len(c.tokens) for group in work() for c in group)
         print(f"decode, 32 questions x 8, {name}: {tokens} tokens, {tokens / seconds(work):,.0f} tokens/s")

@@ -9,6 +9,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.data.question import Question
+from mifo_lightning.ending import response_texts
 from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy import Policy, Sequences
@@ -173,7 +174,7 @@ class Evaluator:
         flat = [c for group in completions for c in group]
         if not flat:
             return [], [], []
-        texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
+        texts = response_texts(self.tokenizer, [c.tokens for c in flat], sampling.stop)
         rewards = score(self.reward, texts, [q.truth for q in questions for _ in range(n)])
         return flat, texts, [r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)]
 

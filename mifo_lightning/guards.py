@@ -51,6 +51,15 @@ def check_resume(trainer: Trainer) -> None:
         )
 
 
+def check_ends(ends: list[int], before: list[int] | None) -> None:
+    """Say once that a resumed run ends responses with other tokens than the checkpoint's; None: it names none."""
+    if before is not None and before != ends:
+        rank_zero_warn(
+            f"ckpt_path: tokens {before} ended responses when the checkpoint was written, {ends} do now; "
+            "set eos_token_id in the model's generation_config.json if that is not meant"
+        )
+
+
 def check_alignment(trainer: Trainer, batch: WorkItem, batch_idx: int) -> None:
     """Raise an InputError if Lightning would step on another micro-batch than the loader's last one."""
     micro = trainer.accumulate_grad_batches

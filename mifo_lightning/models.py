@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 
 from mifo_lightning.distributed import full
+from mifo_lightning.ending import read_ends, set_ends
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy import Policy
+from mifo_lightning.tokenizer_file import check_ids
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
 
@@ -40,19 +42,22 @@ def locate(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """The tokenizer of a model, with the model's end tokens (`ending.end_tokens`).
 
     Raises:
-        InputError: If there is none, or it has no padding or end-of-sequence token.
+        InputError: If there is none, it has no padding or end-of-sequence token, it gives other ids than its file, or
+            the end tokens cannot be read.
     """
     directory = locate(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         raise InputError(f"model.model: no tokenizer in {model!r}: {_first_line(error)}") from error
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, name, None) is None:
             raise InputError(f"model.model: the tokenizer of {model!r} has no {name}; set it in tokenizer_config.json")
+    check_ids(tokenizer, directory)
+    set_ends(tokenizer, read_ends(directory))
     return tokenizer
 
 

@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
+from mifo_lightning.ending import end_tokens
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.finite import FiniteSteps, check_weights
 from mifo_lightning.guards import (
     FORMAT,
     check_alignment,
+    check_ends,
     check_format,
     check_resume,
     check_trainer,
@@ -163,6 +165,7 @@ class MifoModule(LightningModule):
             self._restore_rollout(self._restored["rollouts"])
             self.supervision.go_on(self._restored["initial_losses"])
             self._finite.load_state_dict(self._restored["finite"])
+            check_ends(sorted(end_tokens(self.tokenizer)), self._restored.get("end_tokens"))
             self._restored = {}
         else:
             self.supervision.begin(self._policy, self.trainer.train_dataloader)
@@ -227,7 +230,10 @@ class MifoModule(LightningModule):
             "reward_timeouts": float(self.reinforcement.reward.timeouts * ranks()),
         }
         self._metrics.put("rollout", described | mean_ranks(rest, self.device))
-        return {"groups": drawn.groups(self.own_demonstrations), "samples": drawn.samples(self.tokenizer)}
+        return {
+            "groups": drawn.groups(self.own_demonstrations),
+            "samples": drawn.samples(self.tokenizer, self.reinforcement.sampling.stop),
+        }
 
     def _sft_step(self, batch: WorkItem) -> dict[str, Any]:
         loss, metrics, work = self.supervision.step(self._policy, batch, self.select_tokens, self._profile)
@@ -308,6 +314,7 @@ class MifoModule(LightningModule):
                 "rollouts": gather_ranks(rollout),
                 "initial_losses": self.supervision.initial_losses,
                 "finite": self._finite.state_dict(),
+                "end_tokens": sorted(end_tokens(self.tokenizer)),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

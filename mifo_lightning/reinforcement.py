@@ -14,6 +14,7 @@ from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import gather_ranks, rank, ranks
+from mifo_lightning.ending import response_texts
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
@@ -116,7 +117,7 @@ class Reinforcement:
     def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Graded:
         """Grade responses; one that did not end by itself gets 0 (MIFO, buffer rule)."""
         flat = [c for group in completions for c in group]
-        texts = self.tokenizer.batch_decode([c.tokens for c in flat], skip_special_tokens=True)
+        texts = response_texts(self.tokenizer, [c.tokens for c in flat], self.sampling.stop)
         truths = [q.truth for q, group in zip(questions, completions, strict=True) for _ in group]
         rewards = score(self.reward, texts, truths)
         kept = torch.tensor([r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)])
@@ -188,7 +189,7 @@ class Reinforcement:
             return None
         shown = [i for i, q in enumerate(graded.questions) if q.demonstration]
         responses = [graded.questions[i].demonstration or [] for i in shown]
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = response_texts(self.tokenizer, responses)
         rewards = torch.zeros(len(graded.questions))
         if shown:
             rewards[shown] = torch.tensor(score(self.reward, texts, [graded.questions[i].truth for i in shown]))

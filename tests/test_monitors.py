@@ -39,10 +39,10 @@ def test_samples_of_rollouts_and_evaluations_are_appended(make_trainer: MakeTrai
         new, written[:] = lines[len(written) :], lines
         return [json.loads(line) for line in new]
 
-    def row(step: int, stage: str, source: str, prompt: str, end: str = "") -> dict[str, Any]:
+    def row(step: int, stage: str, source: str, prompt: str) -> dict[str, Any]:
         answer = f"{sum(map(int, prompt.rstrip('=').split('+'))):04d}"
         found = {"step": step, "stage": stage, "source": source, "prompt": prompt}
-        return {**found, "response": f">{answer}{end}", "truth": answer, "reward": 1.0}
+        return {**found, "response": f">{answer}", "truth": answer, "reward": 1.0}
 
     for _ in range(2):  # a second run in the same directory adds to the file
         engine = Sums(True)
@@ -59,7 +59,7 @@ def test_samples_of_rollouts_and_evaluations_are_appended(make_trainer: MakeTrai
         trainer.fit(module, datamodule=data)  # its sanity check leaves nothing
         rollouts = [prompts for prompts in engine.asked[before:] if len(prompts) == 4]
         assert len(rollouts) == 5
-        drawn = [[row(2 * i + 1, "rl", "addition", rollouts[i][0], "<eos>")] * 4 for i in (0, 2, 4)]
+        drawn = [[row(2 * i + 1, "rl", "addition", rollouts[i][0])] * 4 for i in (0, 2, 4)]
         checks = [[row(step, "val", "addition", prompt) for prompt in asked["val"]] for step in (5, 10)]
         assert fresh() == drawn[0] + drawn[1] + checks[0] + drawn[2] + checks[1]
         trainer.test(module, data, verbose=False)

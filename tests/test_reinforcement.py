@@ -116,8 +116,14 @@ def test_groups_say_how_many_were_correct_and_who_has_a_demonstration(tokenizer:
         {"id": 1, "n_correct": 1, "size": 4, "has_demonstration": False},
         {"id": 9, "n_correct": 4, "size": 4, "has_demonstration": True},
     ]
-    assert graded.samples(tokenizer) == [
-        {"source": "s0", "prompt": PROMPTS[0], "response": text, "truth": "7", "reward": float(text == right)}
+    assert graded.samples(tokenizer, []) == [
+        {
+            "source": "s0",
+            "prompt": PROMPTS[0],
+            "response": text.removesuffix("<eos>"),
+            "truth": "7",
+            "reward": float(text == right),
+        }
         for text in texts[:4]
     ]
 

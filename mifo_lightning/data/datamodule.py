@@ -1,10 +1,12 @@
 """QuestionData: rows from files, hub or a generator become questions for the PhaseLoader and for evaluation."""
 
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.damage import damage_demonstrations
@@ -12,6 +14,7 @@ from mifo_lightning.data.question import Question
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import RowSource
+from mifo_lightning.data.template import ChatTemplate, read_template
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
@@ -62,10 +65,10 @@ class QuestionData(LightningDataModule):
         holdout: Training questions to hold out for validation, under the name `<source>-holdout`; chosen by seed.
         schedule: How much of which phase, in which order.
         system_prompt: Replaces or adds the system message; null leaves the rows as they are.
-        chat_template: Jinja chat template; null takes the tokenizer's.
+        chat_template: Jinja chat template, or a file that holds it; null takes the tokenizer's.
         answer_after: Text after which a demonstration's final answer begins; null if nothing marks it.
         max_prompt_tokens: Longest prompt; longer ones are dropped and counted.
-        max_response_tokens: Longest demonstration with its end-of-sequence token; longer ones are dropped, never cut.
+        max_response_tokens: Longest demonstration with its end token; longer ones are dropped, never cut.
         verify_demonstrations: Whether to drop demonstrations that the reward does not accept.
         damaged_share: Share of training demonstrations, chosen by seed, with wrong digits before `answer_after`.
         eval_batch: Questions evaluated at once per rank.
@@ -114,12 +117,13 @@ class QuestionData(LightningDataModule):
         self.options: dict[str, Any] = {
             "reward": reward,
             "system_prompt": system_prompt,
-            "chat_template": chat_template,
+            "chat_template": read_template(chat_template, self.tokenizer, "data.chat_template"),
             "answer_after": answer_after,
             "max_prompt_tokens": max_prompt_tokens,
             "max_response_tokens": max_response_tokens,
             "verify_demonstrations": verify_demonstrations,
             "solved_at": solved_at,
+            "today": date.today(),
         }
         self._questions: dict[str, list[Question]] = {}
         self._loader: PhaseLoader | None = None
@@ -201,11 +205,22 @@ class QuestionData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state: Lightning restores a loader inside an epoch, but not when a finished run is extended."""
-        return {} if self._loader is None else {"loader": self._loader.state_dict()}
+        if self._loader is None:
+            return {}
+        return {"loader": self._loader.state_dict(), "today": self.options["today"].isoformat()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until there is a loader."""
+        """Keep it until there is a loader; prompts that show the date keep that of the run's beginning."""
         self._restored = state_dict.get("loader")
+        began, today = state_dict.get("today"), self.options["today"]
+        template = ChatTemplate(self.tokenizer, self.options["chat_template"], today)
+        if began not in (None, today.isoformat()) and template.dated:
+            rank_zero_warn(f"data.chat_template prints the date; it stays {began}, when the run began")
+            self.options["today"] = date.fromisoformat(began)
+            splits = [split for split in self.sources if split in self._questions]
+            self._questions = {}
+            for split in splits:
+                self._load(split)
 
     def val_dataloader(self) -> dict[str, EvaluationLoader]:
         """One loader per data source."""

@@ -13,7 +13,7 @@ class Question:
         text: The prompt as the model sees it, after the chat template.
         prompt: Token ids of the prompt, generation prompt included.
         truth: Ground truth handed to the reward.
-        demonstration: Token ids of the verified solution D(q), end-of-sequence token included; None if there is none.
+        demonstration: Token ids of the verified solution D(q) and one end token; None if there is none.
         answer_start: Index into `demonstration` of the first token of the final answer; None where no marker names it.
     """
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.source import Row
+from mifo_lightning.data.template import ChatTemplate, prompt_texts
+from mifo_lightning.ending import end_texts, end_tokens, response_texts, turn_end
 from mifo_lightning.errors import InputError
 from mifo_lightning.rewards.base import Reward, score
 
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
 
 EMPTY_PROMPT, LONG_PROMPT = "empty prompt", "prompt too long"
 EMPTY_DEMO, LONG_DEMO, WRONG_DEMO = "demonstration empty", "demonstration too long", "demonstration wrong"
-REASONS = (EMPTY_PROMPT, LONG_PROMPT, EMPTY_DEMO, LONG_DEMO, WRONG_DEMO)
+ENDED_DEMO = "end token inside demonstration"  # no rollout could go on after it
+REASONS = (EMPTY_PROMPT, LONG_PROMPT, EMPTY_DEMO, LONG_DEMO, ENDED_DEMO, WRONG_DEMO)
 
 # questions, each with the text of its demonstration, if any -> other texts for some of them, by question id
 Rewrite = Callable[[list[tuple[Question, str | None]]], dict[int, str]]
@@ -90,6 +94,7 @@ def build_questions(
     verify_demonstrations: bool = True,
     solved_at: float = 1.0,
     damage: Rewrite | None = None,
+    today: date | None = None,
     where: str,
 ) -> tuple[list[Question], Drops]:
     """Questions in the order of `rows`, and an account of what was dropped (MIFO, demonstrations D(q)).
@@ -103,23 +108,22 @@ def build_questions(
         reward: Verifies demonstrations, as it will grade rollouts.
         system_prompt: Replaces the system message of every prompt or is put first; None leaves prompts alone.
         max_prompt_tokens: Longer prompts, generation prompt included, are dropped.
-        max_response_tokens: Longer demonstrations, end-of-sequence token included, are dropped.
+        max_response_tokens: Longer demonstrations, end token included, are dropped.
         chat_template: Jinja template in place of the tokenizer's own; None takes the tokenizer's.
         answer_after: Marker after which the final answer stands, for `Question.answer_start`; None: none.
         verify_demonstrations: Whether demonstrations must score at least `solved_at`.
         solved_at: Reward from which a response counts as correct.
         damage: Other texts for some demonstrations, by question id; None leaves all as they are.
+        today: The date that the chat template prints, if it prints one; None takes the present one.
         where: Name of the data, for messages.
 
     Raises:
-        InputError: The tokenizer lacks a token or template, the template refuses a prompt, or no question is
-            left.
+        InputError: The tokenizer lacks a token or template, the template refuses a prompt or ignores a message, what
+            would end demonstrations ends no response, or no question is left.
     """
     _check_tokenizer(tokenizer, chat_template, where)
-    texts = [
-        _prompt_text(row["prompt"], tokenizer, system_prompt, chat_template, f"{where}, row {number}")
-        for number, row in enumerate(rows, 1)
-    ]
+    template = ChatTemplate(tokenizer, chat_template, today or date.today())
+    texts = prompt_texts(rows, template, system_prompt, where)
     drops = Drops(where)
     pairs = _keep_prompts(rows, texts, _encode(tokenizer, texts), max_prompt_tokens, drops)
     questions = [question for question, _ in pairs]
@@ -130,9 +134,12 @@ def build_questions(
         )
     damaged = damage(pairs) if damage else {}
     pairs = [(question, damaged.get(question.id, text)) for question, text in pairs]
-    solutions = _attach_demonstrations(pairs, tokenizer, max_response_tokens, answer_after, drops)
+    given = [(question, text) for question, text in pairs if text is not None]
+    if given:
+        end = _turn_end(template, where)
+        _attach_demonstrations(given, tokenizer, end, max_response_tokens, answer_after, drops)
     if verify_demonstrations:
-        _verify_demonstrations(solutions, reward, solved_at, drops)
+        _verify_demonstrations(questions, tokenizer, reward, solved_at, drops)
     shown = [question for question in questions if question.demonstration]
     drops.demonstrations.update(question.source for question in shown)
     drops.damaged.update(question.source for question in shown if question.id in damaged)
@@ -156,32 +163,34 @@ def _keep_prompts(
 
 
 def _attach_demonstrations(
-    pairs: list[tuple[Question, str | None]],
+    pairs: list[tuple[Question, str]],
     tokenizer: PreTrainedTokenizerBase,
+    end: int,
     max_response_tokens: int,
     answer_after: str | None,
     drops: Drops,
-) -> list[tuple[Question, str]]:
-    """Give each question its demonstration unless empty or too long; return those that got one, with text."""
-    eos = str(tokenizer.eos_token)
-    given = [(question, _response_text(text, question.text, eos)) for question, text in pairs if text is not None]
+) -> None:
+    """Give each question its demonstration, unless that is empty, too long or holds an end token before its `end`."""
+    ends, written = end_tokens(tokenizer), end_texts(tokenizer)
+    given = [(question, _response_text(text, question.text, written)) for question, text in pairs]
     encoded = _encode_responses(tokenizer, [text for _, text in given], answer_after)
-    kept = []
     for (question, text), (ids, answer_start) in zip(given, encoded, strict=True):
-        if not text.strip() or len(ids) > max_response_tokens:
+        if not text.strip() or len(ids) >= max_response_tokens:
             drops.dropped[question.source, LONG_DEMO if text.strip() else EMPTY_DEMO] += 1
-            continue
-        question.demonstration, question.answer_start = ids, answer_start
-        kept.append((question, text))
-    return kept
+        elif not ends.isdisjoint(ids):
+            drops.dropped[question.source, ENDED_DEMO] += 1
+        else:
+            question.demonstration, question.answer_start = [*ids, end], answer_start
 
 
 def _verify_demonstrations(
-    solutions: list[tuple[Question, str]], reward: Reward, solved_at: float, drops: Drops
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase, reward: Reward, solved_at: float, drops: Drops
 ) -> None:
     """Take the demonstration away from each question where it scores below `solved_at`."""
-    scores = score(reward, [text for _, text in solutions], [question.truth for question, _ in solutions])
-    for (question, _), value in zip(solutions, scores, strict=True):
+    shown = [question for question in questions if question.demonstration]
+    texts = response_texts(tokenizer, [question.demonstration or [] for question in shown])
+    scores = score(reward, texts, [question.truth for question in shown])
+    for question, value in zip(shown, scores, strict=True):
         if value < solved_at:
             question.demonstration = question.answer_start = None
             drops.dropped[question.source, WRONG_DEMO] += 1
@@ -196,34 +205,24 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
         raise InputError(f"{name} has no chat template; set `chat_template` to a Jinja text")
 
 
-def _prompt_text(
-    messages: list[dict[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    system_prompt: str | None,
-    chat_template: str | None,
-    where: str,
-) -> str:
-    """The conversation as the model sees it; an empty text if nothing but a system message is in it."""
-    if not any(message["content"].strip() for message in messages if message["role"] != "system"):
-        return ""
-    if system_prompt is not None:
-        rest = messages[1:] if messages[0]["role"] == "system" else messages
-        messages = [{"role": "system", "content": system_prompt}, *rest]
+def _turn_end(template: ChatTemplate, where: str) -> int:
+    """Id of the token that ends demonstrations; raises an InputError that names `where` if it ends no response."""
+    question, answer = "How many?", "Forty-two."
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
-            )
-        )
-    except Exception as error:
-        # Templates raise what they like: Jinja's errors, or Python's from inside an expression.
-        raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
+        conversation = template.render(messages, where, prompt=False)
+    except InputError:  # a template for prompts alone
+        conversation = ""
+    try:
+        return turn_end(template.tokenizer, conversation, answer)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
-def _response_text(demonstration: str, prompt: str, eos: str) -> str:
-    """The demonstration as a rollout's text: no end-of-sequence, no `<think>` that the prompt has opened."""
-    if demonstration.rstrip().endswith(eos):
-        demonstration = demonstration.rstrip().removesuffix(eos)
+def _response_text(demonstration: str, prompt: str, ends: list[str]) -> str:
+    """The demonstration as a rollout's text: without end tokens, and without a `<think>` that the prompt has opened."""
+    while found := next((end for end in ends if demonstration.rstrip().endswith(end)), None):
+        demonstration = demonstration.rstrip().removesuffix(found)
     _, opened, space = prompt.rpartition(THINK)
     if opened and not space.strip() and demonstration.lstrip().startswith(THINK):
         return demonstration.lstrip().removeprefix(THINK).removeprefix(space)
@@ -237,7 +236,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 def _encode_responses(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], answer_after: str | None
 ) -> Iterator[tuple[list[int], int | None]]:
-    """Ids with end-of-sequence, and the index of the first token that holds text after the last marker."""
+    """Ids, and the index of the first token that holds text after the last marker."""
     for begin in range(0, len(texts), CHUNK):
         chunk = texts[begin : begin + CHUNK]
         encoded = _batch_encoding(tokenizer, chunk)
@@ -251,7 +250,7 @@ def _encode_responses(
                 start = next((token for token in tokens if token is not None), len(ids))
             elif marker:  # a tokenizer in pure Python knows no positions
                 start = min(len(_encode(tokenizer, [head + marker])[0]), len(ids))
-            yield [*ids, tokenizer.eos_token_id], start
+            yield ids, start
 
 
 def _batch_encoding(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:

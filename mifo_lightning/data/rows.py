@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
@@ -53,12 +53,15 @@ def check_row(row: object, where: str) -> Row:
         raise _wrong(where, "a row", "an object with named columns", row)
     _require_columns(row, where)
     source, prompt, reward_model, target = (row.get(column) for column in COLUMNS)
-    if not (isinstance(source, str) and source):
-        raise _wrong(where, "`data_source`", "a name", source)
+    if not (_is_text(source) and source):
+        raise _wrong(where, "`data_source`", "a name in Unicode", source)
     if not _is_conversation(prompt):
         raise _wrong(where, "`prompt`", "a list of {role, content} with Unicode texts", prompt)
-    if not (isinstance(reward_model, dict) and isinstance(reward_model.get("ground_truth"), str)):
-        raise _wrong(where, "`reward_model`", "{style, ground_truth} with a text as truth", reward_model)
+    if prompt and prompt[-1]["role"] == "assistant":
+        raise _wrong(where, "`prompt`", "a conversation that does not end in an answer, which is `target`", prompt[-1:])
+    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    if not (_is_text(truth) and truth.strip()):
+        raise _wrong(where, "`reward_model`", "{style, ground_truth} with a Unicode text as truth", reward_model)
     if target is not None and not (_is_conversation(target) and len(target) == 1 and target[0]["role"] == "assistant"):
         raise _wrong(where, "`target`", "null or a list with one {role: assistant, content}", target)
     return {"data_source": source, "prompt": prompt, "reward_model": reward_model, "target": target}
@@ -171,12 +174,13 @@ def _require_columns(present: Iterable[str], where: str) -> None:
 
 def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        and not SURROGATE.search(message["content"])
+        isinstance(message, dict) and _is_text(message.get("role")) and _is_text(message.get("content"))
         for message in value
     )
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and not SURROGATE.search(value)
 
 
 def _plain(value: Any) -> Any:

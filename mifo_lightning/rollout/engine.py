@@ -20,7 +20,7 @@ class Sampling:
         top_p: Keep the smallest set of tokens whose probability reaches it; 1 keeps all. Must be 1 in RL.
         top_k: Keep the k most likely tokens; 0 keeps all. Must be 0 in RL.
         max_new_tokens: Longest response in tokens; one that has not ended by then is truncated and counts as wrong.
-        stop: Strings that end a response as the end-of-sequence token does.
+        stop: Strings that end a response with the token that completes one; what is graded ends before the string.
     """
 
     temperature: float = 1.0
@@ -37,6 +37,10 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ]
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(
+                f"{key}.stop: {self.stop!r} is not allowed; it must be a list of texts, none of them empty"
+            )
         for name, good, what in allowed:
             if not good:
                 raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
@@ -47,7 +51,7 @@ class Completion:
     """One response.
 
     Attributes:
-        tokens: Token ids, end-of-sequence token included if it came.
+        tokens: Token ids, with the end token, or those of the stop string, if it came.
         logp: Log-probability in nats of each token under the distribution it was drawn from.
         finished: Whether it ended by itself; False means truncated.
     """
@@ -77,7 +81,7 @@ class RolloutEngine(Protocol):
 
         Args:
             policy: The model with its current weights.
-            tokenizer: Knows the end-of-sequence and padding tokens; decodes for stop strings.
+            tokenizer: Knows the end tokens (`ending.end_tokens`) and padding; decodes for stop strings.
             prompts: Token ids, one list per question.
             keys: One integer per prompt that seeds its randomness: the same key and weights give the same responses,
                 whatever else is in the batch and on whichever rank.

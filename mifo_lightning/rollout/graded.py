@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import sum_ranks
+from mifo_lightning.ending import response_texts
 from mifo_lightning.rollout.engine import Completion
 
 
@@ -81,10 +82,10 @@ class Graded:
             entries.append(entry)
         return entries
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-        """The first question's responses, as text with their rewards."""
+    def samples(self, tokenizer: PreTrainedTokenizerBase, stop: list[str]) -> list[dict[str, Any]]:
+        """The first question's responses, as the text that was graded, with their rewards."""
         q = self.questions[0]
-        texts = tokenizer.batch_decode([c.tokens for c in self.completions[0]])
+        texts = response_texts(tokenizer, [c.tokens for c in self.completions[0]], stop)
         return [
             {"source": q.source, "prompt": q.text, "response": text, "truth": q.truth, "reward": reward}
             for text, reward in zip(texts, self.rewards[0].tolist(), strict=True)

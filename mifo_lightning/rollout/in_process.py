@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from mifo_lightning.ending import end_tokens
 from mifo_lightning.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
 
-STOP_WINDOW = 32  # tokens decoded to look for a stop string
+STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some tokens hold no text
 
 
 class InProcessEngine:
@@ -45,6 +46,7 @@ class _Decoding:
 
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, samples: int) -> None:
         self.policy, self.tokenizer, self.sampling, self.samples = policy, tokenizer, sampling, samples
+        self.ends = torch.tensor(sorted(end_tokens(tokenizer)), device=policy.device)
         self.cache = DynamicCache(config=policy.model.config)
         self.attention: Tensor | None = None  # [rows, tokens so far], 0 at padding; None where nothing is padded
 
@@ -116,10 +118,12 @@ class _Decoding:
         return out.logits[:, -1].float()
 
     def _ended(self, so_far: Tensor, token: Tensor) -> Tensor:
-        """Which rows end with this token: end of sequence, or a stop string in the last tokens."""
-        ended = token == self.tokenizer.eos_token_id
+        """Which rows end with this token: an end token, or one that completes a stop string."""
+        ended = torch.isin(token, self.ends)
         if self.sampling.stop:
-            tails = self.tokenizer.batch_decode(so_far[:, -STOP_WINDOW:])
+            # a token holds a byte or more of the string, if any text
+            window = max(len(stop.encode()) for stop in self.sampling.stop) + STOP_SLACK
+            tails = self.tokenizer.batch_decode(so_far[:, -window:], clean_up_tokenization_spaces=False)
             hit = [any(stop in tail for stop in self.sampling.stop) for tail in tails]
             ended = ended | torch.tensor(hit, device=token.device)
         return ended

@@ -1,0 +1,121 @@
+"""The chat template: read from a file or a text, rendered with the date of the run, checked to show every message."""
+
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from mifo_lightning.data.source import Row
+from mifo_lightning.errors import InputError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class ChatTemplate:
+    """How a conversation becomes the text that the model sees.
+
+    Args:
+        tokenizer: The model's.
+        source: Jinja text in place of the tokenizer's own; None takes the tokenizer's.
+        today: The date that a template prints, at midnight; the same for a whole run.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str | None
+    today: date
+
+    def render(self, messages: Messages, where: str, *, prompt: bool = True) -> str:
+        """The conversation as text, with the head of the answer if it is a `prompt`.
+
+        Raises:
+            InputError: The template refuses it; the message begins with `where`.
+        """
+        now = datetime.combine(self.today, time())
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.source,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    strftime_now=now.strftime,
+                )
+            )
+        except Exception as error:
+            # Templates raise what they like: Jinja's errors, or Python's from inside an expression.
+            raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
+
+    def check_shown(self, messages: Messages, where: str) -> None:
+        """Raise an InputError that begins with `where` if the text does not depend on one of the messages."""
+        text = self.render(messages, where)
+        for i, message in enumerate(messages):
+            other = [*messages[:i], {**message, "content": message["content"] + "x"}, *messages[i + 1 :]]
+            if self.render(other, where) == text:
+                raise InputError(
+                    f"{where}: the chat template ignores the message of role {message['role']!r}; "
+                    "set data.chat_template to one that prints it"
+                )
+
+    @property
+    def dated(self) -> bool:
+        """Whether the template asks for the date, for which it has one way."""
+        return "strftime_now" in self.tokenizer.get_chat_template(self.source)
+
+
+def read_template(given: str | None, tokenizer: PreTrainedTokenizerBase, key: str) -> str | None:
+    """The Jinja text that `given` is or names: a template, a file that holds one, or a name of the tokenizer's.
+
+    Raises:
+        InputError: It is none of these; the message begins with `key`.
+    """
+    named = tokenizer.chat_template
+    if given is None or _is_template(given) or (isinstance(named, dict) and given in named):
+        return given
+    what = f"{key}: {given!r:.120}"
+    try:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise InputError(f"{what} is neither a Jinja template, for it prints nothing ({{{{ }}}}), nor a file")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise InputError(f"{what} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not UTF-8 text (byte {error.start})") from error
+    if not _is_template(text):
+        raise InputError(f"{what} holds no Jinja template, for it prints nothing ({{{{ }}}})")
+    return text
+
+
+def with_system(messages: Messages, system_prompt: str | None) -> Messages:
+    """The messages with `system_prompt` in place of their system message, or put first; as they are if it is None."""
+    if system_prompt is None:
+        return messages
+    rest = messages[1:] if messages[0]["role"] == "system" else messages
+    return [{"role": "system", "content": system_prompt}, *rest]
+
+
+def prompt_texts(rows: list[Row], template: ChatTemplate, system_prompt: str | None, where: str) -> list[str]:
+    """Each row's prompt as the model sees it; an empty text where nothing but a system message is in it.
+
+    Raises:
+        InputError: The template refuses a prompt, or ignores one of its messages; the message names the row.
+    """
+    texts, checked = [], set()
+    for number, row in enumerate(rows, 1):
+        messages, place = row["prompt"], f"{where}, row {number}"
+        if not any(message["content"].strip() for message in messages if message["role"] != "system"):
+            texts.append("")
+            continue
+        messages = with_system(messages, system_prompt)
+        texts.append(template.render(messages, place))
+        roles = tuple(message["role"] for message in messages)
+        if roles not in checked:  # what a template prints depends on the roles, not on the words
+            checked.add(roles)
+            template.check_shown(messages, place)
+    return texts
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text

@@ -1,0 +1,248 @@
+"""How responses end: every listed token, stop strings, what of it is text, and the one token that ends a target."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SAMPLING, make_data, make_module, weights
+from lightning import Trainer
+from rl_steps import item, reinforcement
+from test_questions import CHAT, build, make_tokenizer, one, row
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.data.skills import Skills
+from mifo_lightning.ending import end_tokens, read_ends, response_texts, set_ends
+from mifo_lightning.errors import InputError
+from mifo_lightning.evaluation import Evaluation, Evaluator
+from mifo_lightning.models import load_tokenizer
+from mifo_lightning.policy import Policy
+from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rl_settings import Mixing
+from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.rollout.in_process import InProcessEngine
+
+BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
+MakeTrainer = Callable[..., Trainer]
+NEVER = 23  # `;`, which the embedded model never writes
+
+
+def copy_base(to: Path, **changes: dict[str, Any]) -> str:
+    """The embedded model with other entries in its JSON files; returns the directory."""
+    shutil.copytree(BASE, to)
+    for name, entries in changes.items():
+        path = to / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return str(to)
+
+
+def validated(make_trainer: MakeTrainer, model: str) -> dict[str, float]:
+    module = make_module(model=model, evaluation=Evaluation(sampling=SAMPLING, demonstration_loss=False))
+    data = make_data(tokenizer=model, val=Skills(["sorting", "reversal"], 16, split="val"))
+    make_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
+    return {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+
+
+# --- several end tokens ---------------------------------------------------------------------------------------------
+
+
+def test_any_listed_token_ends_a_response(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """The model ends its answers with `<eos>`; its tokenizer calls another of the listed tokens its end."""
+    listed = {"generation_config": {"eos_token_id": [1, NEVER]}, "tokenizer_config": {"eos_token": ";"}}
+    found = validated(make_trainer, copy_base(tmp_path / "model", **listed))
+    assert found == validated(make_trainer, "embedded")
+    assert found["val/greedy"] > 0.9
+    assert found["val/truncated"] == 0
+
+
+def test_a_run_with_two_end_tokens_is_that_with_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Padding that is an end token changes nothing either: it is masked by length."""
+    other = copy_base(
+        tmp_path / "model",
+        generation_config={"eos_token_id": [NEVER, 1], "pad_token_id": 1},
+        tokenizer_config={"pad_token": "<eos>"},
+    )
+    runs = []
+    for model in ("embedded", other):
+        module = make_module(model=model)
+        make_trainer(max_steps=3).fit(module, make_data(tokenizer=model))
+        runs.append(weights(module))
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [7, 3]}, {"eos_token_id": 5}, {3, 7}),
+        ({"eos_token_id": 4}, {}, {4}),
+        ({}, {"eos_token_id": [5, 6]}, {5, 6}),
+        (None, {"eos_token_id": 5}, {5}),
+        (None, {}, set()),
+        ({"eos_token_id": None}, {"eos_token_id": None}, set()),
+    ],
+)
+def test_the_list_is_that_of_the_model(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], ends: set[int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert read_ends(str(tmp_path)) == ends
+    tokenizer = make_tokenizer()
+    set_ends(tokenizer, ends)
+    assert end_tokens(tokenizer) == (ends or {tokenizer.eos_token_id})
+
+
+@pytest.mark.parametrize(
+    "text", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [-1]}', '{"eos_token_id": []}', "{", "[]"]
+)
+def test_a_list_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    model = copy_base(tmp_path / "model")
+    Path(model, "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"^model\.model: .*generation_config\.json") as caught:
+        load_tokenizer(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_list_is_in_the_checkpoint_and_another_one_is_said(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(make_module(), make_data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["mifo"]["end_tokens"] == [1]
+    model = copy_base(tmp_path / "model", generation_config={"eos_token_id": [1, NEVER]})
+    again, data = make_module(model=model), make_data(tokenizer=model)
+    with pytest.warns(UserWarning, match=r"tokens \[1\] ended responses .*, \[1, 23\] do now"):
+        make_trainer(max_steps=3, max_epochs=-1).fit(again, data, ckpt_path=tmp_path / "a.ckpt")
+
+
+# --- what is text ---------------------------------------------------------------------------------------------------
+
+THOUGHT, UNSURE = "<think>so</think>5<|eos|>", "5</think>I do not know<|eos|>"
+
+
+def thinking() -> Any:
+    return make_tokenizer(additional_special_tokens=["<think>", "</think>"])
+
+
+def test_special_tokens_are_text_wherever_a_response_is_graded(policy: Policy) -> None:
+    tokenizer, reward = thinking(), LastAnswerReward(answer_after="</think>")
+    assert "</think>" in tokenizer.all_special_tokens
+    tokens = [tokenizer.encode(text, add_special_tokens=False) for text in (THOUGHT, UNSURE)]
+    shown = [text.removesuffix("<|eos|>") for text in (THOUGHT, UNSURE)]
+    assert response_texts(tokenizer, tokens) == shown
+    completions = [[Completion(ids, [0.0] * len(ids), True) for ids in tokens]]
+
+    class Answers:
+        def generate(self, *_: Any) -> list[list[Completion]]:
+            return completions
+
+    asked = Question(0, "s", "how many?", [5, 6], "5", tokens[0])
+    unsure = Question(1, "s", "how many?", [5, 6], "5", tokens[1])
+    rl = reinforcement(
+        tokenizer, reward=reward, group_size=3, engine=Answers(), mixing=Mixing(in_group=True, questions="all")
+    )
+    graded = rl.grade([asked], completions)
+    assert graded.rewards.tolist() == [[1, 0]]
+    assert [sample["response"] for sample in graded.samples(tokenizer, [])] == shown
+    both = rl.grade([asked, unsure], completions * 2)
+    rollout = rl.prepare(policy, item([asked, unsure]), both, rl.choose(both, 1, 2))  # type: ignore[arg-type]
+    assert rollout.demonstrated is not None
+    right, wrong = rollout.advantages[rollout.demonstrated].tolist()
+    assert right > 0 > wrong
+
+    judge = Evaluator(
+        Answers(), tokenizer, reward, Evaluation(samples=2, greedy=False, demonstration_loss=False), 1.0, 0
+    )
+    judge.reset(["s"], torch.device("cpu"))
+    (sample,) = judge.update(policy, [asked], 0)
+    assert (sample["response"], float(judge.compute("val")["val/avg@2"])) == (shown[0], 0.5)
+
+    rows = [row(truth="5", solution=solution) for solution in (THOUGHT, UNSURE)]
+    questions, drops = build(rows, tokenizer, reward=reward, answer_after="</think>")
+    assert [bool(q.demonstration) for q in questions] == [True, False]
+    assert drops.by_reason() == {"demonstration wrong": 1}
+
+
+def test_spaces_are_not_cleaned_up() -> None:
+    tokenizer = make_tokenizer(
+        clean_up_tokenization_spaces=True, clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True
+    )
+    text = "( 1 , 2 ) . do n't ? !"
+    assert response_texts(tokenizer, [tokenizer.encode(text, add_special_tokens=False)]) == [text]
+    assert response_texts(tokenizer, []) == []
+    assert response_texts(tokenizer, [[], [tokenizer.eos_token_id]]) == ["", ""]
+
+
+# --- stop strings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_long_stop_string_ends_at_the_token_that_completes_it(policy: Policy) -> None:
+    tokenizer = load_tokenizer("embedded")
+    set_ends(tokenizer, {NEVER})
+    prompt = tokenizer.encode("123+456=", add_special_tokens=False)
+
+    def greedy(**sampling: Any) -> Completion:
+        settings = Sampling(0.0, max_new_tokens=80, **sampling)
+        return InProcessEngine().generate(policy, tokenizer, [prompt], [0], 1, settings)[0][0]
+
+    whole = greedy().tokens
+    stop = tokenizer.decode(whole[2:70])
+    ended = greedy(stop=["no such text", stop])
+    assert ended.finished
+    assert ended.tokens == whole[:70]
+    assert response_texts(tokenizer, [ended.tokens], ["no such text", stop]) == [tokenizer.decode(whole[:2])]
+
+
+def test_what_is_graded_ends_before_the_first_stop_string(policy: Policy, tokenizer: Any) -> None:
+    tokens = tokenizer.encode("1>7>8>9", add_special_tokens=False)
+    completions = [[Completion(tokens, [0.0] * len(tokens), True)]]
+    asked = Question(0, "s", "1+1=", [3, 12, 3, 14], "7")
+    for stop, reward in (([], 0.0), ([">8", ">9"], 1.0), ([">9", ">8"], 1.0), ([">9"], 0.0)):
+        sampling = Sampling(max_new_tokens=14, stop=stop)
+        assert reinforcement(tokenizer, sampling=sampling).grade([asked], completions).rewards.tolist() == [[reward]]
+
+
+@pytest.mark.parametrize("stop", [[""], ["ok", ""], "</s>"])
+def test_an_empty_stop_string_is_refused(tokenizer: Any, stop: Any) -> None:
+    with pytest.raises(InputError, match=r"^model\.sampling\.stop: "):
+        reinforcement(tokenizer, sampling=Sampling(stop=stop))
+    with pytest.raises(InputError, match=r"^model\.evaluation\.sampling\.stop: "):
+        Evaluation(sampling=Sampling(stop=stop)).check("model.evaluation")
+
+
+# --- the end of an SFT target ---------------------------------------------------------------------------------------
+
+TURNS = CHAT.replace("<|eos|>", "<|turn|>")
+
+
+@pytest.mark.parametrize("template", [CHAT, TURNS, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+@pytest.mark.parametrize("solution", [">4", ">4<|turn|>", ">4<|eos|>", ">4<|turn|>\n<|eos|>\n", ">4<|eos|><|eos|>"])
+def test_a_target_ends_in_one_token(template: str, solution: str) -> None:
+    """The template's end of turn if the model lists it, else the tokenizer's."""
+    tokenizer = make_tokenizer(additional_special_tokens=["<|turn|>"], chat_template=template)
+    turn, eos = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|eos|>"])
+    set_ends(tokenizer, {turn, eos})
+    ids = one([row(solution=solution)], tokenizer).demonstration
+    assert ids is not None
+    assert ids[-1] == (turn if template == TURNS else eos)
+    assert response_texts(tokenizer, [ids]) == [">4"]
+    assert not {turn, eos} & set(ids[:-1])
+
+
+def test_a_target_that_would_end_in_what_ends_no_response_is_refused() -> None:
+    tokenizer = make_tokenizer(additional_special_tokens=["<|turn|>"])
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    set_ends(tokenizer, {turn})
+    with pytest.raises(InputError, match=r"^data\.train: .*'<\|eos\|>' \(1\).* \[\d+\] .*generation_config\.json"):
+        build([row(solution=">4")], tokenizer)
+    assert one([row()], tokenizer).demonstration is None, "without a target there is nothing to end"
+    assert one([row(solution=">4")], tokenizer, chat_template=TURNS).demonstration[-1] == turn  # type: ignore[index]
+
+
+def test_a_demonstration_that_goes_on_after_an_end_token_is_dropped() -> None:
+    questions, drops = build([row(solution="one<|eos|>two>4"), row(solution=">4")])
+    assert [bool(q.demonstration) for q in questions] == [False, True]
+    assert drops.by_reason() == {"end token inside demonstration": 1}
