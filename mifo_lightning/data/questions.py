@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.source import Row
 from mifo_lightning.errors import InputError
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import FailureWatch, grade_answers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,7 @@ REASONS = (EMPTY_PROMPT, LONG_PROMPT, EMPTY_DEMO, LONG_DEMO, WRONG_DEMO)
 Rewrite = Callable[[list[tuple[Question, str | None]]], dict[int, str]]
 
 THINK = "<think>"
+TAKEN = ("prompt", "reward_model", "target")  # columns that a question holds in another form
 CHUNK = 512  # responses encoded at once: an encoding takes many times the memory of its ids
 
 
@@ -151,7 +153,9 @@ def _keep_prompts(
             drops.dropped[source, LONG_PROMPT if text else EMPTY_PROMPT] += 1
             continue
         drops.questions[source] += 1
-        pairs.append((Question(len(pairs), source, text, ids, truth), target[0]["content"] if target else None))
+        columns = {name: value for name, value in row.items() if name not in TAKEN}
+        question = Question(len(pairs), source, text, ids, truth, columns=columns)
+        pairs.append((question, target[0]["content"] if target else None))
     return pairs
 
 
@@ -180,8 +184,12 @@ def _verify_demonstrations(
     solutions: list[tuple[Question, str]], reward: Reward, solved_at: float, drops: Drops
 ) -> None:
     """Take the demonstration away from each question where it scores below `solved_at`."""
-    scores = score(reward, [text for _, text in solutions], [question.truth for question, _ in solutions])
-    for (question, _), value in zip(solutions, scores, strict=True):
+    questions = [question for question, _ in solutions]
+    lengths = [len(question.demonstration or []) for question in questions]
+    watch = FailureWatch(reward)
+    scores = grade_answers(reward, questions, [text for _, text in solutions], lengths)
+    watch.end(len(solutions), "demonstrations")
+    for question, value in zip(questions, scores.judged, strict=True):
         if value < solved_at:
             question.demonstration = question.answer_start = None
             drops.dropped[question.source, WRONG_DEMO] += 1
