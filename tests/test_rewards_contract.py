@@ -142,7 +142,7 @@ def test_a_reward_whose_every_check_fails_stops_the_run() -> None:
     reward = FunctionReward(lambda responses: 1 / 0)
     watch = FailureWatch(reward)
     grade(reward, ["a", "b"])
-    with pytest.raises(InputError, match="every check of FunctionReward failed, 2 of responses.*ZeroDivisionError"):
+    with pytest.raises(InputError, match=r"every check of FunctionReward failed, 2 of responses.*ZeroDivisionError"):
         watch.end(2, "responses")
     watch.begin()
     score(reward, ["a"], [""])
