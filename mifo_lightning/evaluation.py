@@ -1,9 +1,11 @@
 """Evaluation by sampling: avg@k, pass@k, greedy accuracy, length, truncation and loss on demonstrations."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +15,14 @@ from mifo_lightning.ending import response_texts
 from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy import Policy, Sequences
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import FailureWatch, Scores, check_solved_at, grade_answers
+from mifo_lightning.rewards.marker import MarkedReward
 from mifo_lightning.rollout.batch import score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.seeds import stable_key
+
+WITHOUT_MARKER, STRICT, WHOLE_TEXT = MARKER_METRICS = ("without_marker", "strict", "whole_text")
 
 
 @dataclass
@@ -55,22 +61,24 @@ class SourceScores:
         samples: Sampled responses per question.
         greedy: Whether there is a greedy response.
         device: Where they count.
+        parts: Names of further means.
     """
 
-    def __init__(self, samples: int, greedy: bool, device: torch.device) -> None:
+    def __init__(self, samples: int, greedy: bool, device: torch.device, parts: Collection[str] = ()) -> None:
         self.at_k: dict[str, AverageAtK | PassAtK] = {"greedy": AverageAtK()} if greedy else {}
         if samples:
             self.at_k[f"avg@{samples}"] = AverageAtK()
             tries = {2**i for i in range(1, samples.bit_length()) if 2**i < samples} | {samples}
             self.at_k.update({f"pass@{k}": PassAtK(k) for k in sorted(tries) if k > 1})
-        self.means = {name: MeanMetric() for name in ("length", "truncated", "demonstration_loss")}
+        self.means = {name: MeanMetric() for name in ("length", "truncated", "demonstration_loss", *parts)}
         for metric in (*self.at_k.values(), *self.means.values()):
             metric.to(device)
 
     def values(self) -> dict[str, Tensor]:
-        """All metrics, synchronised over ranks; those that saw nothing are left out."""
+        """All metrics, synchronised over ranks; those that saw nothing, or no missing marker, are left out."""
         computed = {name: metric.compute() for name, metric in (*self.at_k.items(), *self.means.items())}
-        return {name: value for name, value in computed.items() if not value.isnan()}
+        hidden = () if computed.get(WITHOUT_MARKER, torch.zeros(())) > 0 else MARKER_METRICS
+        return {name: value for name, value in computed.items() if not value.isnan() and name not in hidden}
 
 
 class Evaluator:
@@ -95,7 +103,9 @@ class Evaluator:
         seed: int,
     ) -> None:
         self.engine, self.tokenizer, self.reward, self.settings = engine, tokenizer, reward, settings
+        check_solved_at(solved_at, reward)
         self.solved_at, self.seed = solved_at, seed
+        self.watch, self.checked, self.warned = FailureWatch(reward), 0, False
         self.sources: list[str] = []
         self.scores: list[SourceScores] = []
 
@@ -103,7 +113,10 @@ class Evaluator:
         """Begin an evaluation of these sources; the last entry of `scores` is over all of them."""
         self.sources = sources
         samples, greedy = self.settings.samples, self.settings.greedy
-        self.scores = [SourceScores(samples, greedy, device) for _ in (*sources, "all")]
+        parts = [*(f"reward/{name}" for name in self.reward.components), *MARKER_METRICS]
+        self.scores = [SourceScores(samples, greedy, device, parts) for _ in (*sources, "all")]
+        self.watch.begin()
+        self.checked = 0
 
     def update(self, policy: Policy, questions: list[Question], source: int) -> list[dict[str, Any]]:
         """Add questions of one source; returns one graded sample per question as text."""
@@ -118,22 +131,33 @@ class Evaluator:
         return samples
 
     def compute(self, stage: str) -> dict[str, Tensor]:
-        """`<stage>/<source>/<metric>` of each source and `<stage>/<metric>` over all questions."""
+        """`<stage>/<source>/<metric>` of each source and `<stage>/<metric>` over all questions; collective.
+
+        Raises:
+            InputError: Every check of the reward failed.
+        """
+        self.watch.end(self.checked, f"the responses of `{stage}`")
         names = [f"{stage}/{name}" for name in self.sources] + [stage]
+        values = [scores.values() for scores in self.scores]
+        self._warn(values[-1])
         return {
             f"{name}/{metric}": value.float()
-            for name, scores in zip(names, self.scores, strict=True)
-            for metric, value in scores.values().items()
+            for name, of_source in zip(names, values, strict=True)
+            for metric, value in of_source.items()
         }
 
     def _respond(
         self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool
     ) -> list[dict[str, Any]]:
         sampling = self._greedy_sampling() if greedy else self.settings.sampling
-        flat, texts, rewards = self._graded(policy, questions, n, sampling)
+        flat, texts, graded = self._graded(policy, questions, n, sampling)
         if not flat:
             return []
-        correct = (torch.tensor(rewards, device=policy.device) >= self.solved_at).view(-1, n).sum(-1)
+        self.checked += len(flat)
+        correct = (torch.tensor(graded.judged, device=policy.device) >= self.solved_at).view(-1, n).sum(-1)
+        means = {f"reward/{name}": values for name, values in graded.components.items()}
+        if not greedy or not self.settings.samples:
+            means |= self._marker(flat, texts, [q for q in questions for _ in range(n)], graded.judged)
         for scores in (self.scores[source], self.scores[-1]):
             for name, metric in scores.at_k.items():
                 if (name == "greedy") == greedy:
@@ -141,13 +165,15 @@ class Evaluator:
             if not greedy or not self.settings.samples:
                 scores.means["length"].update(torch.tensor([float(len(c.tokens)) for c in flat]))
                 scores.means["truncated"].update(torch.tensor([float(not c.finished) for c in flat]))
+                for name, values in means.items():
+                    scores.means[name].update(torch.tensor(values))
         return [
             {
                 "source": q.source,
                 "prompt": q.text,
                 "response": texts[i * n],
                 "truth": q.truth,
-                "reward": rewards[i * n],
+                "reward": graded.rewards[i * n],
             }
             for i, q in enumerate(questions)
         ]
@@ -157,8 +183,8 @@ class Evaluator:
 
         Adds nothing to the scores.
         """
-        _, _, rewards = self._graded(policy, questions, 1, self._greedy_sampling())
-        return torch.tensor(rewards) >= self.solved_at
+        _, _, graded = self._graded(policy, questions, 1, self._greedy_sampling())
+        return torch.tensor(graded.judged) >= self.solved_at
 
     def _greedy_sampling(self) -> Sampling:
         sampling = self.settings.sampling
@@ -166,17 +192,50 @@ class Evaluator:
 
     def _graded(
         self, policy: Policy, questions: list[Question], n: int, sampling: Sampling
-    ) -> tuple[list[Completion], list[str], list[float]]:
+    ) -> tuple[list[Completion], list[str], Scores]:
         """n responses to each question, question by question, as tokens and as text, with their rewards."""
         keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
         prompts = [q.prompt for q in questions]
         completions = self.engine.generate(policy, self.tokenizer, prompts, keys, n, sampling)
         flat = [c for group in completions for c in group]
         if not flat:
-            return [], [], []
+            return [], [], Scores([], [], {})
         texts = response_texts(self.tokenizer, [c.tokens for c in flat], sampling.stop)
-        rewards = score(self.reward, texts, [q.truth for q in questions for _ in range(n)])
-        return flat, texts, [r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)]
+        asked = [q for q in questions for _ in range(n)]
+        lengths, finished = [len(c.tokens) for c in flat], [c.finished for c in flat]
+        return flat, texts, grade_answers(self.reward, asked, texts, lengths, finished)
+
+    def _marker(
+        self, flat: list[Completion], texts: list[str], questions: list[Question], judged: list[float]
+    ) -> dict[str, list[float]]:
+        """Of each response, as 0 or 1: its thought never ended; it is correct strictly; it is by its whole text."""
+        judge = self.reward.judge
+        if not isinstance(judge, MarkedReward):
+            return {}
+        unended = judge.unended(texts, [q.text for q in questions])
+        strict = [
+            0.0 if no_end else float(value >= self.solved_at) for value, no_end in zip(judged, unended, strict=True)
+        ]
+        whole = list(strict)
+        if lost := [i for i, no_end in enumerate(unended) if no_end]:
+            with judge.grading_as("whole"):
+                lengths, finished = [len(flat[i].tokens) for i in lost], [flat[i].finished for i in lost]
+                again = grade_answers(judge, [questions[i] for i in lost], [texts[i] for i in lost], lengths, finished)
+            for i, value in zip(lost, again.judged, strict=True):
+                whole[i] = float(value >= self.solved_at)
+        return {WITHOUT_MARKER: [float(no_end) for no_end in unended], STRICT: strict, WHOLE_TEXT: whole}
+
+    def _warn(self, values: dict[str, Tensor]) -> None:
+        """Say once if most thoughts never end: then the score, and the buffer, are about the marker."""
+        if self.warned or values.get(WITHOUT_MARKER, torch.zeros(())) <= 0.5:
+            return
+        self.warned = True
+        share, strict, whole = (float(values[name]) for name in MARKER_METRICS)
+        rank_zero_warn(
+            f"{share:.0%} of the responses open a thought and never end it: {strict:.3f} are correct if those count as "
+            f"wrong, {whole:.3f} by their whole text; in training nearly every question would enter the buffer. Longer "
+            f"responses help, or `missing_marker: whole` of the reward"
+        )
 
     def _demonstration_loss(self, policy: Policy, questions: list[Question], source: int) -> None:
         """Mean negative log-likelihood in nats per demonstration token."""

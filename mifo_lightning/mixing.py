@@ -65,6 +65,8 @@ def training_rows(
     demonstrated = torch.zeros_like(exists)
     demonstrated[:, r] = True
     in_policy = (exists & (~demonstrated | in_group)) & counted
+    if settings.mask_truncated:
+        in_policy[:, :r] &= graded.finished
     always = settings.kl_coefficient > 0 or settings.entropy_bonus > 0
     active = in_policy & ((advantages != 0) | (always & ~demonstrated & ~failed[:, None]))
     if mixing is not None and max(mixing.sft, mixing.sft_end) > 0:

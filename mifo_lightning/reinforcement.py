@@ -20,7 +20,8 @@ from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
 from mifo_lightning.mixing import Rows, training_rows
 from mifo_lightning.policy import Policy, Sequences
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import FailureWatch, check_solved_at, grade_answers
 from mifo_lightning.rl_settings import Mixing, RLSettings, check_rl
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
@@ -58,7 +59,8 @@ class Reinforcement:
         seed: int,
         mixing: Mixing | None = None,
     ) -> None:
-        check_rl(group_size, solved_at, sampling, settings, mixing)
+        check_rl(group_size, sampling, settings, mixing)
+        check_solved_at(solved_at, reward)
         self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
         self.sampling, self.settings, self.mixing = sampling, settings, mixing
         self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
@@ -115,13 +117,24 @@ class Reinforcement:
         return self.engine.generate(policy, self.tokenizer, prompts, keys, n, self.sampling)
 
     def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Graded:
-        """Grade responses; one that did not end by itself gets 0 (MIFO, buffer rule)."""
+        """Grade responses; one that did not end by itself gets at most 0 (MIFO, buffer rule); collective.
+
+        Raises:
+            InputError: Every check of all ranks failed.
+        """
         flat = [c for group in completions for c in group]
         texts = response_texts(self.tokenizer, [c.tokens for c in flat], self.sampling.stop)
-        truths = [q.truth for q, group in zip(questions, completions, strict=True) for _ in group]
-        rewards = score(self.reward, texts, truths)
-        kept = torch.tensor([r if c.finished else 0.0 for r, c in zip(rewards, flat, strict=True)])
-        return Graded(questions, completions, kept.view(len(questions), -1), self.solved_at)
+        asked = [q for q, group in zip(questions, completions, strict=True) for _ in group]
+        watch = FailureWatch(self.reward)
+        scores = grade_answers(self.reward, asked, texts, [len(c.tokens) for c in flat], [c.finished for c in flat])
+        watch.end(len(flat), "the responses of an RL step")
+        rewards, judged, *parts = (
+            torch.tensor(values).view(len(questions), -1)
+            for values in (scores.rewards, scores.judged, *scores.components.values())
+        )
+        components = dict(zip(scores.components, parts, strict=True))
+        own_judge = judged if self.reward.solved_by is not None else None
+        return Graded(questions, completions, rewards, self.solved_at, own_judge, components)
 
     def choose(self, graded: Graded, attempts: int, wanted: int) -> Chosen | None:
         """Which of this rank's questions train; None if dynamic sampling wants further questions; collective.
@@ -192,7 +205,9 @@ class Reinforcement:
         texts = response_texts(self.tokenizer, responses)
         rewards = torch.zeros(len(graded.questions))
         if shown:
-            rewards[shown] = torch.tensor(score(self.reward, texts, [graded.questions[i].truth for i in shown]))
+            questions = [graded.questions[i] for i in shown]
+            scores = grade_answers(self.reward, questions, texts, [len(r) for r in responses])
+            rewards[shown] = torch.tensor(scores.rewards)
         return rewards
 
     def _weights(self, rows: Rows, mask: Tensor, minibatch: Tensor, minibatches: int) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ class RLSettings:
             1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
         dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards and draws further questions, at most N
             batches per RL step with the first, until `rl_questions` groups are left (DAPO).
+        mask_truncated: Whether responses that did not end by themselves push nothing (DAPO's overlong filtering): they
+            stay in the mean of their group, and are in no denominator of the loss.
     """
 
     advantage: Advantage = "group_std"
@@ -47,6 +49,7 @@ class RLSettings:
     entropy_bonus: float = 0.0
     entropy_fraction: float = 1.0
     dynamic_sampling: int = 0
+    mask_truncated: bool = False
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
@@ -125,9 +128,7 @@ class Mixing:
         return self.sft_end + (self.sft - self.sft_end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def check_rl(
-    group_size: int, solved_at: float, sampling: Sampling, settings: RLSettings, mixing: Mixing | None
-) -> None:
+def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: Mixing | None) -> None:
     """Raise an InputError unless these settings of a module fit together."""
     sampling.check("model.sampling")
     settings.check("model.policy")
@@ -145,8 +146,6 @@ def check_rl(
             f"model.policy.dynamic_sampling: {settings.dynamic_sampling} is not allowed with model.mixing; it would "
             f"drop the groups whose demonstrations are wanted most"
         )
-    if not 0 < solved_at <= 1:
-        raise InputError(f"model.solved_at: {solved_at} is not allowed; it must be in (0, 1]")
     if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
         raise InputError(
             f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is "

@@ -112,7 +112,7 @@ def test_verdicts_of_math_verify(shared: MathReward, truth: str, answer: str, ex
 def test_only_the_text_after_the_last_think_tag_is_graded(shared: MathReward) -> None:
     thought = r"<think>\boxed{1}</think> or rather </think>\boxed{2}"
     assert shared([thought, thought], ["1", "2"]) == [0, 1]
-    assert shared([r"<think>\boxed{1} never closed"], ["1"]) == [1], "no marker: the whole text"
+    assert shared([r"\boxed{1} and no thought at all"], ["1"]) == [1], "no marker, no thought: the whole text"
     whole = MathReward(answer_after=None)
     try:
         assert whole([r"\boxed{1}</think>nothing here"], ["1"]) == [1]
@@ -339,7 +339,9 @@ def test_legal_values_pass_unchanged_in_one_call() -> None:
     assert score(Fixed(lambda batch: np.array([0.5, 1.0])), ["a", "b"], ["a", "b"]) == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e-9, 1.0 + 1e-9, None, "right", [1.0, 1.0]])
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, -math.inf, np.float32("nan"), None, "right", [1.0, 1.0], ValueError("x")]
+)
 def test_illegal_values_are_wrong_and_counted(bad: object, caplog: pytest.LogCaptureFixture) -> None:
     reward = Fixed(lambda batch: [1.0, bad, 0.5])
     assert score(reward, ["a", "culprit", "c"], ["", "", ""]) == [1.0, 0.0, 0.5]

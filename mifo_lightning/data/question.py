@@ -1,6 +1,7 @@
 """What the training loop knows of a question: plain values, tokenised once when the data is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -15,6 +16,7 @@ class Question:
         truth: Ground truth handed to the reward.
         demonstration: Token ids of the verified solution D(q) and one end token; None if there is none.
         answer_start: Index into `demonstration` of the first token of the final answer; None where no marker names it.
+        columns: The row's further columns by name, and its `data_source`, for rewards that want them.
     """
 
     id: int
@@ -24,3 +26,4 @@ class Question:
     truth: str
     demonstration: list[int] | None = None
     answer_start: int | None = None
+    columns: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,8 @@ from mifo_lightning.data.source import Row
 from mifo_lightning.data.template import ChatTemplate, prompt_texts
 from mifo_lightning.ending import end_texts, end_tokens, response_texts, turn_end
 from mifo_lightning.errors import InputError
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import FailureWatch, grade_answers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,7 @@ REASONS = (EMPTY_PROMPT, LONG_PROMPT, EMPTY_DEMO, LONG_DEMO, ENDED_DEMO, WRONG_D
 Rewrite = Callable[[list[tuple[Question, str | None]]], dict[int, str]]
 
 THINK = "<think>"
+TAKEN = ("prompt", "reward_model", "target")  # columns that a question holds in another form
 CHUNK = 512  # responses encoded at once: an encoding takes many times the memory of its ids
 
 
@@ -158,7 +160,9 @@ def _keep_prompts(
             drops.dropped[source, LONG_PROMPT if text else EMPTY_PROMPT] += 1
             continue
         drops.questions[source] += 1
-        pairs.append((Question(len(pairs), source, text, ids, truth), target[0]["content"] if target else None))
+        columns = {name: value for name, value in row.items() if name not in TAKEN}
+        question = Question(len(pairs), source, text, ids, truth, columns=columns)
+        pairs.append((question, target[0]["content"] if target else None))
     return pairs
 
 
@@ -188,9 +192,11 @@ def _verify_demonstrations(
 ) -> None:
     """Take the demonstration away from each question where it scores below `solved_at`."""
     shown = [question for question in questions if question.demonstration]
-    texts = response_texts(tokenizer, [question.demonstration or [] for question in shown])
-    scores = score(reward, texts, [question.truth for question in shown])
-    for question, value in zip(shown, scores, strict=True):
+    responses = [question.demonstration or [] for question in shown]
+    watch = FailureWatch(reward)
+    scores = grade_answers(reward, shown, response_texts(tokenizer, responses), [len(ids) for ids in responses])
+    watch.end(len(shown), "demonstrations")
+    for question, value in zip(shown, scores.judged, strict=True):
         if value < solved_at:
             question.demonstration = question.answer_start = None
             drops.dropped[question.source, WRONG_DEMO] += 1

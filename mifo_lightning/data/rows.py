@@ -8,7 +8,7 @@
 | a `RowSource` | its `rows()` |
 | a list of these | one after the other |
 
-A row holds the columns of `RowSource`; others are ignored. Rows are numbered from 1 in messages.
+A row holds the columns of `RowSource`; a reward may use others. Rows are numbered from 1 in messages.
 """
 
 import json
@@ -43,7 +43,7 @@ def read_rows(source: Source | Sequence[Source], where: str = "data") -> list[Ro
 
 
 def check_row(row: object, where: str) -> Row:
-    """The four columns of one row, format checked, NumPy and Arrow values turned into plain ones.
+    """One row, the format of its four columns checked, NumPy and Arrow values turned into plain ones.
 
     Raises:
         InputError: A column is missing or of the wrong type; the message begins with `where`.
@@ -64,7 +64,7 @@ def check_row(row: object, where: str) -> Row:
         raise _wrong(where, "`reward_model`", "{style, ground_truth} with a Unicode text as truth", reward_model)
     if target is not None and not (_is_conversation(target) and len(target) == 1 and target[0]["role"] == "assistant"):
         raise _wrong(where, "`target`", "null or a list with one {role: assistant, content}", target)
-    return {"data_source": source, "prompt": prompt, "reward_model": reward_model, "target": target}
+    return row | {"target": target}
 
 
 def _read(source: Source) -> list[Row]:
@@ -117,7 +117,7 @@ def _read_parquet(path: Path) -> list[Any]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _require_columns(names, str(path))
-            return file.read(columns=[name for name in COLUMNS if name in names]).to_pylist()
+            return file.read().to_pylist()
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
 
@@ -156,7 +156,7 @@ def _read_hub(source: str) -> list[Row]:
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise InputError(f"{source}: no such file, and not loadable from the hub ({problem})") from error
     _require_columns(data.column_names, source)
-    return _checked(data.select_columns([c for c in COLUMNS if c in data.column_names]).to_list(), source)
+    return _checked(data.to_list(), source)
 
 
 def _checked(rows: Sequence[object], where: str) -> list[Row]:

@@ -1,1 +1,1 @@
-"""Rewards turn (response, ground truth) into a number in [0, 1]; import each from its own module."""
+"""Rewards turn (response, ground truth) into a finite number; import each from its own module."""

@@ -1,20 +1,22 @@
 """The reward of the embedded skills: the answer must be the ground truth, character by character."""
 
-from mifo_lightning.rewards.base import Reward, answer_text
+from mifo_lightning.rewards.marker import MarkedReward, MissingMarker
 
 
-class LastAnswerReward(Reward):
+class LastAnswerReward(MarkedReward):
     """1 if what follows the last marker is the ground truth, else 0; white space around them is ignored.
 
     Args:
         answer_after: The marker; a response without it is compared as a whole.
+        missing_marker: zero or whole, for a thought that never ended, where the marker is a closing tag.
     """
 
-    def __init__(self, answer_after: str = ">") -> None:
-        self.answer_after = answer_after
+    def __init__(self, answer_after: str = ">", missing_marker: MissingMarker = "zero") -> None:
+        super().__init__(answer_after, missing_marker)
 
-    def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
+    def __call__(self, responses: list[str], truths: list[str], prompts: list[str] | None = None) -> list[float]:
+        answers = self.answers(responses, prompts)
         return [
-            float(answer_text(response, self.answer_after).strip() == truth.strip())
-            for response, truth in zip(responses, truths, strict=True)
+            float(answer is not None and answer.strip() == truth.strip())
+            for answer, truth in zip(answers, truths, strict=True)
         ]

@@ -16,6 +16,8 @@ from typing import Any
 
 from math_verify import parse, verify
 
+from mifo_lightning.rewards.math_difference import apart, other_base
+
 SCIENTIFIC = re.compile(r"\s*([-+]?\d+\.?\d*)[eE]([-+]?\d+)\s*")
 ORPHAN_FACTOR = 2.0  # x the time limit: only a child whose parent is gone lives that long in one check
 
@@ -39,19 +41,30 @@ def parse_truth(truth: str) -> list[Any]:
     return readings
 
 
-def grade(text: str, truth: str) -> bool:
-    """Whether the final answer in `text` equals `truth`.
+def grade(text: str, truth: str, relations: bool = False) -> bool:
+    r"""Whether the final answer in `text` equals `truth`.
+
+    math-verify takes any difference below 1e-15 for none, so what it accepts is looked at once more by `apart`.
+
+    Args:
+        text: Holds the answer.
+        truth: A bare answer.
+        relations: Whether a relation may stand for the set that it describes, `x < 3` for `(-\infty, 3)`.
 
     Raises:
         Exception: A comparison failed and none of the others succeeded.
     """
     problem: Exception | None = None
     answers = parse(text, parsing_timeout=None, raise_on_error=True)
-    for gold in parse_truth(truth):
+    golds = parse_truth(truth)
+    if other_base(truth, answers):
+        return False
+    options: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": relations}
+    for gold in golds:
         for answer in answers:
             # One pair a call: `verify` on the lists would either hide an exception or stop at the first.
             try:
-                if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+                if verify(gold, answer, **options) and not apart(gold, answer):
                     return True
             except Exception as error:
                 problem = error
@@ -60,19 +73,33 @@ def grade(text: str, truth: str) -> bool:
     return False
 
 
+def grade_any(texts: list[str], truth: str, relations: bool) -> bool:
+    """Whether one of several readings of a response equals `truth`; raises as `grade` if none does."""
+    problem: Exception | None = None
+    for text in texts:
+        try:
+            if grade(text, truth, relations):
+                return True
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return False
+
+
 def serve(connection: Connection, timeout: float) -> None:
-    """Answer (text, truth) with True, False or the text of an error, until the other end is closed."""
+    """Answer (texts, truth, relations) with True, False or the text of an error, until the other end is closed."""
     grade("\\boxed{1}", "1")  # builds the parser's tables, so that no check pays for them
     connection.send("ready")
     while True:
         try:
-            text, truth = connection.recv()
+            texts, truth, relations = connection.recv()
         except EOFError:
             return
         # Should the parent die during this check: the kernel's alarm, without a handler, ends even a C call.
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_FACTOR * timeout)
         try:
-            verdict: bool | str = grade(text, truth)
+            verdict: bool | str = grade_any(texts, truth, relations)
         except Exception as error:
             verdict = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)

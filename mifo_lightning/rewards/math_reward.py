@@ -1,25 +1,24 @@
 """The verifier of mathematical answers: math-verify in a child process that can be killed."""
 
-import logging
 import os
 import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 from mifo_lightning.errors import InputError
-from mifo_lightning.rewards.base import Reward, answer_text
-
-log = logging.getLogger(__name__)
+from mifo_lightning.rewards.answer_format import readings
+from mifo_lightning.rewards.marker import MarkedReward, MissingMarker
 
 GRADER = "mifo_lightning.rewards.math_grader"
 START_SECONDS = 120.0  # importing math-verify takes 0.4 s on an idle machine
 
 
-class MathReward(Reward):
+class MathReward(MarkedReward):
     """1 if math-verify finds the response's final answer equal to the ground truth, else 0.
 
     One child process per object grades one answer at a time. It starts with the first check, is killed and
@@ -30,13 +29,20 @@ class MathReward(Reward):
     Args:
         timeout: Wall-clock seconds allowed for one check; a longer one scores 0 and is added to `timeouts`.
         answer_after: Only the text after the last such marker is graded; all of it if this is None or absent.
+        missing_marker: What a response is worth whose thought never ended, because the prompt or the response opens
+            `<think>` and nothing closes it: zero, or whole, its whole text graded.
     """
 
-    def __init__(self, timeout: float = 5.0, answer_after: str | None = "</think>") -> None:
+    def __init__(
+        self,
+        timeout: float = 5.0,
+        answer_after: str | None = "</think>",
+        missing_marker: MissingMarker = "zero",
+    ) -> None:
+        super().__init__(answer_after, missing_marker)
         if not timeout > 0:
             raise InputError(f"MathReward: timeout is {timeout}, allowed is a number of seconds above 0")
         self.timeout = timeout
-        self.answer_after = answer_after
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -44,13 +50,15 @@ class MathReward(Reward):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has no child and no counts: neither a process nor a lock can be copied."""
-        return type(self), (self.timeout, self.answer_after)
+        return type(self), (self.timeout, self.answer_after, self.missing_marker)
 
-    def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
+    def __call__(self, responses: list[str], truths: list[str], prompts: list[str] | None = None) -> list[float]:
+        answers = self.answers(responses, prompts)
+        asked: Sequence[str | None] = prompts or [None] * len(responses)
         with self._lock:
             return [
-                self._check(answer_text(response, self.answer_after), truth)
-                for response, truth in zip(responses, truths, strict=True)
+                0.0 if answer is None else self._check(answer, truth, prompt)
+                for answer, truth, prompt in zip(answers, truths, asked, strict=True)
             ]
 
     def close(self) -> None:
@@ -58,15 +66,14 @@ class MathReward(Reward):
         if self._stop is not None:
             self._stop()
 
-    def _check(self, text: str, truth: str) -> float:
+    def _check(self, text: str, truth: str, prompt: str | None) -> float:
         connection = self._connect()
+        texts, relations = readings(text, prompt)
         try:
-            connection.send((text, truth))
+            connection.send((texts, truth, relations))
             if not connection.poll(self.timeout):
                 self.close()
-                self.timeouts += 1
-                log.warning("math-verify took more than %g s; scored 0: %.80r", self.timeout, text[-80:])
-                return 0.0
+                return self.fail(f"math-verify took more than {self.timeout:g} s", text, timeout=True)
             verdict = connection.recv()
         except (EOFError, OSError):
             self.close()
@@ -75,9 +82,7 @@ class MathReward(Reward):
             self.close()
             raise
         if isinstance(verdict, str):
-            self.errors += 1
-            log.warning("math-verify: %.200s; scored 0: %.80r", verdict, text[-80:])
-            return 0.0
+            return self.fail(f"math-verify: {verdict}", text)
         return float(verdict)
 
     def _connect(self) -> Connection:

@@ -1,6 +1,6 @@
 """Graded responses: what the buffer, the tables and the log want to know of fresh rollouts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +20,28 @@ class Graded:
     Attributes:
         questions: Q questions.
         completions: For each question its R responses.
-        rewards: [Q, R] fp32 in [0, 1], on the CPU; 0 where truncated.
+        rewards: [Q, R] fp32, on the CPU; at most 0 where truncated.
         solved_at: Reward from which a response is correct.
+        judged: [Q, R] fp32, what `solved_at` is compared with; None: `rewards`.
+        components: [Q, R] fp32 scores by name, where the reward is a sum.
     """
 
     questions: list[Question]
     completions: list[list[Completion]]
     rewards: Tensor
     solved_at: float
+    judged: Tensor | None = None
+    components: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def correct(self) -> Tensor:
         """[Q, R] bool."""
-        return self.rewards >= self.solved_at
+        return (self.rewards if self.judged is None else self.judged) >= self.solved_at
+
+    @property
+    def finished(self) -> Tensor:
+        """[Q, R] bool: the response ended by itself."""
+        return torch.tensor([[c.finished for c in group] for group in self.completions])
 
     @property
     def differ(self) -> Tensor:
@@ -46,6 +55,8 @@ class Graded:
             self.completions + other.completions,
             torch.cat([self.rewards, other.rewards]),
             self.solved_at,
+            None if self.judged is None or other.judged is None else torch.cat([self.judged, other.judged]),
+            {name: torch.cat([values, other.components[name]]) for name, values in self.components.items()},
         )
 
     def select(self, chosen: list[int]) -> "Graded":
@@ -55,6 +66,8 @@ class Graded:
             [self.completions[i] for i in chosen],
             self.rewards[chosen],
             self.solved_at,
+            None if self.judged is None else self.judged[chosen],
+            {name: values[chosen] for name, values in self.components.items()},
         )
 
     @property
@@ -105,9 +118,13 @@ class Graded:
             "responses": float(len(flat)),
             "groups": float(len(self.questions)),
         }
+        parts = {f"reward/{name}": float(values.sum()) for name, values in self.components.items()}
+        sums |= parts
         keys = list(sums)
         totals = dict(zip(keys, sum_ranks([torch.tensor(sums[k], device=device) for k in keys]), strict=True))
-        means = {k: float(totals[k] / totals["responses"]) for k in ("reward", "correct", "truncated", "length")}
+        means = {
+            k: float(totals[k] / totals["responses"]) for k in ("reward", "correct", "truncated", "length", *parts)
+        }
         # Monte-Carlo estimate: the mean over all sampled tokens of all ranks
         means["entropy"] = float(totals["entropy"] / totals["length"])
         means["groups_without_signal"] = float(totals["groups_without_signal"] / totals["groups"])

@@ -1,0 +1,107 @@
+"""Grades responses to questions, in training and in evaluation alike: what a reward may see, and what cut-off costs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mifo_lightning.data.question import Question
+from mifo_lightning.distributed import gather_ranks
+from mifo_lightning.errors import InputError
+from mifo_lightning.rewards.base import Reward, score
+
+
+class Scores(NamedTuple):
+    """N graded responses.
+
+    Attributes:
+        rewards: What trains, N finite numbers.
+        judged: What `solved_at` is compared with: a component that the reward names, else `rewards` again.
+        components: Scores by name, where the reward is a sum.
+    """
+
+    rewards: list[float]
+    judged: list[float]
+    components: dict[str, list[float]]
+
+
+def grade_answers(
+    reward: Reward,
+    questions: Sequence[Question],
+    texts: list[str],
+    lengths: Sequence[int],
+    finished: Sequence[bool] | None = None,
+) -> Scores:
+    """Grade one response to each question; one that did not end by itself gets at most `reward.failed`.
+
+    Args:
+        reward: Scores.
+        questions: N questions.
+        texts: N responses.
+        lengths: Tokens of each.
+        finished: Whether each ended by itself; None: all did.
+    """
+    ended = [True] * len(texts) if finished is None else list(finished)
+    names = dict.fromkeys(name for question in questions for name in question.columns)
+    context = {name: [question.columns.get(name) for question in questions] for name in names} | {
+        "prompts": [question.text for question in questions],
+        # what the rows call it, also for questions held out
+        "sources": [question.columns.get("data_source", question.source) for question in questions],
+        "lengths": list(lengths),
+        "finished": ended,
+        "columns": [question.columns for question in questions],
+    }
+    for name in ("responses", "truths", "self"):
+        context.pop(name, None)  # a column of such a name is in `columns` only
+    rewards = score(reward, texts, [question.truth for question in questions], **context)
+    components = {name: list(values) if texts else [] for name, values in reward.components.items()}
+    judged = rewards if reward.solved_by is None else components[reward.solved_by]
+    return Scores(_cut_off(rewards, ended, reward), _cut_off(judged, ended, reward.judge), components)
+
+
+def check_solved_at(solved_at: float, reward: Reward) -> None:
+    """Raise an InputError where no response, or one that was cut off or not graded, would count as correct."""
+    judge = reward.judge
+    if not (judge.failed < solved_at <= judge.best and math.isfinite(solved_at)):
+        raise InputError(
+            f"model.solved_at: {solved_at} is not allowed; for {type(judge).__name__} it must be in "
+            f"({judge.failed:g}, {judge.best:g}]: what was cut off or could not be graded scores {judge.failed:g}"
+        )
+
+
+class FailureWatch:
+    """Stops a run in which every check of a reward fails: zeros would look like a result.
+
+    Args:
+        reward: Its parts are watched one by one.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.parts = reward.parts
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here."""
+        self.before = [part.errors + part.timeouts for part in self.parts]
+
+    def end(self, checked: int, where: str) -> None:
+        """Stop if all that was checked since `begin`, on all ranks, failed; collective.
+
+        Args:
+            checked: Responses graded on this rank.
+            where: What they were, for the message.
+
+        Raises:
+            InputError: Nothing was graded; with the first cause that this rank knows.
+        """
+        failed = [part.errors + part.timeouts - before for part, before in zip(self.parts, self.before, strict=True)]
+        totals = [sum(numbers) for numbers in zip(*gather_ranks([checked, *failed]), strict=True)]
+        for part, count in zip(self.parts, totals[1:], strict=True):
+            if 0 < totals[0] <= count:
+                raise InputError(
+                    f"reward: every check of {type(part).__name__} failed, {totals[0]} of {where}; the first cause: "
+                    f"{part.first_problem}"
+                )
+
+
+def _cut_off(scores: list[float], ended: list[bool], reward: Reward) -> list[float]:
+    return [value if end else min(value, reward.failed) for value, end in zip(scores, ended, strict=True)]
