@@ -118,7 +118,7 @@ class MifoModule(LightningModule):
         self.needs_demonstrations = mixing is not None or sft_weight == "flow"
         if self.own_demonstrations and sft_weight == "flow":
             raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
-        if sft_entropy_bonus < 0:
+        if not sft_entropy_bonus >= 0:
             raise InputError(f"model.sft_entropy_bonus: {sft_entropy_bonus} is not allowed; it must be at least 0")
         self.supervision = Supervision(self.tokenizer, sft_weight, sft_entropy_bonus)
         self._rollout: Rollout | None = None

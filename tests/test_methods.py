@@ -302,6 +302,9 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut_or_ordered(tokenizer
     for order, micro_batches in (([0, 1, 2, 3], 2), ([0, 1, 2, 3], 8), ([2, 0, 3, 1], 3)):
         (parts,) = gradients(tokenizer, name, order, micro_batches=micro_batches)
         assert relative(parts, whole) < 1e-4, (order, micro_batches)
+    # fewer rows than micro-batches: those that fill up weigh nothing
+    (few,), (spread,) = gradients(tokenizer, name, [0]), gradients(tokenizer, name, [0], micro_batches=8)
+    assert relative(spread, few) < 1e-4
     # an optimizer step on half of the questions knows nothing of the other half
     halves = gradients(tokenizer, name, [2, 0, 3, 1], minibatches=2)
     for found, chosen in zip(halves, ([2, 0], [3, 1]), strict=True):

@@ -147,6 +147,14 @@ RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"mixing": Mixing(sft=0.9, sft_end=0.1, sft_decay=3, convex=True), "policy": RLSettings(entropy_bonus=0.1)},
         {**PASSES, "rl_steps": 2},
     ),
+    "a sum, failed questions, bonuses": (
+        {
+            "mixing": Mixing(questions="failed", sft=1.0),
+            "policy": RLSettings("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
+            "sft_entropy_bonus": 0.1,
+        },
+        {**PASSES, "rl_steps": 2},
+    ),
     "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
     "dynamic sampling, flow": ({"policy": RLSettings(dynamic_sampling=2), "sft_weight": "flow"}, {"rl_steps": 3}),
 }

@@ -132,7 +132,14 @@ def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, token
         torch.testing.assert_close(weights, torch.full((8,), 1 / 8))  # of this optimizer step alone
 
 
-@pytest.mark.parametrize("settings", [RLSettings(), RLSettings(entropy_fraction=0.5, kl_coefficient=0.1)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        RLSettings(),
+        RLSettings(entropy_fraction=0.5, kl_coefficient=0.1),
+        RLSettings(aggregation="sum", entropy_bonus=0.1),
+    ],
+)
 def test_a_rollout_survives_its_state(policy: Policy, tokenizer: Any, settings: RLSettings) -> None:
     rl, qs = reinforcement(tokenizer, settings=settings), questions(tokenizer)
     rl.set_reference(load_policy("embedded") if settings.kl_coefficient else None)
@@ -144,3 +151,4 @@ def test_a_rollout_survives_its_state(policy: Policy, tokenizer: Any, settings: 
             found = getattr(again, name)
             assert found is None if value is None else torch.equal(value, found), name
     assert (again.keep is None) == (again.logp_ref is None) == (settings.kl_coefficient == 0)
+    assert (again.bonus_weight is None) == (settings.entropy_bonus == 0)

@@ -76,6 +76,12 @@ CASES: dict[str, dict[str, Any]] = {
         "mixing": Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy"),
         "sft_weight": "flow",
     },
+    # ranks drop different numbers of rollouts, and a sum must not grow with the number of ranks (HPT; ReLIFT's SFT)
+    "summed": {
+        "policy": RLSettings("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
+        "mixing": Mixing(questions="failed", gate=0, sft=1.0),
+        "sft_entropy_bonus": 0.1,
+    },
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
     # SFT sees all tokens here
     "dynamic sampling": {"policy": RLSettings(clip_high=0.28, aggregation="token", dynamic_sampling=3)},
