@@ -47,9 +47,8 @@ class PhaseCallback(Callback):
         if self._current is not None and batch_idx % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
                 f"the phase changed from {_named(self._current, self._number)} to {_named(current, number)} at batch "
-                f"{batch_idx}, inside one "
-                f"optimizer step of accumulate_grad_batches={trainer.accumulate_grad_batches}; "
-                "allowed: between optimizer steps"
+                f"{batch_idx}, inside one optimizer step of accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}; allowed: between optimizer steps"
             )
         previous, self._current, self._number = self._current, current, number
         self.on_phase_change(trainer, pl_module, previous, current)

@@ -13,7 +13,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.run_dir import run_dir
 
 # not `rollout/tokens_per_s`: speed varies from run to run
-ROLLOUT = ("reward", "correct", "length", "truncated", "entropy", "groups_without_signal")
+ROLLOUT = ("reward", "correct", "length", "truncated", "entropy", "groups_without_signal", "groups_trained")
 KEYS = (
     *("phase/*", "rl/*", "sft/*", "buffer/*", "forgetting/*", "phase_kl/*", "overlap/*"),
     *(f"rollout/{name}" for name in ROLLOUT),

@@ -20,7 +20,7 @@ class RunSummary(Callback):
 
     The file also holds `callback.summary()` of every callback that has a `summary_key`, under that key. The first
     validation is in the checkpoint, so a resumed run still compares with its true beginning. A run that ends on SFT is
-    validated once more before that SFT, so that its damage is seen apart; only `trainer.max_time` ends one unforeseen.
+    validated once more before that SFT, so that its damage is seen apart, unless its end is not foreseen (`max_time`).
 
     Attributes:
         before: Metrics of the first validation.
