@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
@@ -76,6 +77,7 @@ class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line that says which argument is meant."""
 
     arguments: list[str] = []  # what the command line gave
+    empty: dict[str, str] = {}  # where its configuration files leave a key empty
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with status 2."""
@@ -89,7 +91,7 @@ class OneLineParser(LightningArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)
             text += f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all"
-        fail(text)
+        fail(with_place(text, self.empty))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -133,6 +135,11 @@ class MifoCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        try:
+            self._parser(self.subcommand).validate(config, skip_unset=False)  # parsing lets null stand for any number
+        except TypeError as error:
+            raise InputError(str(error)) from error
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -207,10 +214,11 @@ def main(args: list[str] | None = None) -> None:
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
+        OneLineParser.empty = left_empty(OneLineParser.arguments)
         check_seeds(OneLineParser.arguments)
         make_cli(args)
     except (InputError, MisconfigurationException) as error:
-        fail(str(error))
+        fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
         fail(str(error), status=1)
     except OmegaConfBaseException as error:

@@ -15,7 +15,7 @@ from mifo_lightning.distributed import full
 from mifo_lightning.ending import read_ends, set_ends
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy import Policy
-from mifo_lightning.tokenizer_file import check_ids
+from mifo_lightning.tokenizer_file import faithful
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
 
@@ -45,18 +45,18 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the model's end tokens (`ending.end_tokens`).
 
     Raises:
-        InputError: If there is none, it has no padding or end-of-sequence token, it gives other ids than its file, or
-            the end tokens cannot be read.
+        InputError: If there is none, it has no padding or end-of-sequence token, or the end tokens cannot be read.
     """
     directory = locate(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = faithful(AutoTokenizer.from_pretrained(directory), directory)
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers library raises bare ones
         raise InputError(f"model.model: no tokenizer in {model!r}: {_first_line(error)}") from error
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, name, None) is None:
             raise InputError(f"model.model: the tokenizer of {model!r} has no {name}; set it in tokenizer_config.json")
-    check_ids(tokenizer, directory)
     set_ends(tokenizer, read_ends(directory))
     return tokenizer
 

@@ -1,7 +1,8 @@
 """Does the loaded tokenizer give the ids that its own file says?"""
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from mifo_lightning.errors import InputError
@@ -13,29 +14,36 @@ PROBES = (
 )
 
 
-def check_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """Compare a tokenizer with its `tokenizer.json`, if it has one, on a few texts.
+def faithful(tokenizer: PreTrainedTokenizerBase, model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, or if it gives other ids than its `tokenizer.json`, one that is the file; that is said.
 
-    transformers 5 builds the tokenizer anew by the class that `tokenizer_config.json` names, with that class's own way
-    of cutting words, whatever the file says.
+    transformers 5 builds a tokenizer anew by the class that belongs to the kind of model, with that class's own way of
+    cutting words, whatever the file says.
 
     Raises:
-        InputError: They give other ids: the model would read what it was not trained on.
+        InputError: That one gives other ids too.
     """
     path = cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return
+    if path is None or (text := _differing(tokenizer, path)) is None:
+        return tokenizer
+    exact = PreTrainedTokenizerFast.from_pretrained(model)
+    problem = (
+        f"model.model: {type(tokenizer).__name__} of {model!r} reads {text!r:.40} otherwise than its tokenizer.json"
+    )
+    if _differing(exact, path) is not None:
+        raise InputError(
+            f"{problem}, and so does {type(exact).__name__}; make the file and tokenizer_config.json agree"
+        )
+    rank_zero_warn(f"{problem}, which is taken instead; other programs that load it by its class read other ids")
+    return exact
+
+
+def _differing(tokenizer: PreTrainedTokenizerBase, path: str) -> str | None:
+    """The first probe that the tokenizer reads otherwise than the file at `path`."""
     written = Tokenizer.from_file(path)
     written.no_padding()
     written.no_truncation()
     for text in PROBES:
-        ids, expected = (
-            tokenizer(text, add_special_tokens=False)["input_ids"],
-            written.encode(text, add_special_tokens=False).ids,
-        )
-        if ids != expected:
-            raise InputError(
-                f"model.model: {type(tokenizer).__name__} of {model!r} reads {text!r:.40} as {ids[:8]}, its file "
-                f'as {expected[:8]}; set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json to '
-                "take the file as it is"
-            )
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != written.encode(text, add_special_tokens=False).ids:
+            return text
+    return None

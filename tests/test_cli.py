@@ -267,6 +267,39 @@ def test_bad_input_is_one_line_and_status_2(
         assert part in line
 
 
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"model:\n  rl:\n    lr:\n", ["model.rl.lr", "float", "over.yaml, line 3", "left empty"]),
+        (b"model:\n  sampling:\n    temperature: null\n", ["model.sampling.temperature", "over.yaml, line 3"]),
+        (b"model:\n  group_size:\n", ["model.group_size", "int", "over.yaml, line 2"]),
+        (b"data:\n  schedule:\n    rl_questions: ~\n", ["data.schedule.rl_questions", "over.yaml, line 3"]),
+        (b"switch:\n  init_args:\n    size:\n", ["size", "over.yaml, line 3"]),
+        (b"data:\n  # caf\xe9\n  eval_batch: 3\n", ["over.yaml, line 2", "not UTF-8", "0xe9"]),
+        (b"data:\n  eval_batch: [1\n", ["over.yaml, line 3", "not YAML"]),
+    ],
+)
+def test_a_key_left_empty_and_a_file_that_is_no_text_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, parts: list[str]
+) -> None:
+    (tmp_path / "over.yaml").write_bytes(content)
+    plain = ["fit", "--config", TINY, "--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path)]
+    for flag in (["--config", str(tmp_path / "over.yaml")], [f"--config={tmp_path / 'over.yaml'}"]):
+        line = refused(capsys, *plain, *flag)
+        assert all(part in line for part in parts), line
+
+
+def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """YAML 1.1 takes 1e-6, without a point, for a text."""
+    over = tmp_path / "over.yaml"
+    over.write_bytes("\ufeffmodel:\r\n  rl:\r\n    lr: 1e-6\r\n  sft:\r\n    lr: 2E-5\r\n".encode())
+    config = printed(capsys, "fit", "--config", TINY, "--config", str(over), "--model.rl.weight_decay", "1e-2")
+    assert (config["model"]["rl"]["lr"], config["model"]["sft"]["lr"]) == (1e-6, 2e-5)
+    assert config["model"]["rl"]["weight_decay"] == 0.01
+
+
 def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     base = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
     model = tmp_path / "model"

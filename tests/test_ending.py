@@ -1,6 +1,7 @@
 """How responses end: every listed token, stop strings, what of it is text, and the one token that ends a target."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from conftest import SAMPLING, make_data, make_module, weights
 from lightning import Trainer
 from rl_steps import item, reinforcement
+from safetensors.torch import load_file
 from test_questions import CHAT, build, make_tokenizer, one, row
 
 from mifo_lightning.data.question import Question
@@ -18,7 +20,7 @@ from mifo_lightning.data.skills import Skills
 from mifo_lightning.ending import end_tokens, read_ends, response_texts, set_ends
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
-from mifo_lightning.models import load_tokenizer
+from mifo_lightning.models import export_model, load_policy, load_tokenizer
 from mifo_lightning.policy import Policy
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rl_settings import Mixing
@@ -246,3 +248,36 @@ def test_a_demonstration_that_goes_on_after_an_end_token_is_dropped() -> None:
     questions, drops = build([row(solution="one<|eos|>two>4"), row(solution=">4")])
     assert [bool(q.demonstration) for q in questions] == [False, True]
     assert drops.by_reason() == {"end token inside demonstration": 1}
+
+
+# --- what stays so ----------------------------------------------------------------------------------------------------
+
+
+def test_a_generation_config_that_transformers_would_not_write_is_no_obstacle(tmp_path: Path) -> None:
+    """Greedy decoding with a temperature: many published models have it."""
+    odd = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    model = copy_base(tmp_path / "model", generation_config=odd)
+    policy, tokenizer = load_policy(model), load_tokenizer(model)
+    export_model(policy, tokenizer, tmp_path / "export", write=True)
+    written = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 1
+    assert read_ends(str(tmp_path / "export")) == end_tokens(load_tokenizer(str(tmp_path / "export"))) == {1}
+
+
+def test_a_tied_head_stays_tied(policy: Policy, tokenizer: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.mul_(1.5)
+    export_model(policy, tokenizer, tmp_path, write=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = load_policy(str(tmp_path)).model
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+    assert torch.equal(again.get_output_embeddings().weight, policy.model.get_output_embeddings().weight)
+
+
+def test_names_of_metrics_stay_different_where_mlflow_takes_characters_out(make_trainer: MakeTrainer) -> None:
+    module = make_module(evaluation=Evaluation(samples=8, sampling=SAMPLING))
+    data = make_data(val=Skills(["sorting"], 4, split="val"))
+    make_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
+    names = list(module.trainer.callback_metrics)
+    assert {"val/avg@8", "val/pass@8", "val/pass@2", "val/sorting/pass@4"} <= set(names)
+    assert len({re.sub("[^a-zA-Z0-9_/. -]+", "", name) for name in names}) == len(names)

@@ -116,6 +116,14 @@ def test_target_may_be_absent_and_lines_may_be_blank(tmp_path: Path) -> None:
     assert len(read_rows(spaced)) == 1
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_carriage_returns_and_byte_order_marks_are_no_text(tmp_path: Path, name: str, mark: str) -> None:
+    text = mark + write(tmp_path / name, ROWS).read_text(encoding="utf-8").replace("\n", "\r\n")
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_rows(tmp_path / name) == READ
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -203,10 +211,16 @@ MESSAGE = {"role": "user", "content": "1+1?"}
         ("prompt", [{"role": "user", "content": None}]),
         ("prompt", [{"role": 1, "content": "1+1?"}]),
         ("prompt", [{"role": "user", "content": "half a character: \ud83e"}]),
+        ("prompt", [{"role": "us\ud83eer", "content": "1+1?"}]),
+        ("prompt", [MESSAGE, {"role": "assistant", "content": "It is"}]),
+        ("data_source", "half\ud83e"),
         ("reward_model", "2"),
         ("reward_model", {"style": "rule"}),
         ("reward_model", {"style": "rule", "ground_truth": 2}),
         ("reward_model", {"style": "rule", "ground_truth": None}),
+        ("reward_model", {"style": "rule", "ground_truth": ""}),
+        ("reward_model", {"style": "rule", "ground_truth": " \n"}),
+        ("reward_model", {"style": "rule", "ground_truth": "\ude80"}),
         ("target", "2"),
         ("target", []),
         ("target", [MESSAGE]),

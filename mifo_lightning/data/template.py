@@ -1,15 +1,19 @@
 """The chat template: read from a file or a text, rendered with the date of the run, checked to show every message."""
 
+import json
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from functools import cached_property
 from pathlib import Path
 
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.data.source import Row
 from mifo_lightning.errors import InputError
 
 Messages = list[dict[str, str]]
+CLOCK = "strftime_now"
 
 
 @dataclass
@@ -32,15 +36,13 @@ class ChatTemplate:
         Raises:
             InputError: The template refuses it; the message begins with `where`.
         """
-        now = datetime.combine(self.today, time())
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    chat_template=self.source,
+                    chat_template=self.text,
                     add_generation_prompt=prompt,
                     tokenize=False,
-                    strftime_now=now.strftime,
                 )
             )
         except Exception as error:
@@ -61,7 +63,20 @@ class ChatTemplate:
     @property
     def dated(self) -> bool:
         """Whether the template asks for the date, for which it has one way."""
-        return "strftime_now" in self.tokenizer.get_chat_template(self.source)
+        return CLOCK in self.tokenizer.get_chat_template(self.source)
+
+    @cached_property
+    def text(self) -> str:
+        """The template, with `today` as its clock; transformers lets no other clock be given."""
+        source = self.tokenizer.get_chat_template(self.source)
+        if not self.dated:
+            return source
+        literals = {text[1:-1] for _, kind, text in Environment().lex(source) if kind == "string"}
+        now = datetime.combine(self.today, time())
+        table = json.dumps({text: now.strftime(text) for text in sorted(literals) if "%" in text}, ensure_ascii=False)
+        unknown = "raise_exception('the format of the date must be written out')"
+        body = f"{{% set days = {table} %}}{{{{ days[format] if format in days else {unknown} }}}}"
+        return f"{{% macro {CLOCK}(format) %}}{body}{{% endmacro +%}}{source}"
 
 
 def read_template(given: str | None, tokenizer: PreTrainedTokenizerBase, key: str) -> str | None:
@@ -79,10 +94,10 @@ def read_template(given: str | None, tokenizer: PreTrainedTokenizerBase, key: st
         if not path.is_file():
             raise InputError(f"{what} is neither a Jinja template, for it prints nothing ({{{{ }}}}), nor a file")
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise InputError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"{what} cannot be read: {error.strerror}") from error
     if not _is_template(text):
         raise InputError(f"{what} holds no Jinja template, for it prints nothing ({{{{ }}}})")
     return text
