@@ -113,7 +113,9 @@ class Evaluator:
         """Begin an evaluation of these sources; the last entry of `scores` is over all of them."""
         self.sources = sources
         samples, greedy = self.settings.samples, self.settings.greedy
-        parts = [*(f"reward/{name}" for name in self.reward.components), *MARKER_METRICS]
+        parts = [f"reward/{name}" for name in self.reward.components]
+        if isinstance(self.reward.judge, MarkedReward) and self.reward.judge.opener:
+            parts += MARKER_METRICS
         self.scores = [SourceScores(samples, greedy, device, parts) for _ in (*sources, "all")]
         self.watch.begin()
         self.checked = 0
@@ -210,7 +212,7 @@ class Evaluator:
     ) -> dict[str, list[float]]:
         """Of each response, as 0 or 1: its thought never ended; it is correct strictly; it is by its whole text."""
         judge = self.reward.judge
-        if not isinstance(judge, MarkedReward):
+        if not (isinstance(judge, MarkedReward) and judge.opener):
             return {}
         unended = judge.unended(texts, [q.text for q in questions])
         strict = [
