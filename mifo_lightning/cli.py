@@ -160,7 +160,11 @@ class MifoCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the model as it comes, unless an earlier run is resumed."""
-        if self._evaluates() and not self._get(self.config, "ckpt_path"):
+        start = self._get(self.config, "ckpt_path")
+        for callback in self.trainer.callbacks:  # before minutes of evaluation, and before config.yaml is written
+            if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
+                callback.check_free(self.trainer, self.model, start)
+        if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
 
     def after_fit(self) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mifo_callbacks.sharding import require_data_parallel
@@ -26,9 +27,29 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
             "model.sft.clip"
         )
+    check_flags(trainer)
     limit, micro = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if isinstance(limit, int) and limit % micro:
-        raise InputError(f"trainer.limit_train_batches: {limit} is not a multiple of accumulate_grad_batches = {micro}")
+        name = "fast_dev_run" if trainer.fast_dev_run else "limit_train_batches"  # type: ignore[attr-defined]
+        raise InputError(f"trainer.{name}: {limit} is not a multiple of accumulate_grad_batches = {micro}")
+
+
+def check_flags(trainer: Trainer) -> None:
+    """Raise an InputError for flags that would do nothing or never end: how many batches a run has is not known before."""
+    if trainer.min_steps:
+        raise InputError(f"trainer.min_steps: {trainer.min_steps} is not allowed; data.schedule says when a run ends")
+    for name in ("limit_train_batches", "val_check_interval"):
+        value = getattr(trainer, name)
+        if isinstance(value, float) and value not in (0.0, 1.0):
+            raise InputError(
+                f"trainer.{name}: {value} is not allowed; how many batches data.schedule makes is not known before: "
+                "give a whole number of micro-batches"
+            )
+    if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise InputError(
+            "trainer.callbacks: LearningRateMonitor is not allowed; it reads the rate of the step before, which may be "
+            "of the other phase; rl/lr and sft/lr are logged without it"
+        )
 
 
 def check_format(checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Loading a Hugging Face causal LM and its tokenizer, sharding it, and writing it back."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from mifo_lightning.distributed import full
@@ -87,13 +88,42 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(policy, "decode")
 
 
-def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path, write: bool) -> None:
-    """Write a Hugging Face directory; collective if the weights are sharded, `write` on one rank only."""
+def stored_dtype(model: str) -> torch.dtype:
+    """The floating dtype that the configuration of a model names for its weights; float32 where it names none."""
+    dtype = getattr(AutoConfig.from_pretrained(locate(model)), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def export_model(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    write: bool,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a Hugging Face directory; collective if the weights are sharded, `write` on one rank only.
+
+    Args:
+        policy: The model, fp32.
+        tokenizer: The model's.
+        directory: Where to.
+        write: Whether this rank writes.
+        dtype: Of the written floating-point weights; another than fp32 rounds them.
+    """
     weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
     if write:
         directory.mkdir(parents=True, exist_ok=True)
+        rounded = {name: w.to(dtype) if w.dtype == torch.float32 else w for name, w in weights.items()}
         with no_progress_bar():
-            policy.model.save_pretrained(directory, state_dict=weights)
+            policy.model.save_pretrained(directory, state_dict=rounded)
+        config = copy.deepcopy(policy.model.config)
+        config.dtype = dtype  # save_pretrained names the dtype of the weights in memory
+        config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
 

@@ -137,6 +137,10 @@ class MifoModule(LightningModule):
         check_trainer(self.trainer)
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
         reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
+        for policy in (self.policy, reference):
+            if policy is not None:
+                # hooks of callbacks run outside the Trainer's own context: they would measure another model
+                policy.numerics = self.trainer.precision_plugin.forward_context
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for whole in (self.policy, reference):
                 if whole is not None and self.device_mesh is not None:

@@ -1,7 +1,7 @@
 """The language model as the losses and the rollout engine see it: any Hugging Face causal LM."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +58,13 @@ class Policy(nn.Module):
 
     Args:
         model: A Hugging Face causal LM.
+
+    Attributes:
+        numerics: The context that every forward runs in, whoever asks for it and from wherever; MifoModule puts the
+            Trainer's precision here.
     """
+
+    numerics: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -82,20 +88,22 @@ class Policy(nn.Module):
         row, step = mask.nonzero(as_tuple=True)
         position = sequences.prompt_lengths[row] + step
         targets = sequences.tokens[row, position]
-        if self.split_head:
-            hidden = self.model.base_model(input_ids=sequences.tokens, use_cache=False).last_hidden_state
-            head: Any = self.model.get_output_embeddings()
-        else:
-            hidden = self.model(input_ids=sequences.tokens, use_cache=False).logits
-            head = nn.Identity()
-        # the state before a token predicts it; only response positions ever reach the head
-        scores = token_scores(head, hidden[row, position - 1], targets, temperature, entropy_gradient)
+        with self.numerics():
+            if self.split_head:
+                hidden = self.model.base_model(input_ids=sequences.tokens, use_cache=False).last_hidden_state
+                head: Any = self.model.get_output_embeddings()
+            else:
+                hidden = self.model(input_ids=sequences.tokens, use_cache=False).logits
+                head = nn.Identity()
+            # the state before a token predicts it; only response positions ever reach the head
+            scores = token_scores(head, hidden[row, position - 1], targets, temperature, entropy_gradient)
         logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
         return logp, entropy
 
     def decode(self, **inputs: Any) -> Any:
         """One cached forward pass for generation; logits of the last position only, as Hugging Face returns them."""
-        return self.model(**inputs, use_cache=True, logits_to_keep=1)
+        with self.numerics():
+            return self.model(**inputs, use_cache=True, logits_to_keep=1)
 
     @property
     def device(self) -> torch.device:

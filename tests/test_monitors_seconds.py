@@ -13,8 +13,10 @@ from lightning import Trainer
 from monitoring import Records, Sums, additions
 from rich.console import Console
 
-from mifo_callbacks import BufferPhaseSwitch
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler, SecondsByActivity
+from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.summary import RunSummary, before_and_after, heldout_line, seconds_line
 from mifo_lightning.schedule import Schedule
 
@@ -82,7 +84,7 @@ def test_actions_add_up_to_activities(clock: Callable[[float], None]) -> None:
         profiler.start(action)
         clock(seconds)
         profiler.stop(action)
-    assert profiler.by_activity() == {
+    assert profiler.by_activity(method_callbacks()) == {
         "freezing": 3,
         "selection": 12,
         "importance": 16,
@@ -97,7 +99,7 @@ def test_a_run_is_accounted_for_by_activity(make_trainer: MakeTrainer) -> None:
     profiler, records = ActivityProfiler(), Records()
     trainer = make_trainer([*method_callbacks(size=8), SecondsByActivity(every=2)], profiler=profiler, logger=records)
     trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=4, rl_questions=4, sft_batch=4)))
-    seconds = profiler.by_activity()
+    seconds = profiler.by_activity(trainer.callbacks)
     assert seconds.keys() >= {*METHOD, "training", "rollout", "reward", "scoring", "forward", "backward"}
     inside = ("rollout", "reward", "scoring", "forward", "backward")
     assert 0 < sum(seconds[name] for name in inside) < seconds["training"]
@@ -107,6 +109,26 @@ def test_a_run_is_accounted_for_by_activity(make_trainer: MakeTrainer) -> None:
     for earlier, later in pairwise(logged):
         assert all(later[name] >= value for name, value in earlier.items())
     assert logged[-1].keys() >= {f"seconds/{name}" for name in inside}
+
+
+def test_a_subclass_is_accounted_for_in_its_configuration_group(make_trainer: MakeTrainer) -> None:
+    class Louder(ImportanceEMA):
+        pass
+
+    class Chatty(BufferPhaseSwitch):
+        pass
+
+    class Stranger(PhaseCallback):
+        pass
+
+    method = [EntropyTokenSelection(), Louder(), GradientFreezing(), GradientDropping(0.5, "rl")]
+    profiler, costs = ActivityProfiler(), Costs()
+    callbacks = [*method, Chatty(size=8, p=0.75), Stranger(), costs]
+    trainer = make_trainer(callbacks, profiler=profiler)
+    trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=3, rl_questions=4, sft_batch=4)))
+    assert profiler.by_activity(trainer.callbacks).keys() >= {*METHOD, "dropping"}
+    assert costs.summary()["callbacks"].keys() >= {"ImportanceEMA", "BufferPhaseSwitch", "GradientDropping", "Stranger"}
+    assert not costs.summary()["callbacks"].keys() & {"Louder", "Chatty", "PhaseCallback"}
 
 
 def test_the_line_of_seconds() -> None:

@@ -1,6 +1,7 @@
 """Log-probability and entropy of given tokens, without ever holding a second [tokens, vocabulary] tensor."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ def token_scores(
     """Score each target token under softmax(head(hidden) / temperature).
 
     Where the logits would exceed `CHUNK_ELEMENTS`, they are made chunk by chunk and made again in the backward pass.
+    Under autocast the head computes in its dtype, whatever the cache of casts around it holds.
 
     Args:
         head: Maps hidden states [n, D] to logits [n, V].
@@ -30,7 +32,8 @@ def token_scores(
     Returns:
         `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats.
     """
-    n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
+    with _without_cache(hidden.device.type):
+        n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
     if len(hidden) <= n:
         return _score(head, hidden, targets, temperature, entropy_gradient)
     parts = [
@@ -49,7 +52,8 @@ def vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
 def _score(
     head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
+    with _without_cache(hidden.device.type):  # here, not in the caller: chunks are made again in the backward pass
+        logits = head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     log_z = logits.logsumexp(-1)
@@ -59,3 +63,14 @@ def _score(
         probs = torch.exp(logits - log_z[:, None])
         entropy = (log_z - (probs * logits).sum(-1)).clamp_min(0.0)
     return logp, entropy
+
+
+def _without_cache(device: str) -> AbstractContextManager[object]:
+    """The autocast that is active, if one is, without its cache of casts.
+
+    The cache would keep a cast of the head's weight alive from chunk to chunk, and one made without a graph, in older
+    torch, would take the weight's gradient away.
+    """
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

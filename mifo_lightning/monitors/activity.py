@@ -2,20 +2,27 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
-# what an action's name contains -> activity; the first that fits counts
+# configuration group, by its class -> activity
+CALLBACKS = {
+    "EntropyTokenSelection": "selection",
+    "ImportanceEMA": "importance",
+    "GradientFreezing": "freezing",
+    "GradientDropping": "dropping",
+    "BufferPhaseSwitch": "buffer",
+}
+# what the name of any other action contains -> activity; the first that fits counts
 ACTIVITIES = {
-    "[Callback]EntropyTokenSelection": "selection",
-    "[Callback]ImportanceEMA": "importance",
-    "[Callback]GradientFreezing": "freezing",
-    "[Callback]BufferPhaseSwitch": "buffer",
     "Strategy.backward": "backward",
     "Strategy.validation_step": "evaluation",
     "Strategy.test_step": "evaluation",
@@ -46,14 +53,43 @@ class ActivityProfiler(Profiler):
         if self._open[action_name]:
             self.seconds[action_name] += time.perf_counter() - self._open[action_name].pop()
 
-    def by_activity(self) -> dict[str, float]:
-        """Wall seconds so far of each activity; `training` holds all of an optimizer step, rollouts included."""
+    def by_callback(self, callbacks: Iterable[Callback]) -> dict[str, float]:
+        """Wall seconds so far of each configuration group, by the name of its class.
+
+        Args:
+            callbacks: Those of the Trainer.
+        """
         totals: dict[str, float] = defaultdict(float)
+        for callback in callbacks:
+            # Lightning names an action after the state key, `profiled` after the class
+            names = {f"[Callback]{key}." for key in (callback.state_key, type(callback).__name__)}
+            for action, seconds in self.seconds.items():
+                if action.startswith(tuple(names)):
+                    totals[group_class(callback)] += seconds
+        return dict(totals)
+
+    def by_activity(self, callbacks: Iterable[Callback]) -> dict[str, float]:
+        """Wall seconds so far of each activity; `training` holds all of an optimizer step, rollouts included.
+
+        Args:
+            callbacks: Those of the Trainer.
+        """
+        totals: dict[str, float] = defaultdict(float)
+        for name, seconds in self.by_callback(callbacks).items():
+            if name in CALLBACKS:
+                totals[CALLBACKS[name]] += seconds
         for action, seconds in self.seconds.items():
             activity = next((a for part, a in ACTIVITIES.items() if part in action), None)
             if activity is not None:
                 totals[activity] += seconds
         return dict(totals)
+
+
+def group_class(callback: Callback) -> str:
+    """Name of the class of the configuration group that a callback belongs to; a user's subclass counts there too."""
+    ours = (c for c in type(callback).__mro__ if c.__module__.startswith(("mifo_callbacks.", "mifo_lightning.")))
+    found = next((c for c in ours if c not in (PhaseCallback, PhaseMonitor)), type(callback))
+    return found.__name__
 
 
 class SecondsByActivity(Callback):
@@ -77,4 +113,6 @@ class SecondsByActivity(Callback):
         """Log the sums."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, ActivityProfiler) and trainer.global_step % self.every == 0:
-            log_metrics(trainer, {f"seconds/{name}": value for name, value in profiler.by_activity().items()})
+            log_metrics(
+                trainer, {f"seconds/{name}": value for name, value in profiler.by_activity(trainer.callbacks).items()}
+            )

@@ -43,12 +43,13 @@ class Costs(Callback):
         self._began = 0.0
         self._step: list[dict[str, Any]] = []  # the work of this rank in the running optimizer step
         self._profiler: Any = None
+        self._callbacks: list[Callback] = []
         self._earlier: dict[str, float] = {}  # seconds of callbacks before the run was resumed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the weights."""
         self._weights = multiplying(pl_module.policy.model)  # type: ignore[union-attr,arg-type]
-        self._profiler = trainer.profiler  # type: ignore[attr-defined]
+        self._profiler, self._callbacks = trainer.profiler, trainer.callbacks  # type: ignore[attr-defined]
         self._step = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -84,7 +85,7 @@ class Costs(Callback):
         log_metrics(trainer, {f"costs/{name}": value for name, value in totals.items()})
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON: both accounts, distinct questions and demonstrations, seconds of every callback."""
+        """Plain JSON: both accounts, distinct questions and demonstrations, seconds of every callback by its group's class."""
         accounts = {phase: {**a, "flops": flops(a, self._weights)} for phase, a in self.accounts.items()}
         distinct = {"distinct_questions": len(self.questions), "distinct_demonstrations": len(self.demonstrations)}
         return {**accounts, **distinct, "callbacks": self._seconds_of_callbacks()}
@@ -92,10 +93,8 @@ class Costs(Callback):
     def _seconds_of_callbacks(self) -> dict[str, float]:
         seconds = defaultdict(float, self._earlier)
         if isinstance(self._profiler, ActivityProfiler):
-            for action, spent in self._profiler.seconds.items():
-                if action.startswith("[Callback]"):
-                    # [Callback]Name{'key': value}.hook
-                    seconds[action.removeprefix("[Callback]").partition("{")[0].partition(".")[0]] += spent
+            for name, spent in self._profiler.by_callback(self._callbacks).items():
+                seconds[name] += spent
         return dict(seconds)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,26 +1,63 @@
 """The final model as a Hugging Face directory."""
 
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mifo_lightning.models import export_model
-from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.errors import InputError
+from mifo_lightning.models import dtype_name, export_model, locate, stored_dtype
+from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
 
 
 class ExportModel(Callback):
     """Writes the model and its tokenizer where `AutoModelForCausalLM.from_pretrained` loads them, when training ends.
 
+    Weights are trained in float32. With dtype `loaded` they are written as the model came: where that is bfloat16, what
+    training has learned is rounded to 8 significant bits, which takes small updates back; a line says so. `float32`
+    keeps every bit. A trial (`trainer.fast_dev_run`) writes nothing.
+
     Args:
         directory: Where to write; null takes `model` in the run's directory.
+        dtype: Of the written weights: loaded, as the configuration of the input model names it, or float32.
+
+    Raises:
+        InputError: Before training, if another run has left something there, or if the input model lies there.
     """
 
-    def __init__(self, directory: str | None = None) -> None:
-        self.directory = directory
+    def __init__(self, directory: str | None = None, dtype: Literal["loaded", "float32"] = "loaded") -> None:
+        self.directory, self.dtype = directory, dtype
         self.written: Path | None = None
+
+    def check_free(self, trainer: Trainer, pl_module: Any, start: Any) -> None:
+        """Raise an InputError if the directory is another's; `start` is the checkpoint to go on from."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        place = self._place(trainer)
+        if place.resolve() == Path(locate(pl_module.model_name)).resolve():
+            raise InputError(f"export.directory: {place} is the input model, which is not written over")
+        if place != self.written:
+            keep_earlier(trainer, place, "export.directory", start)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whatever is in the directory stays as it is."""
+        self.check_free(trainer, pl_module, trainer.ckpt_path)  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it."""
-        directory = Path(self.directory) if self.directory else run_dir(trainer) / "model"
-        export_model(pl_module.policy, pl_module.tokenizer, directory, write=trainer.is_global_zero)  # type: ignore[arg-type]
-        self.written = directory
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        module: Any = pl_module
+        dtype = torch.float32 if self.dtype == "float32" else stored_dtype(module.model_name)
+        self.written = self._place(trainer)
+        export_model(module.policy, module.tokenizer, self.written, write=trainer.is_global_zero, dtype=dtype)
+        if dtype != torch.float32:
+            rank_zero_only(print)(
+                f"export: the trained weights are rounded to {dtype_name(dtype)}, as the model came; "
+                "--export.dtype float32 keeps them whole"
+            )
+
+    def _place(self, trainer: Trainer) -> Path:
+        return Path(self.directory) if self.directory else run_dir(trainer) / "model"

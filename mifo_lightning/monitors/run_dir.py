@@ -1,19 +1,48 @@
 """Where a run's files go."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
+
+from mifo_lightning.errors import InputError
 
 
 def run_dir(trainer: Trainer) -> Path:
     """A directory of this run alone, beside its checkpoints, as its logger names it; valid on the first rank only.
 
-    A W&B logger that writes inside `trainer.default_root_dir` leaves that directory to the run.
+    A W&B logger that writes inside `trainer.default_root_dir` leaves that directory to the run. A trial
+    (`trainer.fast_dev_run`) has a directory `fast_dev_run`, which the next one overwrites.
     """
     logger, root = trainer.logger, Path(trainer.default_root_dir)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return root / "fast_dev_run"
     if isinstance(logger, WandbLogger):
         place = Path(logger.save_dir or root)
         inside = root.resolve() in place.resolve().parents
         return root if inside else place / str(logger.name) / str(logger.version)
     return Path(getattr(logger, "log_dir", None) or root)
+
+
+def keep_earlier(trainer: Trainer, path: Path, key: str, start: Any) -> None:
+    """Refuse to write over what another run left; a run that goes on from a checkpoint beside it may.
+
+    Collective once the processes have found each other.
+
+    Args:
+        trainer: About to train.
+        path: The file or directory that training will write.
+        key: The configuration key that says where.
+        start: The checkpoint that training goes on from, or None.
+
+    Raises:
+        InputError: If it is there, and training does not go on from a checkpoint in the directory that holds it.
+    """
+    taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    own = start is not None and path.resolve().parent in Path(start).resolve().parents
+    if trainer.strategy.broadcast(taken and not own):
+        raise InputError(
+            f"{key}: {path} is there already and is not written over; give another trainer.default_root_dir or {key}, "
+            "or go on from its checkpoint with --ckpt_path"
+        )

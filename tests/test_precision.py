@@ -1,0 +1,126 @@
+"""One numerical model: whatever asks for a forward gets the Trainer's precision."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from conftest import SAMPLING, make_data, make_module, method_callbacks
+from lightning import Trainer
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from mifo_lightning.data.skills import Skills
+from mifo_lightning.evaluation import Evaluation
+from mifo_lightning.losses.token_scores import token_scores
+from mifo_lightning.monitors.forgetting import Forgetting
+from mifo_lightning.monitors.heldout import HeldOutLoss
+from mifo_lightning.monitors.phase_kl import PhaseKL
+from mifo_lightning.policy import Policy
+from mifo_lightning.rl_settings import RLSettings
+from mifo_lightning.schedule import Schedule
+
+MakeTrainer = Callable[..., Trainer]
+Seen = dict[str, set[torch.dtype]]
+
+# who asks for a forward: the first of these among the callers, from the inside out
+ASKERS = {
+    "initial_losses": "first losses of FLOW",
+    "Reinforcement.draw": "rollouts",
+    "Reinforcement.prepare": "scores of rollouts, old and reference",
+    "MifoModule._rl_step": "RL forward",
+    "MifoModule._sft_step": "SFT forward and entropies",
+    "Forgetting._measure": "Forgetting",
+    "HeldOutLoss._losses": "HeldOutLoss",
+    "PhaseKL.begin": "PhaseKL, drawn and scored",
+    "PhaseKL.end": "PhaseKL, scored again",
+    "Evaluator._respond": "evaluation, responses",
+    "Evaluator._demonstration_loss": "evaluation, demonstrations",
+}
+
+
+def asker(frame: FrameType | None) -> str:
+    """Which part of a run called, by its name in `ASKERS`; the whole chain of ours where none fits."""
+    chain = []
+    while frame is not None:
+        name = frame.f_code.co_qualname
+        if name in ASKERS:
+            return ASKERS[name]
+        if frame.f_globals.get("__name__", "").startswith("mifo_"):
+            chain.append(name)
+        frame = frame.f_back
+    return f"unknown: {' < '.join(chain)}"
+
+
+@pytest.fixture
+def forwards(policy: Policy) -> Iterator[Seen]:
+    """dtypes of all logits that any model makes, by who asked for them."""
+    seen: Seen = defaultdict(set)
+    vocabulary = policy.model.get_output_embeddings().weight.shape[0]
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and module.out_features == vocabulary:
+            seen[asker(sys._getframe())].add(output.dtype)
+
+    handle = register_module_forward_hook(note)
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_every_forward_of_a_run_has_the_precision_of_the_run(
+    make_trainer: MakeTrainer, forwards: Seen, precision: str, dtype: torch.dtype
+) -> None:
+    monitors = [Forgetting(4), HeldOutLoss(4), PhaseKL(4)]
+    trainer = make_trainer(
+        [*method_callbacks(size=8), *monitors],
+        precision=precision,
+        accumulate_grad_batches=2,  # entropies of the whole SFT step need a forward of their own
+        limit_val_batches=1.0,
+        num_sanity_val_steps=0,
+    )
+    module = make_module(
+        policy=RLSettings(kl_coefficient=0.1),
+        sft_weight="flow",
+        evaluation=Evaluation(samples=1, greedy=True, sampling=SAMPLING),
+    )
+    data = make_data(
+        val=Skills(["addition", "mirrored"], 8, split="val"),
+        schedule=Schedule(rl_steps=3, rl_questions=4, sft_batch=4, passes=2),
+    )
+    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    # a model is looked at once when it is loaded, before there is a run
+    found = {name: dtypes for name, dtypes in forwards.items() if "load_policy" not in name}
+    assert found == dict.fromkeys(ASKERS.values(), {dtype})
+
+
+@pytest.mark.parametrize("chunk", [12, 5])
+def test_the_head_casts_without_the_cache_of_the_autocast_around_it(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(12, 8), nn.Linear(8, 16, bias=False), torch.arange(12)
+    states: set[tuple[bool, torch.dtype]] = set()
+
+    def head(h: Tensor) -> Tensor:
+        logits: Tensor = weight(h)
+        states.add((torch.is_autocast_cache_enabled(), logits.dtype))
+        return logits
+
+    def gradient(cache: bool) -> Tensor:
+        weight.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            with torch.no_grad():
+                token_scores(head, hidden, targets)  # a cast without a graph, which a cache would hand out again
+            logp, _ = token_scores(head, hidden, targets)
+        logp.sum().backward()  # makes the chunks again, outside the context
+        assert weight.weight.grad is not None
+        return weight.weight.grad.clone()
+
+    monkeypatch.setattr("mifo_lightning.losses.token_scores.CHUNK_ELEMENTS", chunk * 16)
+    assert torch.equal(gradient(cache=True), gradient(cache=False))
+    assert states == {(False, torch.bfloat16)}
