@@ -62,7 +62,14 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
     assert config["importance"]["init_args"]["alpha"] == 0
     assert config["freeze"]["init_args"]["fraction"] == 0.3
     assert config["entropy"] is None
-    assert config["switch"]["init_args"] == {"size": 128, "p": 0.125, "order": "fifo", "leftovers": "keep"}
+    assert config["switch"]["init_args"] == {
+        "size": 128,
+        "p": 0.125,
+        "order": "fifo",
+        "leftovers": "keep",
+        "max_age": None,
+        "drop_solved": False,
+    }
 
 
 @pytest.mark.parametrize("method", sorted(p.name for p in (CONFIGS / "methods").glob("*.yaml")))
