@@ -261,6 +261,13 @@ def _check_comparisons(ablation: Ablation, path: Path) -> None:
     if ablation.margin is not None and not 0 < ablation.margin < math.inf:
         raise InputError(f"{path}: margin: {ablation.margin}: allowed are numbers above 0, or null")
     pairs = [("primary_contrast", ablation.primary_contrast), *(("contrasts", pair) for pair in ablation.contrasts)]
+    if ablation.primary_contrast[:1] == [ablation.reference]:
+        raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")
+    if ablation.design == "crossed" and len(ablation.seeds) == 1 < len(ablation.bases):
+        raise InputError(
+            f"{path}: design: crossed: with one seed on all bases, what the seed does would be taken for the arm's; "
+            "allowed are several seeds, or nested"
+        )
     for key, pair in pairs:
         unknown = [arm for arm in pair if arm not in ablation.arms]
         if unknown or len(set(pair)) != 2 or len(pair) != 2:

@@ -56,7 +56,7 @@ def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Pa
         arms = {"mifo": {"configs": [str(method)]}, "other": {}}
         fingerprint.__globals__["_digest_config"].cache_clear()
         fingerprint.__globals__["_digest_model"].cache_clear()
-        changed = {"bases": {"b": str(base)}, "arms": arms, "primary_contrast": list(arms), **changes}
+        changed = {"bases": {"b": str(base)}, "arms": arms, "primary_contrast": ["other", "mifo"], **changes}
         return fingerprint(cells(read_ablation(write(tmp_path, **changed)))[0])
 
     first = present()
@@ -99,7 +99,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_path: Path) -> None:
     arms = {"bad": {"set": {"data.schedule.rl_questions": 0}}, "mifo": {}}
-    runner = start(write(tmp_path, arms=arms, seeds=[0], primary_contrast=list(arms)), "--wandb", "offline")
+    runner = start(write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"]), "--wandb", "offline")
     printed = runner.communicate()[0]
     assert runner.returncode == 1, printed
     rows = {row["arm"]: row for row in json.loads((tmp_path / "out" / "cells.json").read_text(encoding="utf-8"))}
@@ -112,7 +112,7 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
     }
     assert list(run.glob("wandb/wandb/offline-run-*-two_arms-mifo-shipped-seed0/*.wandb"))
     settings = {**GRID["set"], "data.schedule.rl_steps": 4}
-    changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=list(arms), set=settings)
+    changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"], set=settings)
     refused = start(changed)
     printed = refused.communicate()[0]
     assert refused.returncode == 2
@@ -149,7 +149,7 @@ def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
 ) -> None:
     first = read_ablation(write(tmp_path, margin=0.02))
     ablation.write_plan(first, "command", fits=True)
-    turned = {"primary_contrast": list(reversed(GRID["primary_contrast"])), "margin": 0.02}
+    turned = {"arms": {**GRID["arms"], "third": {}}, "primary_contrast": ["third", "mifo"], "margin": 0.02}
     ablation.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nothing had been seen yet
     record_outcome(cells(first)[0].directory, "it broke", 1.0)
     ablation.check_named_before(first, cells(first))
@@ -163,23 +163,23 @@ def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
 @pytest.mark.slow
 def test_a_grid_of_many_bases_with_a_seed_each_ends_in_a_page(tmp_path: Path) -> None:
     settings = {**GRID["set"], "data.schedule.rl_steps": 1, "data.val.init_args.count": 8}
-    bases = {f"b{i}": BASE for i in range(3)}
+    bases = {f"b{i}": BASE for i in range(2)}
     config = write(tmp_path, bases=bases, seeds=[0], design="nested", margin=0.5, set=settings)
     runner = start(config)
     printed = runner.communicate()[0]
     assert runner.returncode == 0, printed
     page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "**Primary contrast, named before the run: 'mifo' minus 'interleave, half + lr' in avg@1 is" in page
+    assert "**Primary contrast, named before the run: 'interleave, half + lr' minus 'mifo' in avg@1 is" in page
     assert "every base has seeds of its own" in page
     rows = [line.split(",") for line in (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8").splitlines()]
-    assert [row[1:3] for row in rows if row[0] == "mifo"] == [[f"b{i}", str(i)] for i in range(3)]
+    assert [row[1:3] for row in rows if row[0] == "mifo"] == [[f"b{i}", str(i)] for i in range(2)]
     assert rows[0][:6] == ["arm", "base", "seed", "status", "error", "avg@1"]
 
 
 def test_commit_and_command_are_those_of_the_calls_that_ran_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, contrasts=[["interleave, half + lr", "mifo"]], setting="Two arms.")
+    path = write(tmp_path, contrasts=[["mifo", "interleave, half + lr"]], setting="Two arms.")
     small = read_ablation(path)
 
     def call(commit: str, command: str, fits: bool) -> tuple[str | None, str | None]:

@@ -33,7 +33,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seeds": [1, 1]}, ["seeds: 1 given"]),
         ({"seeds": []}, ["seeds: none given"]),
         ({"seeds": "all"}, ["seeds", "all"]),
-        ({"arms": {"mifo": {}, "MIFO!": {}}, "primary_contrast": ["mifo", "MIFO!"]}, ["arms: mifo given"]),
+        ({"arms": {"mifo": {}, "MIFO!": {}}, "primary_contrast": ["MIFO!", "mifo"]}, ["arms: mifo given"]),
         ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml"]),
         ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
         (
@@ -44,8 +44,13 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"design": "random"}, ["design", "crossed", "nested", "random"]),
         ({"question": None}, ["question"]),
         ({"primary_contrast": None}, ["primary_contrast"]),
-        ({"primary_contrast": ["mifo", "rl"]}, ["primary_contrast: ['mifo', 'rl']", "mifo, interleave, half + lr"]),
-        ({"primary_contrast": ["mifo"]}, ["primary_contrast: ['mifo']", "two different"]),
+        ({"primary_contrast": ["rl", "mifo"]}, ["primary_contrast: ['rl', 'mifo']", "mifo, interleave, half + lr"]),
+        ({"primary_contrast": ["mifo", "interleave, half + lr"]}, ["the reference comes second"]),
+        ({"design": "crossed", "bases": {"a": BASE, "b": BASE}, "seeds": [0]}, ["crossed", "several seeds, or nested"]),
+        (
+            {"primary_contrast": ["interleave, half + lr"]},
+            ["primary_contrast: ['interleave, half + lr']", "two different"],
+        ),
         ({"margin": 0.0}, ["margin: 0.0", "above 0"]),
         ({"margin": float("nan")}, ["margin: nan", "above 0"]),
         ({"trade_off": {"learned": ["avg@1"]}}, ["trade_off: {'learned'", "two names"]),
@@ -117,7 +122,7 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
 )
 def test_only_names_arms_bases_and_seeds(tmp_path: Path, only: list[str], count: int) -> None:
     arms = {"mifo": {}, "p = 1/8": {}}
-    pair = list(arms)
+    pair = ["p = 1/8", "mifo"]
     config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms=arms, primary_contrast=pair, design="crossed")
     grid = cells(read_ablation(config))
     assert len(choose(grid, only)) == count

@@ -82,7 +82,7 @@ def strips(ablation: Ablation, measures: Mapping[str, Measure]) -> dict[str, lis
         scores = {arm: ablation.grid(arm, measure) for arm in ablation.names}
         for arm, found in intervals(ablation, scores).items():
             rows[arm].append(Strip(scores[arm], found, color or None))
-    return {arm: row for arm, row in rows.items() if any(np.isfinite(strip.interval.mean) for strip in row)}
+    return {arm: row for arm, row in rows.items() if any(np.isfinite(strip.scores).any() for strip in row)}
 
 
 def means(ablation: Ablation, measure: Measure) -> dict[str, float]:
