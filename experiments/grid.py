@@ -29,6 +29,11 @@ GIVEN = {
 }
 
 
+CROSSED_BASES, CROSSED_SEEDS = 5, 3
+"""How many bases may share seeds, and how few seeds: beyond, too many of equal arms are called different
+(`experiments.report.rates`)."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """What one arm adds to the settings of all."""
@@ -263,10 +268,11 @@ def _check_comparisons(ablation: Ablation, path: Path) -> None:
     pairs = [("primary_contrast", ablation.primary_contrast), *(("contrasts", pair) for pair in ablation.contrasts)]
     if ablation.primary_contrast[:1] == [ablation.reference]:
         raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")
-    if ablation.design == "crossed" and len(ablation.seeds) == 1 < len(ablation.bases):
+    bases, seeds = len(ablation.bases), len(ablation.seeds)
+    if ablation.design == "crossed" and bases > 1 and (bases > CROSSED_BASES or seeds < CROSSED_SEEDS):
         raise InputError(
-            f"{path}: design: crossed: with one seed on all bases, what the seed does would be taken for the arm's; "
-            "allowed are several seeds, or nested"
+            f"{path}: design: crossed: with {bases} bases and {seeds} seeds; what seeds do to all bases would pass for "
+            f"what arms do: allowed are up to {CROSSED_BASES} bases with {CROSSED_SEEDS} seeds or more, or nested"
         )
     for key, pair in pairs:
         unknown = [arm for arm in pair if arm not in ablation.arms]

@@ -46,7 +46,11 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"primary_contrast": None}, ["primary_contrast"]),
         ({"primary_contrast": ["rl", "mifo"]}, ["primary_contrast: ['rl', 'mifo']", "mifo, interleave, half + lr"]),
         ({"primary_contrast": ["mifo", "interleave, half + lr"]}, ["the reference comes second"]),
-        ({"design": "crossed", "bases": {"a": BASE, "b": BASE}, "seeds": [0]}, ["crossed", "several seeds, or nested"]),
+        (
+            {"design": "crossed", "bases": {"a": BASE, "b": BASE}, "seeds": [0, 1]},
+            ["2 bases and 2 seeds", "or nested"],
+        ),
+        ({"design": "crossed", "bases": dict.fromkeys("abcdef", BASE), "seeds": [0, 1, 2]}, ["6 bases and 3 seeds"]),
         (
             {"primary_contrast": ["interleave, half + lr"]},
             ["primary_contrast: ['interleave, half + lr']", "two different"],
@@ -115,7 +119,7 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
         (["mifo"], 4),
         (["p = 1/8"], 4),
         (["p_=_1_8/a"], 2),
-        (["p = 1/8/b/0", "mifo/b/seed1"], 2),
+        (["p = 1/8/b/2", "mifo/b/seed3"], 2),
         (["mifo", "mifo/a"], 4),
         ([], 8),
     ],
@@ -123,10 +127,10 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
 def test_only_names_arms_bases_and_seeds(tmp_path: Path, only: list[str], count: int) -> None:
     arms = {"mifo": {}, "p = 1/8": {}}
     pair = ["p = 1/8", "mifo"]
-    config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms=arms, primary_contrast=pair, design="crossed")
+    config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms=arms, primary_contrast=pair)
     grid = cells(read_ablation(config))
     assert len(choose(grid, only)) == count
-    with pytest.raises(InputError, match=r"--only mif: allowed .* arms mifo, p = 1/8; bases a, b; seeds 0, 1"):
+    with pytest.raises(InputError, match=r"--only mif: allowed .* arms mifo, p = 1/8; bases a, b; seeds 0, 2, 1, 3"):
         choose(grid, [*only, "mif"])
 
 

