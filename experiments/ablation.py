@@ -50,6 +50,8 @@ from experiments.grid import Ablation, Cell, cells, choose, read_ablation, slug,
 from mifo_lightning.errors import InputError
 
 PLAN = "ablation.json"
+NAMED_BEFORE = ("primary", "primary_contrast", "margin")
+"""What a reader takes to have been named before a run had been seen."""
 Work = Sequence[tuple[Cell, Fingerprint]]
 # imported once for all fits of `run_here`; W&B imports the latter two when a run begins
 IMPORTS = ("mifo_lightning.cli", "wandb.wandb_run", "experiments.cell")
@@ -167,12 +169,12 @@ def write_plan(ablation: Ablation, command: str, fits: bool) -> None:
     Written before the fits, so that a call that is killed is recorded too.
     """
     path = ablation.out / PLAN
-    keys = ("name", "question", "setting", "primary", "metrics", "trade_off", "reference", "contrasts", "design")
+    keys = ("name", "question", "setting", "metrics", "trade_off", "reference", "contrasts", "design", *NAMED_BEFORE)
     record = {
         **{key: getattr(ablation, key) for key in keys},
         "arms": [{"name": name, "directory": slug(name), **asdict(arm)} for name, arm in ablation.arms.items()],
         "bases": list(ablation.bases),
-        "seeds": ablation.seeds,
+        "seeds": {base: ablation.seeds_of(base) for base in ablation.bases},
     }
     with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -182,6 +184,20 @@ def write_plan(ablation: Ablation, command: str, fits: bool) -> None:
             commits += [now for now in [commit()] if now and now not in commits]
             made = {"command": command, "commit": ", ".join(filter(None, commits)) or None}
         write_json(path, {**record, **made})
+
+
+def check_named_before(ablation: Ablation, grid: Iterable[Cell]) -> None:
+    """Raise InputError if what is tested was named anew after a fit had ended."""
+    path = ablation.out / PLAN
+    if not path.is_file() or all(outcome(cell.directory).status == "missing" for cell in grid):
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key in NAMED_BEFORE:
+        if before.get(key) != getattr(ablation, key):
+            raise InputError(
+                f"{key}: {getattr(ablation, key)}: was {before.get(key)} when runs of {ablation.out} were made; one "
+                "named after them is exploratory: put a pair of arms under `contrasts`, or choose another `out`"
+            )
 
 
 def write_cells(ablation: Ablation, grid: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -214,10 +230,11 @@ def commit() -> str | None:
 
 def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str) -> int:
     """Run what is unfinished and write the report; the exit status, 1 if a fit failed."""
-    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "jinja2", "scipy") if find_spec(name) is None]
     if missing:  # known before the fits, not after them
         raise InputError(f"the report needs {' and '.join(missing)}: pip install -e '.[experiments]'")
     grid = cells(ablation)
+    check_named_before(ablation, grid)
     chosen = [(cell, fingerprint(cell)) for cell in choose(grid, only)]
     for cell, present in chosen:
         check_fingerprint(cell, present)

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -118,8 +119,7 @@ def fit(cell: Cell, present: Fingerprint) -> None:
         with output_to(directory / LOG):
             ended_well = _call([*cell.arguments, *prepare(directory)])
         error = None if ended_well else last_line(directory / LOG)
-        if ended_well and not (directory / SUMMARY).is_file():
-            error = f"it wrote no {SUMMARY}: the group `summary` must not be null"
+        error = error or _broken(directory / SUMMARY, cell.primary)
         record_outcome(directory, error, time.monotonic() - began)
         if error is None:  # nothing will go on from its checkpoint, and a grid has many
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -199,6 +199,17 @@ def _call(arguments: list[str]) -> bool:
 
         wandb.finish()  # a process of multiprocessing runs no exit handlers
     return True
+
+
+def _broken(summary: Path, primary: str) -> str | None:
+    """Why a fit that ended well has no result; None if it has one. Numbers that are none must not be averaged."""
+    if not summary.is_file():
+        return f"it wrote no {SUMMARY}: the group `summary` must not be null"
+    after = json.loads(summary.read_text(encoding="utf-8"))["after"]
+    if primary not in after:
+        return f"its final evaluation has no {primary}; it has {', '.join(after) or 'nothing'}"
+    wrong = next((key for key, value in after.items() if not math.isfinite(value)), None)
+    return f"its final {wrong} is {after[wrong]}" if wrong else None
 
 
 def _die_with_parent() -> None:

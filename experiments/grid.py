@@ -1,6 +1,7 @@
 """What an ablation file means: the file, checked, and the cells of its grid. Nothing is run or written here."""
 
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -26,6 +27,11 @@ GIVEN = {
     "checkpoint.dirpath": "out",
     "ckpt_path": "the unfinished run",
 }
+
+
+CROSSED_BASES, CROSSED_SEEDS = 5, 3
+"""How many bases may share seeds, and how few seeds: beyond, too many of equal arms are called different
+(`experiments.report.rates`)."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,14 @@ class Ablation:
     """Key of the final evaluation that ranks arms; higher is better."""
     reference: str
     """The arm that paired differences refer to."""
+    primary_contrast: list[str]
+    """The one pair of arms, first minus second, whose difference is tested as it is; all others are exploratory."""
     config: list[str]
     """Configuration files of all arms, the base first."""
     bases: dict[str, Path]
     """Name of each base model -> its directory."""
     seeds: list[int]
-    """Seeds of every arm on every base."""
+    """Seeds of every arm on every base, see `design`."""
     arms: dict[str, Arm]
     """Name of each arm -> what it changes."""
     out: Path
@@ -76,10 +84,13 @@ class Ablation:
     """What was run, for readers who do not know it: free text, a paragraph a line."""
     trade_off: dict[str, list[str]] = field(default_factory=dict)
     """Two names, each of a mean of metrics: shown against each other; none if empty."""
+    margin: float | None = None
+    """A primary contrast whose interval lies within this of 0 is called none; null: none is ever called so."""
     contrasts: list[list[str]] = field(default_factory=list)
     """Pairs of arms to compare beside the comparisons with the reference: the first minus the second."""
-    design: Literal["crossed", "nested"] = "crossed"
-    """Whether a seed means the same on every base (crossed) or belongs to its base (nested); for the intervals."""
+    design: Literal["crossed", "nested"] = "nested"
+    """Nested: every base has seeds of its own, so that the first base runs with `seeds`, the next with those after
+    them, and so on. Crossed: `seeds` on every base."""
     set: dict[str, Any] = field(default_factory=dict)
     """Command-line keys and values of all arms."""
     make_bases: str | None = None
@@ -90,6 +101,11 @@ class Ablation:
     """Null logs to files only."""
     slurm: dict[str, Any] | None = None
     """Options of `submitit.AutoExecutor.update_parameters`, and `cluster`: slurm, local or debug."""
+
+    def seeds_of(self, base: str) -> list[int]:
+        """The seeds of every arm on this base."""
+        place = list(self.bases).index(base) if self.design == "nested" else 0
+        return [seed + place * (max(self.seeds) + 1) for seed in self.seeds]
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,8 @@ class Cell:
     """Files that decide the result too."""
     model: Path
     """Directory of the base model."""
+    primary: str
+    """Key of the final evaluation without which the cell has no result."""
 
     @property
     def name(self) -> str:
@@ -148,7 +166,10 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
 def cells(ablation: Ablation) -> list[Cell]:
     """All cells; seeds vary slowest, so that an unfinished grid already compares all arms on all bases."""
     return [
-        _cell(ablation, arm, base, seed) for seed in ablation.seeds for base in ablation.bases for arm in ablation.arms
+        _cell(ablation, arm, base, ablation.seeds_of(base)[i])
+        for i in range(len(ablation.seeds))
+        for base in ablation.bases
+        for arm in ablation.arms
     ]
 
 
@@ -239,13 +260,24 @@ def _check(ablation: Ablation, path: Path) -> None:
 
 
 def _check_comparisons(ablation: Ablation, path: Path) -> None:
-    """That `trade_off` and `contrasts` name two things each."""
+    """That `trade_off` and the contrasts name two things each, and that a margin is one."""
     if ablation.trade_off and (len(ablation.trade_off) != 2 or not all(ablation.trade_off.values())):
         raise InputError(f"{path}: trade_off: {ablation.trade_off}: allowed are two names, each with metrics")
-    for pair in ablation.contrasts:
+    if ablation.margin is not None and not 0 < ablation.margin < math.inf:
+        raise InputError(f"{path}: margin: {ablation.margin}: allowed are numbers above 0, or null")
+    pairs = [("primary_contrast", ablation.primary_contrast), *(("contrasts", pair) for pair in ablation.contrasts)]
+    if ablation.primary_contrast[:1] == [ablation.reference]:
+        raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")
+    bases, seeds = len(ablation.bases), len(ablation.seeds)
+    if ablation.design == "crossed" and bases > 1 and (bases > CROSSED_BASES or seeds < CROSSED_SEEDS):
+        raise InputError(
+            f"{path}: design: crossed: with {bases} bases and {seeds} seeds; what seeds do to all bases would pass for "
+            f"what arms do: allowed are up to {CROSSED_BASES} bases with {CROSSED_SEEDS} seeds or more, or nested"
+        )
+    for key, pair in pairs:
         unknown = [arm for arm in pair if arm not in ablation.arms]
         if unknown or len(set(pair)) != 2 or len(pair) != 2:
-            raise InputError(f"{path}: contrasts: {pair}: allowed are two different arms of {', '.join(ablation.arms)}")
+            raise InputError(f"{path}: {key}: {pair}: allowed are two different arms of {', '.join(ablation.arms)}")
 
 
 def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
@@ -260,7 +292,7 @@ def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
         "checkpoint.dirpath": str(directory / "checkpoints"),
     }
     settings = [text for file in configs for text in ("--config", file)] + _flags(values)
-    return Cell(arm, base, seed, directory, tuple(settings), tuple(_flags(places)), configs, model)
+    return Cell(arm, base, seed, directory, tuple(settings), tuple(_flags(places)), configs, model, ablation.primary)
 
 
 def _logger(ablation: Ablation, name: str, directory: Path) -> Any:

@@ -13,6 +13,7 @@ GRID: dict[str, Any] = {
     "primary": "avg@1",
     "metrics": ["addition/avg@1"],
     "reference": "mifo",
+    "primary_contrast": ["interleave, half + lr", "mifo"],
     "config": ["configs/tiny.yaml"],
     "bases": {"shipped": BASE},
     "seeds": [0, 1],

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_grid import GRID, ROOT, write
+from small_grid import BASE, GRID, ROOT, write
 
 from experiments import ablation
-from experiments.cell import check_fingerprint, fingerprint, fit, outcome, prepare
+from experiments.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
 from experiments.grid import cells, choose, read_ablation
 from mifo_lightning.errors import InputError
 
@@ -53,12 +53,11 @@ def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Pa
     method.write_text("freeze: null  # none\n", encoding="utf-8")
 
     def present(**changes: Any) -> dict[str, Any]:
-        arms = {"mifo": {"configs": [str(method)]}}
+        arms = {"mifo": {"configs": [str(method)]}, "other": {}}
         fingerprint.__globals__["_digest_config"].cache_clear()
         fingerprint.__globals__["_digest_model"].cache_clear()
-        return fingerprint(
-            cells(read_ablation(write(tmp_path, **{"bases": {"b": str(base)}, "arms": arms} | changes)))[0]
-        )
+        changed = {"bases": {"b": str(base)}, "arms": arms, "primary_contrast": ["other", "mifo"], **changes}
+        return fingerprint(cells(read_ablation(write(tmp_path, **changed)))[0])
 
     first = present()
     assert present(jobs=1, wandb={}, out=str(tmp_path / "elsewhere")) == first
@@ -100,7 +99,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_path: Path) -> None:
     arms = {"bad": {"set": {"data.schedule.rl_questions": 0}}, "mifo": {}}
-    runner = start(write(tmp_path, arms=arms, seeds=[0]), "--wandb", "offline")
+    runner = start(write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"]), "--wandb", "offline")
     printed = runner.communicate()[0]
     assert runner.returncode == 1, printed
     rows = {row["arm"]: row for row in json.loads((tmp_path / "out" / "cells.json").read_text(encoding="utf-8"))}
@@ -112,13 +111,69 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
         p.name for p in run.iterdir()
     }
     assert list(run.glob("wandb/wandb/offline-run-*-two_arms-mifo-shipped-seed0/*.wandb"))
-    changed = write(tmp_path, arms=arms, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 4})
+    settings = {**GRID["set"], "data.schedule.rl_steps": 4}
+    changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"], set=settings)
     refused = start(changed)
     printed = refused.communicate()[0]
     assert refused.returncode == 2
     assert printed.count("\n") == 1
     assert "bad/shipped/seed0" in printed
     assert "other arguments; choose another `out`" in printed
+
+
+@pytest.mark.parametrize(
+    ("after", "error"),
+    [
+        ({"avg@1": 0.5, "x/avg@1": float("nan")}, "its final x/avg@1 is nan"),
+        ({"avg@1": float("inf")}, "its final avg@1 is inf"),
+        ({"x/avg@1": 0.5}, "its final evaluation has no avg@1; it has x/avg@1"),
+        ({"avg@1": 0.0}, None),
+    ],
+)
+def test_a_fit_that_ends_well_without_finite_scores_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: dict[str, float], error: str | None
+) -> None:
+    cell = cells(read_ablation(write(tmp_path)))[0]
+
+    def call(arguments: list[str]) -> bool:
+        (cell.directory / "summary.json").write_text(json.dumps({"after": after}), encoding="utf-8")
+        return True
+
+    monkeypatch.setattr("experiments.cell._call", call)
+    fit(cell, fingerprint(cell))
+    assert (outcome(cell.directory).status, outcome(cell.directory).error) == ("failed" if error else "done", error)
+
+
+def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = read_ablation(write(tmp_path, margin=0.02))
+    ablation.write_plan(first, "command", fits=True)
+    turned = {"arms": {**GRID["arms"], "third": {}}, "primary_contrast": ["third", "mifo"], "margin": 0.02}
+    ablation.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nothing had been seen yet
+    record_outcome(cells(first)[0].directory, "it broke", 1.0)
+    ablation.check_named_before(first, cells(first))
+    for changes, key in ((turned, "primary_contrast: "), ({"margin": 0.1}, "margin: 0.1: was 0.02")):
+        assert ablation.main(["--config", str(write(tmp_path, **changes))]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: {key}")
+        assert "put a pair of arms under `contrasts`, or choose another `out`" in line
+
+
+@pytest.mark.slow
+def test_a_grid_of_many_bases_with_a_seed_each_ends_in_a_page(tmp_path: Path) -> None:
+    settings = {**GRID["set"], "data.schedule.rl_steps": 1, "data.val.init_args.count": 8}
+    bases = {f"b{i}": BASE for i in range(2)}
+    config = write(tmp_path, bases=bases, seeds=[0], design="nested", margin=0.5, set=settings)
+    runner = start(config)
+    printed = runner.communicate()[0]
+    assert runner.returncode == 0, printed
+    page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "**Primary contrast, named before the run: 'interleave, half + lr' minus 'mifo' in avg@1 is" in page
+    assert "every base has seeds of its own" in page
+    rows = [line.split(",") for line in (tmp_path / "out" / "runs.csv").read_text(encoding="utf-8").splitlines()]
+    assert [row[1:3] for row in rows if row[0] == "mifo"] == [[f"b{i}", str(i)] for i in range(2)]
+    assert rows[0][:6] == ["arm", "base", "seed", "status", "error", "avg@1"]
 
 
 def test_commit_and_command_are_those_of_the_calls_that_ran_fits(

@@ -33,13 +33,30 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seeds": [1, 1]}, ["seeds: 1 given"]),
         ({"seeds": []}, ["seeds: none given"]),
         ({"seeds": "all"}, ["seeds", "all"]),
-        ({"arms": {"mifo": {}, "MIFO!": {}}}, ["arms: mifo given"]),
+        ({"arms": {"mifo": {}, "MIFO!": {}}, "primary_contrast": ["MIFO!", "mifo"]}, ["arms: mifo given"]),
         ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml"]),
         ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
-        ({"arms": {"mifo": {"set": {"trainer.logger.name": "x"}}}}, ["arms.mifo.set.trainer.logger.name", "wandb"]),
+        (
+            {"arms": {**GRID["arms"], "mifo": {"set": {"trainer.logger.name": "x"}}}},
+            ["arms.mifo.set.trainer.logger.name", "wandb"],
+        ),
         ({"jobs": 0}, ["jobs", "0"]),
         ({"design": "random"}, ["design", "crossed", "nested", "random"]),
         ({"question": None}, ["question"]),
+        ({"primary_contrast": None}, ["primary_contrast"]),
+        ({"primary_contrast": ["rl", "mifo"]}, ["primary_contrast: ['rl', 'mifo']", "mifo, interleave, half + lr"]),
+        ({"primary_contrast": ["mifo", "interleave, half + lr"]}, ["the reference comes second"]),
+        (
+            {"design": "crossed", "bases": {"a": BASE, "b": BASE}, "seeds": [0, 1]},
+            ["2 bases and 2 seeds", "or nested"],
+        ),
+        ({"design": "crossed", "bases": dict.fromkeys("abcdef", BASE), "seeds": [0, 1, 2]}, ["6 bases and 3 seeds"]),
+        (
+            {"primary_contrast": ["interleave, half + lr"]},
+            ["primary_contrast: ['interleave, half + lr']", "two different"],
+        ),
+        ({"margin": 0.0}, ["margin: 0.0", "above 0"]),
+        ({"margin": float("nan")}, ["margin: nan", "above 0"]),
         ({"trade_off": {"learned": ["avg@1"]}}, ["trade_off: {'learned'", "two names"]),
         ({"trade_off": {"learned": ["avg@1"], "kept": []}}, ["trade_off: {'learned'", "each with metrics"]),
         ({"contrasts": [["mifo", "rl"]]}, ["contrasts: ['mifo', 'rl']", "mifo, interleave, half + lr"]),
@@ -59,7 +76,7 @@ def test_a_bad_file_gets_one_line(
 
 
 def test_every_arm_meets_every_base_and_seed_once_in_a_directory_of_its_own(tmp_path: Path) -> None:
-    config = write(tmp_path, bases={"a": BASE, "b": BASE}, seeds=[3, 5, 7])
+    config = write(tmp_path, bases={"a": BASE, "b": BASE}, seeds=[3, 5, 7], design="crossed")
     grid = cells(read_ablation(config))
     expected = set(itertools.product(GRID["arms"], ["a", "b"], [3, 5, 7]))
     assert {(cell.arm, cell.base, cell.seed) for cell in grid} == expected
@@ -67,8 +84,18 @@ def test_every_arm_meets_every_base_and_seed_once_in_a_directory_of_its_own(tmp_
     assert {(cell.arm, cell.base) for cell in grid[:4]} == {(arm, base) for arm, base, _ in expected}
 
 
+def test_in_a_nested_grid_no_two_bases_share_a_seed(tmp_path: Path) -> None:
+    many = {f"b{i}": BASE for i in range(12)}
+    grid = cells(read_ablation(write(tmp_path, bases=many, seeds=[0], design="nested")))
+    assert [(cell.base, cell.seed) for cell in grid if cell.arm == "mifo"] == [(f"b{i}", i) for i in range(12)]
+    assert all(f"--seed_everything {cell.seed} " in cell.command for cell in grid)
+    several = read_ablation(write(tmp_path, bases=many, seeds=[1, 4], design="nested"))
+    assert [several.seeds_of(base) for base in ("b0", "b1")] == [[1, 4], [6, 9]]
+    assert len({seed for base in many for seed in several.seeds_of(base)}) == 24
+
+
 def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(tmp_path, arms={"mifo": {"set": {"data.schedule.rl_steps": 9, "freeze": None}}})
+    config = write(tmp_path, arms={**GRID["arms"], "mifo": {"set": {"data.schedule.rl_steps": 9, "freeze": None}}})
     assert ablation.main(["--config", str(config), "--only", "mifo/shipped/1", "--dry_run"]) == 0
     program, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
     assert (program, arguments[0]) == ("-m", "mifo_lightning")
@@ -92,16 +119,18 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
         (["mifo"], 4),
         (["p = 1/8"], 4),
         (["p_=_1_8/a"], 2),
-        (["p = 1/8/b/0", "mifo/b/seed1"], 2),
+        (["p = 1/8/b/2", "mifo/b/seed3"], 2),
         (["mifo", "mifo/a"], 4),
         ([], 8),
     ],
 )
 def test_only_names_arms_bases_and_seeds(tmp_path: Path, only: list[str], count: int) -> None:
-    config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms={"mifo": {}, "p = 1/8": {}})
+    arms = {"mifo": {}, "p = 1/8": {}}
+    pair = ["p = 1/8", "mifo"]
+    config = write(tmp_path, bases={"a": BASE, "b": BASE}, arms=arms, primary_contrast=pair)
     grid = cells(read_ablation(config))
     assert len(choose(grid, only)) == count
-    with pytest.raises(InputError, match=r"--only mif: allowed .* arms mifo, p = 1/8; bases a, b; seeds 0, 1"):
+    with pytest.raises(InputError, match=r"--only mif: allowed .* arms mifo, p = 1/8; bases a, b; seeds 0, 2, 1, 3"):
         choose(grid, [*only, "mif"])
 
 

@@ -2,7 +2,10 @@
 
     python -m experiments.report runs/ablations/paper_table --out docs/results/paper_table
 
-The runner does this by itself when it ends.
+The runner does this by itself when it ends. A directory with a committed page has `ablation.json` and `runs.csv`: its
+statistics are written again from these, in place, without what only the runs themselves can tell.
+
+    python -m experiments.report docs/results/paper_table
 """
 
 import argparse
@@ -16,7 +19,7 @@ from mifo_lightning.errors import InputError
 def main() -> None:
     """Read the ablation, write both files, print where they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="where the runner wrote ablation.json and cells.json")
+    parser.add_argument("directory", type=Path, help="ablation.json with the runner's cells.json, or with runs.csv")
     parser.add_argument(
         "--out", type=Path, help="where to write report.html and report.md; default: the same directory"
     )

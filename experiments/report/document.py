@@ -82,12 +82,12 @@ def strips(ablation: Ablation, measures: Mapping[str, Measure]) -> dict[str, lis
         scores = {arm: ablation.grid(arm, measure) for arm in ablation.names}
         for arm, found in intervals(ablation, scores).items():
             rows[arm].append(Strip(scores[arm], found, color or None))
-    return {arm: row for arm, row in rows.items() if any(np.isfinite(strip.interval.mean) for strip in row)}
+    return {arm: row for arm, row in rows.items() if any(np.isfinite(strip.scores).any() for strip in row)}
 
 
 def means(ablation: Ablation, measure: Measure) -> dict[str, float]:
-    """The mean over runs of every arm that has one."""
-    grids = {arm: ablation.grid(arm, measure) for arm in ablation.names}
+    """The mean over runs of every arm that has one: none where a run of it has no result."""
+    grids = {arm: ablation.grid(arm, measure) for arm in ablation.names if ablation.complete(arm)}
     return {arm: float(np.nanmean(grid)) for arm, grid in grids.items() if np.isfinite(grid).any()}
 
 
@@ -129,12 +129,12 @@ def bracketed(found: Interval, sign: str = "") -> str:
 
 def size(found: Interval) -> str:
     """An interval without its sign, for a sentence that says which way."""
-    return bracketed(found if found.mean >= 0 else Interval(-found.mean, -found.high, -found.low))
+    return bracketed(Interval(abs(found.mean), found.error, found.df))
 
 
-def difference(comparison: Comparison) -> str:
-    """A signed difference and its interval."""
-    return bracketed(comparison.difference, "+")
+def difference(comparison: Comparison | None) -> str:
+    """A signed difference and its interval; a dash where a run that it needs has no result."""
+    return bracketed(comparison.difference, "+") if comparison else "-"
 
 
 def probability(p: float) -> str:

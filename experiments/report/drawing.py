@@ -81,8 +81,14 @@ def keys(names: Sequence[str]) -> list[Key]:
 
 
 def base_keys(names: Sequence[str]) -> list[Key]:
-    """A colour and a mark for each base."""
-    return [Key(name, PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)]
+    """A colour and a mark for each base, the pair of its own for up to 49."""
+    marks = map(base_mark, range(len(names)))
+    return [Key(name, color, marker=marker) for name, (color, marker) in zip(names, marks, strict=True)]
+
+
+def base_mark(index: int) -> tuple[str, str]:
+    """Colour and mark of a base by its place."""
+    return PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
 
 
 def blank(width: float, height: float) -> Figure:

@@ -12,12 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from experiments.report.drawing import (
     DASHES,
     INK,
-    MARKERS,
     PALETTE,
     RL,
     SFT,
     STYLE,
     as_svg,
+    base_mark,
     blank,
     keys,
     log_axis,
@@ -87,7 +87,7 @@ def trade_off(title: str, sides: Sequence[str], arms: Sequence[Sequence[Interval
         axes.plot([x.mean, x.mean], [y.low, y.high], color=color, lw=1, alpha=0.45)
         axes.plot([x.mean], [y.mean], ls="", marker="o", ms=5.5, mew=0, color=color)
     for b, place in enumerate(zip(*before, strict=True)):
-        marker = MARKERS[b % len(MARKERS)]
+        marker = base_mark(b)[1]
         axes.plot(*([value] for value in place), ls="", marker=marker, ms=7, mew=1.3, mec=INK, mfc="none")
     axes.set_xlabel(sides[0])
     axes.set_ylabel(sides[1])
@@ -210,7 +210,8 @@ def _strip(axes: Axes, strip: Strip, y: float, spread: float, log: bool) -> None
     bases = len(scores)
     for b, values in enumerate(scores):
         height = np.full(len(values), y + spread * (2 * b / (bases - 1) - 1 if bases > 1 else 1))
-        color, marker = strip.color or PALETTE[b % len(PALETTE)], MARKERS[b % len(MARKERS)]
+        color, marker = base_mark(b)
+        color = strip.color or color
         axes.plot(values, height, ls="", marker=marker, ms=4.6, mew=0, color=color, alpha=0.6)
     ink = strip.color or INK
     low, high = strip.interval.low, strip.interval.high

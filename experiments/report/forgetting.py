@@ -37,8 +37,8 @@ def forgetting(ablation: Ablation) -> Section:
     answer = [f"Of the questions solved before training, {ends(whole)} are still solved after it."] if whole else []
     text = (
         f"Retention is the share of the questions solved before that are still solved after, by {probe(ablation)}. "
-        "A dash: there was no such phase, or no question of that source was solved before. A low value of a source "
-        "that was hardly solved yet rests on few questions."
+        "A dash: there was no such phase, no question of that source was solved before, or a run is missing. A low "
+        "value of a source that was hardly solved yet rests on few questions."
     )
     tables = [_run_table(ablation, sources), *(_phase_table(ablation, sources, kind) for kind in KINDS)]
     pictures = []

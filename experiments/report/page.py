@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from experiments.report import costs, dynamics, forgetting, scores, sections
 from experiments.report.document import Section, Table
-from experiments.report.results import Ablation, load
+from experiments.report.results import PLAN, RUNS, Ablation, load, write_runs
 from experiments.report.verdict import verdict
 
 PARTS = (
@@ -29,22 +29,29 @@ PARTS = (
     sections.made,
 )
 """Each answers one question, in reading order, or has nothing to ask (None)."""
+OF_SCORES = (scores.best, scores.contrasts, sections.unfinished, sections.made)
+"""Those that final scores can answer."""
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
     """Write `report.html` and `report.md` of the ablation in `directory` into `out`; returns the page's path.
+
+    With them go the ablation's plan and `runs.csv`, from which alone the page's statistics can be written again.
 
     Raises:
         InputError: A file of the ablation is missing or is not what the runner writes.
     """
     ablation = load(directory)
     words = verdict(ablation)
-    parts = [section for part in PARTS if (section := part(ablation))]
+    parts = [section for part in (OF_SCORES if ablation.scores_only else PARTS) if (section := part(ablation))]
     out = out or directory
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     page.write_text(as_html(ablation, words, parts), encoding="utf-8")
     (out / "report.md").write_text(as_markdown(ablation, words, parts), encoding="utf-8")
+    write_runs(ablation, out / RUNS)
+    if out.resolve() != directory.resolve():
+        (out / PLAN).write_bytes((directory / PLAN).read_bytes())
     return page
 
 
@@ -56,13 +63,19 @@ def as_html(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) 
     template = environment.get_template("page.html.jinja")
     setting = ablation.setting.splitlines()
     return template.render(
-        name=ablation.name, question=ablation.question, verdict=words, setting=setting, sections=parts
+        name=ablation.name,
+        question=ablation.question,
+        note=ablation.note,
+        verdict=words,
+        setting=setting,
+        sections=parts,
     )
 
 
 def as_markdown(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) -> str:
     """The same sentences and tables; pictures and what models wrote are in the page only."""
     blocks = [f"# {_plain(ablation.question)}", "The page beside it, [report.html](report.html), has the pictures."]
+    blocks += [f"> {_plain(ablation.note)}"] if ablation.note else []
     blocks += [f"**{_plain(words[0])}**", *map(_plain, words[1:])]
     if ablation.setting:
         blocks += ["## What was run", *(_plain(line) for line in ablation.setting.splitlines() if line)]

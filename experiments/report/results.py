@@ -1,5 +1,6 @@
 """What did the runs of an ablation record? Reads its directory, and reduces the records to arrays [bases, seeds]."""
 
+import csv
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from mifo_lightning.errors import InputError
 Record = dict[str, Any]
 Kind = Literal["rl", "sft"]
 KINDS: tuple[Kind, ...] = ("rl", "sft")
+PLAN, RUNS = "ablation.json", "runs.csv"
 When = Literal["before", "after"]
 
 
@@ -55,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Everything `ablation.json`, `cells.json` and the runs' own files say."""
+    """Everything `ablation.json`, `cells.json` and the runs' own files say, or `runs.csv` in the place of these two."""
 
     name: str
     question: str
@@ -67,11 +69,18 @@ class Ablation:
     commit: str | None
     arms: list[Arm]
     bases: list[str]
-    seeds: list[int]
+    seeds: dict[str, list[int]]
+    """Of every arm, by base."""
     cells: list[Cell]
     setting: str = ""
     trade_off: dict[str, list[str]] = field(default_factory=dict)
+    primary_contrast: list[str] = field(default_factory=list)
+    margin: float | None = None
     contrasts: list[list[str]] = field(default_factory=list)
+    note: str = ""
+    """What a reader must know before all else, such as that a fault was found in what was run."""
+    scores_only: bool = False
+    """Whether final scores are all there is, from `runs.csv`."""
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +92,15 @@ class Ablation:
         """The bases as a reader sees them, not to be taken for seeds."""
         return [f"base {base}" for base in self.bases]
 
+    @property
+    def runs(self) -> int:
+        """Of every arm, finished or not."""
+        return sum(map(len, self.seeds.values()))
+
+    def complete(self, arm: str) -> bool:
+        """Whether every run of the arm is done; else it has no mean, as what is missing would have changed it."""
+        return len(self.done(arm)) == self.runs
+
     def done(self, arm: str) -> list[Cell]:
         """The finished cells of an arm."""
         return [cell for cell in self.cells if cell.arm == arm and cell.status == "done"]
@@ -93,11 +111,11 @@ class Ablation:
 
     def grid(self, arm: str, value: Callable[[Cell], float | None]) -> Scores:
         """`value` of every cell of an arm, float64 [bases, seeds]; NaN where it is not done or has no finite value."""
-        scores = np.full((len(self.bases), len(self.seeds)), np.nan)
+        scores = np.full((len(self.bases), max(map(len, self.seeds.values()))), np.nan)
         for cell in self.done(arm):
             found = value(cell)
             if found is not None and np.isfinite(found):
-                scores[self.bases.index(cell.base), self.seeds.index(cell.seed)] = found
+                scores[self.bases.index(cell.base), self.seeds[cell.base].index(cell.seed)] = found
         return scores
 
     def scores(self, metric: str, when: When = "after") -> dict[str, Scores]:
@@ -111,22 +129,29 @@ class Ablation:
 
 
 def load(directory: Path) -> Ablation:
-    """Read an ablation's directory; a cell that `cells.json` does not name is missing.
+    """Read an ablation's directory, as the runner leaves it or as a page is committed: `ablation.json` and `runs.csv`.
+
+    A cell that is not named is missing; one without a finite primary metric has failed.
 
     Raises:
         InputError: A file is missing or is not what the runner writes; the message names it.
     """
-    plan = _json(directory / "ablation.json")
-    rows = _json(directory / "cells.json")
+    plan = _json(directory / PLAN)
+    scores_only = (directory / RUNS).is_file() and not (directory / "cells.json").is_file()
     try:
         plan["arms"] = [Arm(arm["name"], arm["configs"], arm["set"]) for arm in plan["arms"]]
-        grid = {(a.name, base, seed): None for a in plan["arms"] for base in plan["bases"] for seed in plan["seeds"]}
-        named = {(row["arm"], row["base"], row["seed"]): row for row in rows}
-        cells = [_cell(directory, *place, named.get(place)) for place in grid]
-        known = {f.name for f in fields(Ablation)}
-        ablation = Ablation(**{key: value for key, value in plan.items() if key in known}, cells=cells)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{directory}: ablation.json or cells.json is not what the runner writes: {error!r}") from None
+        if isinstance(plan["seeds"], list):  # every base has the same
+            plan["seeds"] = dict.fromkeys(plan["bases"], plan["seeds"])
+        known = {key: value for key, value in plan.items() if key in {f.name for f in fields(Ablation)}}
+        ablation = Ablation(**known, cells=[], scores_only=scores_only)
+        found = _read_runs(ablation, directory / RUNS) if scores_only else _read_cells(directory)
+        named = {(cell.arm, cell.base, cell.seed): cell for cell in found}
+        grid = [(a, base, seed) for a in ablation.names for base, seeds in ablation.seeds.items() for seed in seeds]
+        cells = [named.get(at) or Cell(*at, directory, "missing", None, 0.0) for at in grid]
+        ablation = replace(ablation, cells=[_checked(cell, ablation.primary) for cell in cells])
+    except (KeyError, TypeError, AttributeError) as error:
+        read = RUNS if scores_only else "cells.json"
+        raise InputError(f"{directory}: {PLAN} or {read} is not what the runner writes: {error!r}") from None
     if ablation.reference not in ablation.names:
         raise InputError(f"{directory}/ablation.json: reference {ablation.reference!r} is none of {ablation.names}")
     if ablation.design not in get_args(Design):
@@ -165,10 +190,75 @@ def samples(cell: Cell, count: int) -> list[Record]:
     return [last[source] for source in sorted(last)][:count]
 
 
-def _cell(directory: Path, arm: str, base: str, seed: int, row: Record | None) -> Cell:
-    if row is None:
-        return Cell(arm, base, seed, directory, "missing", None, 0.0)
-    cell = Cell(arm, base, seed, directory / row["directory"], row["status"], row["error"], row["seconds"])
+def write_runs(ablation: Ablation, path: Path) -> None:
+    """Write `runs.csv`, a line per run with its final scores in full precision: what a page's statistics rest on."""
+    columns = {
+        name: keys
+        for name, keys in _columns(ablation).items()
+        if any(_at(c.summary, keys) != "" for c in ablation.cells)
+    }
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "base", "seed", "status", "error", *columns])
+        for cell in ablation.cells:
+            values = [_at(cell.summary, keys) for keys in columns.values()]
+            writer.writerow([cell.arm, cell.base, cell.seed, cell.status, cell.error or "", *values])
+
+
+def _read_runs(ablation: Ablation, path: Path) -> list[Cell]:
+    """The runs that `write_runs` wrote."""
+    cells, columns = [], _columns(ablation)
+    try:
+        for row in csv.DictReader(_text(path).splitlines(keepends=True)):
+            summary: Record = {}
+            for name, keys in columns.items():
+                if row.get(name):
+                    inner = summary
+                    for key in keys[:-1]:
+                        inner = inner.setdefault(key, {})
+                    inner[keys[-1]] = row[name] if name == "ends_on" else float(row[name])
+            place = (row["arm"], row["base"], int(row["seed"]), path.parent)
+            cells.append(Cell(*place, row["status"], row["error"] or None, float("nan"), summary))
+    except ValueError as error:
+        raise InputError(f"{path} has a line that `python -m experiments.report` did not write: {error}") from None
+    return cells
+
+
+def _columns(ablation: Ablation) -> dict[str, tuple[str, ...]]:
+    """Columns of `runs.csv` with where they stand in the summary of a run."""
+    sides = [metric for metrics in ablation.trade_off.values() for metric in metrics]
+    metrics = dict.fromkeys([ablation.primary, *ablation.metrics, *sides])
+    return {
+        **{metric: ("after", metric) for metric in metrics},
+        **{f"before: {metric}": ("before", metric) for metric in metrics},
+        **{f"FLOPs {kind}": ("costs", kind, "flops") for kind in KINDS},
+        "ends_on": ("ends_on",),
+    }
+
+
+def _at(record: Record, keys: tuple[str, ...]) -> Any:
+    """What stands there in a nested record; empty without it."""
+    for key in keys:
+        record = record.get(key, {})
+    return "" if record in ({}, None) else record
+
+
+def _checked(cell: Cell, primary: str) -> Cell:
+    """The cell, failed if it is done without a finite score: it must not be averaged, nor the others without it."""
+    score = cell.summary.get("after", {}).get(primary)
+    if cell.status != "done" or (isinstance(score, int | float) and np.isfinite(score)):
+        return cell
+    return replace(cell, status="failed", error=f"its final {primary} is {score}", summary={}, history=[])
+
+
+def _read_cells(directory: Path) -> list[Cell]:
+    """The cells that the runner wrote."""
+    return [_cell(directory, row) for row in _json(directory / "cells.json")]
+
+
+def _cell(directory: Path, row: Record) -> Cell:
+    place = (row["arm"], row["base"], row["seed"], directory / row["directory"])
+    cell = Cell(*place, row["status"], row["error"], row["seconds"])
     if cell.status != "done":
         return cell
     path = cell.directory / "summary.json"

@@ -1,10 +1,12 @@
 """Which arm is best, and does each part of it matter? The sections about final scores."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from experiments.report import figures
+from experiments.report.comparisons import Comparisons, compare
 from experiments.report.document import (
     MARKS,
     Figure,
@@ -19,21 +21,21 @@ from experiments.report.document import (
     means,
     number,
     probability,
-    size,
 )
-from experiments.report.drawing import INK, MARKERS, PALETTE, Key, base_keys
+from experiments.report.drawing import INK, PALETTE, Key, base_keys
 from experiments.report.results import KINDS, Ablation, evaluation
-from experiments.report.statistics import Comparison, Interval, Scores, compare, judge
+from experiments.report.statistics import Interval, Scores
 
-Pair = tuple[str, str]
+FEW_BASES = 10
+"""Below, what happened on each base is told base by base."""
 
 
 def best(ablation: Ablation) -> Section:
     """Final scores and differences to the reference."""
     scores = ablation.scores(ablation.primary)
-    order, comparisons = ranked(intervals(ablation, scores)), compare(scores, ablation.reference, ablation.design)
+    order, comparisons = ranked(intervals(ablation, scores)), compare(ablation, scores)
     blocks: list[Table | Gallery] = [_scores_table(ablation, order, comparisons)]
-    if len(ablation.bases) > 1:
+    if 1 < len(ablation.bases) < FEW_BASES:  # of more, the pictures and runs.csv tell
         blocks.append(_by_base(ablation, order, scores))
     if ablation.metrics:
         blocks.append(_metrics_table(ablation, order))
@@ -49,45 +51,32 @@ def best(ablation: Ablation) -> Section:
 
 
 def contrasts(ablation: Ablation) -> Section | None:
-    """Pairs of arms; nothing if none are named."""
-    pairs = [(first, second) for first, second in ablation.contrasts]
-    if not pairs:
+    """Pairs of arms other than those with the reference, and the primary contrast; nothing if none are named."""
+    scores, reference = ablation.scores(ablation.primary), ablation.reference
+    primary, *sides = (compare(ablation, found) for found in (scores, *map(ablation.traded, ablation.trade_off)))
+    shown = [*primary.primary, *(pair for pair in primary.exploratory if pair[1] != reference)]
+    if not shown:
         return None
-    primary, *sides = (
-        judge({pair: scores[pair[0]] - scores[pair[1]] for pair in pairs}, ablation.design)
-        for scores in (ablation.scores(ablation.primary), *map(ablation.traded, ablation.trade_off))
-    )
     rows = []
-    for pair in pairs:
-        c = primary[pair]
-        row = [f"{pair[0]} minus {pair[1]}", difference(c), f"{c.ahead} of {c.cells}", probability(c.p)]
-        rows.append([*row, *(difference(side[pair]) for side in sides)])
-    header = ["contrast", ablation.primary, "ahead in", f"p ({ablation.primary}, Holm)", *ablation.trade_off]
-    caption = "Mean difference over runs of the same base and seed [95 % interval]"
+    for pair in shown:
+        c = primary.get(pair)
+        assert c
+        name = f"{pair[0]} minus {pair[1]}" + (" (primary)" if pair in primary.primary else "")
+        row = [name, difference(c), f"{c.ahead} of {c.bases}", probability(c.p)]
+        rows.append([*row, *(difference(side.get(pair)) for side in sides)])
+    header = ["contrast", ablation.primary, "ahead on bases", "p", *ablation.trade_off]
+    caption = "Mean difference on the same base [95 % interval]"
     text = (
-        f"The first arm minus the second, run by run. p is for {ablation.primary}, corrected for these {len(pairs)} "
-        "comparisons; the other columns are descriptive. What is said above about bases holds here too."
+        f"The first arm minus the second. p is for {ablation.primary}: the primary contrast's as it is, each other one "
+        f"corrected by Holm's method for all {len(primary.exploratory)} exploratory comparisons of this page; the "
+        "other columns are descriptive."
     )
-    question = "Does each part matter?"
-    return Section(question, [_significant(ablation.primary, primary)], [text], [Table(caption, header, rows)])
+    return Section("Does each part matter?", [], [text], [Table(caption, header, rows)])
 
 
 def ranked(means: Mapping[str, Interval]) -> list[str]:
     """Arms from the highest mean to the lowest, then those without one."""
     return sorted(means, key=lambda arm: -means[arm].mean if np.isfinite(means[arm].mean) else np.inf)
-
-
-def _significant(primary: str, found: Mapping[Pair, Comparison]) -> str:
-    """Which contrasts are significant on the primary metric."""
-    named = [
-        f"{first!r} is {'ahead of' if c.difference.mean > 0 else 'worse than'} {second!r} by {size(c.difference)}"
-        for (first, second), c in found.items()
-        if c.significant
-    ]
-    if not named:
-        return f"None of these {len(found)} differences in {primary} is significant."
-    others = "" if len(named) == len(found) else " No other of these differences is significant."
-    return f"Significant in {primary}: {'; '.join(named)}.{others}"
 
 
 def _traded(sides: Mapping[str, Mapping[str, Interval]]) -> list[str]:
@@ -121,7 +110,7 @@ def _trade_off(ablation: Ablation, order: list[str], sides: Mapping[str, Mapping
     arms = [Key(arm, PALETTE[i % len(PALETTE)], number=str(i + 1)) for i, arm in enumerate(order)]
     legends = [Legend(f"Arms, from the highest {ablation.primary}", arms)]
     if any(np.isfinite(values).any() for values in before):
-        bases = [Key(name, INK, marker=MARKERS[i % len(MARKERS)]) for i, name in enumerate(ablation.base_names)]
+        bases = [replace(key, color=INK) for key in base_keys(ablation.base_names)]
         legends.append(Legend("Before training", bases))
     return Gallery([Figure(picture, caption)], legends, kind="beside")
 
@@ -132,24 +121,24 @@ def _base_means(scores: Mapping[str, Scores]) -> Scores:
     return np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in values])
 
 
-def _scores_table(ablation: Ablation, order: list[str], comparisons: Mapping[str, Comparison]) -> Table:
+def _scores_table(ablation: Ablation, order: list[str], comparisons: Comparisons) -> Table:
     primary, reference = ablation.primary, ablation.reference
     found = intervals(ablation, ablation.scores(primary))
     sides = {name: intervals(ablation, ablation.traded(name)) for name in ablation.trade_off}
     flops = _relative_flops(ablation)
-    header = ["arm", primary, f"difference to {reference}", "ahead in", "p (Holm)", *sides]
+    header = ["arm", primary, f"difference to {reference}", "ahead on bases", "p", *sides]
     header += [*(["FLOPs"] if flops else []), "runs"]
     rows = []
     for arm in order:
-        row, c = [_name(arm, reference), bracketed(found[arm])], comparisons.get(arm)
-        row += [difference(c), f"{c.ahead} of {c.cells}", probability(c.p)] if c else ["", "", ""]
+        row, c = [_name(arm, reference), bracketed(found[arm])], comparisons.get((arm, reference))
+        row += [difference(c), f"{c.ahead} of {c.bases}", probability(c.p)] if c else ["", "", ""]
         row += [bracketed(side[arm]) for side in sides.values()]
         row += [flops.get(arm, "-")] if flops else []
-        rows.append([*row, f"{len(ablation.done(arm))} of {len(ablation.bases) * len(ablation.seeds)}"])
+        rows.append([*row, f"{len(ablation.done(arm))} of {ablation.runs}"])
     before = [_before(ablation.scores(primary, "before")), "", "", ""]
     before += [_before(ablation.traded(name, "before")) for name in sides]
-    rows.append(["before training", *before, *([""] if flops else []), ""])
-    caption = "Mean over runs [95 % interval] after training, highest first"
+    rows += [["before training", *before, *([""] if flops else []), ""]] if before[0] != "-" else []
+    caption = "Mean [95 % interval] after training, highest first; p is Holm's, but for a primary contrast"
     return Table(caption + (f"; FLOPs are relative to {reference}" if flops else ""), header, rows)
 
 
@@ -157,10 +146,14 @@ def _by_base(ablation: Ablation, order: list[str], scores: Mapping[str, Scores])
     """Means of each base over seeds, and how far an arm is ahead of the reference there."""
     reference, rows = ablation.reference, []
     for arm in order:
-        row = [f"{np.nanmean(d):+.3f}" if np.isfinite(d).any() else "-" for d in scores[arm] - scores[reference]]
-        rows.append([_name(arm, reference), *map(mean, scores[arm]), *(row if arm != reference else [""] * len(row))])
+        means, leads = scores[arm].mean(1), (scores[arm] - scores[reference]).mean(1)
+        row = (
+            [f"{lead:+.3f}" if np.isfinite(lead) else "-" for lead in leads] if arm != reference else [""] * len(leads)
+        )
+        rows.append([_name(arm, reference), *map(number, means), *row])
     before = ablation.scores(ablation.primary, "before")
-    rows.append(["before training", *map(number, _base_means(before)), *([""] * len(ablation.bases))])
+    if _before(before) != "-":
+        rows.append(["before training", *map(number, _base_means(before)), *([""] * len(ablation.bases))])
     header = ["arm", *ablation.base_names, *(f"difference on {name}" for name in ablation.base_names)]
     return Table(f"{ablation.primary} by base, mean over seeds, and difference to {reference} there", header, rows)
 
@@ -168,11 +161,12 @@ def _by_base(ablation: Ablation, order: list[str], scores: Mapping[str, Scores])
 def _metrics_table(ablation: Ablation, order: list[str]) -> Table:
     found = {metric: intervals(ablation, ablation.scores(metric)) for metric in ablation.metrics}
     rows = [[_name(arm, ablation.reference), *(bracketed(one[arm]) for one in found.values())] for arm in order]
-    rows.append(["before training", *(_before(ablation.scores(metric, "before")) for metric in ablation.metrics)])
-    return Table("Further metrics, mean over runs [95 % interval]", ["arm", *ablation.metrics], rows)
+    before = [_before(ablation.scores(metric, "before")) for metric in ablation.metrics]
+    rows += [["before training", *before]] if set(before) != {"-"} else []
+    return Table("Further metrics, mean [95 % interval]", ["arm", *ablation.metrics], rows)
 
 
-def _pictures(ablation: Ablation, order: list[str], comparisons: Mapping[str, Comparison]) -> Gallery:
+def _pictures(ablation: Ablation, order: list[str], comparisons: Comparisons) -> Gallery:
     """The primary metric, the differences in it, and every further metric."""
     primary, reference = ablation.primary, ablation.reference
     drawn = []
@@ -184,14 +178,13 @@ def _pictures(ablation: Ablation, order: list[str], comparisons: Mapping[str, Co
         drawn.append(Figure(picture, MARKS if metric == primary else ""))
     scores = ablation.scores(primary)
     lines = {
-        arm: [figures.Strip(scores[arm] - scores[reference], comparisons[arm].difference,
-                            hollow=not comparisons[arm].significant)]
-        for arm in order if arm in comparisons
+        arm: [figures.Strip(scores[arm] - scores[reference], c.difference, hollow=not c.significant)]
+        for arm in order if (c := comparisons.get((arm, reference)))
     }  # fmt: skip
     if lines:
         label = f"{primary}: difference to {reference}"
         caption = (
-            "The same run by run: an arm minus the reference on the same base with the same seed. "
+            "An arm minus the reference on the same base with the same seed. "
             "A filled diamond is a significant difference."
         )
         drawn.insert(1, Figure(figures.dots(label, lines, label, line=0.0), caption))

@@ -3,8 +3,9 @@
 import json
 
 from experiments.report.document import Gallery, Section, Table, absent
+from experiments.report.rates import ARMS, DESIGNS, MEASURED, VARIANCES
 from experiments.report.results import Ablation, samples
-from experiments.report.statistics import COVERAGE, EXACT, FALSE_ALARMS, LEVEL, RESAMPLES
+from experiments.report.statistics import EXACT, LEVEL, Design
 
 RESPONSES = 4
 """Shown of each arm."""
@@ -50,40 +51,66 @@ def unfinished(ablation: Ablation) -> Section:
     ]
     if not rows:
         return Section(question, [f"None: all {len(ablation.cells)} runs are done."])
-    answer = f"{len(rows)} of {len(ablation.cells)} runs are not done. Means are over the runs that are."
+    answer = (
+        f"{len(rows)} of {len(ablation.cells)} runs have no result. An arm that misses one has no mean and no rank."
+    )
     table = Table("Runs without a result", ["arm", "base", "seed", "status", "error"], rows, prose=True)
     return Section(question, [answer], blocks=[table])
 
 
 def made(ablation: Ablation) -> Section:
     """The arms, the command, and what an interval means."""
-    how = (
-        "bases and seeds were resampled independently, as every base has the same seeds"
-        if ablation.design == "crossed"
-        else "bases were resampled, then seeds within each base"
-    )
+    bases = "; ".join(f"{base} with {', '.join(map(str, seeds))}" for base, seeds in ablation.seeds.items())
     text = [
         f"Made by: {ablation.command or 'a command that was not recorded'}, at commit "
-        f"{ablation.commit or '(not recorded)'}. Bases: {', '.join(ablation.bases)}. Seeds: "
-        f"{', '.join(map(str, ablation.seeds))}. The primary metric, {ablation.primary}, was set in the configuration.",
-        f"An interval is a {LEVEL:.0%} percentile bootstrap interval of the mean over runs, from {RESAMPLES:,} "
-        f"resamples: {how}. With 3 bases x 5 seeds and bases that differ as much as runs do, such intervals cover the "
-        f"truth in about {COVERAGE[ablation.design]:.0%} of simulated cases; with one base they say nothing about "
-        "other bases.",
-        "p is the two-sided probability of a mean difference at least as large if each run's difference could as well "
-        f"have the opposite sign (all assignments of signs up to {EXACT} runs), corrected by Holm's method for all "
-        "arms compared with the reference on the primary metric, and for the contrasts among themselves. "
-        "It treats runs as independent. Simulated without a true difference, 3 bases x 5 seeds, a single comparison is "
-        f"called significant in {FALSE_ALARMS['nothing']:.0%} of cases if runs share nothing, in "
-        f"{FALSE_ALARMS['seed']:.0%} if what differs is as much by seed as by run, in {FALSE_ALARMS['base']:.0%} if it "
-        "is by base. Other metrics and pictures are descriptive.",
+        f"{ablation.commit or '(not recorded)'}. Bases, and the seeds of every arm on them: {bases}. The primary "
+        f"metric, {ablation.primary}, was set in the configuration. All final scores are in runs.csv, from which the "
+        "statistics of this page are remade by python -m experiments.report.",
+        f"{_interval(ablation)} A difference is taken on the same base with the same seed.",
+        "p is two-sided, and the larger one of two probabilities: that of Student's t for this interval, and that of a "
+        "mean difference at least as large if each base's mean difference could as well have the opposite sign (all "
+        f"assignments of signs up to {EXACT} bases). All comparisons on {ablation.primary} but a primary contrast are "
+        "corrected together by Holm's method. Other metrics and pictures are descriptive.",
     ]
+    text += [_simulated(ablation.design, len(ablation.bases))] if len(ablation.bases) > 1 else []
     rows = [
         [arm.name, ", ".join(arm.configs), ", ".join(f"{key} = {json.dumps(value)}" for key, value in arm.set.items())]
         for arm in ablation.arms
     ]
     table = Table("Arms", ["arm", "configuration files", "settings"], rows, prose=True)
     return Section("How was this made?", text=text, blocks=[table])
+
+
+def _interval(ablation: Ablation) -> str:
+    """What the intervals of this page are of."""
+    text = f"An interval is a {LEVEL:.0%} interval by Student's t "
+    if len(ablation.bases) == 1:
+        return f"{text}over the runs on the one base: of other bases it says nothing."
+    if ablation.design == "nested":
+        return f"{text}over bases; every base has seeds of its own."
+    return (
+        f"{text}in a model with random effects of base and seed, as every base has the same seeds: the variance of a "
+        "mean is (MS_base + MS_seed - MS_error) / N, with Satterthwaite's "
+        "degrees of freedom, at least 1; where that is not positive, max(MS_base, MS_seed) / N."
+    )
+
+
+def _simulated(design: Design, bases: int) -> str:
+    """How often all this errs, as simulated with the nearest number of bases."""
+    _, bases, seeds = min((d for d in DESIGNS if d[0] == design), key=lambda d: abs(d[1] - bases))
+    told = []
+    for failures in (False, True):
+        rates = {name: f"{r.low:.1%} to {r.high:.1%}" for name, r in MEASURED[design, bases, failures].items()}
+        told.append(
+            f"{'where one run in seven fails' if failures else 'with normal scores'}, {LEVEL:.0%} intervals of "
+            f"differences have the truth in them in {rates['differences']} of cases, those of means in "
+            f"{rates['means']}, and some arm is wrongly called significant in {rates['alarms']} of grids"
+        )
+    return (
+        f"How often this errs, simulated with {ARMS} arms that equal their reference on {bases} bases x {seeds} seed"
+        f"{'s' if seeds > 1 else ''}, the variances of base, seed and run each {', '.join(map(str, VARIANCES))}: "
+        f"{'; '.join(told)} (python -m experiments.report.simulation)."
+    )
 
 
 def _cut(text: str) -> str:

@@ -2,61 +2,84 @@
 
 import numpy as np
 
-from experiments.report.document import bracketed, difference, intervals, number, size
+from experiments.report.comparisons import Comparisons, Pair, compare, pairs, primary
+from experiments.report.document import bracketed, difference, intervals, number, probability, size
 from experiments.report.results import Ablation
-from experiments.report.scores import ranked
-from experiments.report.statistics import Comparison, Interval, compare
-
-FEW_BASES = 10
+from experiments.report.scores import FEW_BASES, ranked
+from experiments.report.statistics import ALPHA, POWER, Comparison, Interval, bases_needed
 
 
 def verdict(ablation: Ablation) -> list[str]:
-    """Paragraphs: which arm is highest on the primary metric; what else is significant; how far to trust it."""
+    """Paragraphs: the primary contrast; which arm is highest on the primary metric; how far to trust it."""
     scores, reference = ablation.scores(ablation.primary), ablation.reference
-    means = intervals(ablation, scores)
+    means, found = intervals(ablation, scores), compare(ablation, scores)
+    text = _primary(ablation, found)
     if not np.isfinite(means[reference].mean):
-        return [f"Nothing can be compared: the reference {reference!r} has no run with {ablation.primary}."]
-    comparisons = compare(scores, reference, ablation.design)
-    text = _headline(ablation.primary, reference, means, comparisons)
-    text += [" ".join(found) for found in [[*_by_base(ablation, means), *_below(ablation, means)]] if found]
-    return [*text, _caveats(ablation, comparisons)]
+        return [*text, _without_reference(ablation), *_ends(ablation), _caveats(ablation, found)]
+    text += _headline(ablation, means, found)
+    text += [" ".join(said) for said in [[*_by_base(ablation, means), *_below(ablation, means)]] if said]
+    return [*text, *_ends(ablation), _caveats(ablation, found)]
 
 
-def _headline(primary: str, reference: str, means: dict[str, Interval], others: dict[str, Comparison]) -> list[str]:
-    if not any(c.cells for c in others.values()):
-        return [f"Nothing can be compared: no arm but the reference {reference!r} has a run with {primary}."]
-    order = ranked(means)
-    top, significant = order[0], [arm for arm in order if arm in others and others[arm].significant]
-    text = f"{top!r} has the highest {primary}, {bracketed(means[top])}, and "
-    if top == reference:
-        text += "is the reference."
-    elif top in significant:
-        text += f"is significantly ahead of {reference!r}, by {size(others[top].difference)}."
+def _without_reference(ablation: Ablation) -> str:
+    done = f"{len(ablation.done(ablation.reference))} of {ablation.runs}"
+    return f"Nothing else is compared: the reference {ablation.reference!r} has {done} runs, and so no mean."
+
+
+def _primary(ablation: Ablation, found: Comparisons) -> list[str]:
+    """What the one contrast that was named before the run shows; nothing if none was."""
+    for first, second in primary(ablation):
+        text = f"Primary contrast, named before the run: {first!r} minus {second!r} in {ablation.primary}"
+        if (first, second) not in found.primary:
+            return [f"{text} has no result: a run of these arms has none."]
+        c = found.primary[first, second]
+        text += f" is {difference(c)}, p = {probability(c.p)}."
+        close = ablation.margin is not None and c.difference.within(ablation.margin)
+        if c.significant:
+            way = "ahead" if c.difference.mean > 0 else "worse"
+            return [f"{text} {first!r} is significantly {way}{', by less than the margin' if close else ''}."]
+        if close:
+            return [
+                f"{text} No difference: its interval lies inside the margin of {ablation.margin:g} named beforehand."
+            ]
+        return [f"{text} Undecided: neither a difference nor that there is none is shown."]
+    return []
+
+
+def _headline(ablation: Ablation, means: dict[str, Interval], found: Comparisons) -> list[str]:
+    order, reference = ranked(means), ablation.reference
+    top = order[0]
+    text = f"{top!r} has the highest {ablation.primary}, {bracketed(means[top])}, and "
+    c = found.get((top, reference))
+    if c is None:
+        text += "is the reference." if top == reference else f"is not compared with {reference!r} here."
+    elif c.significant:
+        text += f"is significantly ahead of {reference!r}, by {size(c.difference)}."
     else:
-        text += f"is not significantly ahead of {reference!r}: {difference(others[top])}."
-    if not significant:
-        return [f"{text} No arm differs significantly from {reference!r}."]
-    rest = []
-    for word, sign in (("ahead of", 1), ("worse than", -1)):
-        named = [arm for arm in significant if arm != top and others[arm].difference.mean * sign > 0]
-        listed = "; ".join(f"{arm!r} by {size(others[arm].difference)}" for arm in named)
-        if named:
-            also = "Also significantly" if top in significant and sign > 0 else "Significantly"
-            rest.append(f"{also} {word} {reference!r}: {listed}.")
-    if len(significant) < len(others):
-        rest.append("No other difference to it is significant.")
-    return [text, " ".join(rest)] if rest else [text]
+        text += f"is not significantly ahead of {reference!r}: {difference(c)}."
+    if not found.significant:
+        return [f"{text} No exploratory difference is significant."]
+    listed = "; ".join(told(pair, c) for pair, c in found.significant.items())
+    others = "" if len(found.significant) == len(found.exploratory) else " No other one is."
+    return [text, f"Significant among {_exploratory(len(found.exploratory))}: {listed}.{others}"]
+
+
+def _exploratory(count: int) -> str:
+    return f"the {count} exploratory comparison{'s' if count > 1 else ''}"
+
+
+def told(pair: Pair, c: Comparison) -> str:
+    """A difference in words."""
+    return f"{pair[0]!r} is {'ahead of' if c.difference.mean > 0 else 'worse than'} {pair[1]!r} by {size(c.difference)}"
 
 
 def _by_base(ablation: Ablation, means: dict[str, Interval]) -> list[str]:
     """How much the lead of the highest arm depends on the base."""
     top, scores = ranked(means)[0], ablation.scores(ablation.primary)
-    lead = scores[top] - scores[ablation.reference]
-    if top == ablation.reference or not 1 < len(ablation.bases) < FEW_BASES or not np.isfinite(lead).any(1).all():
+    if top == ablation.reference or not 1 < len(ablation.bases) < FEW_BASES:
         return []
-    by_base = ", ".join(
-        f"{np.nanmean(row):+.3f} on {name}" for name, row in zip(ablation.base_names, lead, strict=True)
-    )
+    leads = (scores[top] - scores[ablation.reference]).mean(1)
+    by_base = ", ".join(f"{lead:+.3f} on {name}" for name, lead in zip(ablation.base_names, leads, strict=True))
     return [f"By base, {top!r} minus {ablation.reference!r} is {by_base}."]
 
 
@@ -71,24 +94,57 @@ def _below(ablation: Ablation, means: dict[str, Interval]) -> list[str]:
     return [f"Below the untrained base models ({number(start)}) end: {listed}."] if below else []
 
 
-def _caveats(ablation: Ablation, comparisons: dict[str, Comparison]) -> str:
-    text = (
-        f"Every arm is compared with {ablation.reference!r}, run by run. A difference is called significant if its "
-        "95 % interval excludes 0 and its probability under chance, corrected for the number of comparisons, is below "
-        "0.05."
+def _ends(ablation: Ablation) -> list[str]:
+    """How many runs were scored right after an SFT phase, with no RL after it."""
+    told = []
+    for arm in ablation.names:
+        ends = [cell.summary["ends_on"] for cell in ablation.done(arm) if "ends_on" in cell.summary]
+        if "sft" in ends:
+            told.append(f"{ends.count('sft')} of {len(ends)} runs of arm {arm!r}")
+    return [f"Ended on an SFT phase that no RL follows: {'; '.join(told)}."] if told else []
+
+
+def _caveats(ablation: Ablation, found: Comparisons) -> str:
+    """What so many bases can show, and what they cannot."""
+    bases, family = len(ablation.bases), len(pairs(ablation)) - len(primary(ablation))
+    text = "The unit is the base. " if bases > 1 else "There is one base: nothing is known about other bases. "
+    if primary(ablation):
+        text += "The primary contrast is tested as it is, every other comparison is exploratory. "
+    else:
+        text += "No primary contrast was named before these runs: every comparison is exploratory. "
+    text += (
+        "A difference is called significant if p, the larger probability of Student's t over bases and of sign flips "
+        f"of bases, is below {ALPHA:.2f}"
     )
-    cells = max((c.cells for c in comparisons.values()), default=0)
-    if cells and len(comparisons) * 2.0 ** (1 - cells) >= 0.05:
+    text += f"; for {_exploratory(family)} after Holm's correction." if family else "."
+    if bases < bases_needed(1):
         text += (
-            f" With {cells} runs in {len(comparisons)} comparisons no difference can be significant, however large "
-            f"(the smallest possible corrected probability is {min(1.0, len(comparisons) * 2.0 ** (1 - cells)):.2f})."
+            f" With {bases} {'base' if bases == 1 else 'bases'} no difference can be significant, however large (p is "
+            f"at least {2.0 ** (1 - bases):.2g}): one comparison needs {bases_needed(1)} bases"
         )
-    if len(ablation.bases) == 1:
-        text += " There is one base: nothing is known about other bases."
-    elif len(ablation.bases) < FEW_BASES:
-        text += (
-            f" There are {len(ablation.bases)} bases: read the intervals as too narrow, and the probabilities as being "
-            "about these bases."
-        )
+        text += f", these {family} need {bases_needed(family)}." if family > 1 else "."
+    else:
+        text += _detectable(ablation, found, family)
     missing = sum(cell.status != "done" for cell in ablation.cells)
-    return text + (f" {missing} of {len(ablation.cells)} runs have no result, see below." if missing else "")
+    without = (
+        f" {missing} of {len(ablation.cells)} runs have no result, see below; their arms have no mean and no rank."
+    )
+    return text + (without if missing else "")
+
+
+def _detectable(ablation: Ablation, found: Comparisons, family: int) -> str:
+    """The smallest true differences that grids such as this would show."""
+    text = ""
+    chance = f"in {POWER:.0%} of such grids"
+    for c in found.primary.values():
+        text += f" A primary difference of {number(c.difference.detectable())} would be found {chance}"
+        text += "." if ablation.margin is not None else "; no margin was named, so none can be called absent."
+    if len(ablation.bases) < bases_needed(family):
+        return (
+            f"{text} No exploratory difference can be significant: {family} of them need {bases_needed(family)} bases."
+        )
+    sizes = [c.difference.detectable(len(found.exploratory)) for c in found.exploratory.values()]
+    if sizes:
+        ends = f"{number(min(sizes))} to {number(max(sizes))}"
+        text += f" An exploratory one of {ends}, by what is compared, would be found {chance} were it the largest."
+    return text

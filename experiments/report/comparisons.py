@@ -1,0 +1,51 @@
+"""Which arms are compared, and as what? The primary contrast by itself, all others as one exploratory family."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from experiments.report.results import Ablation
+from experiments.report.statistics import Comparison, Scores, judge
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What was compared: the first arm of a pair minus the second. A pair without all of its runs has no comparison."""
+
+    primary: dict[Pair, Comparison]
+    """The contrast that was named before the run, its probability as it is; empty if none was."""
+    exploratory: dict[Pair, Comparison]
+    """Arms with the reference, then further contrasts; probabilities corrected for how many they are."""
+
+    def get(self, pair: Pair) -> Comparison | None:
+        """What was found for a pair."""
+        return {**self.exploratory, **self.primary}.get(pair)
+
+    @property
+    def significant(self) -> dict[Pair, Comparison]:
+        """The exploratory ones that are called significant."""
+        return {pair: found for pair, found in self.exploratory.items() if found.significant}
+
+
+def compare(ablation: Ablation, scores: Mapping[str, Scores]) -> Comparisons:
+    """All comparisons of the ablation in these scores."""
+    differences = {pair: scores[pair[0]] - scores[pair[1]] for pair in pairs(ablation)}
+    named = {pair: differences.pop(pair) for pair in primary(ablation)}
+    return Comparisons(judge(named, ablation.design), judge(differences, ablation.design))
+
+
+def primary(ablation: Ablation) -> list[Pair]:
+    """The primary contrast, if one was named."""
+    return [(ablation.primary_contrast[0], ablation.primary_contrast[1])] if ablation.primary_contrast else []
+
+
+def pairs(ablation: Ablation) -> list[Pair]:
+    """The primary contrast, every arm with the reference, and the contrasts; each pair of arms once."""
+    wanted = primary(ablation)
+    wanted += [(arm, ablation.reference) for arm in ablation.names if arm != ablation.reference]
+    wanted += [(first, second) for first, second in ablation.contrasts]
+    once: dict[frozenset[str], Pair] = {}
+    for pair in wanted:
+        once.setdefault(frozenset(pair), pair)
+    return list(once.values())
