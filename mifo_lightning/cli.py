@@ -146,7 +146,11 @@ class MifoCLI(LightningCLI):
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
-        return self._instantiate_trainer(config, callbacks)
+        trainer = self._instantiate_trainer(config, callbacks)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
+                logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: on resume the command line wins over the checkpoint."""
@@ -212,14 +216,28 @@ def main(args: list[str] | None = None) -> None:
     OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
         check_seeds(OneLineParser.arguments)
+        check_configured(OneLineParser.arguments)
         make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(str(error))
     except OmegaConfBaseException as error:
         what = str(error).split("\n")[0]
+        up = "." * str(error.full_key).count(".")  # one dot is the group that holds the key; the first part is `fit`
         fail(
-            f"{error.full_key}: {what}; write ${{..group.key}} for another group, ${{oc.env:NAME,default}} "
+            f"{error.full_key}: {what}; write ${{{up}group.key}} for another group here, ${{oc.env:NAME,default}} "
             "for a variable"
+        )
+
+
+def check_configured(arguments: list[str]) -> None:
+    """Refuse a subcommand alone: the parser would name the first key that it misses.
+
+    Raises:
+        InputError: A subcommand stands alone.
+    """
+    if len(arguments) == 1 and arguments[0] in MifoCLI.subcommands():
+        raise InputError(
+            f"{arguments[0]}: needs a configuration, such as --config configs/tiny.yaml; `--help` lists all"
         )
 
 

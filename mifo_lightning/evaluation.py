@@ -117,13 +117,22 @@ class Evaluator:
         return samples
 
     def compute(self, stage: str) -> dict[str, Tensor]:
-        """`<stage>/<source>/<metric>` of each source and `<stage>/<metric>` over all questions."""
+        """`<stage>/<source>/<metric>`, `<stage>/<metric>` over all questions, and `<stage>/<metric>_macro`.
+
+        The last is the mean over the sources that have the metric, each counting the same; there from two sources on.
+        """
+        found = [scores.values() for scores in self.scores]
         names = [f"{stage}/{name}" for name in self.sources] + [stage]
-        return {
+        metrics = {
             f"{name}/{metric}": value.float()
-            for name, scores in zip(names, self.scores, strict=True)
-            for metric, value in scores.values().items()
+            for name, values in zip(names, found, strict=True)
+            for metric, value in values.items()
         }
+        if len(self.sources) > 1:
+            for metric in found[-1]:
+                each = [values[metric].float() for values in found[:-1] if metric in values]
+                metrics[f"{stage}/{metric}_macro"] = torch.stack(each).mean()
+        return metrics
 
     def _respond(
         self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool

@@ -148,6 +148,23 @@ def test_interpolation_that_cannot_be_followed_is_one_line(capsys: pytest.Captur
     assert "data.eval_batch" in refused(capsys, "fit", "--config", TINY, "--config", str(over))
 
 
+@pytest.mark.parametrize(
+    "text", ["freeze:\n  fraction: ", "model:\n  rl:\n    lr: ", "data:\n  answer_after: x\n  holdout: "]
+)
+def test_the_hint_of_an_interpolation_can_be_followed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text(text + "${model.group_size}\n")
+    hint = refused(capsys, "fit", "--config", TINY, "--config", str(over)).partition("write ")[2].split()[0]
+    over.write_text(text + hint.replace("group.key", "data.schedule.sft_before") + "\n")
+    printed(capsys, "fit", "--config", TINY, "--config", str(over))
+
+
+def test_a_subcommand_alone_asks_for_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config configs/tiny.yaml" in refused(capsys, "fit")
+
+
 def test_a_printed_configuration_runs_and_leaves_model_summary_and_samples(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -264,3 +264,15 @@ def test_scores_keep_to_their_sources_under_the_trainer(make_trainer: Callable[.
 def test_an_evaluation_that_measures_nothing_is_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
         make_module(evaluation=Evaluation(**settings))
+
+
+def test_the_macro_mean_counts_every_source_the_same(policy: Policy, tokenizer: Any, cpu: torch.device) -> None:
+    judge = evaluator(Scripted(SAMPLED, GREEDY), tokenizer, demonstration_loss=False)
+    judge.reset(["a", "b"], cpu)
+    judge.update(policy, [question(tokenizer, text, i) for i, text in enumerate(list(SAMPLED)[:3])], 0)
+    judge.update(policy, [question(tokenizer, "4x4=", 3)], 1)
+    found = numbers(judge.compute("val"))
+    assert found["val/avg@4_macro"] == pytest.approx((found["val/a/avg@4"] + found["val/b/avg@4"]) / 2)
+    assert found["val/avg@4_macro"] == pytest.approx((4 / 12 + 1) / 2)
+    assert found["val/avg@4"] == pytest.approx(8 / 16)
+    assert found["val/length_macro"] == pytest.approx((found["val/a/length"] + found["val/b/length"]) / 2)
