@@ -288,7 +288,7 @@ def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     for path in base.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     (model / "model.safetensors").write_bytes(b"not a model")
-    assert "cannot be loaded" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    assert "cannot be loaded" in refused(capsys, *short(tmp_path / "run"), "--model.model", str(model))
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     tokenizer["pad_token"] = None
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))

@@ -117,6 +117,9 @@ def test_every_number_of_an_evaluation(policy: Policy, tokenizer: Any, cpu: torc
     expected["b"] |= {"length": 16 / 4, "truncated": 0.0, "demonstration_loss": loss}
     expected[""] |= {"length": 60 / 16, "truncated": 2 / 16, "demonstration_loss": loss}
     flat = {"/".join(filter(None, ("val", s, m))): x for s, ms in expected.items() for m, x in ms.items()}
+    for m in expected[""]:
+        each = [expected[s][m] for s in ("a", "b") if m in expected[s]]
+        flat[f"val/{m}_macro"] = sum(each) / len(each)
     assert numbers(judge.compute("val")) == pytest.approx(flat)
 
 

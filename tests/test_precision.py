@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.evaluation import Evaluation
 from mifo_lightning.losses.token_scores import token_scores
-from mifo_lightning.models import load_policy
 from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.phase_kl import PhaseKL
@@ -96,7 +95,7 @@ def test_every_forward_of_a_run_has_the_precision_of_the_run(
     trainer.fit(module, datamodule=data)
     # a model is looked at once when it is loaded, before there is a run
     found = {name: dtypes for name, dtypes in forwards.items() if "load_policy" not in name}
-    assert found == dict.fromkeys(ASKERS.values(), {dtype})
+    assert found == {name: {dtype} for name in ASKERS.values()}
 
 
 @pytest.mark.parametrize("chunk", [12, 5])

@@ -44,7 +44,7 @@ class RunSummary(Callback):
     def report(self, trainer: Trainer) -> None:
         """Print the table and write `summary.json` into the run's directory."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
-        seconds = profiler.by_activity(trainer.callbacks) if isinstance(profiler, ActivityProfiler) else {}
+        seconds = profiler.by_activity(trainer.callbacks) if isinstance(profiler, ActivityProfiler) else {}  # type: ignore[attr-defined]
         switch = next((c for c in trainer.callbacks if isinstance(c, BufferPhaseSwitch)), None)  # type: ignore[attr-defined]
         monitors = [c for c in trainer.callbacks if hasattr(c, "summary_key")]  # type: ignore[attr-defined]
         record: dict[str, Any] = {
