@@ -158,7 +158,8 @@ class MifoCLI(LightningCLI):
     def before_fit(self) -> None:
         """Evaluate the model as it comes, unless an earlier run is resumed."""
         start = self._get(self.config, "ckpt_path")
-        for callback in self.trainer.callbacks:  # before minutes of evaluation, and before config.yaml is written  # type: ignore[attr-defined]
+        # before minutes of evaluation, and before config.yaml is written
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
                 callback.check_free(self.trainer, self.model, start)
         if self._evaluates() and not start:
