@@ -76,7 +76,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     method = method_callbacks(size=8)[case == "dynamic sampling" :]  # the first one selects tokens
     module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    export = ExportModel(str(out.parent / f"model-{strategy}"))
+    export = ExportModel(str(out.parent / f"model-{strategy}")) if case == "phases" else Callback()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
