@@ -153,7 +153,11 @@ class MifoCLI(LightningCLI):
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
-        return self._instantiate_trainer(config, callbacks)
+        trainer = self._instantiate_trainer(config, callbacks)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
+                logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: on resume the command line wins over the checkpoint."""
@@ -161,7 +165,8 @@ class MifoCLI(LightningCLI):
     def before_fit(self) -> None:
         """Evaluate the model as it comes, unless an earlier run is resumed."""
         start = self._get(self.config, "ckpt_path")
-        for callback in self.trainer.callbacks:  # before minutes of evaluation, and before config.yaml is written
+        # before minutes of evaluation, and before config.yaml is written
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
                 callback.check_free(self.trainer, self.model, start)
         if self._evaluates() and not start:
@@ -220,6 +225,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         OneLineParser.empty = left_empty(OneLineParser.arguments)
         check_seeds(OneLineParser.arguments)
+        check_configured(OneLineParser.arguments)
         make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(with_place(str(error), OneLineParser.empty))
@@ -227,9 +233,22 @@ def main(args: list[str] | None = None) -> None:
         fail(str(error), status=1)
     except OmegaConfBaseException as error:
         what = str(error).split("\n")[0]
+        up = "." * str(error.full_key).count(".")  # one dot is the group that holds the key; the first part is `fit`
         fail(
-            f"{error.full_key}: {what}; write ${{..group.key}} for another group, ${{oc.env:NAME,default}} "
+            f"{error.full_key}: {what}; write ${{{up}group.key}} for another group here, ${{oc.env:NAME,default}} "
             "for a variable"
+        )
+
+
+def check_configured(arguments: list[str]) -> None:
+    """Refuse a subcommand alone: the parser would name the first key that it misses.
+
+    Raises:
+        InputError: A subcommand stands alone.
+    """
+    if len(arguments) == 1 and arguments[0] in MifoCLI.subcommands():
+        raise InputError(
+            f"{arguments[0]}: needs a configuration, such as --config configs/tiny.yaml; `--help` lists all"
         )
 
 

@@ -133,20 +133,27 @@ class Evaluator:
         return samples
 
     def compute(self, stage: str) -> dict[str, Tensor]:
-        """`<stage>/<source>/<metric>` of each source and `<stage>/<metric>` over all questions; collective.
+        """`<stage>/<source>/<metric>`, `<stage>/<metric>` over all questions, and `<stage>/<metric>_macro`; collective.
+
+        The last is the mean over the sources that have the metric, each counting the same; there from two sources on.
 
         Raises:
             InputError: Every check of the reward failed.
         """
         self.watch.end(self.checked, f"the responses of `{stage}`")
+        found = [scores.values() for scores in self.scores]
+        self._warn(found[-1])
         names = [f"{stage}/{name}" for name in self.sources] + [stage]
-        values = [scores.values() for scores in self.scores]
-        self._warn(values[-1])
-        return {
+        metrics = {
             f"{name}/{metric}": value.float()
-            for name, of_source in zip(names, values, strict=True)
-            for metric, value in of_source.items()
+            for name, values in zip(names, found, strict=True)
+            for metric, value in values.items()
         }
+        if len(self.sources) > 1:
+            for metric in found[-1]:
+                each = [values[metric].float() for values in found[:-1] if metric in values]
+                metrics[f"{stage}/{metric}_macro"] = torch.stack(each).mean()
+        return metrics
 
     def _respond(
         self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool

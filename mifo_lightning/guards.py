@@ -35,7 +35,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_flags(trainer: Trainer) -> None:
-    """Raise an InputError for flags that would do nothing or never end: how many batches a run has is not known before."""
+    """Raise an InputError for flags that do nothing or never end: a run's number of batches is not known before."""
     if trainer.min_steps:
         raise InputError(f"trainer.min_steps: {trainer.min_steps} is not allowed; data.schedule says when a run ends")
     for name in ("limit_train_batches", "val_check_interval"):

@@ -155,6 +155,23 @@ def test_interpolation_that_cannot_be_followed_is_one_line(capsys: pytest.Captur
     assert "data.eval_batch" in refused(capsys, "fit", "--config", TINY, "--config", str(over))
 
 
+@pytest.mark.parametrize(
+    "text", ["freeze:\n  fraction: ", "model:\n  rl:\n    lr: ", "data:\n  answer_after: x\n  holdout: "]
+)
+def test_the_hint_of_an_interpolation_can_be_followed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text(text + "${model.group_size}\n")
+    hint = refused(capsys, "fit", "--config", TINY, "--config", str(over)).partition("write ")[2].split()[0]
+    over.write_text(text + hint.replace("group.key", "data.schedule.sft_before") + "\n")
+    printed(capsys, "fit", "--config", TINY, "--config", str(over))
+
+
+def test_a_subcommand_alone_asks_for_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config configs/tiny.yaml" in refused(capsys, "fit")
+
+
 def test_a_printed_configuration_runs_and_leaves_model_summary_and_samples(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -314,7 +331,7 @@ def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     for path in base.iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     (model / "model.safetensors").write_bytes(b"not a model")
-    assert "cannot be loaded" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    assert "cannot be loaded" in refused(capsys, *short(tmp_path / "run"), "--model.model", str(model))
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     tokenizer["pad_token"] = None
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))

@@ -117,6 +117,9 @@ def test_every_number_of_an_evaluation(policy: Policy, tokenizer: Any, cpu: torc
     expected["b"] |= {"length": 16 / 4, "truncated": 0.0, "demonstration_loss": loss}
     expected[""] |= {"length": 60 / 16, "truncated": 2 / 16, "demonstration_loss": loss}
     flat = {"/".join(filter(None, ("val", s, m))): x for s, ms in expected.items() for m, x in ms.items()}
+    for m in expected[""]:
+        each = [expected[s][m] for s in ("a", "b") if m in expected[s]]
+        flat[f"val/{m}_macro"] = sum(each) / len(each)
     assert numbers(judge.compute("val")) == pytest.approx(flat)
 
 
@@ -264,3 +267,15 @@ def test_scores_keep_to_their_sources_under_the_trainer(make_trainer: Callable[.
 def test_an_evaluation_that_measures_nothing_is_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
         make_module(evaluation=Evaluation(**settings))
+
+
+def test_the_macro_mean_counts_every_source_the_same(policy: Policy, tokenizer: Any, cpu: torch.device) -> None:
+    judge = evaluator(Scripted(SAMPLED, GREEDY), tokenizer, demonstration_loss=False)
+    judge.reset(["a", "b"], cpu)
+    judge.update(policy, [question(tokenizer, text, i) for i, text in enumerate(list(SAMPLED)[:3])], 0)
+    judge.update(policy, [question(tokenizer, "4x4=", 3)], 1)
+    found = numbers(judge.compute("val"))
+    assert found["val/avg@4_macro"] == pytest.approx((found["val/a/avg@4"] + found["val/b/avg@4"]) / 2)
+    assert found["val/avg@4_macro"] == pytest.approx((4 / 12 + 1) / 2)
+    assert found["val/avg@4"] == pytest.approx(8 / 16)
+    assert found["val/length_macro"] == pytest.approx((found["val/a/length"] + found["val/b/length"]) / 2)

@@ -95,7 +95,7 @@ def test_every_forward_of_a_run_has_the_precision_of_the_run(
     trainer.fit(module, datamodule=data)
     # a model is looked at once when it is loaded, before there is a run
     found = {name: dtypes for name, dtypes in forwards.items() if "load_policy" not in name}
-    assert found == dict.fromkeys(ASKERS.values(), {dtype})
+    assert found == {name: {dtype} for name in ASKERS.values()}
 
 
 @pytest.mark.parametrize("chunk", [12, 5])

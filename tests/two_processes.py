@@ -100,7 +100,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     summary = RunSummary()
-    export = ExportModel(str(out.parent / f"model-{strategy}"))
+    export = ExportModel(str(out.parent / f"model-{strategy}")) if case == "phases" else Callback()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,

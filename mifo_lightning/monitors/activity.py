@@ -114,5 +114,6 @@ class SecondsByActivity(Callback):
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, ActivityProfiler) and trainer.global_step % self.every == 0:
             log_metrics(
-                trainer, {f"seconds/{name}": value for name, value in profiler.by_activity(trainer.callbacks).items()}
+                trainer,
+                {f"seconds/{name}": value for name, value in profiler.by_activity(trainer.callbacks).items()},  # type: ignore[attr-defined]
             )

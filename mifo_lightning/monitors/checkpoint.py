@@ -33,7 +33,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Another run's checkpoint stays as it is; what this one writes it may write over."""
         super().on_train_start(trainer, pl_module)
-        self.check_free(trainer, pl_module, trainer.ckpt_path)  # type: ignore[attr-defined]
+        self.check_free(trainer, pl_module, trainer.ckpt_path)
         self._mine = Path(self.dirpath or "") / "last.ckpt"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -85,7 +85,7 @@ class Costs(Callback):
         log_metrics(trainer, {f"costs/{name}": value for name, value in totals.items()})
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON: both accounts, distinct questions and demonstrations, seconds of every callback by its group's class."""
+        """Plain JSON: both accounts, distinct questions and demonstrations, seconds of callbacks by group."""
         accounts = {phase: {**a, "flops": flops(a, self._weights)} for phase, a in self.accounts.items()}
         distinct = {"distinct_questions": len(self.questions), "distinct_demonstrations": len(self.demonstrations)}
         return {**accounts, **distinct, "callbacks": self._seconds_of_callbacks()}

@@ -43,7 +43,7 @@ class ExportModel(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever is in the directory stays as it is."""
-        self.check_free(trainer, pl_module, trainer.ckpt_path)  # type: ignore[attr-defined]
+        self.check_free(trainer, pl_module, trainer.ckpt_path)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it."""

@@ -37,10 +37,11 @@ def keep_earlier(trainer: Trainer, path: Path, key: str, start: Any) -> None:
         start: The checkpoint that training goes on from, or None.
 
     Raises:
-        InputError: If it is there, and training does not go on from a checkpoint in the directory that holds it.
+        InputError: If it is there, and training does not go on from a checkpoint of the same run.
     """
     taken = any(path.iterdir()) if path.is_dir() else path.exists()
-    own = start is not None and path.resolve().parent in Path(start).resolve().parents
+    homes = [path.parent, getattr(trainer.checkpoint_callback, "dirpath", None)]  # of the run that writes here
+    own = start is not None and any(home and Path(home).resolve() in Path(start).resolve().parents for home in homes)
     if trainer.strategy.broadcast(taken and not own):
         raise InputError(
             f"{key}: {path} is there already and is not written over; give another trainer.default_root_dir or {key}, "

@@ -69,7 +69,7 @@ class RunSummary(Callback):
     def report(self, trainer: Trainer) -> None:
         """Print the table and write `summary.json` into the run's directory."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
-        seconds = profiler.by_activity(trainer.callbacks) if isinstance(profiler, ActivityProfiler) else {}
+        seconds = profiler.by_activity(trainer.callbacks) if isinstance(profiler, ActivityProfiler) else {}  # type: ignore[attr-defined]
         switch = next((c for c in trainer.callbacks if isinstance(c, BufferPhaseSwitch)), None)  # type: ignore[attr-defined]
         monitors = [c for c in trainer.callbacks if hasattr(c, "summary_key")]  # type: ignore[attr-defined]
         record: dict[str, Any] = {
@@ -130,9 +130,10 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
     for key, value in after.items():
         source, _, metric = key.rpartition("/")
         start = before.get(key)
-        digits = 1 if metric == "length" else 3
+        digits = 1 if metric.removesuffix("_macro") == "length" else 3
         cell = f"{value:.{digits}f}" if start is None else f"{start:.{digits}f} → {value:.{digits}f}"
-        rows.setdefault(source or "all", {})[metric] = cell
+        macro = not source and metric.endswith("_macro")
+        rows.setdefault(source or ("mean of sources" if macro else "all"), {})[metric.removesuffix("_macro")] = cell
     metrics = list(dict.fromkeys(metric for cells in rows.values() for metric in cells))
     table = Table(title=title)
     table.add_column("source")
