@@ -41,7 +41,7 @@ class Decoding:
         arguments = accepted(model.forward, use_cache=True)
         output = model(input_ids=tokens, **arguments)
         argument, given = next((name for name in CACHES if getattr(output, name, None) is not None), None), False
-        cache = output[argument] if argument else None
+        cache: Any = output[argument] if argument else None
         if cache is None and accepted(model.forward, past_key_values=None):
             argument, given, cache = "past_key_values", True, DynamicCache(config=model.config)
             model(input_ids=tokens, **arguments, past_key_values=cache)

@@ -49,8 +49,8 @@ def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str,
     if limit is not None and prompt + max_new_tokens > limit:
         raise InputError(
             f"{key}.max_new_tokens: {max_new_tokens} after the longest prompt of {prompt} tokens makes "
-            f"{prompt + max_new_tokens}, and the model has {limit} positions; lower it or data.max_prompt_tokens, or take "
-            "a model with a longer context"
+            f"{prompt + max_new_tokens}, and the model has {limit} positions; lower it or data.max_prompt_tokens, or "
+            "take a model with a longer context"
         )
     if limit is not None and whole > limit:
         raise InputError(

@@ -153,8 +153,8 @@ def check_vocabulary(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None
     rows, ids = policy.model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
     if ids > rows:
         raise InputError(
-            f"model.model: the tokenizer has {ids} tokens, the embedding {rows} rows; take the model's own tokenizer or "
-            "resize the embedding"
+            f"model.model: the tokenizer has {ids} tokens, the embedding {rows} rows; take the model's own tokenizer "
+            "or resize the embedding"
         )
 
 

@@ -169,7 +169,7 @@ def _head_is_last(model: PreTrainedModel) -> bool:
     seen: dict[str, Tensor] = {}
 
     def replace_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        sizes = torch.logspace(-3, 4, output.numel(), device=output.device)
+        sizes = torch.logspace(-3, 4, output.numel(), device=output.device, dtype=output.dtype)
         sizes[::2] *= -1
         seen["hidden"], seen["logits"] = inputs[0], sizes.view_as(output)
         return seen["logits"]

@@ -60,7 +60,9 @@ def self_check(
         raise
     except Exception as error:  # whatever a model's own code raises
         text = " ".join(str(error).split())[:200]
-        raise InputError(f"model.model: {name} cannot decode {family} ({type(error).__name__}: {text}); {advice}") from error
+        raise InputError(
+            f"model.model: {name} cannot decode {family} ({type(error).__name__}: {text}); {advice}"
+        ) from error
     worst, mean, largest = (max(gather_ranks(float(x))) for x in (exact.max(), found.mean(), found.max()))
     typical = max(gather_ranks(float(found.median()))) if mixes_experts(policy.model.config) else mean
     if not worst <= EXACT:
