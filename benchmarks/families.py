@@ -104,6 +104,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
@@ -144,12 +145,12 @@ def _small(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     }
 
 
-def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Random weights large enough that a wrong position, mask or state shows in the logits."""
-    torch.manual_seed(seed)
+def tiny_model(config: PreTrainedConfig, scaled: bool = True) -> PreTrainedModel:
+    """Random weights, `scaled` so large that a wrong position, mask or state shows in the logits."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.parameters() if scaled else []:
             if p.dim() > 1 and p.mean().abs() < 0.5 * p.std():
                 p.normal_(0, p.shape[-1] ** -0.5)
             elif p.dim() == 1 and (p == 0).all():
