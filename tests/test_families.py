@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.families import judge, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
+from benchmarks.families import judge, tiny_config, tiny_model
 from mifo_lightning.models import load_policy
 from mifo_lightning.policy import Policy, Sequences
 
