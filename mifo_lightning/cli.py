@@ -281,6 +281,7 @@ def quiet() -> None:
         ".*overridden `transfer_batch_to_device`.*",  # on purpose: questions are no tensors
         ".*LightningCLI's args parameter.*",  # `main` is called from Python on purpose
         ".*does not have many workers.*",  # questions are in memory
+        ".*in eval mode at the start of training.*",  # on purpose: no dropout
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
     ):
         warnings.filterwarnings("ignore", text)

@@ -5,10 +5,13 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers import PreTrainedConfig
 
 from mifo_callbacks.sharding import require_data_parallel
+from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
+from mifo_lightning.models import positions
 
 FORMAT = 3  # of what MifoModule, its loader and its callbacks put into a checkpoint
 PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
@@ -59,6 +62,41 @@ def check_format(checkpoint: dict[str, Any]) -> None:
         raise InputError(
             f"ckpt_path: its format is {found}, this version of mifo_lightning reads {FORMAT}: a run is resumed by the "
             "version that began it"
+        )
+
+
+def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str, max_new_tokens: int) -> None:
+    """Refuse sequences beyond the model's positions; warn where demonstrations are longer than responses may be.
+
+    Args:
+        config: The model's.
+        questions: All that are to be answered.
+        key: Names the sampling settings.
+        max_new_tokens: The longest response in tokens.
+
+    Raises:
+        InputError: If a prompt with its longest response, or with its demonstration, does not fit.
+    """
+    limit = positions(config)
+    prompt = max((len(q.prompt) for q in questions), default=0)
+    whole = max((len(q.prompt) + len(q.demonstration or []) for q in questions), default=0)
+    if limit is not None and prompt + max_new_tokens > limit:
+        raise InputError(
+            f"{key}.max_new_tokens: {max_new_tokens} after the longest prompt of {prompt} tokens makes "
+            f"{prompt + max_new_tokens}, and the model has {limit} positions; lower it or data.max_prompt_tokens, or "
+            "take a model with a longer context"
+        )
+    if limit is not None and whole > limit:
+        raise InputError(
+            f"data.max_response_tokens: a prompt with its demonstration has {whole} tokens, and the model has {limit} "
+            "positions; lower it or data.max_prompt_tokens, or take a model with a longer context"
+        )
+    longest = max((len(q.demonstration or []) for q in questions), default=0)
+    if longest > max_new_tokens:
+        rank_zero_warn(
+            f"data.max_response_tokens: demonstrations have up to {longest} tokens and {key}.max_new_tokens is "
+            f"{max_new_tokens}: what is learned from the longer ones is cut off in a rollout and counts as wrong; make "
+            "them equal"
         )
 
 

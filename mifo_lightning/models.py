@@ -1,21 +1,32 @@
 """Loading a Hugging Face causal LM and its tokenizer, sharding it, and writing it back."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from mifo_lightning.distributed import full
 from mifo_lightning.ending import read_ends, set_ends
 from mifo_lightning.errors import InputError
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.tokenizer_file import faithful
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
@@ -74,9 +85,102 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
             loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model.model: {model!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    try:
+        policy = Policy(loaded)
+        unused = freeze_unused(policy)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise InputError(
+            f"model.model: {type(loaded).__name__} cannot be run on token ids alone ({type(error).__name__}: "
+            f"{_first_line(error)}); give a decoder-only causal LM"
+        ) from error
     if gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(loaded.train())
+        recompute_layers(loaded)
+    if on := dropouts(loaded.config):
+        listed = ", ".join(f"{name} {value:g}" for name, value in on.items())
+        rank_zero_warn(f"model.model: dropout is switched off ({listed}): updates must score what rollouts drew")
+    if unused:
+        rank_zero_warn(f"model.model: text does not pass through {', '.join(unused)}; those weights are not trained")
+    return policy
+
+
+def freeze_unused(policy: Policy) -> list[str]:
+    """Take the gradient from weights that text never reaches, such as a vision tower; DDP would wait for it.
+
+    Returns:
+        Names of the modules that hold them.
+    """
+    logp, _ = policy(Sequences.pack([[0, 1]], [[2, 3]], 0).to(policy.device))
+    reached, nodes = set(), [logp.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        reached.add(id(getattr(node, "variable", None)))
+        new = {n for n, _ in getattr(node, "next_functions", ()) if n is not None} - seen
+        seen |= new
+        nodes += new
+    modules = set()
+    for name, p in policy.model.named_parameters():
+        # an expert that these few tokens miss is used by others
+        if id(p) not in reached and "expert" not in name:
+            p.requires_grad_(False)
+            modules.add(".".join(name.split(".")[:2]))
+    return sorted(modules)
+
+
+def dropouts(config: PreTrainedConfig) -> dict[str, float]:
+    """The dropout probabilities above 0 in a model's configuration, those of unused heads left out."""
+    values = config.get_text_config(decoder=True).to_dict()
+    return {
+        name: value
+        for name, value in values.items()
+        if "drop" in name and isinstance(value, float) and value > 0 and not name.startswith(("summary", "classifier"))
+    }
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass; Hugging Face's own switch asks for training mode.
+
+    Raises:
+        InputError: If the family has no layers made for it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **named)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
+    return run
+
+
+def check_vocabulary(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise an InputError where the tokenizer knows tokens that the model has no embedding for."""
+    rows, ids = policy.model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
+        raise InputError(
+            f"model.model: the tokenizer has {ids} tokens, the embedding {rows} rows; take the model's own tokenizer "
+            "or resize the embedding"
+        )
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence in tokens that a model is made for; None where nothing limits it."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    limits = [value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0]
+    if not limits:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    stretched = int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0))
+    return max(limits[0], stretched)
 
 
 def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:

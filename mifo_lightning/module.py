@@ -24,13 +24,14 @@ from mifo_lightning.guards import (
     check_alignment,
     check_ends,
     check_format,
+    check_lengths,
     check_resume,
     check_trainer,
     warn_of_single_steps,
 )
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight
-from mifo_lightning.models import load_policy, load_tokenizer, shard_policy
+from mifo_lightning.models import check_vocabulary, load_policy, load_tokenizer, shard_policy
 from mifo_lightning.optim import AdamWSettings, PhaseAdamW
 from mifo_lightning.policy import Policy
 from mifo_lightning.reinforcement import Reinforcement
@@ -39,6 +40,7 @@ from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.self_check import self_check
 from mifo_lightning.step_metrics import StepMetrics
 from mifo_lightning.supervision import Supervision
 
@@ -72,6 +74,8 @@ class MifoModule(LightningModule):
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
+        self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
+            whose log-probabilities are not the model's.
 
     Raises:
         InputError: If a setting is impossible.
@@ -99,6 +103,7 @@ class MifoModule(LightningModule):
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        self_check: bool = True,
     ) -> None:
         super().__init__()
         rl.check("model.rl")
@@ -127,6 +132,7 @@ class MifoModule(LightningModule):
         self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
         self._finite = FiniteSteps()
+        self._unchecked = self_check
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
@@ -136,6 +142,7 @@ class MifoModule(LightningModule):
             return
         check_trainer(self.trainer)
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+        check_vocabulary(self.policy, self.tokenizer)
         reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
         for policy in (self.policy, reference):
             if policy is not None:
@@ -164,6 +171,7 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
+        self._check(self.trainer.train_dataloader, "model.sampling", self.reinforcement.sampling)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
@@ -282,6 +290,14 @@ class MifoModule(LightningModule):
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """Check lengths and, before the first evaluation of a run, the engine."""
+        self._check(self.trainer.val_dataloaders, "model.evaluation.sampling", self.evaluator.settings.sampling)
+
+    def on_test_start(self) -> None:
+        """As validation."""
+        self._check(self.trainer.test_dataloaders, "model.evaluation.sampling", self.evaluator.settings.sampling)
+
     def on_validation_epoch_start(self) -> None:
         """Empty the metrics."""
         self.evaluator.reset(_sources(self.trainer.val_dataloaders), self.device)
@@ -335,6 +351,26 @@ class MifoModule(LightningModule):
             )
         state = rollouts[self.trainer.global_rank] if any(rollouts) else None
         self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
+
+    def _check(self, loaders: Any, key: str, sampling: Sampling) -> None:
+        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
+        every = loaders.values() if isinstance(loaders, dict) else [loaders]
+        questions = [q for loader in every for q in getattr(loader, "questions", [])]
+        check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
+        if self._unchecked and questions:
+            self._unchecked = False
+            plugin = self.trainer.precision_plugin
+            precision = None if self.trainer.precision == "32-true" else plugin.forward_context()
+            with self._profile("self_check"):
+                found = self_check(
+                    self.reinforcement.engine,
+                    self._policy,
+                    self.tokenizer,
+                    [q.prompt for q in questions],
+                    self.reinforcement.sampling,
+                    precision,
+                )
+            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
         return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from mifo_lightning.decoding import Decoding, accepted
 from mifo_lightning.losses.token_scores import token_scores
 
 
@@ -68,7 +69,9 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.eval()
+        with torch.no_grad():
+            self.decoding = Decoding.of(model)
         self.split_head = _head_is_last(model)
 
     def forward(
@@ -90,20 +93,44 @@ class Policy(nn.Module):
         targets = sequences.tokens[row, position]
         with self.numerics():
             if self.split_head:
-                hidden = self.model.base_model(input_ids=sequences.tokens, use_cache=False).last_hidden_state
+                hidden = _run(self.model.base_model, sequences.tokens).last_hidden_state
                 head: Any = self.model.get_output_embeddings()
             else:
-                hidden = self.model(input_ids=sequences.tokens, use_cache=False).logits
+                hidden = _run(self.model, sequences.tokens).logits
                 head = nn.Identity()
             # the state before a token predicts it; only response positions ever reach the head
             scores = token_scores(head, hidden[row, position - 1], targets, temperature, entropy_gradient)
         logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
         return logp, entropy
 
-    def decode(self, **inputs: Any) -> Any:
-        """One cached forward pass for generation; logits of the last position only, as Hugging Face returns them."""
+    def decode(self, ids: Tensor, cache: Any, attention: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Any]:
+        """One cached forward pass for generation.
+
+        Args:
+            ids: [B, T] int64 new tokens.
+            cache: What the call before returned; None at first.
+            attention: [B, tokens so far] int64, 0 at padding; None where nothing is padded.
+            positions: [B, T] int64; None leaves them to the model.
+
+        Returns:
+            Logits [B, V] of the last position, and the cache.
+        """
+        if cache is None and self.decoding.given:
+            cache = DynamicCache(config=self.model.config)
+        arguments = {
+            "attention_mask": attention,
+            "position_ids": positions,
+            self.decoding.argument: cache,
+            "logits_to_keep": 1,
+        }
         with self.numerics():
-            return self.model(**inputs, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=ids, use_cache=True, **accepted(self.model.forward, **arguments))
+        return out.logits[:, -1], cache if self.decoding.given else out[self.decoding.argument]
+
+    def train(self, mode: bool = True) -> "Policy":
+        """The model stays in evaluation mode: updates score what rollouts drew, so dropout and the like are off."""
+        self.training = mode
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -112,13 +139,11 @@ class Policy(nn.Module):
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Evaluation mode, no gradient, and under FSDP2 the whole weights gathered once instead of every forward.
+        """No gradient, and under FSDP2 the whole weights gathered once instead of every forward.
 
         Collective under FSDP2: every rank enters; inside, ranks may run different numbers of forwards.
         """
-        training = self.training
         shards = [m for m in self.modules() if isinstance(m, FSDPModule)]
-        self.eval()
         for shard in shards:
             shard.set_reshard_after_forward(False)
             shard.unshard()
@@ -130,21 +155,36 @@ class Policy(nn.Module):
                 # the root keeps its weights between forward and backward, as FSDP2 does by default
                 shard.set_reshard_after_forward(shard is not self, recurse=False)
                 shard.reshard()
-            self.train(training)
             # frees the casts of the weights; older torch would reuse them, made without a graph, and lose gradients
             torch.clear_autocast_cache()
 
 
+def _run(model: nn.Module, tokens: Tensor) -> Any:
+    """A forward pass over whole sequences, without a cache."""
+    return model(input_ids=tokens, **accepted(model.forward, use_cache=False))
+
+
+@torch.no_grad()
 def _head_is_last(model: PreTrainedModel) -> bool:
-    """Whether logits == output_embeddings(last_hidden_state): false for models that cap or scale their logits."""
+    """Whether logits == output_embeddings(last_hidden_state): false for models that cap or scale their logits.
+
+    The head's output is replaced by numbers of all sizes: a cap does not show on the small logits of a fresh model.
+    """
     head = model.get_output_embeddings()
-    if head is None:
+    if head is None or model.base_model is model:
         return False
     tokens = torch.arange(3, device=model.device)[None]
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        same = torch.allclose(head(hidden), model(input_ids=tokens, use_cache=False).logits, atol=1e-4)
-    model.train(training)
-    return same
+    seen: dict[str, Tensor] = {}
+
+    def replace_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        sizes = torch.logspace(-3, 4, output.numel(), device=output.device, dtype=output.dtype)
+        sizes[::2] *= -1
+        seen["hidden"], seen["logits"] = inputs[0], sizes.view_as(output)
+        return seen["logits"]
+
+    hook = head.register_forward_hook(replace_output)
+    logits = _run(model, tokens).logits
+    hook.remove()
+    hidden = _run(model.base_model, tokens).last_hidden_state
+    pairs = [(hidden, seen["hidden"]), (logits, seen["logits"])] if seen else [(logits, hidden)]
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)

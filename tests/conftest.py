@@ -57,6 +57,7 @@ def make_module(**changes: Any) -> MifoModule:
         "rl": AdamWSettings(lr=5e-4, weight_decay=0.1),
         "sft": AdamWSettings(lr=1e-3),
         "evaluation": Evaluation(sampling=SAMPLING),
+        "self_check": "engine" not in changes,  # scripted engines invent their log-probabilities
     }
     return MifoModule(**{**settings, **changes})
 

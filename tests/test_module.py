@@ -83,15 +83,28 @@ def test_accumulated_gradients_equal_those_of_one_batch(
     assert all(max(found) > 0 for found in scales.values())
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_trainer: MakeTrainer) -> None:
-    runs = []
+class Passes(Callback):
+    """Counts the forward passes of the first layer's MLP while training."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.policy.model.model.layers[0].mlp.register_forward_pre_hook(self.note)
+
+    def note(self, *arguments: Any) -> None:
+        self.count += 1
+
+
+def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(make_trainer: MakeTrainer) -> None:
+    runs, counts = [], []
     for checkpointing in (False, True):
-        watch = Watch()
+        watch, passes = Watch(), Passes()
         module = make_module(gradient_checkpointing=checkpointing)
-        make_trainer([watch, *method_callbacks()], max_steps=4).fit(module, datamodule=make_data())
-        assert module.policy is not None
-        assert module.policy.model.is_gradient_checkpointing == checkpointing
+        make_trainer([watch, passes, *method_callbacks()], max_steps=4).fit(module, datamodule=make_data())
         runs.append(watch.gradients)
+        counts.append(passes.count)
+    assert counts[1] == counts[0] + 4  # one more in each backward pass
     for plain, saved in zip(*runs, strict=True):
         for name in plain:
             torch.testing.assert_close(saved[name], plain[name])

@@ -98,16 +98,14 @@ def test_greedy_takes_the_most_likely_token(policy: Policy, tokenizer: Any, prom
             ids.append(token)
 
 
-def test_dropout_is_off_while_sampling_and_on_again_afterwards(
-    policy: Policy, tokenizer: Any, prompts: list[list[int]]
-) -> None:
+def test_dropout_is_off_while_sampling_and_in_updates(policy: Policy, tokenizer: Any, prompts: list[list[int]]) -> None:
     seen = []
+    policy.train()
     policy.model.model.layers[0].register_forward_pre_hook(lambda module, _: seen.append(module.training))
-    generate(policy, tokenizer, prompts)
+    policy(pack(prompts, generate(policy, tokenizer, prompts), tokenizer.pad_token_id))
     assert seen
     assert not any(seen)
     assert policy.training
-    assert policy.model.training
 
 
 def test_sampling_inside_autocast_does_not_cost_the_next_forward_its_gradient(

@@ -1,8 +1,11 @@
 """The engine that decodes with the training weights in the training process."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.ending import end_tokens
 from mifo_lightning.policy import Policy
@@ -13,7 +16,10 @@ STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some 
 
 
 class InProcessEngine:
-    """Decodes with a key-value cache: one prefill per question, finished rows leave the batch.
+    """Decodes with the model's cache: one prefill per question, finished rows leave the batch.
+
+    A model whose cache cannot do that prefills every row and keeps all of them; one that cannot be padded decodes
+    prompts of equal length together. Results do not depend on it.
 
     Args:
         rows: Most responses decoded at once; bounds memory, does not change results.
@@ -32,13 +38,23 @@ class InProcessEngine:
         sampling: Sampling,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
-        done: list[list[Completion]] = []
+        done: dict[int, list[Completion]] = {}
         at_once = max(1, self.rows // samples)
         with policy.sampling():
-            for i in range(0, len(prompts), at_once):
+            for batch in _batches(prompts, at_once, policy.decoding.padded):
                 decoding = _Decoding(policy, tokenizer, sampling, samples)
-                done += decoding.run(prompts[i : i + at_once], keys[i : i + at_once])
-        return done
+                drawn = decoding.run([prompts[i] for i in batch], [keys[i] for i in batch])
+                done.update(zip(batch, drawn, strict=True))
+        return [done[i] for i in range(len(prompts))]
+
+
+def _batches(prompts: list[list[int]], size: int, padded: bool) -> Iterator[list[int]]:
+    """Positions of the prompts that are decoded together: in order, or those of equal length."""
+    together: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        together.setdefault(0 if padded else len(prompt), []).append(i)
+    for chosen in together.values():
+        yield from (chosen[i : i + size] for i in range(0, len(chosen), size))
 
 
 class _Decoding:
@@ -47,8 +63,9 @@ class _Decoding:
     def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, samples: int) -> None:
         self.policy, self.tokenizer, self.sampling, self.samples = policy, tokenizer, sampling, samples
         self.ends = torch.tensor(sorted(end_tokens(tokenizer)), device=policy.device)
-        self.cache = DynamicCache(config=policy.model.config)
+        self.cache: Any = None  # the model makes its own
         self.attention: Tensor | None = None  # [rows, tokens so far], 0 at padding; None where nothing is padded
+        self.seen = 0  # tokens in the cache, padding included
 
     @torch.no_grad()
     def run(self, prompts: list[list[int]], keys: list[int]) -> list[list[Completion]]:
@@ -72,9 +89,9 @@ class _Decoding:
             if step + 1 == limit or not running.any():
                 break
             # dropping rows copies the cache: worth it once an eighth of the batch has finished
-            if running.sum() <= 0.875 * len(alive):
+            if self.policy.decoding.movable and running.sum() <= 0.875 * len(alive):
                 alive, token = alive[running], token[running]
-                self.cache.batch_select_indices(running.nonzero()[:, 0])
+                self.cache.reorder_cache(running.nonzero()[:, 0])
                 if self.attention is not None:
                     self.attention = self.attention[running]
             logits = self._step(token)
@@ -85,7 +102,10 @@ class _Decoding:
         return [rows[i : i + self.samples] for i in range(0, len(rows), self.samples)]
 
     def _prefill(self, prompts: list[list[int]], device: torch.device) -> Tensor:
-        """Run each prompt once, then repeat cache and logits for its samples; [rows, V] fp32."""
+        """Run the prompts, each once if the cache can be repeated for its samples; [rows, V] fp32."""
+        movable, samples = self.policy.decoding.movable, self.samples
+        if not movable:
+            prompts = [p for p in prompts for _ in range(samples)]
         width = max(map(len, prompts))
         pad = int(self.tokenizer.pad_token_id)
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -95,27 +115,29 @@ class _Decoding:
             columns = torch.arange(width, device=device)
             self.attention = (columns >= width - lengths).long()
             positions = (columns - (width - lengths)).clamp_min(0)
-        out = self.policy.decode(
-            input_ids=ids, attention_mask=self.attention, position_ids=positions, past_key_values=self.cache
-        )
-        self.cache.batch_repeat_interleave(self.samples)
-        if self.attention is not None:
-            self.attention = self.attention.repeat_interleave(self.samples, 0)
-        return out.logits[:, -1].float().repeat_interleave(self.samples, 0)
+        logits = self._decode(ids, positions)
+        self.seen = width
+        if movable:
+            rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+            self.cache.reorder_cache(rows)
+            logits = logits[rows]
+            self.attention = None if self.attention is None else self.attention[rows]
+        return logits
 
     def _step(self, token: Tensor) -> Tensor:
         """Feed one token per row; the next logits [rows, V] fp32."""
-        positions = None
-        if self.attention is not None:
+        if self.attention is None:
+            positions = torch.full_like(token, self.seen)[:, None]
+        else:
             positions = self.attention.sum(-1, keepdim=True)
             self.attention = torch.cat([self.attention, torch.ones_like(token)[:, None]], 1)
-        out = self.policy.decode(
-            input_ids=token[:, None],
-            attention_mask=self.attention,
-            position_ids=positions,
-            past_key_values=self.cache,
-        )
-        return out.logits[:, -1].float()
+        self.seen += 1
+        return self._decode(token[:, None], positions)
+
+    def _decode(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """One forward pass that reads and extends the cache; logits [rows, V] fp32 of the last position."""
+        logits, self.cache = self.policy.decode(ids, self.cache, self.attention, positions)
+        return logits.float()
 
     def _ended(self, so_far: Tensor, token: Tensor) -> Tensor:
         """Which rows end with this token: an end token, or one that completes a stop string."""

@@ -1,0 +1,117 @@
+"""Before a run: what the engine says of its tokens must be what a teacher-forced forward says of them."""
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from mifo_lightning.distributed import gather_ranks
+from mifo_lightning.errors import InputError
+from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.seeds import stable_key
+
+PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model
+EXACT = 1e-3  # nats: largest difference in fp32
+WARN, REFUSE = 0.01, 0.05  # nats: typical difference at the run's precision; bf16 is right at a mean of .001
+
+
+def self_check(
+    engine: RolloutEngine,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    precision: AbstractContextManager[None] | None = None,
+) -> dict[str, float]:
+    """Compare the engine with a teacher-forced forward on a few prompts; collective, the same on every rank.
+
+    Nothing of the run changes: randomness comes from keys, and no state or counter is touched.
+
+    Args:
+        engine: The run's engine.
+        policy: The model.
+        tokenizer: The model's.
+        prompts: Token ids, as many as there are; a few of unequal length are taken.
+        sampling: How the run draws rollouts.
+        precision: The run's autocast; None where the run computes in fp32.
+
+    Returns:
+        `mean` and `max` difference of log-probabilities in nats, at the run's precision.
+
+    Raises:
+        InputError: If they differ too much, or the engine cannot decode this model.
+    """
+    asked = unequal_prompts(prompts)
+    short = replace(sampling, top_p=1.0, top_k=0, max_new_tokens=min(TOKENS, sampling.max_new_tokens))
+    family, name = type(policy.model).__name__, type(engine).__name__
+    advice = "give another model.engine or another model.model"
+    try:
+        with torch.autocast(policy.device.type, enabled=False):
+            exact = differences(engine, policy, tokenizer, asked, short)
+        found = exact
+        if precision is not None:
+            with precision:
+                found = differences(engine, policy, tokenizer, asked, short)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model.model: {name} cannot decode {family} ({type(error).__name__}: {text}); {advice}"
+        ) from error
+    worst, mean, largest = (max(gather_ranks(float(x))) for x in (exact.max(), found.mean(), found.max()))
+    typical = max(gather_ranks(float(found.median()))) if mixes_experts(policy.model.config) else mean
+    if not worst <= EXACT:
+        raise InputError(
+            f"model.model: log-probabilities of {family} by {name} differ by up to {worst:.2g} nats from a "
+            f"teacher-forced forward in fp32, allowed is {EXACT:g}; {advice}"
+        )
+    if not typical <= REFUSE:
+        raise InputError(
+            f"model.model: log-probabilities of {family} by {name} differ by {typical:.2g} nats from a teacher-forced "
+            f"forward at the run's precision, allowed is {REFUSE:g}; set trainer.precision 32-true, or {advice}"
+        )
+    if typical > WARN:
+        rank_zero_warn(
+            f"self-check: log-probabilities of {family} by {name} differ by {typical:.2g} nats from a teacher-forced "
+            "forward at the run's precision; ratios of the first update are that far from 1, trainer.precision 32-true "
+            "mends it"
+        )
+    return {"mean": mean, "max": largest}
+
+
+def unequal_prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """A few prompts from the shortest to the longest, no two of equal length where they have tokens enough."""
+    ordered = sorted(prompts, key=len)
+    n = min(PROMPTS, len(ordered))
+    chosen = [ordered[i * (len(ordered) - 1) // max(n - 1, 1)] for i in range(n)]
+    return [prompt[min(n - 1 - i, len(prompt) - 1) :] for i, prompt in enumerate(chosen)]
+
+
+def differences(
+    engine: RolloutEngine,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+) -> Tensor:
+    """[N] fp32 absolute differences in nats of the engine's log-probabilities to a teacher-forced forward, by token."""
+    keys = [stable_key(0, "self-check", i) for i in range(len(prompts))]
+    drawn = engine.generate(policy, tokenizer, prompts, keys, SAMPLES, sampling)
+    pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
+    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], int(tokenizer.pad_token_id))
+    sequences = sequences.to(policy.device)
+    with policy.sampling():
+        logp, _ = policy(sequences, sampling.temperature or 1.0)
+    sampled = torch.tensor([x for _, c in pairs for x in c.logp], device=logp.device)
+    return (logp[sequences.mask()] - sampled).abs().nan_to_num(nan=torch.inf)
+
+
+def mixes_experts(config: PreTrainedConfig) -> bool:
+    """Whether the model routes tokens to experts: rounding may send one another way."""
+    values = config.get_text_config(decoder=True).to_dict()
+    return any("expert" in name and isinstance(value, int) and value > 1 for name, value in values.items())
