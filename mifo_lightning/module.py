@@ -359,8 +359,6 @@ class MifoModule(LightningModule):
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
         if self._unchecked and questions:
             self._unchecked = False
-            plugin = self.trainer.precision_plugin
-            precision = None if self.trainer.precision == "32-true" else plugin.forward_context()
             with self._profile("self_check"):
                 found = self_check(
                     self.reinforcement.engine,
@@ -368,7 +366,7 @@ class MifoModule(LightningModule):
                     self.tokenizer,
                     [q.prompt for q in questions],
                     self.reinforcement.sampling,
-                    precision,
+                    mixed=self.trainer.precision != "32-true",
                 )
             log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})
 

@@ -132,6 +132,15 @@ class Policy(nn.Module):
         self.training = mode
         return self
 
+    @contextmanager
+    def in_own_precision(self) -> Iterator[None]:
+        """Every forward in the precision of the weights, whatever the Trainer's is."""
+        numerics, self.numerics = self.numerics, lambda: torch.autocast(self.device.type, enabled=False)
+        try:
+            yield
+        finally:
+            self.numerics = numerics
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -1,6 +1,5 @@
 """Before a run: what the engine says of its tokens must be what a teacher-forced forward says of them."""
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -25,7 +24,7 @@ def self_check(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     sampling: Sampling,
-    precision: AbstractContextManager[None] | None = None,
+    mixed: bool = False,
 ) -> dict[str, float]:
     """Compare the engine with a teacher-forced forward on a few prompts; collective, the same on every rank.
 
@@ -37,7 +36,7 @@ def self_check(
         tokenizer: The model's.
         prompts: Token ids, as many as there are; a few of unequal length are taken.
         sampling: How the run draws rollouts.
-        precision: The run's autocast; None where the run computes in fp32.
+        mixed: Whether the run's precision (`policy.numerics`) is another than the weights' own fp32.
 
     Returns:
         `mean` and `max` difference of log-probabilities in nats, at the run's precision.
@@ -50,12 +49,9 @@ def self_check(
     family, name = type(policy.model).__name__, type(engine).__name__
     advice = "give another model.engine or another model.model"
     try:
-        with torch.autocast(policy.device.type, enabled=False):
+        with policy.in_own_precision():
             exact = differences(engine, policy, tokenizer, asked, short)
-        found = exact
-        if precision is not None:
-            with precision:
-                found = differences(engine, policy, tokenizer, asked, short)
+        found = differences(engine, policy, tokenizer, asked, short) if mixed else exact
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's own code raises

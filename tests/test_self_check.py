@@ -1,6 +1,7 @@
 """Before a run: a wrong engine, sequences that do not fit and tokens without an embedding are refused in one line."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.guards import check_lengths
 from mifo_lightning.models import check_vocabulary, positions
 from mifo_lightning.module import MifoModule
+from mifo_lightning.monitors.history import History
 from mifo_lightning.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
@@ -34,7 +36,9 @@ class Off(InProcessEngine):
 
     def generate(self, *arguments: Any) -> list[list[Completion]]:
         drawn = super().generate(*arguments)
-        if not self.in_autocast or torch.is_autocast_enabled("cpu"):
+        with arguments[0].numerics():
+            low = torch.is_autocast_enabled("cpu")
+        if low or not self.in_autocast:
             for c in (c for group in drawn for c in group):
                 c.logp = [x + self.by for x in c.logp]
         return drawn
@@ -46,14 +50,22 @@ class Broken(InProcessEngine):
 
 
 def check(engine: Any, policy: Policy, tokenizer: Any, low: bool = False) -> dict[str, float]:
-    precision = torch.autocast("cpu", torch.bfloat16) if low else None
-    return self_check(engine, policy, tokenizer, PROMPTS, Sampling(max_new_tokens=14), precision)
+    if low:
+        policy.numerics = partial(torch.autocast, "cpu", torch.bfloat16)
+    return self_check(engine, policy, tokenizer, PROMPTS, Sampling(max_new_tokens=14), mixed=low)
 
 
 def test_a_right_engine_passes_in_both_precisions(policy: Policy, tokenizer: Any) -> None:
     exact, low = (check(InProcessEngine(), policy, tokenizer, low) for low in (False, True))
     assert exact["mean"] <= exact["max"] < 1e-4
     assert exact["mean"] < low["mean"] < 0.05
+
+
+def test_the_exact_part_is_exact_inside_a_mixed_run(make_trainer: MakeTrainer) -> None:
+    history = History(["self_check/*"])
+    make_trainer([history], precision="bf16-mixed").fit(make_module(), datamodule=make_data())
+    (line,) = history.lines
+    assert 1e-5 < line["self_check/mean"] < 0.01
 
 
 @pytest.mark.parametrize("by", [0.002, float("nan")])
