@@ -1,14 +1,16 @@
 """The progress bar, and its lines where there is no terminal."""
 
+import re
 from collections.abc import Callable
 
 import pytest
-from conftest import make_module
+from conftest import make_data, make_module
 from lightning import Trainer
 from monitoring import Sums, additions
 
 from mifo_callbacks import BufferPhaseSwitch
-from mifo_lightning.monitors.progress import PhaseProgress
+from mifo_lightning.monitors.progress import DecodingView, PhaseProgress
+from mifo_lightning.rollout.engine import Decoded
 from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
@@ -80,3 +82,49 @@ def test_progress_that_is_disabled_prints_nothing(
     trainer = make_trainer([progress], enable_progress_bar=True)
     trainer.fit(make_module(engine=Sums(True)), datamodule=additions())
     assert lines_of(capsys) == []
+
+
+def decoding_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if "tokens/s" in line]
+    return [line for line in lines if "at most 8," not in line]  # the self-check's
+
+
+def test_rollouts_and_evaluations_that_last_are_lines_with_their_speed(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer([PhaseProgress(seconds=1e-9)], enable_progress_bar=True, limit_val_batches=1.0)
+    module = make_module()
+    data = make_data(holdout=16, eval_batch=8, schedule=Schedule(rl_steps=1, rl_questions=4))
+    trainer.validate(module, data, verbose=False)
+    lines = decoding_lines(capsys)
+    assert re.fullmatch(r"evaluation: batch 1 of 2, 0 of 8 responses, token 2 of at most 14, \d+ tokens/s", lines[1]), (
+        lines
+    )
+    assert any(line.startswith("evaluation: batch 2 of 2, 0 of 8 responses, token 14") for line in lines)
+    trainer.fit(module, datamodule=data)
+    lines = decoding_lines(capsys)
+    assert any(line.startswith("rollout: 0 of 16 responses, token 3 of at most 14, ") for line in lines)
+    assert module.reinforcement.engine.listener is None
+
+
+def test_short_rollouts_print_nothing_of_their_decoding(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data(schedule=Schedule(rl_steps=2, rl_questions=4))
+    make_trainer([PhaseProgress()], enable_progress_bar=True).fit(make_module(), datamodule=data)
+    assert decoding_lines(capsys) == []
+
+
+def test_what_an_evaluation_says_adds_up_over_its_calls() -> None:
+    view = DecodingView("evaluation", 4)
+    began = view._began
+    for calls in range(3):
+        for tokens in (0, 50, 100):
+            assert not view.hear(Decoded(0, 8, tokens // 10, 14, tokens), began)
+        view.batches += 1
+        assert view.text(began + 10.0).endswith(f" {10 * (calls + 1)} tokens/s")
+    rollout = DecodingView("rollout")
+    for _ in range(2):
+        assert rollout.hear(Decoded(0, 8, 0, 14, 0), began + 10)
+        assert not rollout.hear(Decoded(0, 8, 5, 14, 40), began + 12)
+        assert rollout.text(began + 12) == "rollout: 0 of 8 responses, token 5 of at most 14, 20 tokens/s"

@@ -1,5 +1,6 @@
 """A progress bar that names the phase."""
 
+import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -8,23 +9,39 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.errors import InputError
+from mifo_lightning.rollout.engine import Decoded, Listener
+
+TICK = 0.5  # seconds between two updates of the bar while a rollout lasts
 
 
 class PhaseProgress(ProgressBar):
     """Shows phase, RL step, reward, buffer fill, SFT phases and the time left; plain lines where there is no terminal.
 
+    A rollout or an evaluation that lasts shows its responses, tokens and tokens per second, if the engine tells
+    (`RolloutEngine`): at once in the bar, and as a line every `seconds` where there is none.
+
     Args:
         lines: Where there is no terminal: how many lines to print over the whole run.
+        seconds: Where there is no terminal: seconds between two lines of one rollout or evaluation.
+
+    Raises:
+        InputError: If `seconds` is not above 0.
     """
 
-    def __init__(self, lines: int = 12) -> None:
+    def __init__(self, lines: int = 12, seconds: float = 30.0) -> None:
         super().__init__()
-        self.lines = lines
+        if not seconds > 0:
+            raise InputError(f"progress.seconds: {seconds} is not allowed; it must be above 0")
+        self.lines, self.seconds = lines, seconds
         self._console = Console()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed = 0
         self._enabled = True
+        self._decoding = DecodingView("rollout")
+        self._own_bar = False  # whether an evaluation opened the bar
+        self._shown = 0.0  # when a line about decoding was last due
 
     def disable(self) -> None:
         """Show nothing; Lightning calls it on all ranks but the first."""
@@ -34,13 +51,45 @@ class PhaseProgress(ProgressBar):
         """Show again."""
         self._enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
-        if self._enabled and self._console.is_terminal:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen to the engine."""
+        super().setup(trainer, pl_module, stage)
+        if self._enabled:
+            _listen(pl_module, self._hear)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the engine."""
+        if self._enabled:
+            _listen(pl_module, None)
+
+    def _hear(self, far: Decoded) -> None:
+        now = time.perf_counter()
+        begins = self._decoding.hear(far, now)
+        if begins:
+            self._shown = now
+        if self._progress is not None and self._task is not None:
+            if now - self._shown > TICK:
+                self._shown = now
+                self._progress.update(self._task, description=self._decoding.text(now))
+        elif now - self._shown > self.seconds:
+            self._shown = now
+            self._console.print(f"      {self._decoding.text(now)}", highlight=False, soft_wrap=True)
+
+    def _open(self, total: float) -> None:
+        if self._enabled and self._console.is_terminal and self._progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
             self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
             self._progress.start()
-            self._task = self._progress.add_task("", total=1.0)
+            self._task = self._progress.add_task("", total=total)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        self._open(1.0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -54,12 +103,47 @@ class PhaseProgress(ProgressBar):
             self._progress.update(self._task, description=text, completed=share)
         elif share * self.lines >= self._printed + 1:
             self._printed = int(share * self.lines)
-            self._console.print(f"{share:4.0%}  {text}", highlight=False)
+            self._console.print(f"{share:4.0%}  {text}", highlight=False, soft_wrap=True)
 
-    def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def _begin_evaluation(self, batches: list[int | float]) -> None:
+        self._decoding = DecodingView("evaluation", sum(batches))
+        self._shown = time.perf_counter()
+        self._own_bar = self._progress is None  # amid training its bar is open
+        self._open(sum(batches))
+
+    def _end_batch(self) -> None:
+        self._decoding.batches += 1
+        if self._own_bar and self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._decoding.batches)
+
+    def _end_evaluation(self) -> None:
+        self._decoding = DecodingView("rollout")
+        if self._own_bar:
+            self._close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar, unless that of training is open."""
+        self._begin_evaluation(trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As validation."""
+        self._begin_evaluation(trainer.num_test_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, *rest: Any, **named: Any) -> None:
+        """Count it."""
+        self._end_batch()
+
+    def on_test_batch_end(self, trainer: Trainer, *rest: Any, **named: Any) -> None:
+        """Count it."""
+        self._end_batch()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar, unless it is that of training."""
+        self._end_evaluation()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As validation."""
+        self._end_evaluation()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -68,6 +152,47 @@ class PhaseProgress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar."""
         self._close()
+
+
+class DecodingView:
+    """What a rollout, one call of the engine, or an evaluation, all calls together, says of itself.
+
+    Args:
+        name: Of the activity.
+        of: Batches of the evaluation; None for rollouts, each of which begins anew.
+    """
+
+    def __init__(self, name: str, of: float | None = None) -> None:
+        self.name, self.of = name, of
+        self.batches = 0
+        self._far: Decoded | None = None
+        self._began, self._tokens = time.perf_counter(), 0  # of this activity, before the present call
+
+    def hear(self, far: Decoded, now: float) -> bool:
+        """Take note; whether a new activity begins with it."""
+        if far.tokens == 0:
+            if self.of is None:
+                self._began, self._tokens = now, 0
+            elif self._far is not None:
+                self._tokens += self._far.tokens
+        self._far = far
+        return far.tokens == 0 and self.of is None
+
+    def text(self, now: float) -> str:
+        """One line: batches, responses, tokens of the longest one, tokens per second of this process."""
+        far = self._far or Decoded(0, 0, 0, 0, 0)
+        speed = (self._tokens + far.tokens) / max(now - self._began, 1e-9)
+        batches = "" if self.of is None else f" batch {self.batches + 1} of {self.of:g},"
+        return (
+            f"{self.name}:{batches} {far.responses} of {far.asked} responses, token {far.step} of at most {far.limit}, "
+            f"{speed:.0f} tokens/s"
+        )
+
+
+def _listen(pl_module: Any, listener: Listener | None) -> None:
+    engine = getattr(getattr(pl_module, "reinforcement", None), "engine", None)
+    if engine is not None and hasattr(engine, "listener"):
+        engine.listener = listener
 
 
 def progress_share(trainer: Trainer) -> float:

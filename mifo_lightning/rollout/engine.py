@@ -1,7 +1,8 @@
 """What a rollout engine is asked and what it answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mifo_lightning.errors import InputError
 
@@ -61,8 +62,31 @@ class Completion:
     finished: bool
 
 
+class Decoded(NamedTuple):
+    """How far one call of an engine is.
+
+    Attributes:
+        responses: Responses that are complete; they are told batch by batch.
+        asked: Responses that the call was asked for.
+        step: Tokens of the longest response of the batch under way.
+        limit: Most tokens that a response may have.
+        tokens: Response tokens drawn in this call so far, 0 when it begins.
+    """
+
+    responses: int
+    asked: int
+    step: int
+    limit: int
+    tokens: int
+
+
+Listener = Callable[[Decoded], None]
+
+
 class RolloutEngine(Protocol):
     """Draws responses from the current policy.
+
+    One that has an attribute `listener` tells it, where it is not None, how far a call is, so that long decoding shows.
 
     An engine in another process synchronises its weights at the start of `generate`; the in-process engine has nothing
     to do there. Calls are collective: every rank calls with its own prompts, which may be none.

@@ -1,6 +1,6 @@
 """The engine that decodes with the training weights in the training process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.ending import end_tokens
 from mifo_lightning.policy import Policy
-from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.rollout.engine import Completion, Decoded, Listener, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
 
 STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some tokens hold no text
@@ -27,6 +27,7 @@ class InProcessEngine:
 
     def __init__(self, rows: int = 512) -> None:
         self.rows = rows
+        self.listener: Listener | None = None
 
     def generate(
         self,
@@ -40,9 +41,19 @@ class InProcessEngine:
         """See `RolloutEngine.generate`."""
         done: dict[int, list[Completion]] = {}
         at_once = max(1, self.rows // samples)
+        tokens = 0
+
+        def tell(step: int, rows: int) -> None:
+            nonlocal tokens
+            tokens += rows
+            if self.listener is not None:
+                asked = len(prompts) * samples
+                self.listener(Decoded(len(done) * samples, asked, step, sampling.max_new_tokens, tokens))
+
+        tell(0, 0)
         with policy.sampling():
             for batch in _batches(prompts, at_once, policy.decoding.padded):
-                decoding = _Decoding(policy, tokenizer, sampling, samples)
+                decoding = _Decoding(policy, tokenizer, sampling, samples, tell)
                 drawn = decoding.run([prompts[i] for i in batch], [keys[i] for i in batch])
                 done.update(zip(batch, drawn, strict=True))
         return [done[i] for i in range(len(prompts))]
@@ -60,8 +71,16 @@ def _batches(prompts: list[list[int]], size: int, padded: bool) -> Iterator[list
 class _Decoding:
     """One batch being decoded; `alive` maps the rows still in the batch to all rows."""
 
-    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, samples: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        samples: int,
+        tell: Callable[[int, int], None],
+    ) -> None:
         self.policy, self.tokenizer, self.sampling, self.samples = policy, tokenizer, sampling, samples
+        self.tell = tell  # the token's place in the response, and in how many rows it was drawn
         self.ends = torch.tensor(sorted(end_tokens(tokenizer)), device=policy.device)
         self.cache: Any = None  # the model makes its own
         self.attention: Tensor | None = None  # [rows, tokens so far], 0 at padding; None where nothing is padded
@@ -86,6 +105,7 @@ class _Decoding:
             finished[alive[ended]] = True
             lengths[alive[ended]] = step + 1
             running = ~finished[alive]
+            self.tell(step + 1, len(alive))
             if step + 1 == limit or not running.any():
                 break
             # dropping rows copies the cache: worth it once an eighth of the batch has finished
