@@ -97,7 +97,7 @@ def test_rollouts_and_evaluations_that_last_are_lines_with_their_speed(
     data = make_data(holdout=16, eval_batch=8, schedule=Schedule(rl_steps=1, rl_questions=4))
     trainer.validate(module, data, verbose=False)
     lines = decoding_lines(capsys)
-    assert re.fullmatch(r"evaluation: batch 1 of 2, 0 of 8 responses, token 2 of at most 14, \d+ tokens/s", lines[1]), (
+    assert re.fullmatch(r"evaluation: batch 1 of 2, 0 of 8 responses, token 1 of at most 14, \d+ tokens/s", lines[1]), (
         lines
     )
     assert any(line.startswith("evaluation: batch 2 of 2, 0 of 8 responses, token 14") for line in lines)
