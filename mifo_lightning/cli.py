@@ -155,8 +155,8 @@ class MifoCLI(LightningCLI):
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         trainer = self._instantiate_trainer(config, callbacks)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
-                logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
+            if isinstance(logger, WandbLogger):
+                quiet_wandb(logger, self.subcommand is not None)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
@@ -285,6 +285,14 @@ def quiet() -> None:
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def quiet_wandb(logger: WandbLogger, runs: bool) -> None:
+    """Keep W&B from warning of what nobody set; its directory is made, if the command line runs."""
+    if logger._wandb_init.get("anonymous") is None:
+        logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
+    if runs and logger.save_dir:
+        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # "git root does not exist"
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
