@@ -8,6 +8,8 @@ export OMP_NUM_THREADS ?= 1
 
 RUN = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready
+# tests: so many processes at once, a file to each; the longest tests run two processes themselves
+WORKERS ?= 2
 DEMO = $(RUN) -m mifo_lightning fit --config configs/tiny.yaml $(if $(SHORT),--data.schedule.rl_steps 30)
 
 .PHONY: help demo test lint clean
@@ -20,7 +22,7 @@ demo: $(READY) ## a full MIFO run on the embedded task, on CPU (SHORT=1: a quart
 
 test: $(READY) ## all tests of both distributions
 	cd callbacks && $(RUN) -m pytest
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .

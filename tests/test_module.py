@@ -281,15 +281,15 @@ def test_a_checkpoint_inside_an_optimizer_step_is_refused(make_trainer: MakeTrai
 
 
 def test_a_finished_run_can_be_extended(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    def fit(rl_steps: int, ckpt: Path | None = None) -> MifoModule:
+    def fit(name: str, rl_steps: int, ckpt: Path | None = None) -> MifoModule:
         module = make_module()
         schedule = Schedule(rl_steps=rl_steps, rl_questions=4, sft_batch=4)
-        callbacks = [*method_callbacks(), LastCheckpoint(dirpath=str(tmp_path / f"{rl_steps}"))]
+        callbacks = [*method_callbacks(), LastCheckpoint(dirpath=str(tmp_path / name))]
         trainer = make_trainer(callbacks, enable_checkpointing=True, max_epochs=-1)
         trainer.fit(module, datamodule=make_data(schedule=schedule), ckpt_path=ckpt)
         return module
 
-    fit(3)
-    extended, whole = fit(6, tmp_path / "3" / "last.ckpt"), fit(6)
+    fit("short", 3)
+    extended, whole = fit("extended", 6, tmp_path / "short" / "last.ckpt"), fit("whole", 6)
     for (name, a), b in zip(weights(extended).items(), weights(whole).values(), strict=True):
         assert (a == b).all(), name
