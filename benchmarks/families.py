@@ -88,18 +88,22 @@ SIZES = {
 SMALL: dict[str, Any] = {name: size for size, names in SIZES.items() for name in names.split()}
 # where a family's own rules ask for other numbers
 EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"] * 2}
 VISION: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 4}
 VISION |= {"hidden_size": 32, "intermediate_size": 32}
 SPECIAL: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bailing_hybrid": HYBRID,
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "dbrx": {"ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": EXPERTS,
     "dots1": EXPERTS,
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "fuyu": {"image_size": 16, "patch_size": 4, "hidden_size": 32},
     "gemma3": {"vision_config": VISION},
+    "granitemoehybrid": HYBRID,
+    "kimi_linear": HYBRID,
     "got_ocr2": {"vision_config": {**VISION, "mlp_dim": 32, "output_channels": 8}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -113,12 +117,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mamba"]},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 8},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "n_mamba_heads": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 # further settings under which a family is tried
 VARIANTS: dict[str, dict[str, Any]] = {
-    "nemotron_h": {"time_step_min": 1e-6},  # by default its prefill raises small time steps, and its decoding does not
+    # by default their prefill raises small time steps, and their decoding does not
+    "nemotron_h": {"time_step_min": 1e-6},
+    "zamba2": {"time_step_min": 1e-6},
 }
 
 
