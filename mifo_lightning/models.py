@@ -77,7 +77,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
     """The model with fp32 weights, ready for training.
 
     Raises:
-        InputError: If it cannot be loaded as a causal LM.
+        InputError: If it cannot be loaded as a causal LM, or a weight is not finite.
     """
     directory = locate(model)
     try:
@@ -85,6 +85,9 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
             loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"model.model: {model!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    broken = [name for name, p in loaded.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise InputError(f"model.model: {model!r} has weights that are not finite, in {', '.join(broken[:3])}")
     try:
         policy = Policy(loaded)
         unused = freeze_unused(policy)

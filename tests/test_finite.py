@@ -11,10 +11,12 @@ from lightning import Callback, Trainer
 
 from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.models import load_policy
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.history import History
+from mifo_lightning.policy import Policy
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -108,3 +110,11 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(make_trainer: Mak
         torch.save({**state, "mifo": old}, tmp_path / "old.ckpt")
         with pytest.raises(InputError, match=r"ckpt_path: its format is (2|None), this version"):
             make_trainer([]).fit(make_module(), datamodule=make_data(), ckpt_path=tmp_path / "old.ckpt")
+
+
+def test_a_model_with_a_broken_weight_is_not_trained(policy: Policy, tokenizer: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        policy.model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    policy.model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"not finite, in model\.layers\.1\.mlp\.up_proj\.weight$"):
+        load_policy(str(tmp_path))
