@@ -66,7 +66,7 @@ def check_format(checkpoint: dict[str, Any]) -> None:
 
 
 def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str, max_new_tokens: int) -> None:
-    """Refuse sequences beyond the model's positions; warn where demonstrations are longer than responses may be.
+    """Refuse sequences beyond the model's positions.
 
     Args:
         config: The model's.
@@ -91,11 +91,15 @@ def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str,
             f"data.max_response_tokens: a prompt with its demonstration has {whole} tokens, and the model has {limit} "
             "positions; lower it or data.max_prompt_tokens, or take a model with a longer context"
         )
+
+
+def warn_of_long_demonstrations(questions: list[Question], max_new_tokens: int) -> None:
+    """Warn where demonstrations that are learned from are longer than rollouts may be, in tokens."""
     longest = max((len(q.demonstration or []) for q in questions), default=0)
     if longest > max_new_tokens:
         rank_zero_warn(
-            f"data.max_response_tokens: demonstrations have up to {longest} tokens and {key}.max_new_tokens is "
-            f"{max_new_tokens}: what is learned from the longer ones is cut off in a rollout and counts as wrong; make "
+            f"data.max_response_tokens: demonstrations have up to {longest} tokens and model.sampling.max_new_tokens "
+            f"is {max_new_tokens}: what is learned from the longer ones is cut off in a rollout and counts as wrong; make "
             "them equal"
         )
 

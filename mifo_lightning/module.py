@@ -27,6 +27,7 @@ from mifo_lightning.guards import (
     check_lengths,
     check_resume,
     check_trainer,
+    warn_of_long_demonstrations,
     warn_of_single_steps,
 )
 from mifo_lightning.loader import WorkItem
@@ -171,7 +172,9 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
-        self._check(self.trainer.train_dataloader, "model.sampling", self.reinforcement.sampling)
+        sampling = self.reinforcement.sampling
+        self._check(self.trainer.train_dataloader, "model.sampling", sampling)
+        warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
             self._restore_rollout(self._restored["rollouts"])
@@ -354,8 +357,7 @@ class MifoModule(LightningModule):
 
     def _check(self, loaders: Any, key: str, sampling: Sampling) -> None:
         """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
-        every = loaders.values() if isinstance(loaders, dict) else [loaders]
-        questions = [q for loader in every for q in getattr(loader, "questions", [])]
+        questions = _questions(loaders)
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
         if self._unchecked and questions:
             self._unchecked = False
@@ -382,6 +384,12 @@ class MifoModule(LightningModule):
     def _phase_optimizer(self) -> PhaseAdamW:
         assert self.optimizer_of_phase is not None, "the Trainer calls configure_optimizers first"
         return self.optimizer_of_phase
+
+
+def _questions(loaders: Any) -> list[Question]:
+    """All questions of one dataloader, or of several by name."""
+    every = loaders.values() if isinstance(loaders, dict) else [loaders]
+    return [q for loader in every for q in getattr(loader, "questions", [])]
 
 
 def _sources(dataloaders: Any) -> list[str]:

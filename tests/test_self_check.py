@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
-from mifo_lightning.guards import check_lengths
+from mifo_lightning.guards import check_lengths, warn_of_long_demonstrations
 from mifo_lightning.models import check_vocabulary, positions
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.history import History
@@ -139,7 +139,7 @@ def test_sequences_beyond_the_models_positions_are_refused_with_the_numbers(poli
 
 def test_demonstrations_longer_than_a_response_may_be_are_warned_of(policy: Policy) -> None:
     with pytest.warns(UserWarning, match=r"up to 20 tokens and model.sampling.max_new_tokens is 14"):
-        check_lengths(policy.model.config, [question(5, 20)], "model.sampling", 14)
+        warn_of_long_demonstrations([question(5, 20)], 14)
 
 
 def test_stretched_rotary_positions_count(policy: Policy) -> None:
