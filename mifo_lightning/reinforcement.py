@@ -148,7 +148,7 @@ class Reinforcement:
             everything = list(range(len(graded.questions)))
             return Chosen(everything, everything, len(everything))
         # dealt out like cards: the order, and with it the choice, is that of a single process
-        flags = [flag for row in zip(*gather_ranks(graded.differ.tolist()), strict=True) for flag in row]
+        flags = [flag for row in zip(*gather_ranks(graded.undecided.tolist()), strict=True) for flag in row]
         chosen = [i for i, flag in enumerate(flags) if flag][:wanted]
         if len(chosen) < wanted and attempts < self.settings.dynamic_sampling:
             return None
