@@ -75,10 +75,9 @@ class SourceScores:
             metric.to(device)
 
     def values(self) -> dict[str, Tensor]:
-        """All metrics, synchronised over ranks; those that saw nothing, or no missing marker, are left out."""
+        """All metrics, synchronised over ranks; those that saw nothing are left out."""
         computed = {name: metric.compute() for name, metric in (*self.at_k.items(), *self.means.items())}
-        hidden = () if computed.get(WITHOUT_MARKER, torch.zeros(())) > 0 else MARKER_METRICS
-        return {name: value for name, value in computed.items() if not value.isnan() and name not in hidden}
+        return {name: value for name, value in computed.items() if not value.isnan()}
 
 
 class Evaluator:
@@ -142,6 +141,8 @@ class Evaluator:
         """
         self.watch.end(self.checked, f"the responses of `{stage}`")
         found = [scores.values() for scores in self.scores]
+        if not found[-1].get(WITHOUT_MARKER, torch.zeros(())) > 0:  # decided once: a macro mean takes all sources
+            found = [{name: v for name, v in values.items() if name not in MARKER_METRICS} for values in found]
         self._warn(found[-1])
         names = [f"{stage}/{name}" for name in self.sources] + [stage]
         metrics = {

@@ -56,7 +56,9 @@ def training_rows(
         joined = torch.cat([graded.rewards, demonstration_rewards[:, None]], dim=1)
         advantages[together] = _advantages(joined[together], settings)
     # dynamic sampling leaves a group without a signal out of everything
-    counted = (advantages != 0).any(-1, keepdim=True) if settings.dynamic_sampling else torch.ones(q, 1).bool()
+    counted = torch.ones(q, 1).bool()
+    if settings.dynamic_sampling:
+        counted = (advantages != 0).any(-1, keepdim=True) & graded.undecided[:, None]
     if mixing is not None and mixing.own == "sign":
         advantages[:, :r] = torch.where(graded.correct, 1.0, -1.0)
     advantages[failed, :r] = 0.0

@@ -138,17 +138,18 @@ class MifoModule(LightningModule):
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the weights (fp32 master copy) and, under FSDP2, shard them."""
-        if self.policy is not None:
-            return
+        """Load the weights (fp32 master copy) and, under FSDP2, shard them; take the Trainer's precision."""
         check_trainer(self.trainer)
+        if self.policy is None:
+            self._load_policies()
+        for policy in (self._policy, *self.reinforcement.references):
+            # hooks of callbacks run outside the Trainer's own context: they would measure another model
+            policy.numerics = self.trainer.precision_plugin.forward_context
+
+    def _load_policies(self) -> None:
         self.policy = load_policy(self.model_name, self.gradient_checkpointing)
         check_vocabulary(self.policy, self.tokenizer)
         reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
-        for policy in (self.policy, reference):
-            if policy is not None:
-                # hooks of callbacks run outside the Trainer's own context: they would measure another model
-                policy.numerics = self.trainer.precision_plugin.forward_context
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for whole in (self.policy, reference):
                 if whole is not None and self.device_mesh is not None:

@@ -65,7 +65,7 @@ class Reinforcement:
         self.sampling, self.settings, self.mixing = sampling, settings, mixing
         self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
-        self._reference: list[Policy] = []
+        self.references: list[Policy] = []
         self._warned = False  # of dynamic sampling that came to its end
 
     @property
@@ -75,7 +75,7 @@ class Reinforcement:
 
     def set_reference(self, reference: Policy | None) -> None:
         """Keep the frozen initial model for the KL term."""
-        self._reference = [] if reference is None else [reference.requires_grad_(False)]
+        self.references = [] if reference is None else [reference.requires_grad_(False)]
 
     def roll_out(
         self,
@@ -148,7 +148,7 @@ class Reinforcement:
             everything = list(range(len(graded.questions)))
             return Chosen(everything, everything, len(everything))
         # dealt out like cards: the order, and with it the choice, is that of a single process
-        flags = [flag for row in zip(*gather_ranks(graded.differ.tolist()), strict=True) for flag in row]
+        flags = [flag for row in zip(*gather_ranks(graded.undecided.tolist()), strict=True) for flag in row]
         chosen = [i for i, flag in enumerate(flags) if flag][:wanted]
         if len(chosen) < wanted and attempts < self.settings.dynamic_sampling:
             return None
@@ -191,7 +191,7 @@ class Reinforcement:
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             rollout.logp_old = logp if item["updates"] > 1 else None
             rollout.keep = self._forking_tokens(entropy, rollout, item["minibatches"]) if masked else None
-        for reference in self._reference:
+        for reference in self.references:
             reference.to(device)
             rollout.logp_ref = score_without_gradient(reference, sequences, temperature)[0]
         return rollout

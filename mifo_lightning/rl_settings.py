@@ -31,8 +31,9 @@ class RLSettings:
             with `sum` as its authors do, by the mean over tokens.
         entropy_fraction: Share of tokens, those of highest entropy under the policy that sampled, that push the policy;
             1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
-        dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards and draws further questions, at most N
-            batches per RL step with the first, until `rl_questions` groups are left (DAPO).
+        dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards (where the reward names a `solved_by`:
+            those all right or all wrong by it) and draws further questions, at most N batches per RL step with the
+            first, until `rl_questions` groups are left (DAPO).
         mask_truncated: Whether responses that did not end by themselves push nothing (DAPO's overlong filtering): they
             stay in the mean of their group, and are in no denominator of the loss.
     """

@@ -127,3 +127,13 @@ def test_the_head_casts_without_the_cache_of_the_autocast_around_it(
     monkeypatch.setattr("mifo_lightning.losses.token_scores.CHUNK_ELEMENTS", chunk * 16)
     assert torch.equal(gradient(cache=True), gradient(cache=False))
     assert states == {(False, torch.bfloat16)}
+
+
+def test_a_module_that_meets_another_trainer_takes_its_precision(make_trainer: MakeTrainer, forwards: Seen) -> None:
+    module = make_module(evaluation=Evaluation(samples=1, greedy=False, sampling=SAMPLING))
+    data = make_data(val=Skills(["addition"], 8, split="val"))
+    for precision in ("bf16-mixed", "32-true"):
+        forwards.clear()
+        make_trainer(precision=precision, limit_val_batches=1.0).validate(module, data, verbose=False)
+    found = {name: dtypes for name, dtypes in forwards.items() if "load_policy" not in name}
+    assert set.union(*found.values()) == {torch.float32}

@@ -247,3 +247,9 @@ def test_senseless_limits_of_a_function_are_refused(changes: dict[str, Any]) -> 
 def test_logging_of_rewards_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     score(FunctionReward(lambda responses: [None]), ["a"], [""])
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_a_sum_cannot_judge_by_a_sum_that_judges_by_one_of_its_own() -> None:
+    inner = WeightedRewards({"right": LastAnswerReward()}, solved_by="right")
+    with pytest.raises(InputError, match="solved_by: inner is a sum with a solved_by of its own"):
+        WeightedRewards({"inner": inner}, solved_by="inner")

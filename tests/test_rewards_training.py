@@ -52,6 +52,20 @@ def test_a_penalty_pushes_but_does_not_change_who_is_correct(policy: Policy, tok
     assert described["reward"] == 0.375
 
 
+def test_a_penalty_gives_a_group_that_is_all_wrong_no_place_in_dynamic_sampling(policy: Policy, tokenizer: Any) -> None:
+    rl = reinforcement(tokenizer, reward=summed(), settings=RLSettings(dynamic_sampling=1), group_size=2)
+    qs = questions(tokenizer)[:3]
+    texts = [("3>8<eos>", "543>8<eos>"), ("3>7<eos>", "543>7<eos>"), ("3>7<eos>", "3>8<eos>")]
+    graded = rl.grade(qs, [group for pair in texts for group in groups_of(tokenizer, *pair)])
+    assert graded.differ.tolist() == [True] * 3, "the penalty differs in all of them"
+    with pytest.warns(UserWarning, match="1 of 3 groups"):
+        chosen = rl.choose(graded, 1, 3)
+    assert chosen is not None
+    assert chosen.picked == [2]
+    whole = prepare(rl, policy, item(qs), graded)
+    assert whole.question[whole.active].unique().tolist() == [qs[2].id], "nor do they count where a rank lacks a group"
+
+
 @pytest.mark.parametrize(
     ("aggregation", "whole", "masked"),
     [
@@ -163,6 +177,16 @@ def test_evaluation_shows_what_a_missing_marker_costs(policy: Policy, tokenizer:
     expected = [0.25 if missing == "zero" else 0.5, 0.25, 0.5, 0.75]
     assert [float(values[f"val/a/{name}"]) for name in names] == expected
     assert reward.missing_marker == missing
+
+
+def test_macro_means_of_the_marker_take_the_sources_where_none_is_missing_too(policy: Policy, tokenizer: Any) -> None:
+    judge = evaluator(tokenizer, LastAnswerReward("</think>"), "7<eos>", "7<eos>")
+    judge.reset(["a", "b"], CPU)
+    judge.update(policy, asked(tokenizer, "1+1=", "1+1="), 0)
+    judge.update(policy, asked(tokenizer, "1+1=", "1+1=<think>"), 1)
+    values = judge.compute("val")
+    names = ("without_marker", "strict", "whole_text", "avg@1")
+    assert [float(values[f"val/{name}_macro"]) for name in names] == [0.25, 0.75, 1.0, 0.75]
 
 
 def test_where_no_thought_is_open_an_evaluation_is_as_before(

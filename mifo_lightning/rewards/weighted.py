@@ -29,6 +29,11 @@ class WeightedRewards(Reward):
             raise InputError(f"WeightedRewards: {unknown or rewards} given, allowed are {', '.join(rewards) or 'some'}")
         if not all(math.isfinite(weight) for weight in weights.values()):
             raise InputError(f"WeightedRewards: weights are {weights}, allowed are finite numbers")
+        if solved_by is not None and rewards[solved_by].solved_by is not None:
+            raise InputError(
+                f"WeightedRewards: solved_by: {solved_by} is a sum with a solved_by of its own; put its rewards into "
+                "this sum"
+            )
         self.rewards, self.weights = rewards, {name: weights.get(name, 1.0) for name in rewards}
         self.solved_by = solved_by
         self.failed = sum(self.weights[name] * reward.failed for name, reward in rewards.items())

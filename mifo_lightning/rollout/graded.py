@@ -48,6 +48,11 @@ class Graded:
         """[Q] bool: the rewards of the group are not all equal, so that it has a signal."""
         return (self.rewards != self.rewards[:, :1]).any(-1)
 
+    @property
+    def undecided(self) -> Tensor:
+        """[Q] bool: what dynamic sampling keeps; where a component judges, a group neither all right nor all wrong."""
+        return self.differ if self.judged is None else (self.correct != self.correct[:, :1]).any(-1)
+
     def __add__(self, other: "Graded") -> "Graded":
         """Both, one after the other."""
         return Graded(
