@@ -99,8 +99,8 @@ def warn_of_long_demonstrations(questions: list[Question], max_new_tokens: int) 
     if longest > max_new_tokens:
         rank_zero_warn(
             f"data.max_response_tokens: demonstrations have up to {longest} tokens and model.sampling.max_new_tokens "
-            f"is {max_new_tokens}: what is learned from the longer ones is cut off in a rollout and counts as wrong; make "
-            "them equal"
+            f"is {max_new_tokens}: what is learned from the longer ones is cut off in a rollout and counts as "
+            "wrong; make them equal"
         )
 
 

@@ -133,7 +133,8 @@ class MifoModule(LightningModule):
         self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
         self._finite = FiniteSteps()
-        self._unchecked = self_check
+        self.self_check = self_check
+        self._checked: str | None = None  # the precision in which the engine was compared with the model
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
@@ -360,8 +361,8 @@ class MifoModule(LightningModule):
         """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
         questions = _questions(loaders)
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
-        if self._unchecked and questions:
-            self._unchecked = False
+        if self.self_check and questions and self._checked != self.trainer.precision:
+            self._checked = str(self.trainer.precision)
             with self._profile("self_check"):
                 found = self_check(
                     self.reinforcement.engine,
