@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+import mifo_callbacks
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
@@ -132,6 +133,13 @@ class MifoCLI(LightningCLI):
         parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's own table of all metrics, a column for each source, only on request: ours follows."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)
+        return parser
 
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
@@ -281,10 +289,25 @@ def quiet() -> None:
         ".*overridden `transfer_batch_to_device`.*",  # on purpose: questions are no tensors
         ".*LightningCLI's args parameter.*",  # `main` is called from Python on purpose
         ".*does not have many workers.*",  # questions are in memory
+        ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*in eval mode at the start of training.*",  # on purpose: no dropout
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
     ):
         warnings.filterwarnings("ignore", text)
+    warnings.formatwarning = one_line_warning
+
+
+_lightnings_format = warnings.formatwarning  # as Lightning, imported above, has set it
+_OWN = (Path(__file__).parent, Path(mifo_callbacks.__file__).parent)
+
+
+def one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What this framework says to its user, without the place in its source; others' warnings as they come."""
+    if any(Path(filename).is_relative_to(directory) for directory in _OWN):
+        return f"warning: {message}\n"
+    return _lightnings_format(message, category, filename, lineno, line)
 
 
 def quiet_wandb(logger: WandbLogger, runs: bool) -> None:

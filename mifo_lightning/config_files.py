@@ -37,7 +37,9 @@ def left_empty(arguments: list[str]) -> dict[str, str]:
 
 
 def with_place(message: str, empty: dict[str, str]) -> str:
-    """An error line, with file and line of a key that it is about and that was left empty there."""
+    """An error line, with file and line of a key whose missing value it is about and that was left empty there."""
+    if not re.search(r"null|None|required", message):  # some value is wrong: a flag may have given it
+        return message
     missing = re.search(r"arguments are required: (.*)", message)
     for key, place in empty.items():
         named = re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)

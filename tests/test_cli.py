@@ -1,6 +1,7 @@
 """The command line: merging, overrides, printed configurations, one-line errors, what a run leaves behind."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from mifo_lightning.cli import main
+import mifo_callbacks
+import mifo_lightning
+from mifo_lightning.cli import main, quiet
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.loader import PhaseLoader
@@ -311,6 +314,28 @@ def test_a_key_left_empty_and_a_file_that_is_no_text_are_named(
     for flag in (["--config", str(tmp_path / "over.yaml")], [f"--config={tmp_path / 'over.yaml'}"]):
         line = refused(capsys, *plain, *flag)
         assert all(part in line for part in parts), line
+
+
+def test_a_flag_over_an_empty_key_is_not_called_empty(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As in a printed configuration, where every key that is not set is null."""
+    (tmp_path / "over.yaml").write_text("trainer:\n  min_steps: null\n", encoding="utf-8")
+    line = refused(capsys, *short(tmp_path), "--config", str(tmp_path / "over.yaml"), "--trainer.min_steps", "5")
+    assert "trainer.min_steps: 5" in line
+    assert "left empty" not in line
+
+
+def test_validate_prints_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["validate", *short(tmp_path)[1:]])
+    out = capsys.readouterr().out
+    assert "mean of sources" in out
+    assert "Validate metric" not in out
+
+
+def test_own_warnings_are_one_line_without_a_path() -> None:
+    quiet()
+    for package in (mifo_lightning, mifo_callbacks):
+        assert warnings.formatwarning("set x", UserWarning, str(package.__file__), 3) == "warning: set x\n"
+    assert "other.py" in warnings.formatwarning("set x", UserWarning, "/elsewhere/other.py", 3)
 
 
 def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(

@@ -206,6 +206,7 @@ MESSAGE = {"role": "user", "content": "1+1?"}
         ("prompt", "1+1?"),
         ("prompt", None),
         ("prompt", MESSAGE),
+        ("prompt", []),
         ("prompt", [MESSAGE, "1+1?"]),
         ("prompt", [{"role": "user"}]),
         ("prompt", [{"role": "user", "content": None}]),

@@ -57,11 +57,15 @@ def check_row(row: object, where: str) -> Row:
         raise _wrong(where, "`data_source`", "a name in Unicode", source)
     if not _is_conversation(prompt):
         raise _wrong(where, "`prompt`", "a list of {role, content} with Unicode texts", prompt)
-    if prompt and prompt[-1]["role"] == "assistant":
+    if not prompt:
+        raise _wrong(where, "`prompt`", "a conversation of at least one message", prompt)
+    if prompt[-1]["role"] == "assistant":
         raise _wrong(where, "`prompt`", "a conversation that does not end in an answer, which is `target`", prompt[-1:])
     truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     if not (_is_text(truth) and truth.strip()):
-        raise _wrong(where, "`reward_model`", "{style, ground_truth} with a Unicode text as truth", reward_model)
+        raise _wrong(
+            where, "`reward_model`", "{style, ground_truth} with a Unicode text, not empty, as truth", reward_model
+        )
     if target is not None and not (_is_conversation(target) and len(target) == 1 and target[0]["role"] == "assistant"):
         raise _wrong(where, "`target`", "null or a list with one {role: assistant, content}", target)
     return row | {"target": target}
