@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor
 from mifo_lightning.distributed import sum_ranks
 from mifo_lightning.errors import TrainingError
 
+STOPS = "the run stops and writes no more, what it wrote before stays; a smaller learning rate may help"
+
 
 class FiniteSteps:
     """Decides what happens to an optimizer step with a number that is not finite.
@@ -35,12 +37,15 @@ class FiniteSteps:
             return False
         what = f"{where}: {', '.join(broken)} not finite"
         if self._in_a_row > 1 or "rollout/entropy" in broken:
-            raise TrainingError(
-                f"{what}; the run stops and the last checkpoint stays; a smaller learning rate may help"
-            )
+            raise TrainingError(f"{what}; {STOPS}")
         self.skipped += 1
         rank_zero_warn(f"{what}; this optimizer step is skipped, a second one in a row stops the run")
         return True
+
+    def end(self) -> None:
+        """Raise a TrainingError if the run's last optimizer step was skipped: whether it persists is not known."""
+        if self._in_a_row:
+            raise TrainingError(f"the last optimizer step was skipped, since its numbers were not finite; {STOPS}")
 
     def metrics(self) -> dict[str, float]:
         """`skipped_steps` so far; nothing before the first."""
@@ -62,7 +67,4 @@ def check_weights(model: nn.Module, where: str) -> None:
     largest = torch._foreach_norm([w.detach() for w in weights.values() if w.numel()], float("inf"))
     bad = sum_ranks([(~torch.stack(largest).isfinite()).sum()])[0]
     if bad:
-        raise TrainingError(
-            f"{where}: weights of {int(bad)} tensors are not finite any more; the run stops and the last checkpoint "
-            "stays; a smaller learning rate may help"
-        )
+        raise TrainingError(f"{where}: weights of {int(bad)} tensors are not finite any more; {STOPS}")

@@ -290,8 +290,9 @@ class MifoModule(LightningModule):
             self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self) -> None:
-        """The loader's schedule is one epoch, whatever `max_epochs` allows."""
+        """The loader's schedule is one epoch, whatever `max_epochs` allows; nothing is exported after a broken end."""
         self.trainer.should_stop = True
+        self._finite.end()
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 

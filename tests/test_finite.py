@@ -17,6 +17,7 @@ from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.history import History
 from mifo_lightning.policy import Policy
+from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -75,6 +76,13 @@ def test_a_run_resumed_between_two_broken_steps_stops_as_the_undisturbed_one(
         make_trainer([Poison(2), Save()]).fit(make_module(), datamodule=make_data())
     with pytest.raises(TrainingError, match="rl step 4"):
         make_trainer([Poison(3)]).fit(make_module(), datamodule=make_data(), ckpt_path=saved)
+
+
+def test_a_run_that_ends_on_a_broken_step_has_not_finished(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    data = make_data(schedule=Schedule(rl_steps=3, rl_questions=4))
+    with pytest.raises(TrainingError, match="the last optimizer step was skipped"), pytest.warns():
+        make_trainer([Poison(2), ExportModel(str(tmp_path / "model"))]).fit(make_module(), datamodule=data)
+    assert not (tmp_path / "model").exists()
 
 
 def test_weights_that_a_step_breaks_stop_the_run(make_trainer: MakeTrainer) -> None:

@@ -155,7 +155,7 @@ class EntropyTokenSelection(Callback):
         if self._ends_seen is not None and self._ends_seen >= WATCHED:
             rank_zero_warn(
                 f"EntropyTokenSelection: none of the first {self._ends_seen} end tokens was selected, so the model may "
-                f"never learn to stop; set force_keep: {END}"
+                f"never learn to stop; force_keep: {END} adds them"
             )
             self._ends_seen = None
 
