@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 
 from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.finite import check_weights
 from mifo_lightning.models import load_policy
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
@@ -126,3 +127,14 @@ def test_a_model_with_a_broken_weight_is_not_trained(policy: Policy, tokenizer: 
     policy.model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"not finite, in model\.layers\.1\.mlp\.up_proj\.weight$"):
         load_policy(str(tmp_path))
+
+
+def test_huge_weights_are_finite() -> None:
+    model = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.fill_(1e25)  # the sum of their squares is not
+    check_weights(model, "rl step 1")
+    with torch.no_grad():
+        model.bias[3] = -float("inf")
+    with pytest.raises(TrainingError, match="rl step 1: weights of 1 tensors"):
+        check_weights(model, "rl step 1")
