@@ -168,7 +168,7 @@ def test_the_hint_of_an_interpolation_can_be_followed(
     over.write_text(text + "${model.group_size}\n")
     hint = refused(capsys, "fit", "--config", TINY, "--config", str(over)).partition("write ")[2].split()[0]
     over.write_text(text + hint.replace("group.key", "data.schedule.sft_before") + "\n")
-    printed(capsys, "fit", "--config", TINY, "--config", str(over))
+    assert printed(capsys, "fit", "--config", TINY, "--config", str(over))
 
 
 def test_a_subcommand_alone_asks_for_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
