@@ -28,9 +28,11 @@ from torch import Tensor
 
 from mifo_callbacks import top_mask
 from mifo_callbacks.thresholds import floor_share, random_scores
-from mifo_lightning.cli import METHOD, MONITORS, OneLineParser, fail, make_cli, quiet
+from mifo_lightning.cli import METHOD, MONITORS, make_cli
 from mifo_lightning.errors import InputError
 from mifo_lightning.models import load_policy
+from mifo_lightning.parser import OneLineParser
+from mifo_lightning.terminal import fail, quiet
 
 Weights = dict[str, Tensor]
 By = Literal["magnitude", "random"]

@@ -1,12 +1,9 @@
 """The command line: LightningCLI with named, nullable method callbacks and our monitors."""
 
-import difflib
 import os
-import re
 import sys
-import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -18,7 +15,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-import mifo_callbacks
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
@@ -39,7 +35,9 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
+from mifo_lightning.parser import OneLineParser
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.terminal import fail, quiet
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {
@@ -72,27 +70,6 @@ ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
-
-
-class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line that says which argument is meant."""
-
-    arguments: list[str] = []  # what the command line gave
-    empty: dict[str, str] = {}  # where its configuration files leave a key empty
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the line and exit with status 2."""
-        text = " ".join(message.split())
-        quoted = re.findall(r"['\"]([\w.]+)['\"]", text)
-        for argument in self.arguments:
-            name = argument.partition("=")[0]
-            if name.startswith("--") and name[2:] not in text and any(name.endswith(word) for word in quoted):
-                text = f"{name}: {text}"
-        unknown = re.search(r"unrecognized arguments: (--[\w.]+)", text)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)
-            text += f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all"
-        fail(with_place(text, self.empty))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -282,46 +259,12 @@ def _root_cause(error: BaseException) -> BaseException:
     return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
 
 
-def quiet() -> None:
-    """Silence warnings that are about Lightning's own insides or that this framework answers by design."""
-    for text in (
-        ".*LeafSpec.*",  # Lightning calls a deprecated function of torch
-        ".*overridden `transfer_batch_to_device`.*",  # on purpose: questions are no tensors
-        ".*LightningCLI's args parameter.*",  # `main` is called from Python on purpose
-        ".*does not have many workers.*",  # questions are in memory
-        ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
-        ".*in eval mode at the start of training.*",  # on purpose: no dropout
-        ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
-    ):
-        warnings.filterwarnings("ignore", text)
-    warnings.formatwarning = one_line_warning
-
-
-_lightnings_format = warnings.formatwarning  # as Lightning, imported above, has set it
-_OWN = (Path(__file__).parent, Path(mifo_callbacks.__file__).parent)
-
-
-def one_line_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """What this framework says to its user, without the place in its source; others' warnings as they come."""
-    if any(Path(filename).is_relative_to(directory) for directory in _OWN):
-        return f"warning: {message}\n"
-    return _lightnings_format(message, category, filename, lineno, line)
-
-
 def quiet_wandb(logger: WandbLogger, runs: bool) -> None:
     """Keep W&B from warning of what nobody set; its directory is made, if the command line runs."""
     if logger._wandb_init.get("anonymous") is None:
         logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
     if runs and logger.save_dir:
         Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # "git root does not exist"
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Print one line on standard error and exit, with status 2 for bad input."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(status)
 
 
 @rank_zero_only

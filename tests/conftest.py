@@ -9,7 +9,6 @@ import torch
 from lightning import Callback, Trainer
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
-from mifo_lightning.cli import quiet
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.evaluation import Evaluation
@@ -20,6 +19,7 @@ from mifo_lightning.policy import Policy
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.schedule import Schedule
+from mifo_lightning.terminal import quiet
 
 torch.set_num_threads(1)
 quiet()

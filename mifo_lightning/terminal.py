@@ -1,0 +1,44 @@
+"""What a run says on the terminal besides its tables: one line for an error, one for each warning of ours."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+import lightning  # noqa: F401  it sets the format of warnings, which ours falls back to
+
+import mifo_callbacks
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print one line on standard error and exit, with status 2 for bad input."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(status)
+
+
+def quiet() -> None:
+    """Silence warnings that are about Lightning's own insides or that this framework answers by design."""
+    for text in (
+        ".*LeafSpec.*",  # Lightning calls a deprecated function of torch
+        ".*overridden `transfer_batch_to_device`.*",  # on purpose: questions are no tensors
+        ".*LightningCLI's args parameter.*",  # `main` is called from Python on purpose
+        ".*does not have many workers.*",  # questions are in memory
+        ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
+        ".*in eval mode at the start of training.*",  # on purpose: no dropout
+        ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
+    ):
+        warnings.filterwarnings("ignore", text)
+    warnings.formatwarning = one_line_warning
+
+
+_lightnings_format = warnings.formatwarning  # as Lightning, imported above, has set it
+_OWN = (Path(__file__).parent, Path(mifo_callbacks.__file__).parent)
+
+
+def one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What this framework says to its user, without the place in its source; others' warnings as they come."""
+    if any(Path(filename).is_relative_to(directory) for directory in _OWN):
+        return f"warning: {message}\n"
+    return _lightnings_format(message, category, filename, lineno, line)
