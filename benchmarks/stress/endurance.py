@@ -119,7 +119,13 @@ def report(gauge: Gauge, warm_up: int) -> str:
         first, last, peak = (f"{value:.{digits}f}" for value in (values[0], values[-1], max(values)))
         rows.append([name, first, last, peak, f"{values[-1] / values[0] - 1:+.2%}"])
     rows.append(
-        ["median step, ms", f"{early_ms:.2f} (2nd quarter)", f"{late_ms:.2f} (4th)", "", f"{late_ms / early_ms - 1:+.2%}"]
+        [
+            "median step, ms",
+            f"{early_ms:.2f} (2nd quarter)",
+            f"{late_ms:.2f} (4th)",
+            "",
+            f"{late_ms / early_ms - 1:+.2%}",
+        ]
     )
     steps = gauge.samples[-1][0]
     return markdown([f"{steps} optimizer steps", f"step {late[0][0]}", f"step {steps}", "peak", "change"], rows)

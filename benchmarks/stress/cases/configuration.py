@@ -107,7 +107,9 @@ CONFIGURATION: list[Case] = [
     overlay("model.model: a URL", "model: {model: 'http://127.0.0.1:9/model'}\n"),
     overlay("export of an odd dtype", "export: {dtype: int4}\n"),
     overlay("history without a pattern", "history: {keys: []}\n"),
-    overlay("a chat template that never ends", "data: {chat_template: '{% for i in range(10**12) %}{{ i }}{% endfor %}'}\n"),
+    overlay(
+        "a chat template that never ends", "data: {chat_template: '{% for i in range(10**12) %}{{ i }}{% endfor %}'}\n"
+    ),
     overlay("a chat template with an error", "data: {chat_template: '{{ messages[0].nothing.more }}'}\n"),
     overlay("a chat template that is not Jinja", "data: {chat_template: '{{ {% }}'}\n"),
     overlay("a chat template that reaches for Python", "data: {chat_template: '{{ messages.__class__.__mro__ }}'}\n"),

@@ -206,13 +206,19 @@ MODELS: list[Case] = [
     changed_model("weights: header too long", damaged(lambda raw: raw.__setitem__(slice(0, 8), b"\xff" * 8))),
     changed_model("weights: header of brackets", header(b"[" * 100_000)),
     changed_model("weights: no tensor", header(b"{}")),
-    changed_model("weights: an LFS pointer", written("model.safetensors", "version https://git-lfs.github.com/spec/v1\n")),
-    changed_model("weights: a directory", lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir())),
+    changed_model(
+        "weights: an LFS pointer", written("model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
+    ),
+    changed_model(
+        "weights: a directory", lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir())
+    ),
     changed_model("weights: the embedding missing", weights(lambda t: t.pop(EMBEDDING))),
     changed_model("weights: one MLP matrix missing", weights(lambda t: t.pop(first(t)))),
     changed_model("weights: one more", weights(lambda t: t.update(extra=torch.zeros(3))), "either"),
     changed_model("weights: one of another shape", weights(lambda t: t.update({first(t): torch.zeros(3, 5)}))),
-    changed_model("weights: one of integers", weights(lambda t: t.update({first(t): t[first(t)].to(torch.int8)})), "either"),
+    changed_model(
+        "weights: one of integers", weights(lambda t: t.update({first(t): t[first(t)].to(torch.int8)})), "either"
+    ),
     changed_model("weights: NaN", weights(lambda t: t[first(t)].fill_(torch.nan))),
     changed_model("weights: infinite", weights(lambda t: t[EMBEDDING].fill_(torch.inf))),
     changed_model("weights: huge", weights(lambda t: t[first(t)].fill_(1e38)), "either"),
@@ -234,12 +240,32 @@ MODELS: list[Case] = [
     changed_model("no chat template", without("chat_template.jinja")),
     changed_model("chat template empty", written("chat_template.jinja", "")),
     changed_model("chat template broken", written("chat_template.jinja", "{{ {% }}")),
-    changed_model("chat template that never ends", written("chat_template.jinja", "{% for i in range(10**9) %}{{ i }}{% endfor %}")),
+    changed_model(
+        "chat template that never ends",
+        written("chat_template.jinja", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
+    ),
     changed_model("generation_config.json broken", written("generation_config.json", "{"), "either"),
     changed_model("end token out of range", settings("generation_config.json", eos_token_id=10**9), "either"),
-    changed_model("a GPT-2", other(lambda: GPT2LMHeadModel(GPT2Config(24, 64, 32, 1, 2))), "accepted"),
-    changed_model("a BERT", other(lambda: BertForMaskedLM(BertConfig(24, **TINY_BERT)))),
-    changed_model("a T5", other(lambda: T5ForConditionalGeneration(T5Config(24, 32, 16, 32, 1, num_heads=2)))),
+    changed_model(
+        "a GPT-2",
+        other(
+            lambda: GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=24, n_positions=64, n_embd=32, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1
+                )
+            )
+        ),
+        "accepted",
+    ),
+    changed_model("a BERT", other(lambda: BertForMaskedLM(BertConfig(vocab_size=24, **TINY_BERT)))),
+    changed_model(
+        "a T5",
+        other(
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=24, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+            )
+        ),
+    ),
     place_case("an empty directory", empty_directory),
     place_case("a file", a_file),
     place_case("a link to itself", link_loop),

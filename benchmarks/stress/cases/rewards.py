@@ -29,7 +29,9 @@ def module(name: str, source: str, flags: str, expect: Expected = "refused") -> 
 def subclass(name: str, body: str, expect: Expected = "refused", flags: str = "") -> Case:
     """A subclass of `Reward` with this body."""
     source = "from mifo_lightning.rewards.base import Reward\nimport os, sys, time\nclass R(Reward):\n"
-    return module(f"class: {name}", source + textwrap.indent(textwrap.dedent(body), "    "), f"--reward mine.R {flags}", expect)
+    return module(
+        f"class: {name}", source + textwrap.indent(textwrap.dedent(body), "    "), f"--reward mine.R {flags}", expect
+    )
 
 
 GOOD = "return [float(len(r) % 2) for r in responses]"
@@ -37,9 +39,17 @@ IN_TRAINING = "if 'verified' in context: pass\n"
 
 REWARDS: list[Case] = [
     function("good", GOOD, "accepted"),
-    function("good, numbers of numpy", "import numpy as np\nreturn np.array([float(len(r) % 2) for r in responses])", "accepted"),
+    function(
+        "good, numbers of numpy",
+        "import numpy as np\nreturn np.array([float(len(r) % 2) for r in responses])",
+        "accepted",
+    ),
     function("good, a tensor", "return torch.tensor([float(len(r) % 2) for r in responses])", "accepted"),
-    function("a tensor with gradient", "return torch.tensor([float(len(r) % 2) for r in responses], requires_grad=True)", "accepted"),
+    function(
+        "a tensor with gradient",
+        "return torch.tensor([float(len(r) % 2) for r in responses], requires_grad=True)",
+        "accepted",
+    ),
     function("a generator", "return (float(len(r) % 2) for r in responses)", "accepted"),
     function("whole numbers", "return [len(r) % 2 for r in responses]", "accepted"),
     function("truth values", "return [len(r) % 2 == 0 for r in responses]", "accepted"),
@@ -50,14 +60,20 @@ REWARDS: list[Case] = [
     function("raises always", "raise ValueError('broken')"),
     function("raises with escapes", "raise ValueError('\\x1b]0;owned\\x07\\x1b[2J')"),
     function("raises with many lines", "raise ValueError('a\\n' * 1000)"),
-    function("raises on every second", "if len(responses) > 1 or len(responses[0]) % 2: raise ValueError('odd')\nreturn [1.0]", "either"),
+    function(
+        "raises on every second",
+        "if len(responses) > 1 or len(responses[0]) % 2: raise ValueError('odd')\nreturn [1.0]",
+        "either",
+    ),
     function("raises BaseException", "raise BaseException('base')"),
     function("raises KeyboardInterrupt", "raise KeyboardInterrupt"),
     function("raises GeneratorExit", "raise GeneratorExit"),
     function("raises MemoryError", "raise MemoryError"),
     function("raises StopIteration", "raise StopIteration"),
     function("raises RecursionError", "return f(responses, truths)"),
-    function("an exception whose text raises", "class E(Exception):\n    def __str__(self): raise ValueError('no')\nraise E"),
+    function(
+        "an exception whose text raises", "class E(Exception):\n    def __str__(self): raise ValueError('no')\nraise E"
+    ),
     function("asserts", "assert False"),
     function("sys.exit(0)", "sys.exit(0)"),
     function("sys.exit('text')", "sys.exit('ended')"),
@@ -70,7 +86,11 @@ REWARDS: list[Case] = [
     function("hangs in a loop", "while True: pass"),
     function("hangs with a limit", "time.sleep(1e6)", flags="--reward.timeout 1"),
     function("hangs in a loop with a limit", "while True: pass", flags="--reward.timeout 1"),
-    function("hangs and ignores signals", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True:\n    try: time.sleep(1e6)\n    except BaseException: pass", flags="--reward.timeout 1"),
+    function(
+        "hangs and ignores signals",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True:\n    try: time.sleep(1e6)\n    except BaseException: pass",
+        flags="--reward.timeout 1",
+    ),
     function("leaves a thread behind", "threading.Thread(target=time.sleep, args=(1e6,)).start()\n" + GOOD, "accepted"),
     function("leaves a child behind", "if os.fork() == 0: time.sleep(1e6)\n" + GOOD, "either"),
     function("takes all memory", "return [bytearray(10**11)]"),
@@ -91,8 +111,14 @@ REWARDS: list[Case] = [
     function("returns 1e308 and -1e308", "return [1e308 * (-1) ** i for i in range(len(responses))]", "either"),
     function("returns None in places", "return [1.0 if i % 2 else None for i in range(len(responses))]", "either"),
     function("clears its lists", "n = len(responses)\nresponses.clear(); truths.clear()\nreturn [1.0] * n", "accepted"),
-    function("writes into its lists", "responses[:] = ['x'] * len(responses)\nreturn [float(i % 2) for i in range(len(truths))]", "accepted"),
-    function("writes into its context", "[v.clear() for v in context.values() if isinstance(v, list)]\n" + GOOD, "accepted"),
+    function(
+        "writes into its lists",
+        "responses[:] = ['x'] * len(responses)\nreturn [float(i % 2) for i in range(len(truths))]",
+        "accepted",
+    ),
+    function(
+        "writes into its context", "[v.clear() for v in context.values() if isinstance(v, list)]\n" + GOOD, "accepted"
+    ),
     function("writes into its rows", "[c.clear() for c in context['columns']]\n" + GOOD, "accepted"),
     function("seeds torch", "torch.manual_seed(0)\n" + GOOD, "accepted"),
     function("sets threads", "torch.set_num_threads(2)\n" + GOOD, "accepted"),
@@ -107,18 +133,45 @@ REWARDS: list[Case] = [
     module("a module that exits", "import sys\nsys.exit(0)\n", f"--reward {FUNCTION} --reward.function mine.f"),
     module("a module that is not Python", "def f(:\n", f"--reward {FUNCTION} --reward.function mine.f"),
     module("a function of no arguments", "def f(): return []\n", f"--reward {FUNCTION} --reward.function mine.f"),
-    module("a function that wants what there is not", "def f(responses, moon): return [1.0]\n", f"--reward {FUNCTION} --reward.function mine.f"),
-    module("a coroutine", "async def f(responses): return float(len(responses[0]) % 2)\n", f"--reward {FUNCTION} --reward.function mine.f", "accepted"),
-    module("a coroutine that hangs", "import asyncio\nasync def f(responses): await asyncio.sleep(1e6)\n", f"--reward {FUNCTION} --reward.function mine.f --reward.timeout 1"),
-    module("a timeout of 0", "def f(responses): return []\n", f"--reward {FUNCTION} --reward.function mine.f --reward.timeout 0"),
-    module("a timeout of NaN", "def f(responses): return []\n", f"--reward {FUNCTION} --reward.function mine.f --reward.timeout nan"),
+    module(
+        "a function that wants what there is not",
+        "def f(responses, moon): return [1.0]\n",
+        f"--reward {FUNCTION} --reward.function mine.f",
+    ),
+    module(
+        "a coroutine",
+        "async def f(responses): return float(len(responses[0]) % 2)\n",
+        f"--reward {FUNCTION} --reward.function mine.f",
+        "accepted",
+    ),
+    module(
+        "a coroutine that hangs",
+        "import asyncio\nasync def f(responses): await asyncio.sleep(1e6)\n",
+        f"--reward {FUNCTION} --reward.function mine.f --reward.timeout 1",
+    ),
+    module(
+        "a timeout of 0",
+        "def f(responses): return []\n",
+        f"--reward {FUNCTION} --reward.function mine.f --reward.timeout 0",
+    ),
+    module(
+        "a timeout of NaN",
+        "def f(responses): return []\n",
+        f"--reward {FUNCTION} --reward.function mine.f --reward.timeout nan",
+    ),
     subclass("good", "def __call__(self, responses, truths): " + GOOD, "accepted"),
     subclass("without __call__", "pass"),
     subclass("whose constructor raises", "def __init__(self): raise ValueError('no')"),
     subclass("whose constructor exits", "def __init__(self): sys.exit(0)"),
     subclass("whose constructor wants a value", "def __init__(self, x: int): ..."),
-    subclass("whose close raises", "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): raise ValueError('no')", "either"),
-    subclass("whose close hangs", "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): time.sleep(1e6)"),
+    subclass(
+        "whose close raises",
+        "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): raise ValueError('no')",
+        "either",
+    ),
+    subclass(
+        "whose close hangs", "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): time.sleep(1e6)"
+    ),
     subclass("with failed above solved_at", "failed = 2.0\ndef __call__(self, responses, truths): " + GOOD),
     subclass("that is best at NaN", "best = float('nan')\ndef __call__(self, responses, truths): " + GOOD),
     subclass("judged by what it lacks", "solved_by = 'x'\ndef __call__(self, responses, truths): " + GOOD),
