@@ -252,12 +252,18 @@ def _kill_once(
     run: Run, chance: random.Random, variant: Variant, begins: float, lasts: float, aimed: bool, found: Chain
 ) -> bool:
     """Hit the run at its next moment; False if it had ended by then."""
-    moment = begins * 0.8 + chance.uniform(0, lasts / PER_CHAIN * 1.5)
-    done, _ = run.ended(moment)
     checkpoints = run.out / "checkpoints"
-    if aimed and not done:
+
+    def written(seconds: float) -> bool:
         before = signature(checkpoints)
-        done, _ = run.ended(3.0, lambda: signature(checkpoints) != before)
+        return run.ended(seconds, lambda: signature(checkpoints) != before)[0]
+
+    if chance.random() < 0.2:  # any moment, also while the program is being loaded
+        done, _ = run.ended(begins * chance.uniform(0.3, 1.2))
+    else:
+        done = written(PATIENCE) or run.ended(chance.uniform(0, lasts / PER_CHAIN * 1.2))[0]
+    if aimed and not done:
+        done = written(3.0)
         time.sleep(chance.uniform(0, 0.01))
     if done:
         return False

@@ -93,8 +93,8 @@ def bomb(path: Path) -> None:
 
 
 def first_weight(checkpoint: Held) -> str:
-    """The name of a weight."""
-    return next(iter(checkpoint["state_dict"]))
+    """The name of a weight that is tied to no other."""
+    return next(name for name in checkpoint["state_dict"] if "mlp" in name)
 
 
 def set_weight(value: Callable[[torch.Tensor], object]) -> Callable[[Path], object]:
