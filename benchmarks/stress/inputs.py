@@ -28,7 +28,8 @@ from benchmarks.stress.cases import KINDS, Case, Pantry
 from benchmarks.stress.table import markdown, publish
 
 GIB = 2**30
-OUTCOMES = ("clear", "accepted", "let in", "turned away", "traceback", "hang", "signal", "unclear")
+OUTCOMES = ("clear", "accepted", "let in", "turned away", "code ran", "traceback", "hang", "signal", "unclear")
+MARKER = "ran"  # a file that foreign code would leave
 RIGHT = ("clear", "accepted")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of transformers' own tables
 BROKEN = 71
@@ -41,7 +42,8 @@ class Result:
     Attributes:
         kind: Of input.
         case: The case.
-        outcome: One of OUTCOMES: let in is accepted what should be refused, turned away the reverse.
+        outcome: One of OUTCOMES: let in is accepted what should be refused, turned away the reverse; code ran that
+            came with data, a model or a checkpoint.
         said: The error line, or the last lines of what it printed.
         seconds: It took.
     """
@@ -155,10 +157,15 @@ class Attempt:
             os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status) if done else None
         self.out = "".join((self.root / part).read_bytes().decode("utf-8", "replace") for part in ("stdout", "stderr"))
+        ran = any(self.root.rglob(MARKER)) or (Path.cwd() / MARKER).exists()
+        harm = self.case.harm(self.root / "place") if self.case.harm else ""
         shutil.rmtree(self.root, ignore_errors=True)
         if code == BROKEN:
             raise RuntimeError(f"{self.case.name}: the case cannot be built: {self.out}")
-        return Result(self.kind, self.case, *classify(code, self.out, self.case.expect), seconds)
+        outcome, said = classify(code, self.out, self.case.expect)
+        if ran or harm:
+            outcome, said = "code ran" if ran else "let in", harm or said
+        return Result(self.kind, self.case, outcome, said, seconds)
 
 
 def finish(attempt: Attempt) -> Result:

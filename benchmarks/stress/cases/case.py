@@ -71,12 +71,14 @@ class Case:
         build: Writes its files into an empty directory, which is also the working directory; returns the arguments.
         expect: What should come of it.
         env: Further environment variables; then it runs as a process of its own.
+        harm: Looks at the directory afterwards; what was done there that should not be, or an empty text.
     """
 
     name: str
     build: Build
     expect: Expected = "refused"
     env: dict[str, str] = field(default_factory=dict)
+    harm: Callable[[Path], str] | None = None
 
 
 def flags(text: str, expect: Expected = "refused") -> Case:

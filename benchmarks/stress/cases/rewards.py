@@ -35,7 +35,6 @@ def subclass(name: str, body: str, expect: Expected = "refused", flags: str = ""
 
 
 GOOD = "return [float(len(r) % 2) for r in responses]"
-IN_TRAINING = "if 'verified' in context: pass\n"
 
 REWARDS: list[Case] = [
     function("good", GOOD, "accepted"),
@@ -55,7 +54,6 @@ REWARDS: list[Case] = [
     function("truth values", "return [len(r) % 2 == 0 for r in responses]", "accepted"),
     function("texts of numbers", "return ['1' for r in responses]", "either"),
     function("prints much", "print('x' * 100000)\n" + GOOD, "accepted"),
-    function("prints escapes", "print('\\x1b[2J')\n" + GOOD, "either"),
     function("writes to stderr", "sys.stderr.write('error: not really\\n')\n" + GOOD, "either"),
     function("raises always", "raise ValueError('broken')"),
     function("raises with escapes", "raise ValueError('\\x1b]0;owned\\x07\\x1b[2J')"),
@@ -124,7 +122,6 @@ REWARDS: list[Case] = [
     function("sets threads", "torch.set_num_threads(2)\n" + GOOD, "accepted"),
     function("changes the directory", "os.chdir('/')\n" + GOOD, "either"),
     function("closes standard output", "sys.stdout.close()\n" + GOOD, "either"),
-    function("closes all handles", "os.closerange(0, 100)\n" + GOOD, "either"),
     function("sets an alarm", "signal.alarm(1); time.sleep(3)\n" + GOOD, "either"),
     module("no such module", "", f"--reward {FUNCTION} --reward.function nowhere.f"),
     module("no such function", "", f"--reward {FUNCTION} --reward.function mine.f"),
