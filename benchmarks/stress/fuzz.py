@@ -3,9 +3,9 @@
     python -m benchmarks.stress.fuzz                                   # 3,000 configurations, 17,000 files of rows
     python -m benchmarks.stress.fuzz --kind configuration --number 12  # one of them again, shown
 
-A configuration goes through `mifo_lightning.cli.main` up to the point where reward, model, data and Trainer are built: only
-the making of the parser, the same for all, is not repeated. Rows go through `read_rows` and `build_questions`. Allowed are
-acceptance, an InputError, and for a configuration one line and status 2.
+A configuration goes through `mifo_lightning.cli.main` up to the point where reward, model, data and Trainer are built:
+only the making of the parser, the same for all, is not repeated. Rows go through `read_rows` and `build_questions`.
+Allowed are acceptance, an InputError, and for a configuration one line and status 2.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.stress.cases.case import SMALL, TINY
-from benchmarks.stress.table import markdown, publish
+from benchmarks.stress.table import finish, markdown
 
 SECONDS = 20  # until a try counts as hanging
 SCALARS: list[Any] = [
@@ -155,7 +155,7 @@ def configuration() -> dict[str, Any]:
                 under[key] = value
 
     lay(SMALL, whole)
-    return whole  # type: ignore[no-any-return]
+    return dict(whole)
 
 
 @cache
@@ -292,7 +292,7 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30,) * 2)
 
 
-def report(surveyed: dict[str, tuple[list[tuple[int, str, str]], float]]) -> str:
+def report(surveyed: dict[str, tuple[list[tuple[int, str, str]], float]]) -> tuple[str, list[str]]:
     """The table by kind, and each kind of failure with the numbers of its first tries."""
     rows, wrong = [], []
     for kind, (found, seconds) in surveyed.items():
@@ -303,9 +303,9 @@ def report(surveyed: dict[str, tuple[list[tuple[int, str, str]], float]]) -> str
         for number, outcome, line in found:
             if outcome in ("traceback", "hang"):
                 failures.setdefault(line[:160], []).append(number)
-        wrong += [f"- {kind} {numbers[:3]}, {len(numbers)} in all: {line}" for line, numbers in failures.items()]
+        wrong += [f"{kind} {numbers[:3]}, {len(numbers)} in all: {line}" for line, numbers in failures.items()]
     head = ["mutated", "tries", "refused in one line", "accepted", "traceback", "hang", "tries per second"]
-    return "\n".join([markdown(head, rows), "", *(wrong or ["No traceback and no hang."])])
+    return markdown(head, rows), wrong
 
 
 def main() -> None:
@@ -324,7 +324,7 @@ def main() -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
     kinds = [given.kind] if given.kind else list(TRIES)
     surveyed = {kind: survey(kind, given.seed, given.tries or TRIES[kind][1], given.jobs) for kind in kinds}
-    publish(report(surveyed), given.out)
+    finish("fuzz", *report(surveyed), given.out)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python -m benchmarks.stress.inputs --kind checkpoint --only flip  # some, with what they print
 
 Each case runs `mifo_lightning.cli.main` in a forked child of a process that has imported everything once, in an empty
-directory, with one thread, limited memory and `y` on standard input. A refusal is clear if there is exactly one line that
-begins with `error:`, no traceback, no control character, and status 2 (or 1 for training that broke down).
+directory, with one thread, limited memory and `y` on standard input. A refusal is clear if there is exactly one line
+that begins with `error:`, no traceback, no control character, and status 2 (or 1 for training that broke down).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.stress.cases import KINDS, Case, Pantry
-from benchmarks.stress.table import markdown, publish
+from benchmarks.stress.table import finish, markdown
 
 GIB = 2**30
 OUTCOMES = ("clear", "accepted", "let in", "turned away", "code ran", "traceback", "hang", "signal", "unclear")
@@ -168,7 +168,7 @@ class Attempt:
         return Result(self.kind, self.case, outcome, said, seconds)
 
 
-def finish(attempt: Attempt) -> Result:
+def result_of(attempt: Attempt) -> Result:
     """Wait for one."""
     while (result := attempt.poll()) is None:
         time.sleep(0.02)
@@ -178,7 +178,7 @@ def finish(attempt: Attempt) -> Result:
 def fill(root: Path, limit: float, memory: float) -> Pantry:
     """The pantry, its tiny run made."""
     pantry = Pantry(root)
-    made = finish(Attempt("pantry", Case("pantry", lambda place, p: p.fill(), "accepted"), pantry, limit, memory))
+    made = result_of(Attempt("pantry", Case("pantry", lambda place, p: p.fill(), "accepted"), pantry, limit, memory))
     if not made.right or not pantry.checkpoint.is_file():
         raise SystemExit(f"the tiny run that all cases start from fails: {made.said}")
     return pantry
@@ -190,7 +190,7 @@ def run_all(chosen: list[tuple[str, Case]], jobs: int, limit: float, memory: flo
 
     with tempfile.TemporaryDirectory(prefix="pantry-") as root:
         pantry = fill(Path(root), limit, memory)
-        waiting, running, results = chosen[::-1], [], []
+        waiting, running, results = chosen[::-1], list[Attempt](), list[Result]()
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(Attempt(*waiting.pop(), pantry, limit, memory))
@@ -204,7 +204,7 @@ def run_all(chosen: list[tuple[str, Case]], jobs: int, limit: float, memory: flo
     return results
 
 
-def report(results: list[Result], seconds: float) -> str:
+def report(results: list[Result], seconds: float) -> tuple[str, list[str]]:
     """The table by kind, and what was not as expected."""
     rows: list[list[object]] = []
     for kind in [*dict.fromkeys(r.kind for r in results), "all"]:
@@ -212,18 +212,10 @@ def report(results: list[Result], seconds: float) -> str:
         counts = Counter(r.outcome for r in mine)
         rows.append([kind, len(mine), *(counts[o] for o in OUTCOMES), sum(not r.right for r in mine)])
     wrong = [
-        f"- {r.kind}: `{r.case.name:.80}`: {r.outcome}: {' '.join(r.said.split()):.200}" for r in results if not r.right
+        f"{r.kind}: `{r.case.name:.80}`: {r.outcome}: {' '.join(r.said.split()):.200}" for r in results if not r.right
     ]
     table = markdown(["input", "tried", *OUTCOMES, "not as expected"], rows)
-    return "\n".join(
-        [
-            table,
-            "",
-            f"{len(results)} cases in {seconds / 60:.1f} minutes. Not as expected:",
-            "",
-            *(wrong or ["nothing"]),
-        ]
-    )
+    return f"{table}\n\n{len(results)} cases in {seconds / 60:.1f} minutes.", wrong
 
 
 def main() -> None:
@@ -244,7 +236,7 @@ def main() -> None:
     ]
     start = time.monotonic()
     results = run_all(chosen, given.jobs, given.limit, given.memory, given.show)
-    publish(report(results, time.monotonic() - start), given.out)
+    finish("inputs", *report(results, time.monotonic() - start), given.out)
 
 
 if __name__ == "__main__":

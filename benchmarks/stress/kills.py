@@ -1,12 +1,13 @@
 """Does a killed run go on to the same bits? Runs killed at random, resumed, and compared with an undisturbed one.
 
-    python -m benchmarks.stress.kills                          # all: 60 kills on one process, 20 on DDP x 2, 20 on FSDP2 x 2
+    python -m benchmarks.stress.kills                     # all: 60 on one process, 20 on DDP x 2, 20 on FSDP2 x 2
     python -m benchmarks.stress.kills --only mifo --points 4
 
-A chain is one run that is killed several times and goes on from its `last.ckpt` each time (or from the start, where there
-is none yet) until it ends. Moments are drawn with a seed over the time that training takes; every second one waits for
-a checkpoint to be written and hits the process while it is. Signals: SIGKILL to the process group or to one rank, and SIGTERM. At the
-end weights, history and samples must have the bits of an undisturbed run. A chain that does not counts all its kills as lost.
+A chain is one run that is killed several times and goes on from its `last.ckpt` each time (or from the start, where
+there is none yet) until it ends. Moments are drawn with a seed over the time that training takes; every second one
+waits for a checkpoint to be written and hits the process while it is. Signals are SIGKILL to the process group or to one
+rank, and SIGTERM. At the end weights, history and samples must have the bits of an undisturbed run. A chain that does
+not counts all its kills as lost.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.stress.inputs import run_main
-from benchmarks.stress.table import markdown, publish
+from benchmarks.stress.table import finish, markdown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PER_CHAIN = 4
@@ -292,7 +293,7 @@ def survey(variant: Variant, points: int, jobs: int, seed: int) -> list[Chain]:
     return found
 
 
-def report(surveyed: dict[str, list[Chain]]) -> str:
+def report(surveyed: dict[str, list[Chain]]) -> tuple[str, list[str]]:
     """The table by variant, and what went wrong."""
     rows, wrong = [], []
     for name, chains in surveyed.items():
@@ -314,17 +315,18 @@ def report(surveyed: dict[str, list[Chain]]) -> str:
             ]
         )
         wrong += [
-            f"- {name}: {c.problem or [k for k, v in c.same.items() if not v]} after {c.kills}"
+            f"{name}: {c.problem or [k for k, v in c.same.items() if not v]} after {c.kills}"
             for c in chains
             if c not in good
         ]
         twice = sum(not c.same.get("samples.jsonl", True) for c in good)
         if twice:
             wrong.append(
-                f"- {name}: samples.jsonl of {twice} of {len(good)} runs holds rows twice, drawn again after a kill"
+                f"{name}: samples.jsonl of {twice} of {len(good)} runs holds rows twice, drawn again after a kill"
             )
+        wrong += [f"{name}: hung after {k[0]} to {k[1]}" for k in kills if k[3] is None]
         if status:
-            wrong.append(f"- {name}: SIGTERM ended with status {sorted(set(status))}, should be 143")
+            wrong.append(f"{name}: SIGTERM ended with status {sorted(set(status))}, should be 143")
     totals = [sum(row[i] for row in rows) for i in range(1, len(rows[0]))]  # type: ignore[misc]
     head = [
         "run",
@@ -337,7 +339,7 @@ def report(surveyed: dict[str, list[Chain]]) -> str:
         "hung",
         "SIGTERM: status not 143",
     ]
-    return "\n".join([markdown(head, [*rows, ["all", *totals]]), "", *(wrong or ["Nothing was lost."])])
+    return markdown(head, [*rows, ["all", *totals]]), wrong
 
 
 def main() -> None:
@@ -358,7 +360,7 @@ def main() -> None:
             start = time.monotonic()
             surveyed[variant.name] = survey(variant, points, given.jobs, given.seed)
             print(f"{variant.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    publish(report(surveyed), given.out)
+    finish("kills", *report(surveyed), given.out)
 
 
 if __name__ == "__main__":

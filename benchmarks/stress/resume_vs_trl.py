@@ -3,10 +3,11 @@
     python -m venv trl-env && trl-env/bin/pip install torch==2.13.0 trl==1.16.0
     python -m benchmarks.stress.resume_vs_trl --trl trl-env/bin/python     # without --trl: this framework alone
 
-GRPO on the embedded model and addition: 8 questions x 4 rollouts a step, 12 optimizer steps, a checkpoint after each, fp32,
-one thread of a CPU. A run ends itself with SIGKILL; the same script goes on from the last checkpoint, with TRL by
+GRPO on the embedded model and addition: 8 questions x 4 rollouts a step, 12 optimizer steps, a checkpoint after each,
+fp32, one thread of a CPU. A run ends itself with SIGKILL; the same script goes on from the last checkpoint, with TRL by
 `trainer.train(resume_from_checkpoint=True)`, which restores model, optimizer, scheduler and random states, and with
-`full_determinism`. Compared with an undisturbed run: final weights, loss and gradient norm of every step, prompts, responses.
+`full_determinism`. Compared with an undisturbed run: final weights, loss and gradient norm of every step, prompts and
+responses.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stress.table import markdown, publish
+from benchmarks.stress.table import finish, markdown
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "mifo_lightning" / "assets" / "base"
@@ -168,7 +169,7 @@ def results(place: Path) -> dict[str, Any]:
 
 def process(python: str, library: str, place: Path, case: str, dies: bool, resume: bool) -> int:
     """Start one, end it while it writes its fifth checkpoint if that is the case; its return code."""
-    passes, minibatches, dies_at = CASES[case]
+    dies_at = CASES[case][2]
     worker = [
         python,
         "-m",
@@ -271,7 +272,11 @@ def main() -> None:
     found = {"mifo_lightning": compare(sys.executable, "ours")}
     if given.trl:
         found["TRL 1.16"] = compare(given.trl, "trl")
-    publish(report(found), given.out)
+    ours = found["mifo_lightning"]
+    wrong = [
+        f"{case}: {what}: {said}" for case in ours for what, said in ours[case].items() if said not in ("yes", "equal")
+    ]
+    finish("resume_vs_trl", report(found), wrong, given.out)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m benchmarks.stress.security
 
-Each attack runs as an input case does (`benchmarks.stress.inputs`); foreign code would leave a file named `ran`. Refused
-means that no code ran, nothing was written over or read that should not be, and nothing but plain text was printed. A class
-or function that the user's own configuration names is trusted, and so is a reward.
+Each attack runs as an input case does (`benchmarks.stress.inputs`); foreign code would leave a file named `ran`.
+Refused means that no code ran, nothing was written over or read that should not be, and nothing but plain text was
+printed. A class or function that the user's own configuration names is trusted, and so is a reward.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.stress.cases.checkpoints import bomb, resume
 from benchmarks.stress.cases.data import GOOD, class_in_data, dump, path_in_data
 from benchmarks.stress.cases.models import custom_code, index_outside, pickled, settings, tokenizer, written
 from benchmarks.stress.inputs import Result, run_all
-from benchmarks.stress.table import markdown, publish
+from benchmarks.stress.table import finish, markdown
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31m"
 SECRET = "only for the environment"
@@ -217,22 +217,20 @@ ATTACKS: dict[str, list[Case]] = {
 }
 
 
-def report(results: list[Result], texts: dict[str, str], seconds: float) -> str:
+def report(results: list[Result], texts: dict[str, str], seconds: float) -> tuple[str, list[str]]:
     """The table by kind of attack, and what got in."""
-    table = []
-    for kind in ATTACKS:
-        mine = [r for r in results if r.kind == kind]
-        table.append([kind, len(mine), sum(r.right for r in mine)])
-    table.append(["responses and report pages", len(texts), sum(not harm for harm in texts.values())])
-    table.append(["all", *(sum(int(row[i]) for row in table) for i in (1, 2))])
+    counts = {kind: [r.right for r in results if r.kind == kind] for kind in ATTACKS}
+    counts["responses and report pages"] = [not harm for harm in texts.values()]
+    counts["all"] = [right for part in counts.values() for right in part]
+    table = [[kind, len(part), sum(part)] for kind, part in counts.items() if part]
     wrong = [
-        f"- {r.kind}: `{r.case.name!r:.90}`: {r.outcome}: {' '.join(r.said.split())!r:.200}"
+        f"{r.kind}: `{r.case.name!r:.90}`: {r.outcome}: {' '.join(r.said.split())!r:.200}"
         for r in results
         if not r.right
     ]
-    wrong += [f"- {name}: {harm}" for name, harm in texts.items() if harm]
+    wrong += [f"{name}: {harm}" for name, harm in texts.items() if harm]
     text = markdown(["attack by", "tried", "refused or harmless"], table)
-    return "\n".join([text, "", f"{seconds / 60:.1f} minutes.", "", *(wrong or ["Nothing got in."])])
+    return f"{text}\n\n{seconds / 60:.1f} minutes.", wrong
 
 
 def grade_hostile_texts() -> dict[str, str]:
@@ -294,7 +292,8 @@ def main() -> None:
     start = time.monotonic()
     chosen = [(kind, case) for kind, cases in ATTACKS.items() if given.only in kind for case in cases]
     results = run_all(chosen, given.jobs, 60.0, 4.0, given.show)
-    publish(report(results, grade_hostile_texts(), time.monotonic() - start), given.out)
+    texts = grade_hostile_texts() if not given.only else {}
+    finish("security", *report(results, texts, time.monotonic() - start), given.out)
 
 
 if __name__ == "__main__":

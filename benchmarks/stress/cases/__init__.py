@@ -1,4 +1,4 @@
-"""Input cases by kind: what a user, an accident or an attacker hands to the command line, and what should come of it."""
+"""Input cases by kind: what a user, an accident or an attacker hands over, and what should come of it."""
 
 from benchmarks.stress.cases.case import Case, Pantry
 from benchmarks.stress.cases.checkpoints import CHECKPOINTS

@@ -56,7 +56,12 @@ def written(file: str, content: str | bytes) -> Change:
 
 def without(*files: str) -> Change:
     """Remove files."""
-    return lambda directory: [(directory / file).unlink() for file in files]
+
+    def change(directory: Path) -> None:
+        for file in files:
+            (directory / file).unlink()
+
+    return change
 
 
 def damaged(edit: Callable[[bytearray], object], file: str = "model.safetensors") -> Change:
@@ -147,6 +152,12 @@ def place_case(name: str, prepare: Callable[[Path], str], expect: Expected = "re
     return prepared(name, prepare, expect)
 
 
+def weights_directory(directory: Path) -> None:
+    """A directory under the name of the weights."""
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").mkdir()
+
+
 def empty_directory(place: Path) -> str:
     """Nothing in it."""
     (place / "model").mkdir()
@@ -164,8 +175,6 @@ def link_loop(place: Path) -> str:
     (place / "model").symlink_to(place / "model")
     return "--model.model ./model"
 
-
-TINY_BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 MODELS: list[Case] = [
     changed_model("unchanged", lambda d: None, "accepted"),
@@ -209,9 +218,7 @@ MODELS: list[Case] = [
     changed_model(
         "weights: an LFS pointer", written("model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
     ),
-    changed_model(
-        "weights: a directory", lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").mkdir())
-    ),
+    changed_model("weights: a directory", weights_directory),
     changed_model("weights: the embedding missing", weights(lambda t: t.pop(EMBEDDING))),
     changed_model("weights: one MLP matrix missing", weights(lambda t: t.pop(first(t)))),
     changed_model("weights: one more", weights(lambda t: t.update(extra=torch.zeros(3))), "either"),
@@ -257,7 +264,16 @@ MODELS: list[Case] = [
         ),
         "accepted",
     ),
-    changed_model("a BERT", other(lambda: BertForMaskedLM(BertConfig(vocab_size=24, **TINY_BERT)))),
+    changed_model(
+        "a BERT",
+        other(
+            lambda: BertForMaskedLM(
+                BertConfig(
+                    vocab_size=24, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+                )
+            )
+        ),
+    ),
     changed_model(
         "a T5",
         other(

@@ -86,7 +86,7 @@ REWARDS: list[Case] = [
     function("hangs in a loop with a limit", "while True: pass", flags="--reward.timeout 1"),
     function(
         "hangs and ignores signals",
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True:\n    try: time.sleep(1e6)\n    except BaseException: pass",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True:\n    try: time.sleep(1e6)\n    except: pass",
         flags="--reward.timeout 1",
     ),
     function("leaves a thread behind", "threading.Thread(target=time.sleep, args=(1e6,)).start()\n" + GOOD, "accepted"),
