@@ -36,8 +36,12 @@ class LastCheckpoint(ModelCheckpoint):
         self.check_free(trainer, pl_module, trainer.ckpt_path)
         self._mine = Path(self.dirpath or "") / "last.ckpt"
 
+    def write_now(self, trainer: Trainer) -> None:
+        """Write the state, whatever `every` says, unless this step's is written; collective, between optimizer steps."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the state at the end, unless the last step has just been written or this is but a trial."""
         super().on_train_end(trainer, pl_module)
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.write_now(trainer)
