@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
     if unused:
         rank_zero_warn(f"model.model: text does not pass through {', '.join(unused)}; those weights are not trained")
     return policy
+
+
+@cache
+def blueprint(model: str) -> PreTrainedModel:
+    """The model without its weights: names and shapes alone, on the meta device.
+
+    Raises:
+        InputError: If it is none.
+    """
+    directory = locate(model)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise InputError(f"model.model: {model!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
 
 
 def freeze_unused(policy: Policy) -> list[str]:
