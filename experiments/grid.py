@@ -26,6 +26,7 @@ GIVEN = {
     "trainer.logger": "wandb",
     "checkpoint.dirpath": "out",
     "ckpt_path": "the unfinished run",
+    "resume": "the unfinished run",
 }
 
 

@@ -91,7 +91,7 @@ def check_archive(path: Path) -> None:
     if not path.exists():
         raise InputError(f"ckpt_path: there is no file {path}; give a file on this machine")
     if not path.is_file():
-        raise InputError(f"ckpt_path: {path} is a directory, not a checkpoint")
+        raise InputError(f"ckpt_path: {path} is {'a directory' if path.is_dir() else 'no regular file'}, no checkpoint")
     if not path.stat().st_size:
         raise InputError(f"ckpt_path: {path} is empty")
     try:

@@ -204,7 +204,9 @@ class MifoCLI(LightningCLI):
         start = choose(self.trainer, self.model.model_name, given, resume, self.subcommand == "fit")
         if start is not None:
             for config in (self.config, self.config_init):
-                config[self.subcommand].update({"ckpt_path": str(start.path), **({"resume": False} if resume else {})})
+                config[f"{self.subcommand}.ckpt_path"] = str(start.path)
+                if resume:
+                    config[f"{self.subcommand}.resume"] = False  # in the written configuration, the path says it
         return start
 
     def after_validate(self) -> None:

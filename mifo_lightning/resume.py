@@ -44,6 +44,8 @@ def choose(trainer: Trainer, model: str, given: str | None, resume: bool, fit: b
     """
     if given is None and not resume:
         return None
+    if given is not None and "://" in given and not resume:
+        raise InputError(f"ckpt_path: {given} is an address; only files on this machine are read: download it first")
     path = newest(trainer) if resume else Path(str(given)).absolute()  # Lightning takes `best` and `last` for others
     path, checkpoint = read_or_previous(path) if fit else (path, read(path))
     check_fits(checkpoint, path, trainer, model, fit)

@@ -110,7 +110,7 @@ class LastCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.save()  # the rows up to here are not logged again by a run that goes on from here
         try:
-            trainer.save_checkpoint(last.with_name(NEXT))
+            trainer.save_checkpoint(last.with_name(NEXT), weights_only=False)
             failed = _take_place(last, self._keep_previous) if trainer.is_global_zero else None
         except (OSError, RuntimeError, CheckpointException) as error:
             if not (
