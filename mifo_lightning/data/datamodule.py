@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.damage import damage_demonstrations
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.questions import build_questions
@@ -57,11 +58,13 @@ class QuestionData(LightningDataModule):
     """Questions with demonstrations for training, and questions for evaluation.
 
     Args:
-        train: Training rows: a parquet, json or jsonl file, a hub name, a list of them, or a RowSource's class_path.
+        train: Training rows: a parquet, jsonl, json or csv file, a hub name, a list of them, or the class_path of a
+            RowSource.
         reward: Checks that demonstrations are right.
         tokenizer: Hugging Face directory or hub name; the command line takes the model's.
         val: Rows of validation, as `train`; null leaves only the holdout.
         test: Rows of test, as `train`.
+        columns: Names of the columns of files and hub sets, where they are not those of the row format.
         holdout: Training questions to hold out for validation, under the name `<source>-holdout`; chosen by seed.
         schedule: How much of which phase, in which order.
         system_prompt: Replaces or adds the system message; null leaves the rows as they are.
@@ -84,6 +87,7 @@ class QuestionData(LightningDataModule):
         tokenizer: str,
         val: Rows | None = None,
         test: Rows | None = None,
+        columns: Columns = Columns(),
         holdout: int = 0,
         schedule: Schedule = Schedule(),
         system_prompt: str | None = None,
@@ -112,6 +116,7 @@ class QuestionData(LightningDataModule):
             raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
+        self.columns = columns
         self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
         self.tokenizer = load_tokenizer(tokenizer)
         self.options: dict[str, Any] = {
@@ -149,7 +154,7 @@ class QuestionData(LightningDataModule):
             where = f"data.{split}"
             damage = self._damage if split == "train" and self.damaged_share else None
             questions, drops = build_questions(
-                read_rows(source, where), self.tokenizer, damage=damage, where=where, **self.options
+                read_rows(source, where, self.columns), self.tokenizer, damage=damage, where=where, **self.options
             )
             self._questions[split] = questions
             rank_zero_only(drops.print)()
