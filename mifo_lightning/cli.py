@@ -75,9 +75,17 @@ SEEDED = ("entropy", "freeze", "drop")
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it again where an evaluation came first: only training fits sizes to the data."""
+        self.already_saved &= stage != "fit"
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first rank only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
+            config[key.replace("switch.", "switch.init_args.")] = taken
+        text = self.parser.dump(config, skip_none=False)
         directory = run_dir(trainer)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(text, encoding="utf-8")
