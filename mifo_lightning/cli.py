@@ -68,6 +68,7 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
+COMMAND = "mifo"  # the installed script; shells complete the words of a command, which `python -m` has none of
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -198,7 +199,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         parser_class=OneLineParser,
         parser_kwargs={
             "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": "python -m mifo_lightning",
+            "prog": COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
