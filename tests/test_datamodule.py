@@ -264,6 +264,14 @@ def test_a_buffer_that_can_never_fill_or_does_not_divide_is_refused_where_nothin
         data.train_dataloader()
 
 
+def test_a_held_out_question_that_is_trained_on_too_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"data\.holdout: 1 of 1 are trained on too: data\.train holds them twice"):
+        attached(train=[Numbered(6), Numbered(6)], holdout=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached(train=[Numbered(6), Numbered(6)])
+
+
 def test_damage_spares_the_fitted_holdout() -> None:
     data = attached(holdout=128, damaged_share=1.0, train=Skills(["addition"], 30))
     held, train = data._questions["holdout"], data._questions["train"]

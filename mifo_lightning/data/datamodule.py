@@ -181,6 +181,9 @@ class QuestionData(LightningDataModule):
         self._questions["train"] = [q for q in everything if q.id not in chosen]
         for position, question in enumerate(self._questions["train"]):
             question.id = position
+        trained = {question.text for question in self._questions["train"]}
+        if leaked := sum(question.text in trained for question in held):
+            rank_zero_warn(f"data.holdout: {leaked} of {len(held)} are trained on too: data.train holds them twice")
         for question in held:
             question.source = f"{question.source}-holdout"
         self._questions["holdout"] = held
