@@ -72,6 +72,7 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
+COMMAND = "mifo"  # the installed script; shells complete the words of a command, which `python -m` has none of
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -79,9 +80,17 @@ SEEDED = ("entropy", "freeze", "drop")
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it again where an evaluation came first: only training fits sizes to the data."""
+        self.already_saved &= stage != "fit"
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first rank only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
+            config[key.replace("switch.", "switch.init_args.")] = taken
+        text = self.parser.dump(config, skip_none=False)
         directory = run_dir(trainer)
         directory.mkdir(parents=True, exist_ok=True)
         if (
@@ -232,7 +241,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         parser_class=OneLineParser,
         parser_kwargs={
             "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": "python -m mifo_lightning",
+            "prog": COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
