@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.data.question import Question
-from mifo_lightning.ending import response_texts
+from mifo_lightning.ending import padding, response_texts
 from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy import Policy, Sequences
@@ -260,7 +260,7 @@ class Evaluator:
         with policy.sampling():
             if not shown:
                 return torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
-            pad = int(self.tokenizer.pad_token_id)
+            pad = padding(self.tokenizer)
             sequences = Sequences.pack([q.prompt for q in shown], [q.demonstration or [] for q in shown], pad)
             logp, _ = score_without_gradient(policy, sequences.to(policy.device), temperature=1.0)
             return -logp.sum(), sequences.response_lengths.sum().to(policy.device).float()

@@ -359,9 +359,9 @@ def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     (model / "model.safetensors").write_bytes(b"not a model")
     assert "cannot be loaded" in refused(capsys, *short(tmp_path / "run"), "--model.model", str(model))
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
-    tokenizer["pad_token"] = None
+    tokenizer["eos_token"] = None
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    assert "has no pad_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    assert "has no eos_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
     (model / "config.json").unlink()
     assert "no config.json" in refused(capsys, *short(tmp_path), "--model.model", str(model))
 
