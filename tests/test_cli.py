@@ -350,6 +350,14 @@ def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(
     assert config["model"]["rl"]["weight_decay"] == 0.01
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_longer_rollouts_are_evaluated_at_their_length(capsys: pytest.CaptureFixture[str], base: str) -> None:
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--model.sampling.max_new_tokens", "24")
+    assert config["model"]["sampling"]["max_new_tokens"] == 24
+    assert config["model"]["evaluation"]["sampling"]["max_new_tokens"] is None
+    assert config["model"]["evaluation"]["sampling"]["stop"] is None
+
+
 def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     base = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
     model = tmp_path / "model"
