@@ -376,6 +376,14 @@ def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(
     assert config["model"]["rl"]["weight_decay"] == 0.01
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_longer_rollouts_are_evaluated_at_their_length(capsys: pytest.CaptureFixture[str], base: str) -> None:
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--model.sampling.max_new_tokens", "24")
+    assert config["model"]["sampling"]["max_new_tokens"] == 24
+    assert config["model"]["evaluation"]["sampling"]["max_new_tokens"] is None
+    assert config["model"]["evaluation"]["sampling"]["stop"] is None
+
+
 def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     base = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
     model = tmp_path / "model"
@@ -385,9 +393,9 @@ def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     (model / "model.safetensors").write_bytes(b"not a model")
     assert "cannot be loaded" in refused(capsys, *short(tmp_path / "run"), "--model.model", str(model))
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
-    tokenizer["pad_token"] = None
+    tokenizer["eos_token"] = None
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    assert "has no pad_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    assert "has no eos_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
     (model / "config.json").unlink()
     assert "no config.json" in refused(capsys, *short(tmp_path), "--model.model", str(model))
 
