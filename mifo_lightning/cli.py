@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ActionYesNo
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
@@ -36,6 +39,7 @@ from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import OneLineParser
+from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.terminal import fail, quiet
 
@@ -68,6 +72,7 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
+COMMAND = "mifo"  # the installed script; shells complete the words of a command, which `python -m` has none of
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -75,12 +80,23 @@ SEEDED = ("entropy", "freeze", "drop")
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it again where an evaluation came first: only training fits sizes to the data."""
+        self.already_saved &= stage != "fit"
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first rank only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
+            config[key.replace("switch.", "switch.init_args.")] = taken
+        text = self.parser.dump(config, skip_none=False)
         directory = run_dir(trainer)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(text, encoding="utf-8")
+        if (
+            trainer.state.fn == TrainerFn.FITTING or not (directory / "config.yaml").exists()
+        ):  # else it is that of a fit
+            (directory / "config.yaml").write_text(text, encoding="utf-8")
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.log_hyperparams(yaml.safe_load(text))
             Path(trainer.logger.experiment.dir, "mifo.yaml").write_text(text, encoding="utf-8")
@@ -91,8 +107,9 @@ class MifoCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """fit, validate and test; there is nothing to predict."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """fit, validate and test; there is nothing to predict, and checkpoints are loaded as weights only, always."""
+        own = {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: {*skip, "weights_only"} for name, skip in own.items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reward, the named callbacks and the links between groups."""
@@ -116,7 +133,18 @@ class MifoCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
+        else:
+            parser.add_argument(
+                "--resume",
+                action=ActionYesNo,
+                nargs="?",
+                default=False,
+                help="Go on with the newest run, in its files.",
+            )
         return parser
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
@@ -132,7 +160,7 @@ class MifoCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config = with_checkpoint_io({**self._get(self.config_init, "trainer", default={}), **kwargs})
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
         # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
@@ -149,11 +177,12 @@ class MifoCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the model as it comes, unless an earlier run is resumed."""
-        start = self._get(self.config, "ckpt_path")
+        start = self._choose_checkpoint()
         # before minutes of evaluation, and before config.yaml is written
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
-                callback.check_free(self.trainer, self.model, start)
+            if isinstance(callback, (ExportModel, LastCheckpoint)):
+                callback.check_free(self.trainer, self.model, start and start.path)
+        prepare_files(self.trainer, start)
         if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
 
@@ -166,6 +195,28 @@ class MifoCLI(LightningCLI):
             if isinstance(callback, RunSummary):
                 callback.report(trainer)
         report_places(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint) and callback.failed:
+                raise TrainingError(f"checkpoint: the state at the end is not saved: {callback.failed}")
+
+    def before_validate(self) -> None:
+        """Verify the checkpoint."""
+        self._choose_checkpoint()
+
+    def before_test(self) -> None:
+        """Verify the checkpoint."""
+        self._choose_checkpoint()
+
+    def _choose_checkpoint(self) -> Start | None:
+        """The checkpoint to load, verified and put where Lightning takes it from."""
+        given, resume = self._get(self.config, "ckpt_path"), self._get(self.config, "resume", default=False)
+        start = choose(self.trainer, self.model.model_name, given, resume, self.subcommand == "fit")
+        if start is not None:
+            for config in (self.config, self.config_init):
+                config[f"{self.subcommand}.ckpt_path"] = str(start.path)
+                if resume:
+                    config[f"{self.subcommand}.resume"] = False  # in the written configuration, the path says it
+        return start
 
     def after_validate(self) -> None:
         """Print the table."""
@@ -190,7 +241,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         parser_class=OneLineParser,
         parser_kwargs={
             "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": "python -m mifo_lightning",
+            "prog": COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
@@ -273,8 +324,9 @@ def report_places(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ExportModel) and callback.written:
             print(f"model: {callback.written}")
-    if trainer.checkpoint_callback and (path := getattr(trainer.checkpoint_callback, "best_model_path", "")):
-        print(f"checkpoint: {path}")
+    for checkpoint in trainer.checkpoint_callbacks:
+        if (path := getattr(checkpoint, "best_model_path", "")) and Path(path).exists():
+            print(f"checkpoint: {path}")
     print(f"files: {run_dir(trainer)}")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

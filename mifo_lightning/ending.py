@@ -45,6 +45,12 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return listed or frozenset({int(tokenizer.eos_token_id)})
 
 
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills rows up to one length: the pad token, or else the end of sequence; lengths tell what is padding."""
+    pad: int | None = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase, conversation: str, answer: str) -> int:
     """Id of the one token that an SFT target ends in.
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.tokenizer_file import faithful
 
+_without_padding: set[str] = set()  # models whose tokenizers a line has told of: data and module load one each
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
 
 
@@ -57,7 +59,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the model's end tokens (`ending.end_tokens`).
 
     Raises:
-        InputError: If there is none, it has no padding or end-of-sequence token, or the end tokens cannot be read.
+        InputError: If there is none, it has no end-of-sequence token, or the end tokens cannot be read.
     """
     directory = locate(model)
     try:
@@ -66,9 +68,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # the tokenizers library raises bare ones
         raise InputError(f"model.model: no tokenizer in {model!r}: {_first_line(error)}") from error
-    for name in ("pad_token", "eos_token"):
-        if getattr(tokenizer, name, None) is None:
-            raise InputError(f"model.model: the tokenizer of {model!r} has no {name}; set it in tokenizer_config.json")
+    if tokenizer.eos_token is None:
+        raise InputError(f"model.model: the tokenizer of {model!r} has no eos_token; set it in tokenizer_config.json")
+    if tokenizer.pad_token is None and model not in _without_padding:
+        _without_padding.add(model)
+        rank_zero_warn(
+            f"model.model: the tokenizer of {model!r} has no pad_token; rows are filled up with its end token "
+            f"{tokenizer.eos_token!r}, told apart by their lengths"
+        )
     set_ends(tokenizer, read_ends(directory))
     return tokenizer
 
@@ -106,6 +113,21 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
     if unused:
         rank_zero_warn(f"model.model: text does not pass through {', '.join(unused)}; those weights are not trained")
     return policy
+
+
+@cache
+def blueprint(model: str) -> PreTrainedModel:
+    """The model without its weights: names and shapes alone, on the meta device.
+
+    Raises:
+        InputError: If it is none.
+    """
+    directory = locate(model)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise InputError(f"model.model: {model!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
 
 
 def freeze_unused(policy: Policy) -> list[str]:

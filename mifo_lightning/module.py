@@ -118,7 +118,9 @@ class MifoModule(LightningModule):
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
         )
-        self.evaluator = Evaluator(self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed)
+        self.evaluator = Evaluator(
+            self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed, sampling
+        )
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.own_demonstrations = demonstrations == "own"
         self.needs_demonstrations = mixing is not None or sft_weight == "flow"
@@ -298,11 +300,11 @@ class MifoModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Check lengths and, before the first evaluation of a run, the engine."""
-        self._check(self.trainer.val_dataloaders, "model.evaluation.sampling", self.evaluator.settings.sampling)
+        self._check(self.trainer.val_dataloaders, "model.evaluation.sampling", self.evaluator.sampling)
 
     def on_test_start(self) -> None:
         """As validation."""
-        self._check(self.trainer.test_dataloaders, "model.evaluation.sampling", self.evaluator.settings.sampling)
+        self._check(self.trainer.test_dataloaders, "model.evaluation.sampling", self.evaluator.sampling)
 
     def on_validation_epoch_start(self) -> None:
         """Empty the metrics."""

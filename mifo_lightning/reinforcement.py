@@ -14,7 +14,7 @@ from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import gather_ranks, rank, ranks
-from mifo_lightning.ending import response_texts
+from mifo_lightning.ending import padding, response_texts
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
@@ -170,7 +170,7 @@ class Reinforcement:
         graded = drawn.select(chosen.picked)
         rows = training_rows(graded, self.settings, self.mixing, self._demonstration_rewards(graded))
         prompts = [graded.questions[i].prompt for i in rows.question.tolist()]
-        sequences = Sequences.pack(prompts, rows.tokens, int(self.tokenizer.pad_token_id)).to(device)
+        sequences = Sequences.pack(prompts, rows.tokens, padding(self.tokenizer)).to(device)
         minibatch = torch.tensor(chosen.place)[rows.question] * item["minibatches"] // chosen.total
         weights = self._weights(rows, sequences.mask(), minibatch.to(device), item["minibatches"])
         rollout = Rollout(

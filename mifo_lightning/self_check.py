@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mifo_lightning.distributed import gather_ranks
+from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
@@ -99,7 +100,7 @@ def differences(
     keys = [stable_key(0, "self-check", i) for i in range(len(prompts))]
     drawn = engine.generate(policy, tokenizer, prompts, keys, SAMPLES, sampling)
     pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], int(tokenizer.pad_token_id))
+    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], padding(tokenizer))
     sequences = sequences.to(policy.device)
     with policy.sampling():
         logp, _ = policy(sequences, sampling.temperature or 1.0)

@@ -204,9 +204,8 @@ def _verify_demonstrations(
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str) -> None:
     name = f"{where}: tokenizer `{tokenizer.name_or_path or type(tokenizer).__name__}`"
-    for kind, token in (("pad_token", tokenizer.pad_token_id), ("eos_token", tokenizer.eos_token_id)):
-        if token is None:
-            raise InputError(f"{name} has no {kind}; set it in its tokenizer_config.json")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name} has no eos_token; set it in its tokenizer_config.json")
     if chat_template is None and tokenizer.chat_template is None:
         raise InputError(f"{name} has no chat template; set `chat_template` to a Jinja text")
 

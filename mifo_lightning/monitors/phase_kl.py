@@ -9,6 +9,7 @@ from torch import Tensor
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import sum_ranks
+from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
@@ -82,7 +83,7 @@ class PhaseKL(PhaseMonitor):
         with policy.sampling():
             if not responses:
                 return torch.zeros(0, 0, device=policy.device)
-            pad = int(rl.tokenizer.pad_token_id)
+            pad = padding(rl.tokenizer)
             sequences = Sequences.pack([q.prompt for q in self._probe], responses, pad).to(policy.device)
             return score_without_gradient(policy, sequences, rl.sampling.temperature)[0]
 

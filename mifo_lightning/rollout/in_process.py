@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.ending import end_tokens
+from mifo_lightning.ending import end_tokens, padding
 from mifo_lightning.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
@@ -91,7 +91,7 @@ class _Decoding:
         device, limit = self.policy.device, self.sampling.max_new_tokens
         logits = self._prefill(prompts, device)
         n = len(prompts) * self.samples
-        tokens = torch.full((n, limit), int(self.tokenizer.pad_token_id), device=device)
+        tokens = torch.full((n, limit), padding(self.tokenizer), device=device)
         logp = torch.zeros(n, limit, device=device)
         lengths = torch.full((n,), limit, device=device)
         finished = torch.zeros(n, dtype=torch.bool, device=device)
@@ -127,7 +127,7 @@ class _Decoding:
         if not movable:
             prompts = [p for p in prompts for _ in range(samples)]
         width = max(map(len, prompts))
-        pad = int(self.tokenizer.pad_token_id)
+        pad = padding(self.tokenizer)
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         positions = None
         if any(len(p) < width for p in prompts):
