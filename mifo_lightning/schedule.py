@@ -84,8 +84,8 @@ class Schedule:
     ) -> tuple["Schedule", int | None]:
         """With sizes that too few demonstrations can fill and that divide, if there are any; and the size of a phase.
 
-        A phase on fewer demonstrations keeps its number of optimizer steps: its batches become smaller with it. What
-        is left over of a phase that its batches do not divide, waits.
+        A phase on fewer demonstrations keeps its number of optimizer steps: its batches become smaller with it. One
+        that holds no whole batch gets a step an epoch. What its batches leave over of a phase waits.
 
         Args:
             demonstrated: Questions that have a demonstration.
@@ -101,9 +101,9 @@ class Schedule:
         if size is None:
             batch -= batch % unit
             return (replace(self, sft_batch=batch) if batch else self), None
-        steps = max(1, size * self.sft_epochs // batch)
+        steps = size * self.sft_epochs // batch or self.sft_epochs
         size = min(size, demonstrated)
-        batch = min(batch, size * self.sft_epochs // steps)
+        batch = max(unit, min(batch, size * self.sft_epochs // steps))
         cut = ((b, size - size % (b // gcd(b, self.sft_epochs))) for b in range(batch - batch % unit, 0, -unit))
         batch, size = next(((b, s) for b, s in cut if s), (self.sft_batch, phase_size))
         return replace(self, sft_batch=batch), size

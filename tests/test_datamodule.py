@@ -1,6 +1,8 @@
 """QuestionData: what is held out, what every rank evaluates, and what is refused before training begins."""
 
+import itertools
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +205,7 @@ def fitted(
         ({"size": 6}, {"switch.size": 4}),
         ({"size": 7, "sft_batch": 8}, {"data.schedule.sft_batch": 7}),
         ({"size": 7, "sft_batch": 8, "ranks": 2}, {"data.schedule.sft_batch": 6, "switch.size": 6}),
+        ({"size": 7, "sft_batch": 64, "sft_epochs": 2}, {"data.schedule.sft_batch": 7}),  # a step an epoch
         ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "switch.size": 4}),
         ({"sft_batch": 64, "sft_before": 2}, {"data.schedule.sft_batch": 20}),
         ({"sft_batch": 64, "sft_after": 2, "micro": 4, "ranks": 2}, {"data.schedule.sft_batch": 16}),
@@ -219,6 +222,36 @@ def test_sizes_that_the_data_cannot_fill_are_fitted_and_each_is_said(
     arguments: dict[str, Any], taken: dict[str, int]
 ) -> None:
     assert {key: small for key, (_, small) in fitted(30, **arguments).items()} == taken
+
+
+def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_not_grown() -> None:
+    def runs(plan: Schedule, shown: int, size: int | None, unit: int) -> bool:
+        try:
+            plan.check_sft(shown, size, unit, 1)
+            plan.check_rl(shown, 2, 1, unit)
+        except InputError:
+            return False
+        return True
+
+    seen = {"as it is": 0, "fitted": 0, "refused": 0}
+    choices = (range(1, 10), range(1, 10), (1, 2, 3), (None, *range(1, 10)), (1, 2, 3), (0, 1))
+    for shown, batch, epochs, size, unit, before in itertools.product(*choices):
+        plan = Schedule(rl_steps=1, rl_questions=2 * unit, sft_batch=batch, sft_epochs=epochs, sft_before=before)
+        other, taken = plan.fit_rl(shown, 2, 1, unit).fit_sft(shown, size, unit, 1)
+        if runs(plan, shown, size, unit):
+            assert (other, taken) == (plan, size)
+            seen["as it is"] += 1
+        elif runs(other, shown, taken, unit):
+            assert other.sft_batch <= batch
+            assert other.rl_questions <= plan.rl_questions
+            assert (taken or 0) <= (size or 0)
+            seen["fitted"] += 1
+        else:
+            smaller = itertools.product(range(unit, batch + 1, unit), range(1, (size or 1) + 1))
+            could = [x for x in smaller if runs(replace(other, sft_batch=x[0]), shown, size and x[1], unit)]
+            assert batch % unit or not could
+            seen["refused"] += 1
+    assert min(seen.values()) > 1000, seen
 
 
 @pytest.mark.parametrize(
