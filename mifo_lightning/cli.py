@@ -113,6 +113,8 @@ class MifoCLI(LightningCLI):
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
             parser.set_defaults({key: {"class_path": path} if key in ALWAYS else None})
+        for split in ("train", "val", "test"):  # a file of data is data, not the configuration of a RowSource
+            parser._option_string_actions[f"--data.{split}"]._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
