@@ -135,19 +135,19 @@ class Schedule:
                 f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks * micro_batches} ({ranks} ranks "
                 f"x {micro_batches} micro-batches of trainer.accumulate_grad_batches)"
             )
-        many = ""
+        hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none" * (not demonstrated)
         if 0 < demonstrated < ranks * micro_batches:
-            many = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
+            hint = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
             raise InputError(
                 f"data.schedule.sft_batch: {self.sft_batch} is more than the {demonstrated} questions that have a "
-                f"demonstration{many}"
+                f"demonstration{hint}"
             )
         if phase_size is not None:
             if demonstrated < phase_size:
                 raise InputError(
                     f"switch.size: {phase_size} is more than the {demonstrated} training questions that have a "
-                    f"demonstration; the buffer could never fill{many}"
+                    f"demonstration; the buffer could never fill{hint}"
                 )
             self.check_phase(phase_size)
 
