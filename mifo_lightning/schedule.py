@@ -135,8 +135,10 @@ class Schedule:
                 f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks * micro_batches} ({ranks} ranks "
                 f"x {micro_batches} micro-batches of trainer.accumulate_grad_batches)"
             )
-        hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none" * (not demonstrated)
-        if 0 < demonstrated < ranks * micro_batches:
+        hint = ""
+        if not demonstrated:
+            hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none"
+        elif demonstrated < ranks * micro_batches:
             hint = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
             raise InputError(

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_data
+import torch
+from conftest import make_data, make_module, method_callbacks, weights
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.datamodule import QuestionData
@@ -17,6 +18,7 @@ from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
+from mifo_lightning.module import MifoModule
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.schedule import Schedule
 
@@ -303,6 +305,30 @@ def test_a_held_out_question_that_is_trained_on_too_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attached(train=[Numbered(6), Numbered(6)])
+
+
+def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: Any, tmp_path: Path) -> None:
+    def fit(path: Path | None, **changes: Any) -> tuple[MifoModule, QuestionData, Any]:
+        schedule = Schedule(rl_steps=3, rl_questions=512, sft_batch=32, sft_epochs=2)
+        data = make_data(train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
+        module, trainer = (
+            make_module(),
+            make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], **changes),
+        )
+        with pytest.warns(UserWarning, match=r"switch\.size: 64 → 10"):
+            trainer.fit(module, datamodule=data, ckpt_path=path)
+        return module, data, trainer
+
+    whole, data, _ = fit(None)
+    _, _, cut = fit(None, max_steps=3)
+    cut.save_checkpoint(tmp_path / "cut.ckpt")
+    resumed, same, trainer = fit(tmp_path / "cut.ckpt")
+    assert trainer.global_step > 3
+    assert data.fitted == same.fitted
+    assert data.fitted["data.schedule.rl_questions"] == (512, 10)
+    assert data.fitted["data.schedule.sft_batch"] == (32, 5)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 def test_damage_spares_the_fitted_holdout() -> None:
