@@ -313,7 +313,7 @@ def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: A
         data = make_data(train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
         module, trainer = (
             make_module(),
-            make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], **changes),
+            make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], max_epochs=-1, **changes),
         )
         with pytest.warns(UserWarning, match=r"switch\.size: 64 → 10"):
             trainer.fit(module, datamodule=data, ckpt_path=path)
