@@ -72,7 +72,8 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
-COMMAND = "mifo"  # the installed script; shells complete the words of a command, which `python -m` has none of
+COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
+
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -120,6 +121,8 @@ class MifoCLI(LightningCLI):
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
             parser.set_defaults({key: {"class_path": path} if key in ALWAYS else None})
+        for split in ("train", "val", "test"):  # a file of data is data, not the configuration of a RowSource
+            parser._option_string_actions[f"--data.{split}"]._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
@@ -230,6 +233,11 @@ class MifoCLI(LightningCLI):
         return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
 
 
+def as_script() -> bool:
+    """Whether this process is the installed command rather than `python -m`."""
+    return Path(sys.argv[0]).name == COMMAND
+
+
 def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
     """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
     return MifoCLI(
@@ -241,7 +249,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         parser_class=OneLineParser,
         parser_kwargs={
             "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m mifo_lightning",
+            "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
@@ -258,6 +266,8 @@ def main(args: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
+    if as_script():
+        sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:
         OneLineParser.empty = left_empty(OneLineParser.arguments)
         check_seeds(OneLineParser.arguments)
