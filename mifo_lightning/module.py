@@ -176,6 +176,7 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
+        self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
         sampling = self.reinforcement.sampling
         self._check(self.trainer.train_dataloader, "model.sampling", sampling)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
@@ -340,6 +341,7 @@ class MifoModule(LightningModule):
                 "format": FORMAT,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
+                "engines": gather_ranks(self._engine.state_dict() if self._engine else {}),
                 "initial_losses": self.supervision.initial_losses,
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
@@ -359,6 +361,16 @@ class MifoModule(LightningModule):
             )
         state = rollouts[self.trainer.global_rank] if any(rollouts) else None
         self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
+
+    def _restore_engine(self, engines: list[dict[str, int]]) -> None:
+        """Decode in the batches of before; with another number of processes there is nothing to be equal to."""
+        if len(engines) == self.trainer.world_size and self._engine:
+            self._engine.load_state_dict(engines[self.trainer.global_rank])
+
+    @property
+    def _engine(self) -> InProcessEngine | None:
+        engine = self.reinforcement.engine
+        return engine if isinstance(engine, InProcessEngine) else None
 
     def _check(self, loaders: Any, key: str, sampling: Sampling) -> None:
         """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
