@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_callbacks.logging import StepRows
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
@@ -36,8 +37,10 @@ from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import OneLineParser
+from mifo_lightning.preflight import check_run
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.terminal import fail, quiet
+from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {
@@ -138,24 +141,43 @@ class MifoCLI(LightningCLI):
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
-        trainer = self._instantiate_trainer(config, callbacks)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                quiet_wandb(logger, self.subcommand is not None)
+        trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
+        prepare_runs(trainer.loggers)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: on resume the command line wins over the checkpoint."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what W&B runs it begins end with it."""
+        status = 1
+        try:
+            super()._run_subcommand(subcommand)
+            status = 0
+        finally:
+            end_runs(self.trainer.loggers, status)
+
     def before_fit(self) -> None:
-        """Evaluate the model as it comes, unless an earlier run is resumed."""
+        """Check, begin to log and evaluate the model as it comes, unless an earlier run is resumed."""
+        check_run(self.trainer, self.model, self.datamodule, "fit")
         start = self._get(self.config, "ckpt_path")
         # before minutes of evaluation, and before config.yaml is written
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
                 callback.check_free(self.trainer, self.model, start)
+        begin_runs(self.trainer.loggers)
         if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def before_validate(self) -> None:
+        """Check, then begin to log."""
+        check_run(self.trainer, self.model, self.datamodule, "validate")
+        begin_runs(self.trainer.loggers)
+
+    def before_test(self) -> None:
+        """As `validate`."""
+        check_run(self.trainer, self.model, self.datamodule, "test")
+        begin_runs(self.trainer.loggers)
 
     def after_fit(self) -> None:
         """Evaluate the trained model, print the table before and after, and say where everything is."""
@@ -257,14 +279,6 @@ def _root_cause(error: BaseException) -> BaseException:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
-
-
-def quiet_wandb(logger: WandbLogger, runs: bool) -> None:
-    """Keep W&B from warning of what nobody set; its directory is made, if the command line runs."""
-    if logger._wandb_init.get("anonymous") is None:
-        logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
-    if runs and logger.save_dir:
-        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # "git root does not exist"
 
 
 @rank_zero_only
