@@ -87,7 +87,8 @@ def test_a_run_outlives_its_wandb_service(tmp_path: Path) -> None:
     """The service is killed once training has begun: one line, all files, status 0."""
     flags = arguments(tmp_path, **{"data.schedule.rl_steps": "8", "progress.init_args.lines": "50"})
     command = [sys.executable, "-u", "-m", "mifo_lightning", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not that of this process
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if "RL step 2" in line:
