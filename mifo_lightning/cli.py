@@ -29,6 +29,7 @@ from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
+from mifo_lightning.monitors.model_card import write_card
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
@@ -187,6 +188,8 @@ class MifoCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.report(trainer)
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        write_card(trainer, self.datamodule, yaml.safe_load(config), OneLineParser.arguments)
         report_places(trainer)
 
     def after_validate(self) -> None:
