@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_callbacks.logging import StepRows
 from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
@@ -31,6 +32,7 @@ from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
+from mifo_lightning.monitors.model_card import write_card
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
@@ -39,9 +41,11 @@ from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import OneLineParser
+from mifo_lightning.preflight import check_run
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.terminal import fail, quiet
+from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {
@@ -169,25 +173,46 @@ class MifoCLI(LightningCLI):
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
-        trainer = self._instantiate_trainer(config, callbacks)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                quiet_wandb(logger, self.subcommand is not None)
+        trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
+        prepare_runs(trainer.loggers)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: on resume the command line wins over the checkpoint."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what W&B runs it begins end with it."""
+        status = 1
+        try:
+            super()._run_subcommand(subcommand)
+            status = 0
+        finally:
+            end_runs(self.trainer.loggers, status)
+
     def before_fit(self) -> None:
-        """Evaluate the model as it comes, unless an earlier run is resumed."""
+        """Check, begin to log and evaluate the model as it comes, unless an earlier run is resumed."""
         start = self._choose_checkpoint()
         # before minutes of evaluation, and before config.yaml is written
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (ExportModel, LastCheckpoint)):
                 callback.check_free(self.trainer, self.model, start and start.path)
+        check_run(self.trainer, self.model, self.datamodule, "fit")
         prepare_files(self.trainer, start)
+        begin_runs(self.trainer.loggers)
         if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def before_validate(self) -> None:
+        """Verify the checkpoint and check the run, then begin to log."""
+        self._choose_checkpoint()
+        check_run(self.trainer, self.model, self.datamodule, "validate")
+        begin_runs(self.trainer.loggers)
+
+    def before_test(self) -> None:
+        """As `validate`."""
+        self._choose_checkpoint()
+        check_run(self.trainer, self.model, self.datamodule, "test")
+        begin_runs(self.trainer.loggers)
 
     def after_fit(self) -> None:
         """Evaluate the trained model, print the table before and after, and say where everything is."""
@@ -197,18 +222,12 @@ class MifoCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.report(trainer)
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        write_card(trainer, self.datamodule, yaml.safe_load(config), OneLineParser.arguments)
         report_places(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LastCheckpoint) and callback.failed:
                 raise TrainingError(f"checkpoint: the state at the end is not saved: {callback.failed}")
-
-    def before_validate(self) -> None:
-        """Verify the checkpoint."""
-        self._choose_checkpoint()
-
-    def before_test(self) -> None:
-        """Verify the checkpoint."""
-        self._choose_checkpoint()
 
     def _choose_checkpoint(self) -> Start | None:
         """The checkpoint to load, verified and put where Lightning takes it from."""
@@ -318,14 +337,6 @@ def _root_cause(error: BaseException) -> BaseException:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
-
-
-def quiet_wandb(logger: WandbLogger, runs: bool) -> None:
-    """Keep W&B from warning of what nobody set; its directory is made, if the command line runs."""
-    if logger._wandb_init.get("anonymous") is None:
-        logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
-    if runs and logger.save_dir:
-        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # "git root does not exist"
 
 
 @rank_zero_only

@@ -234,6 +234,7 @@ def export_model(
     directory: Path,
     write: bool,
     dtype: torch.dtype = torch.float32,
+    chat_template: str | None = None,
 ) -> None:
     """Write a Hugging Face directory; collective if the weights are sharded, `write` on one rank only.
 
@@ -243,6 +244,7 @@ def export_model(
         directory: Where to.
         write: Whether this rank writes.
         dtype: Of the written floating-point weights; another than fp32 rounds them.
+        chat_template: Jinja text in place of the tokenizer's own.
     """
     weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
     if write:
@@ -253,7 +255,9 @@ def export_model(
         config = copy.deepcopy(policy.model.config)
         config.dtype = dtype  # save_pretrained names the dtype of the weights in memory
         config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        kept = copy.copy(tokenizer)
+        kept.chat_template = chat_template or tokenizer.chat_template
+        kept.save_pretrained(directory)
 
 
 @contextmanager

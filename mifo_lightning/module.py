@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.ending import end_tokens
@@ -137,27 +138,34 @@ class MifoModule(LightningModule):
         self._finite = FiniteSteps()
         self.self_check = self_check
         self._checked: str | None = None  # the precision in which the engine was compared with the model
+        self._found: dict[str, float] = {}  # what that gave, until it is logged
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the weights (fp32 master copy) and, under FSDP2, shard them; take the Trainer's precision."""
+        """Load the weights, if that is not done, and, under FSDP2, shard them."""
+        require_data_parallel(self.trainer, "MifoModule")
         check_trainer(self.trainer)
+        self.load()
+        for whole in (self._policy, *self.reinforcement.references):
+            if self.device_mesh is not None and not isinstance(whole, FSDPModule):
+                shard_policy(whole, self.device_mesh["data_parallel"])
+
+    def load(self) -> None:
+        """Load the weights (fp32 master copy), once, and take the Trainer's precision.
+
+        Raises:
+            InputError: If the model cannot be loaded, or its tokenizer is another's.
+        """
         if self.policy is None:
-            self._load_policies()
+            self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+            check_vocabulary(self.policy, self.tokenizer)
+            self.reinforcement.set_reference(
+                load_policy(self.model_name) if self.reinforcement.needs_reference else None
+            )
         for policy in (self._policy, *self.reinforcement.references):
             # hooks of callbacks run outside the Trainer's own context: they would measure another model
             policy.numerics = self.trainer.precision_plugin.forward_context
-
-    def _load_policies(self) -> None:
-        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
-        check_vocabulary(self.policy, self.tokenizer)
-        reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for whole in (self.policy, reference):
-                if whole is not None and self.device_mesh is not None:
-                    shard_policy(whole, self.device_mesh["data_parallel"])
-        self.reinforcement.set_reference(reference)
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
@@ -178,7 +186,7 @@ class MifoModule(LightningModule):
         warn_of_single_steps(self.trainer, self.moments)
         self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
         sampling = self.reinforcement.sampling
-        self._check(self.trainer.train_dataloader, "model.sampling", sampling)
+        self._check(self.trainer.train_dataloader, evaluated=False)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
@@ -301,11 +309,11 @@ class MifoModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Check lengths and, before the first evaluation of a run, the engine."""
-        self._check(self.trainer.val_dataloaders, "model.evaluation.sampling", self.evaluator.sampling)
+        self._check(self.trainer.val_dataloaders, evaluated=True)
 
     def on_test_start(self) -> None:
         """As validation."""
-        self._check(self.trainer.test_dataloaders, "model.evaluation.sampling", self.evaluator.sampling)
+        self._check(self.trainer.test_dataloaders, evaluated=True)
 
     def on_validation_epoch_start(self) -> None:
         """Empty the metrics."""
@@ -372,22 +380,39 @@ class MifoModule(LightningModule):
         engine = self.reinforcement.engine
         return engine if isinstance(engine, InProcessEngine) else None
 
-    def _check(self, loaders: Any, key: str, sampling: Sampling) -> None:
-        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
+    def check_questions(self, loaders: Any, evaluated: bool, engine: bool = True) -> None:
+        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model.
+
+        Args:
+            loaders: One dataloader, or several by name.
+            evaluated: Whether they are those of an evaluation.
+            engine: Whether to compare the engine with the model, once in each precision.
+
+        Raises:
+            InputError: One or the other.
+        """
         questions = _questions(loaders)
+        sampling = self.evaluator.sampling if evaluated else self.reinforcement.sampling
+        own = evaluated and self.evaluator.settings.sampling.max_new_tokens is not None
+        key = "model.evaluation.sampling" if own else "model.sampling"
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
-        if self.self_check and questions and self._checked != self.trainer.precision:
+        if engine and self.self_check and questions and self._checked != self.trainer.precision:
             self._checked = str(self.trainer.precision)
-            with self._profile("self_check"):
-                found = self_check(
-                    self.reinforcement.engine,
-                    self._policy,
-                    self.tokenizer,
-                    [q.prompt for q in questions],
-                    self.reinforcement.sampling,
-                    mixed=self.trainer.precision != "32-true",
-                )
-            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})
+            self._found = self_check(
+                self.reinforcement.engine,
+                self._policy,
+                self.tokenizer,
+                [q.prompt for q in questions],
+                self.reinforcement.sampling,
+                mixed=self.trainer.precision != "32-true",
+            )
+
+    def _check(self, loaders: Any, evaluated: bool) -> None:
+        """The same where no one has checked before, and log what the comparison found."""
+        self.check_questions(loaders, evaluated)
+        if self._found:
+            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in self._found.items()})
+            self._found = {}
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
         return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]

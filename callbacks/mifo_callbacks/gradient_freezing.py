@@ -128,6 +128,11 @@ class GradientFreezing(PhaseCallback):
         if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
             self._freeze(trainer, pl_module)
 
+    def check(self, trainer: Trainer, *rest: Any) -> None:
+        """Raise what `on_train_start` would for a missing or late ImportanceEMA; needs nothing but the callbacks."""
+        if self.selector in ("rl_topk", "rl_bottomk"):
+            self._find_importance(trainer)
+
     def _find_importance(self, trainer: Trainer) -> ImportanceEMA:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         found = [c for c in callbacks if isinstance(c, ImportanceEMA) and c.measure != self.during]
