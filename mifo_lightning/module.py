@@ -75,6 +75,7 @@ class MifoModule(LightningModule):
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
+        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
 
@@ -104,6 +105,7 @@ class MifoModule(LightningModule):
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
         super().__init__()
@@ -111,9 +113,10 @@ class MifoModule(LightningModule):
         sft.check("model.sft")
         evaluation.check("model.evaluation")
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
         self.skip_zero_gradient = skip_zero_gradient
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
@@ -148,9 +151,10 @@ class MifoModule(LightningModule):
             policy.numerics = self.trainer.precision_plugin.forward_context
 
     def _load_policies(self) -> None:
-        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+        self.policy = load_policy(self.model_name, self.gradient_checkpointing, self.trust_remote_code)
         check_vocabulary(self.policy, self.tokenizer)
-        reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
+        needed = self.reinforcement.needs_reference
+        reference = load_policy(self.model_name, trust_remote_code=self.trust_remote_code) if needed else None
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for whole in (self.policy, reference):
                 if whole is not None and self.device_mesh is not None:

@@ -75,6 +75,7 @@ class QuestionData(LightningDataModule):
         group_size: Rollouts per question; the command line takes the model's.
         solved_at: Reward from which a demonstration is right; the command line takes the model's.
         seed: Seed of order, holdout and damage.
+        trust_remote_code: Whether code that the tokenizer brings may be run; the command line takes the model's.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class QuestionData(LightningDataModule):
         group_size: int = 8,
         solved_at: float = 1.0,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
@@ -113,7 +115,7 @@ class QuestionData(LightningDataModule):
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
         self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
         self.options: dict[str, Any] = {
             "reward": reward,
             "system_prompt": system_prompt,
