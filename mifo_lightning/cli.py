@@ -130,6 +130,7 @@ class MifoCLI(LightningCLI):
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.link_arguments("model.group_size", "data.group_size")
         parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
@@ -232,7 +233,7 @@ class MifoCLI(LightningCLI):
     def _choose_checkpoint(self) -> Start | None:
         """The checkpoint to load, verified and put where Lightning takes it from."""
         given, resume = self._get(self.config, "ckpt_path"), self._get(self.config, "resume", default=False)
-        start = choose(self.trainer, self.model.model_name, given, resume, self.subcommand == "fit")
+        start = choose(self.trainer, self.model, given, resume, self.subcommand == "fit")
         if start is not None:
             for config in (self.config, self.config_init):
                 config[f"{self.subcommand}.ckpt_path"] = str(start.path)

@@ -76,6 +76,7 @@ class MifoModule(LightningModule):
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
+        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
 
@@ -105,6 +106,7 @@ class MifoModule(LightningModule):
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
         super().__init__()
@@ -112,9 +114,10 @@ class MifoModule(LightningModule):
         sft.check("model.sft")
         evaluation.check("model.evaluation")
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
         self.skip_zero_gradient = skip_zero_gradient
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
@@ -158,11 +161,10 @@ class MifoModule(LightningModule):
             InputError: If the model cannot be loaded, or its tokenizer is another's.
         """
         if self.policy is None:
-            self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+            trust, needed = self.trust_remote_code, self.reinforcement.needs_reference
+            self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
-            self.reinforcement.set_reference(
-                load_policy(self.model_name) if self.reinforcement.needs_reference else None
-            )
+            self.reinforcement.set_reference(load_policy(self.model_name, trust_remote_code=trust) if needed else None)
         for policy in (self._policy, *self.reinforcement.references):
             # hooks of callbacks run outside the Trainer's own context: they would measure another model
             policy.numerics = self.trainer.precision_plugin.forward_context

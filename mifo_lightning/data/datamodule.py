@@ -83,6 +83,7 @@ class QuestionData(LightningDataModule):
         group_size: Rollouts per question; the command line takes the model's.
         solved_at: Reward from which a demonstration is right; the command line takes the model's.
         seed: Seed of order, holdout and damage.
+        trust_remote_code: Whether code that the tokenizer brings may be run; the command line takes the model's.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class QuestionData(LightningDataModule):
         group_size: int = 8,
         solved_at: float = 1.0,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
@@ -125,7 +127,7 @@ class QuestionData(LightningDataModule):
         self.columns, self.fit_sizes = columns, fit_sizes
         self.fitted: dict[str, tuple[int, int]] = {}
         self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
         self.options: dict[str, Any] = {
             "reward": reward,
             "system_prompt": system_prompt,
