@@ -85,13 +85,8 @@ SEEDED = ("entropy", "freeze", "drop")
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it again where an evaluation came first: only training fits sizes to the data."""
-        self.already_saved &= stage != "fit"
-        super().setup(trainer, pl_module, stage)
-
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on the first rank only."""
+        """Called on the first rank only; sizes are those that fit the data."""
         config = self.config.clone()
         for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
             config[key.replace("switch.", "switch.init_args.")] = taken

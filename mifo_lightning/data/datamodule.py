@@ -120,6 +120,8 @@ class QuestionData(LightningDataModule):
             raise InputError(f"data.{name}: {value} is not allowed; it must not be negative, and a length at least 1")
         if not 0 <= damaged_share <= 1:
             raise InputError(f"data.damaged_share: {damaged_share} is not allowed; it must be between 0 and 1")
+        if columns.truth_after == "":
+            raise InputError("data.columns.truth_after: '' is not allowed; it must be a text, or null for the whole")
         if damaged_share and not answer_after:
             raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}

@@ -207,7 +207,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no eos_token; set it in its tokenizer_config.json")
     if chat_template is None and tokenizer.chat_template is None:
-        raise InputError(f"{name} has no chat template; set `chat_template` to a Jinja text")
+        raise InputError(f"{name} has no chat template; set data.chat_template to a Jinja text, see docs/data.md")
 
 
 def _turn_end(template: ChatTemplate, where: str) -> int:
