@@ -6,8 +6,8 @@
 A chain is one run that is killed several times and goes on from its `last.ckpt` each time (or from the start, where
 there is none yet) until it ends. Moments are drawn with a seed over the time that training takes; every second one
 waits for a checkpoint to be written and hits the process while it is. Signals are SIGKILL to the process group or to
-one rank, and SIGTERM. At the end weights, history and samples must have the bits of an undisturbed run. A chain that does
-not counts all its kills as lost.
+one rank, and SIGTERM. At the end weights, history and samples must have the bits of an undisturbed run. A chain that
+does not counts all its kills as lost.
 """
 
 import argparse
