@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_callbacks.logging import StepRows
 from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
@@ -31,6 +32,7 @@ from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
+from mifo_lightning.monitors.model_card import write_card
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
@@ -39,9 +41,11 @@ from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import OneLineParser
+from mifo_lightning.preflight import check_run
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.terminal import fail, quiet
+from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {
@@ -72,7 +76,8 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
-COMMAND = "mifo"  # the installed script; shells complete the words of a command, which `python -m` has none of
+COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
+
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -120,9 +125,12 @@ class MifoCLI(LightningCLI):
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
             parser.set_defaults({key: {"class_path": path} if key in ALWAYS else None})
+        for split in ("train", "val", "test"):  # a file of data is data, not the configuration of a RowSource
+            parser._option_string_actions[f"--data.{split}"]._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.link_arguments("model.group_size", "data.group_size")
         parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
@@ -166,25 +174,46 @@ class MifoCLI(LightningCLI):
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
-        trainer = self._instantiate_trainer(config, callbacks)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                quiet_wandb(logger, self.subcommand is not None)
+        trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
+        prepare_runs(trainer.loggers)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: on resume the command line wins over the checkpoint."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what W&B runs it begins end with it."""
+        status = 1
+        try:
+            super()._run_subcommand(subcommand)
+            status = 0
+        finally:
+            end_runs(self.trainer.loggers, status)
+
     def before_fit(self) -> None:
-        """Evaluate the model as it comes, unless an earlier run is resumed."""
+        """Check, begin to log and evaluate the model as it comes, unless an earlier run is resumed."""
         start = self._choose_checkpoint()
         # before minutes of evaluation, and before config.yaml is written
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (ExportModel, LastCheckpoint)):
                 callback.check_free(self.trainer, self.model, start and start.path)
+        check_run(self.trainer, self.model, self.datamodule, "fit")
         prepare_files(self.trainer, start)
+        begin_runs(self.trainer.loggers)
         if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def before_validate(self) -> None:
+        """Verify the checkpoint and check the run, then begin to log."""
+        self._choose_checkpoint()
+        check_run(self.trainer, self.model, self.datamodule, "validate")
+        begin_runs(self.trainer.loggers)
+
+    def before_test(self) -> None:
+        """As `validate`."""
+        self._choose_checkpoint()
+        check_run(self.trainer, self.model, self.datamodule, "test")
+        begin_runs(self.trainer.loggers)
 
     def after_fit(self) -> None:
         """Evaluate the trained model, print the table before and after, and say where everything is."""
@@ -194,23 +223,17 @@ class MifoCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.report(trainer)
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        write_card(trainer, self.datamodule, yaml.safe_load(config), OneLineParser.arguments)
         report_places(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LastCheckpoint) and callback.failed:
                 raise TrainingError(f"checkpoint: the state at the end is not saved: {callback.failed}")
 
-    def before_validate(self) -> None:
-        """Verify the checkpoint."""
-        self._choose_checkpoint()
-
-    def before_test(self) -> None:
-        """Verify the checkpoint."""
-        self._choose_checkpoint()
-
     def _choose_checkpoint(self) -> Start | None:
         """The checkpoint to load, verified and put where Lightning takes it from."""
         given, resume = self._get(self.config, "ckpt_path"), self._get(self.config, "resume", default=False)
-        start = choose(self.trainer, self.model.model_name, given, resume, self.subcommand == "fit")
+        start = choose(self.trainer, self.model, given, resume, self.subcommand == "fit")
         if start is not None:
             for config in (self.config, self.config_init):
                 config[f"{self.subcommand}.ckpt_path"] = str(start.path)
@@ -230,6 +253,11 @@ class MifoCLI(LightningCLI):
         return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
 
 
+def as_script() -> bool:
+    """Whether this process is the installed command rather than `python -m`."""
+    return Path(sys.argv[0]).name == COMMAND
+
+
 def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
     """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
     return MifoCLI(
@@ -241,7 +269,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         parser_class=OneLineParser,
         parser_kwargs={
             "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": COMMAND if Path(sys.argv[0]).name == COMMAND else "python -m mifo_lightning",
+            "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
@@ -258,6 +286,8 @@ def main(args: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
+    if as_script():
+        sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:
         OneLineParser.empty = left_empty(OneLineParser.arguments)
         check_seeds(OneLineParser.arguments)
@@ -308,14 +338,6 @@ def _root_cause(error: BaseException) -> BaseException:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
-
-
-def quiet_wandb(logger: WandbLogger, runs: bool) -> None:
-    """Keep W&B from warning of what nobody set; its directory is made, if the command line runs."""
-    if logger._wandb_init.get("anonymous") is None:
-        logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
-    if runs and logger.save_dir:
-        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # "git root does not exist"
 
 
 @rank_zero_only

@@ -43,6 +43,7 @@ class EvaluationSampling:
     max_new_tokens: int | None = None
     stop: list[str] | None = None
 
+
 def beside(own: EvaluationSampling | Sampling, rollouts: Sampling) -> Sampling:
     """How evaluation draws: as its own settings say and, where they are null, as rollouts are drawn."""
     longest = rollouts.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens

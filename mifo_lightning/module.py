@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.ending import end_tokens
@@ -75,6 +76,7 @@ class MifoModule(LightningModule):
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
+        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
 
@@ -104,6 +106,7 @@ class MifoModule(LightningModule):
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
         super().__init__()
@@ -111,9 +114,10 @@ class MifoModule(LightningModule):
         sft.check("model.sft")
         evaluation.check("model.evaluation")
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
         self.skip_zero_gradient = skip_zero_gradient
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
@@ -137,27 +141,33 @@ class MifoModule(LightningModule):
         self._finite = FiniteSteps()
         self.self_check = self_check
         self._checked: str | None = None  # the precision in which the engine was compared with the model
+        self._found: dict[str, float] = {}  # what that gave, until it is logged
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the weights (fp32 master copy) and, under FSDP2, shard them; take the Trainer's precision."""
+        """Load the weights, if that is not done, and, under FSDP2, shard them."""
+        require_data_parallel(self.trainer, "MifoModule")
         check_trainer(self.trainer)
+        self.load()
+        for whole in (self._policy, *self.reinforcement.references):
+            if self.device_mesh is not None and not isinstance(whole, FSDPModule):
+                shard_policy(whole, self.device_mesh["data_parallel"])
+
+    def load(self) -> None:
+        """Load the weights (fp32 master copy), once, and take the Trainer's precision.
+
+        Raises:
+            InputError: If the model cannot be loaded, or its tokenizer is another's.
+        """
         if self.policy is None:
-            self._load_policies()
+            trust, needed = self.trust_remote_code, self.reinforcement.needs_reference
+            self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
+            check_vocabulary(self.policy, self.tokenizer)
+            self.reinforcement.set_reference(load_policy(self.model_name, trust_remote_code=trust) if needed else None)
         for policy in (self._policy, *self.reinforcement.references):
             # hooks of callbacks run outside the Trainer's own context: they would measure another model
             policy.numerics = self.trainer.precision_plugin.forward_context
-
-    def _load_policies(self) -> None:
-        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
-        check_vocabulary(self.policy, self.tokenizer)
-        reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for whole in (self.policy, reference):
-                if whole is not None and self.device_mesh is not None:
-                    shard_policy(whole, self.device_mesh["data_parallel"])
-        self.reinforcement.set_reference(reference)
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
@@ -176,8 +186,9 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
+        self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
         sampling = self.reinforcement.sampling
-        self._check(self.trainer.train_dataloader, "model.sampling", sampling)
+        self._check(self.trainer.train_dataloader, evaluated=False)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
@@ -300,11 +311,11 @@ class MifoModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Check lengths and, before the first evaluation of a run, the engine."""
-        self._check(self.trainer.val_dataloaders, "model.evaluation.sampling", self.evaluator.sampling)
+        self._check(self.trainer.val_dataloaders, evaluated=True)
 
     def on_test_start(self) -> None:
         """As validation."""
-        self._check(self.trainer.test_dataloaders, "model.evaluation.sampling", self.evaluator.sampling)
+        self._check(self.trainer.test_dataloaders, evaluated=True)
 
     def on_validation_epoch_start(self) -> None:
         """Empty the metrics."""
@@ -340,6 +351,7 @@ class MifoModule(LightningModule):
                 "format": FORMAT,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
+                "engines": gather_ranks(self._engine.state_dict() if self._engine else {}),
                 "initial_losses": self.supervision.initial_losses,
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
@@ -360,22 +372,49 @@ class MifoModule(LightningModule):
         state = rollouts[self.trainer.global_rank] if any(rollouts) else None
         self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
 
-    def _check(self, loaders: Any, key: str, sampling: Sampling) -> None:
-        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
+    def _restore_engine(self, engines: list[dict[str, int]]) -> None:
+        """Decode in the batches of before; with another number of processes there is nothing to be equal to."""
+        if len(engines) == self.trainer.world_size and self._engine:
+            self._engine.load_state_dict(engines[self.trainer.global_rank])
+
+    @property
+    def _engine(self) -> InProcessEngine | None:
+        engine = self.reinforcement.engine
+        return engine if isinstance(engine, InProcessEngine) else None
+
+    def check_questions(self, loaders: Any, evaluated: bool, engine: bool = True) -> None:
+        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model.
+
+        Args:
+            loaders: One dataloader, or several by name.
+            evaluated: Whether they are those of an evaluation.
+            engine: Whether to compare the engine with the model, once in each precision.
+
+        Raises:
+            InputError: One or the other.
+        """
         questions = _questions(loaders)
+        sampling = self.evaluator.sampling if evaluated else self.reinforcement.sampling
+        own = evaluated and self.evaluator.settings.sampling.max_new_tokens is not None
+        key = "model.evaluation.sampling" if own else "model.sampling"
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
-        if self.self_check and questions and self._checked != self.trainer.precision:
+        if engine and self.self_check and questions and self._checked != self.trainer.precision:
             self._checked = str(self.trainer.precision)
-            with self._profile("self_check"):
-                found = self_check(
-                    self.reinforcement.engine,
-                    self._policy,
-                    self.tokenizer,
-                    [q.prompt for q in questions],
-                    self.reinforcement.sampling,
-                    mixed=self.trainer.precision != "32-true",
-                )
-            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})
+            self._found = self_check(
+                self.reinforcement.engine,
+                self._policy,
+                self.tokenizer,
+                [q.prompt for q in questions],
+                self.reinforcement.sampling,
+                mixed=self.trainer.precision != "32-true",
+            )
+
+    def _check(self, loaders: Any, evaluated: bool) -> None:
+        """The same where no one has checked before, and log what the comparison found."""
+        self.check_questions(loaders, evaluated)
+        if self._found:
+            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in self._found.items()})
+            self._found = {}
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
         return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]

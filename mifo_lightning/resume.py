@@ -13,6 +13,7 @@ from mifo_lightning.checkpoint_io import read_checkpoint
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import check_format
 from mifo_lightning.models import blueprint
+from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LAST, PREVIOUS, LastCheckpoint
 from mifo_lightning.monitors.kept_rows import METRICS, carry, keep_rows, metrics_before
 from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_aside
@@ -29,12 +30,12 @@ class Start:
     step: int
 
 
-def choose(trainer: Trainer, model: str, given: str | None, resume: bool, fit: bool) -> Start | None:
+def choose(trainer: Trainer, module: MifoModule, given: str | None, resume: bool, fit: bool) -> Start | None:
     """The checkpoint to load, verified; None if there is none to be.
 
     Args:
         trainer: Before it runs; with `resume` its loggers go on in the directory of the run that goes on.
-        model: The configured model.
+        module: The configured one; its weights need not be loaded.
         given: The path that was given, if any.
         resume: Whether to go on with the newest run instead.
         fit: Whether training is to go on from it.
@@ -48,7 +49,7 @@ def choose(trainer: Trainer, model: str, given: str | None, resume: bool, fit: b
         raise InputError(f"ckpt_path: {given} is an address; only files on this machine are read: download it first")
     path = newest(trainer) if resume else Path(str(given)).absolute()  # Lightning takes `best` and `last` for others
     path, checkpoint = read_or_previous(path) if fit else (path, read(path))
-    check_fits(checkpoint, path, trainer, model, fit)
+    check_fits(checkpoint, path, trainer, module, fit)
     start = Start(path, int(checkpoint.get("global_step", 0)))
     if resume:
         stay_in(trainer, path)
@@ -123,14 +124,14 @@ def _checkpoints(directory: Path) -> list[Path]:
     return [path for name in (LAST, PREVIOUS) if (path := directory / name).exists()]
 
 
-def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, model: str, fit: bool) -> None:
+def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module: MifoModule, fit: bool) -> None:
     """Refuse a checkpoint that this run cannot load.
 
     Args:
         checkpoint: As `read` gave it.
         path: Where it lies.
         trainer: Of this run.
-        model: The configured model.
+        module: The configured one.
         fit: Whether training is to go on from it; evaluation needs the weights alone.
 
     Raises:
@@ -152,7 +153,9 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, model: 
                 "take last.ckpt"
             )
         check_format(checkpoint)
-    expected = {f"policy.model.{name}": tensor.shape for name, tensor in blueprint(model).state_dict().items()}
+    model = module.model_name
+    bare = blueprint(model, module.trust_remote_code)
+    expected = {f"policy.model.{name}": tensor.shape for name, tensor in bare.state_dict().items()}
     unlike = sorted(name for name in expected.keys() | weights.keys() if _shape(weights, name) != expected.get(name))
     if unlike:
         name = unlike[0]

@@ -84,8 +84,8 @@ class Schedule:
     ) -> tuple["Schedule", int | None]:
         """With sizes that too few demonstrations can fill and that divide, if there are any; and the size of a phase.
 
-        A phase on fewer demonstrations keeps its number of optimizer steps: its batches become smaller with it. What
-        is left over of a phase that its batches do not divide, waits.
+        A phase on fewer demonstrations keeps its number of optimizer steps: its batches become smaller with it. One
+        that holds no whole batch gets a step an epoch. What its batches leave over of a phase waits.
 
         Args:
             demonstrated: Questions that have a demonstration.
@@ -101,9 +101,9 @@ class Schedule:
         if size is None:
             batch -= batch % unit
             return (replace(self, sft_batch=batch) if batch else self), None
-        steps = max(1, size * self.sft_epochs // batch)
+        steps = size * self.sft_epochs // batch or self.sft_epochs
         size = min(size, demonstrated)
-        batch = min(batch, size * self.sft_epochs // steps)
+        batch = max(unit, min(batch, size * self.sft_epochs // steps))
         cut = ((b, size - size % (b // gcd(b, self.sft_epochs))) for b in range(batch - batch % unit, 0, -unit))
         batch, size = next(((b, s) for b, s in cut if s), (self.sft_batch, phase_size))
         return replace(self, sft_batch=batch), size
@@ -135,19 +135,21 @@ class Schedule:
                 f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks * micro_batches} ({ranks} ranks "
                 f"x {micro_batches} micro-batches of trainer.accumulate_grad_batches)"
             )
-        many = ""
-        if 0 < demonstrated < ranks * micro_batches:
-            many = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
+        hint = ""
+        if not demonstrated:
+            hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none"
+        elif demonstrated < ranks * micro_batches:
+            hint = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
             raise InputError(
                 f"data.schedule.sft_batch: {self.sft_batch} is more than the {demonstrated} questions that have a "
-                f"demonstration{many}"
+                f"demonstration{hint}"
             )
         if phase_size is not None:
             if demonstrated < phase_size:
                 raise InputError(
                     f"switch.size: {phase_size} is more than the {demonstrated} training questions that have a "
-                    f"demonstration; the buffer could never fill{many}"
+                    f"demonstration; the buffer could never fill{hint}"
                 )
             self.check_phase(phase_size)
 

@@ -1,5 +1,6 @@
 """What a run says on the terminal besides its tables: one line for an error, one for each warning of ours."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -28,7 +29,13 @@ def quiet() -> None:
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
     ):
         warnings.filterwarnings("ignore", text)
+    # the tip of a product that Lightning prints at every start
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.formatwarning = one_line_warning
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 _lightnings_format = warnings.formatwarning  # as Lightning, imported above, has set it

@@ -114,7 +114,7 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
     }
     assert list(run.glob("wandb/wandb/offline-run-*-two_arms-mifo-shipped-seed0/*.wandb"))
     log = (run / "log.txt").read_text(encoding="utf-8")
-    assert "Tracking run with wandb" in log
+    assert "W&B run: " in log
     assert "WARNING" not in log  # of what nobody set
     settings = {**GRID["set"], "data.schedule.rl_steps": 4}
     changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"], set=settings)

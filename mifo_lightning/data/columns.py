@@ -57,10 +57,11 @@ class Columns:
             columns = ", ".join(self.named.values())
             rank_zero_warn(f"{where}: has none of the columns that data.columns names ({columns}); read as row format")
             return plain
-        if absent.pop("target", None):
-            rank_zero_warn(f"{where}: has no column `{self.target}` (data.columns.target), so no demonstrations")
+        demonstrations = absent.pop("target", None)
         for key, name in absent.items():
             raise _absent(name, f" (data.columns.{key})", names, where)
+        if demonstrations:
+            rank_zero_warn(f"{where}: has no column `{demonstrations}` (data.columns.target), so no demonstrations")
         return self
 
 

@@ -15,7 +15,7 @@ from mifo_lightning.data.question import Question
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import RowSource
-from mifo_lightning.data.template import ChatTemplate, read_template
+from mifo_lightning.data.template import ChatTemplate, kept_template, read_template
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
@@ -83,6 +83,7 @@ class QuestionData(LightningDataModule):
         group_size: Rollouts per question; the command line takes the model's.
         solved_at: Reward from which a demonstration is right; the command line takes the model's.
         seed: Seed of order, holdout and damage.
+        trust_remote_code: Whether code that the tokenizer brings may be run; the command line takes the model's.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class QuestionData(LightningDataModule):
         group_size: int = 8,
         solved_at: float = 1.0,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
@@ -125,7 +127,7 @@ class QuestionData(LightningDataModule):
         self.columns, self.fit_sizes = columns, fit_sizes
         self.fitted: dict[str, tuple[int, int]] = {}
         self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
         self.options: dict[str, Any] = {
             "reward": reward,
             "system_prompt": system_prompt,
@@ -225,6 +227,22 @@ class QuestionData(LightningDataModule):
         held = {q.id for q in self._held_out([q for q, _ in pairs])}
         solutions = [(q, text) for q, text in pairs if text and text.strip() and q.id not in held]
         return damage_demonstrations(solutions, self.damaged_share, self.seed, self.options["answer_after"])
+
+    def kept_template(self) -> str | None:
+        """The chat template that prompts were built with, to be kept with the model; None: the tokenizer's own."""
+        given, system_prompt = self.options["chat_template"], self.options["system_prompt"]
+        if given is None and system_prompt is None:
+            return None
+        return kept_template(self.tokenizer.get_chat_template(given), system_prompt)
+
+    def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of each split and source how many questions there are, and how many of them have a demonstration."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for split, questions in self._questions.items():
+            for question in questions:
+                n, shown = found.setdefault(split, {}).get(question.source, (0, 0))
+                found[split][question.source] = (n + 1, shown + bool(question.demonstration))
+        return found
 
     def train_dataloader(self) -> PhaseLoader:
         """The loader of work items."""

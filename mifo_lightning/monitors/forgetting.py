@@ -43,13 +43,17 @@ class Forgetting(PhaseMonitor):
         self._first: Solved = {}
         self._edge: Solved = {}  # at the last change of phase
 
+    def check(self, trainer: Trainer, sources: Any) -> None:
+        """Raise an InputError if there are no validation questions, one loader of them a source."""
+        if not sources:
+            raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the questions."""
         super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = {} if data is None else data.val_dataloader()
-        if not sources:
-            raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
+        self.check(trainer, sources)
         rank, ranks = trainer.global_rank, trainer.world_size
         self._probe = {source: load.questions[: self.questions][rank::ranks] for source, load in sources.items()}
 

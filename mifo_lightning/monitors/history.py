@@ -92,6 +92,8 @@ class History(Callback):
 class _Recorder(Logger):
     """Hands everything logged on to a `History`; attached only while training runs, so that it names no directory."""
 
+    immediate = True  # a line says where the run was when it was logged, also between two optimizer steps
+
     def __init__(self, history: History) -> None:
         super().__init__()
         self.history = history

@@ -26,6 +26,7 @@ class SampleTable(Callback):
         self.every, self.per_evaluation = every, per_evaluation
         self._kept: dict[int, int] = {}  # responses kept in the running evaluation, by data source
         self._table: Any = None
+        self._fresh = False  # whether the table has rows that W&B has not
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that goes on keeps the samples from before its checkpoint: what came after will come again."""
@@ -41,6 +42,7 @@ class SampleTable(Callback):
         """Keep the samples of a fresh rollout."""
         if self.every and "samples" in outputs and batch["rollout"] % self.every == 0:
             self._keep(trainer, "rl", outputs["samples"])
+            self._show(trainer)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
@@ -54,6 +56,14 @@ class SampleTable(Callback):
     ) -> None:
         """Keep the first responses of each source."""
         self._keep_first(trainer, "test", outputs["samples"], *where, **named)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show them beside the metrics, which Lightning logs next."""
+        self._show(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As validation."""
+        self._show(trainer)
 
     def _keep_first(
         self,
@@ -84,4 +94,10 @@ class SampleTable(Callback):
                 self._table = wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
             for row in rows:
                 self._table.add_data(*(row[str(column)] for column in COLUMNS))
-            trainer.logger.experiment.log({"samples": self._table})
+            self._fresh = True
+
+    def _show(self, trainer: Trainer) -> None:
+        """Put the table into the row that W&B writes next."""
+        if self._fresh and isinstance(trainer.logger, WandbLogger):
+            trainer.logger.experiment.log({"samples": self._table}, commit=False)
+        self._fresh = False

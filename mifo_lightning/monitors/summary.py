@@ -1,6 +1,7 @@
 """The table at the end: every source before and after, what the monitors found, and where the seconds went."""
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -125,8 +126,8 @@ def validate(trainer: Trainer, pl_module: Any) -> dict[str, float]:
     return {key.removeprefix("val/"): float(value) for key, value in pl_module.evaluator.compute("val").items()}
 
 
-def before_and_after(before: dict[str, float], after: dict[str, float], title: str = "before → after") -> Table:
-    """One row per source, one column per metric, `before → after` in each cell."""
+def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The metrics, and of each source its cells by metric, `before → after`, or `after` where there is none before."""
     rows: dict[str, dict[str, str]] = {}
     for key, value in after.items():
         source, _, metric = key.rpartition("/")
@@ -135,7 +136,12 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
         cell = f"{value:.{digits}f}" if start is None else f"{start:.{digits}f} → {value:.{digits}f}"
         macro = not source and metric.endswith("_macro")
         rows.setdefault(source or ("mean of sources" if macro else "all"), {})[metric.removesuffix("_macro")] = cell
-    metrics = list(dict.fromkeys(metric for cells in rows.values() for metric in cells))
+    return list(dict.fromkeys(metric for cells in rows.values() for metric in cells)), rows
+
+
+def before_and_after(before: dict[str, float], after: dict[str, float], title: str = "before → after") -> Table:
+    """One row per source, one column per metric, `before → after` in each cell."""
+    metrics, rows = comparison(before, after)
     table = Table(title=title)
     table.add_column("source")
     for metric in metrics:
