@@ -34,7 +34,7 @@ from benchmarks.stress.table import finish, markdown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PER_CHAIN = 4
-PATIENCE = 60.0  # seconds until a process that was hit, or that goes on, counts as hung
+PATIENCE = 180.0  # seconds until a process that was hit, or that goes on, counts as hung
 SMALL: dict[str, Any] = {
     "trainer": {"logger": False, "profiler": None, "enable_progress_bar": False},
     "progress": None,
