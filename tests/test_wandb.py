@@ -14,7 +14,8 @@ import pytest
 from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
 from monitoring import Records
-from test_cli import SHORT, TINY
+from test_cli import SHORT, TINY, refused
+from wandb.errors import CommError, WandbCoreNotAvailableError
 
 from mifo_callbacks.logging import StepRows
 from mifo_lightning.cli import main
@@ -104,6 +105,20 @@ def test_a_run_outlives_its_wandb_service(tmp_path: Path) -> None:
     written = {path.name for path in directory.iterdir()}
     assert {"model", "checkpoints", "summary.json", "samples.jsonl", "config.yaml"} <= written
     assert (directory / "checkpoints" / "last.ckpt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("error", [CommError("no\nsuch host"), WandbCoreNotAvailableError("no wandb-core")])
+def test_wandb_that_cannot_begin_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(**settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("wandb.init", fail)
+    said = refused(capsys, *arguments(tmp_path))
+    assert said.startswith(f"error: trainer.logger: W&B cannot begin a run ({type(error).__name__}: no ")
+    assert "trainer.logger.init_args.mode offline" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def service_of(pid: int) -> int:
