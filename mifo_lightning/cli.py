@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ActionYesNo
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.logging import StepRows
+from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
@@ -39,6 +42,7 @@ from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import OneLineParser
 from mifo_lightning.preflight import check_run
+from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.terminal import fail, quiet
 from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
@@ -72,6 +76,8 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
+COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
+
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -79,12 +85,23 @@ SEEDED = ("entropy", "freeze", "drop")
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it again where an evaluation came first: only training fits sizes to the data."""
+        self.already_saved &= stage != "fit"
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on the first rank only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        config = self.config.clone()
+        for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
+            config[key.replace("switch.", "switch.init_args.")] = taken
+        text = self.parser.dump(config, skip_none=False)
         directory = run_dir(trainer)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(text, encoding="utf-8")
+        if (
+            trainer.state.fn == TrainerFn.FITTING or not (directory / "config.yaml").exists()
+        ):  # else it is that of a fit
+            (directory / "config.yaml").write_text(text, encoding="utf-8")
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.log_hyperparams(yaml.safe_load(text))
             Path(trainer.logger.experiment.dir, "mifo.yaml").write_text(text, encoding="utf-8")
@@ -95,8 +112,9 @@ class MifoCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """fit, validate and test; there is nothing to predict."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """fit, validate and test; there is nothing to predict, and checkpoints are loaded as weights only, always."""
+        own = {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: {*skip, "weights_only"} for name, skip in own.items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reward, the named callbacks and the links between groups."""
@@ -107,9 +125,12 @@ class MifoCLI(LightningCLI):
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
             parser.set_defaults({key: {"class_path": path} if key in ALWAYS else None})
+        for split in ("train", "val", "test"):  # a file of data is data, not the configuration of a RowSource
+            parser._option_string_actions[f"--data.{split}"]._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.link_arguments("model.group_size", "data.group_size")
         parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
@@ -120,7 +141,18 @@ class MifoCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
+        else:
+            parser.add_argument(
+                "--resume",
+                action=ActionYesNo,
+                nargs="?",
+                default=False,
+                help="Go on with the newest run, in its files.",
+            )
         return parser
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
@@ -136,7 +168,7 @@ class MifoCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config = with_checkpoint_io({**self._get(self.config_init, "trainer", default={}), **kwargs})
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
         # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
@@ -160,23 +192,26 @@ class MifoCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check, begin to log and evaluate the model as it comes, unless an earlier run is resumed."""
-        check_run(self.trainer, self.model, self.datamodule, "fit")
-        start = self._get(self.config, "ckpt_path")
+        start = self._choose_checkpoint()
         # before minutes of evaluation, and before config.yaml is written
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
-                callback.check_free(self.trainer, self.model, start)
+            if isinstance(callback, (ExportModel, LastCheckpoint)):
+                callback.check_free(self.trainer, self.model, start and start.path)
+        check_run(self.trainer, self.model, self.datamodule, "fit")
+        prepare_files(self.trainer, start)
         begin_runs(self.trainer.loggers)
         if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
 
     def before_validate(self) -> None:
-        """Check, then begin to log."""
+        """Verify the checkpoint and check the run, then begin to log."""
+        self._choose_checkpoint()
         check_run(self.trainer, self.model, self.datamodule, "validate")
         begin_runs(self.trainer.loggers)
 
     def before_test(self) -> None:
         """As `validate`."""
+        self._choose_checkpoint()
         check_run(self.trainer, self.model, self.datamodule, "test")
         begin_runs(self.trainer.loggers)
 
@@ -191,6 +226,20 @@ class MifoCLI(LightningCLI):
         config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         write_card(trainer, self.datamodule, yaml.safe_load(config), OneLineParser.arguments)
         report_places(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint) and callback.failed:
+                raise TrainingError(f"checkpoint: the state at the end is not saved: {callback.failed}")
+
+    def _choose_checkpoint(self) -> Start | None:
+        """The checkpoint to load, verified and put where Lightning takes it from."""
+        given, resume = self._get(self.config, "ckpt_path"), self._get(self.config, "resume", default=False)
+        start = choose(self.trainer, self.model, given, resume, self.subcommand == "fit")
+        if start is not None:
+            for config in (self.config, self.config_init):
+                config[f"{self.subcommand}.ckpt_path"] = str(start.path)
+                if resume:
+                    config[f"{self.subcommand}.resume"] = False  # in the written configuration, the path says it
+        return start
 
     def after_validate(self) -> None:
         """Print the table."""
@@ -204,6 +253,11 @@ class MifoCLI(LightningCLI):
         return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
 
 
+def as_script() -> bool:
+    """Whether this process is the installed command rather than `python -m`."""
+    return Path(sys.argv[0]).name == COMMAND
+
+
 def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
     """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
     return MifoCLI(
@@ -215,7 +269,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         parser_class=OneLineParser,
         parser_kwargs={
             "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": "python -m mifo_lightning",
+            "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
@@ -232,6 +286,8 @@ def main(args: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
+    if as_script():
+        sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:
         OneLineParser.empty = left_empty(OneLineParser.arguments)
         check_seeds(OneLineParser.arguments)
@@ -290,8 +346,9 @@ def report_places(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ExportModel) and callback.written:
             print(f"model: {callback.written}")
-    if trainer.checkpoint_callback and (path := getattr(trainer.checkpoint_callback, "best_model_path", "")):
-        print(f"checkpoint: {path}")
+    for checkpoint in trainer.checkpoint_callbacks:
+        if (path := getattr(checkpoint, "best_model_path", "")) and Path(path).exists():
+            print(f"checkpoint: {path}")
     print(f"files: {run_dir(trainer)}")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

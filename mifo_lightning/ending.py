@@ -114,7 +114,7 @@ def _read(model: str, name: str) -> dict[str, Any]:
     try:
         path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
         found = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"model.model: {model}/{name} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise InputError(f"model.model: {model}/{name} is no JSON object")

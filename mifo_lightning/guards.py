@@ -46,6 +46,13 @@ def check_flags(trainer: Trainer) -> None:
                 f"trainer.{name}: {value} is not allowed; how many batches data.schedule makes is not known before: "
                 "give a whole number of micro-batches"
             )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith("val/") and trainer.val_check_interval == 1.0:
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} waits for {monitor} in vain; nothing is validated "
+                "inside fit unless trainer.val_check_interval is a number of micro-batches"
+            )
     if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise InputError(
             "trainer.callbacks: LearningRateMonitor is not allowed; it reads the rate of the step before, which may be "

@@ -76,6 +76,7 @@ class MifoModule(LightningModule):
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
+        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
 
@@ -105,6 +106,7 @@ class MifoModule(LightningModule):
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
         super().__init__()
@@ -112,9 +114,10 @@ class MifoModule(LightningModule):
         sft.check("model.sft")
         evaluation.check("model.evaluation")
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
         self.skip_zero_gradient = skip_zero_gradient
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
@@ -158,11 +161,10 @@ class MifoModule(LightningModule):
             InputError: If the model cannot be loaded, or its tokenizer is another's.
         """
         if self.policy is None:
-            self.policy = load_policy(self.model_name, self.gradient_checkpointing)
+            trust, needed = self.trust_remote_code, self.reinforcement.needs_reference
+            self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
-            self.reinforcement.set_reference(
-                load_policy(self.model_name) if self.reinforcement.needs_reference else None
-            )
+            self.reinforcement.set_reference(load_policy(self.model_name, trust_remote_code=trust) if needed else None)
         for policy in (self._policy, *self.reinforcement.references):
             # hooks of callbacks run outside the Trainer's own context: they would measure another model
             policy.numerics = self.trainer.precision_plugin.forward_context
@@ -184,6 +186,7 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
+        self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
         sampling = self.reinforcement.sampling
         self._check(self.trainer.train_dataloader, evaluated=False)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
@@ -348,6 +351,7 @@ class MifoModule(LightningModule):
                 "format": FORMAT,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
+                "engines": gather_ranks(self._engine.state_dict() if self._engine else {}),
                 "initial_losses": self.supervision.initial_losses,
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
@@ -367,6 +371,16 @@ class MifoModule(LightningModule):
             )
         state = rollouts[self.trainer.global_rank] if any(rollouts) else None
         self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
+
+    def _restore_engine(self, engines: list[dict[str, int]]) -> None:
+        """Decode in the batches of before; with another number of processes there is nothing to be equal to."""
+        if len(engines) == self.trainer.world_size and self._engine:
+            self._engine.load_state_dict(engines[self.trainer.global_rank])
+
+    @property
+    def _engine(self) -> InProcessEngine | None:
+        engine = self.reinforcement.engine
+        return engine if isinstance(engine, InProcessEngine) else None
 
     def check_questions(self, loaders: Any, evaluated: bool, engine: bool = True) -> None:
         """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model.

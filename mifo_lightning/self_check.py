@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.ending import padding
-from mifo_lightning.errors import InputError
+from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.seeds import stable_key
@@ -53,7 +53,7 @@ def self_check(
         with policy.in_own_precision():
             exact = differences(engine, policy, tokenizer, asked, short)
         found = differences(engine, policy, tokenizer, asked, short) if mixed else exact
-    except (InputError, torch.OutOfMemoryError):
+    except (InputError, TrainingError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's own code raises
         text = " ".join(str(error).split())[:200]

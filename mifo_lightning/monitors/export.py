@@ -53,7 +53,8 @@ class ExportModel(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module: Any = pl_module
-        dtype = torch.float32 if self.dtype == "float32" else stored_dtype(module.model_name)
+        whole = self.dtype == "float32"
+        dtype = torch.float32 if whole else stored_dtype(module.model_name, module.trust_remote_code)
         self.written = self._place(trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         template = data.kept_template() if hasattr(data, "kept_template") else None

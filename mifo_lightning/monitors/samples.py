@@ -1,13 +1,16 @@
 """Responses to read: a file that keeps all of them, and a W&B table with its history."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.monitors.kept_rows import carry, samples_before
+from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of
 
+FILE = "samples.jsonl"
 COLUMNS: list[str | int] = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
 
 
@@ -24,6 +27,14 @@ class SampleTable(Callback):
         self._kept: dict[int, int] = {}  # responses kept in the running evaluation, by data source
         self._table: Any = None
         self._fresh = False  # whether the table has rows that W&B has not
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on keeps the samples from before its checkpoint: what came after will come again."""
+        start = trainer.ckpt_path
+        if start is not None and trainer.is_global_zero:
+            here = run_dir(trainer)
+            there = here if goes_on_here(trainer, here, start) else run_of(Path(start))
+            carry(there / FILE, here / FILE, samples_before, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,7 +85,7 @@ class SampleTable(Callback):
         directory = run_dir(trainer)
         rows = [{"step": trainer.global_step, "stage": stage, **sample} for sample in samples]
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "samples.jsonl", "a", encoding="utf-8") as file:
+        with open(directory / FILE, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if isinstance(trainer.logger, WandbLogger):
             import wandb

@@ -82,6 +82,7 @@ class RunSummary(Callback):
             "sft_phases": switch.switches - self._dropped if switch else 0,
             "sft_phases_dropped": self._dropped,
             "seconds": seconds,
+            "fitted": getattr(trainer.datamodule, "fitted", {}),  # type: ignore[attr-defined]
             **{monitor.summary_key: monitor.summary() for monitor in monitors},
         }
         path = run_dir(trainer) / "summary.json"

@@ -1,33 +1,46 @@
 """The engine that decodes with the training weights in the training process."""
 
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.ending import end_tokens, padding
+from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
 
 STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some tokens hold no text
+# what else than torch.OutOfMemoryError says that there is no memory left
+NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class InProcessEngine:
     """Decodes with the model's cache: one prefill per question, finished rows leave the batch.
 
     A model whose cache cannot do that prefills every row and keeps all of them; one that cannot be padded decodes
-    prompts of equal length together. Results do not depend on it.
+    prompts of equal length together. Responses do not depend on it.
+
+    A call that runs out of memory begins anew with half the rows, as often as needed, and so do all later calls; the
+    first time is told. Its result is to the bit that of a call with so few rows.
 
     Args:
-        rows: Most responses decoded at once; bounds memory, does not change results.
+        rows: Most responses decoded at once; bounds memory, does not change responses.
+
+    Raises:
+        InputError: There is no such number of rows.
     """
 
     def __init__(self, rows: int = 512) -> None:
+        if rows < 1:
+            raise InputError(f"model.engine.init_args.rows: {rows} is not allowed; it must be at least 1")
         self.rows = rows
         self.listener: Listener | None = None
+        self._halved = False
 
     def generate(
         self,
@@ -38,34 +51,98 @@ class InProcessEngine:
         samples: int,
         sampling: Sampling,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
-        done: dict[int, list[Completion]] = {}
-        at_once = max(1, self.rows // samples)
-        tokens = 0
+        """See `RolloutEngine.generate`.
+
+        Raises:
+            TrainingError: There is no memory for a single row.
+        """
+        with policy.sampling():  # entered once: ranks may begin anew each by itself
+            while True:
+                try:
+                    return self._draw(policy, tokenizer, prompts, keys, samples, sampling)
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    problem = str(error).splitlines()[0]
+                # only here, after the exception with its frames, is the memory of the failed try free
+                self._halve(min(self.rows, len(prompts) * samples), problem)
+
+    def _draw(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        keys: list[int],
+        samples: int,
+        sampling: Sampling,
+    ) -> list[list[Completion]]:
+        done: list[list[Completion]] = [[] for _ in prompts]
+        asked, tokens = len(prompts) * samples, 0
 
         def tell(step: int, rows: int) -> None:
             nonlocal tokens
             tokens += rows
             if self.listener is not None:
-                asked = len(prompts) * samples
-                self.listener(Decoded(len(done) * samples, asked, step, sampling.max_new_tokens, tokens))
+                self.listener(Decoded(sum(map(len, done)), asked, step, sampling.max_new_tokens, tokens))
 
         tell(0, 0)
-        with policy.sampling():
-            for batch in _batches(prompts, at_once, policy.decoding.padded):
-                decoding = _Decoding(policy, tokenizer, sampling, samples, tell)
-                drawn = decoding.run([prompts[i] for i in batch], [keys[i] for i in batch])
-                done.update(zip(batch, drawn, strict=True))
-        return [done[i] for i in range(len(prompts))]
+        for batch in _batches(prompts, self.rows, samples, policy.decoding.padded):
+            decoding = _Decoding(policy, tokenizer, sampling, batch.samples, tell)
+            drawn = decoding.run([prompts[i] for i in batch.prompts], [keys[i] for i in batch.prompts])
+            for i, completions in zip(batch.prompts, drawn, strict=True):
+                done[i] += completions
+        return done
+
+    def _halve(self, rows: int, problem: str) -> None:
+        """Half of the `rows` that were too many."""
+        if rows <= 1:
+            raise TrainingError(
+                f"out of memory while decoding a single response: {problem:.200}; lower max_new_tokens, or take a "
+                "smaller model or a larger device"
+            )
+        self.rows = rows // 2
+        torch.cuda.empty_cache()
+        if not self._halved:  # on whichever rank it is
+            warnings.warn(
+                f"out of memory while decoding {rows} responses at once: this call begins anew with {self.rows}, and "
+                "so on if need be; set engine rows (model.engine.init_args.rows of InProcessEngine) that low to save "
+                "the time",
+                stacklevel=2,
+            )
+        self._halved = True
+
+    def state_dict(self) -> dict[str, int]:
+        """The rows that memory left, so that a resumed run decodes in the same batches; empty where all fitted."""
+        return {"rows": self.rows} if self._halved else {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Decode no more rows than that."""
+        self.rows = min(self.rows, state.get("rows", self.rows))
+        self._halved = bool(state)
 
 
-def _batches(prompts: list[list[int]], size: int, padded: bool) -> Iterator[list[int]]:
-    """Positions of the prompts that are decoded together: in order, or those of equal length."""
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory on any kind of device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
+
+
+class _Batch(NamedTuple):
+    """What is decoded together: of the prompts at some positions the samples of some numbers."""
+
+    prompts: list[int]
+    samples: range
+
+
+def _batches(prompts: list[list[int]], rows: int, samples: int, padded: bool) -> Iterator[_Batch]:
+    """At most `rows` rows each: prompts in order, or those of equal length; or a part of one prompt's samples."""
     together: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         together.setdefault(0 if padded else len(prompt), []).append(i)
+    size, part = max(1, rows // samples), min(rows, samples)
     for chosen in together.values():
-        yield from (chosen[i : i + size] for i in range(0, len(chosen), size))
+        for i in range(0, len(chosen), size):
+            for first in range(0, samples, part):
+                yield _Batch(chosen[i : i + size], range(first, min(first + part, samples)))
 
 
 class _Decoding:
@@ -76,10 +153,11 @@ class _Decoding:
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
-        samples: int,
+        samples: range,
         tell: Callable[[int, int], None],
     ) -> None:
-        self.policy, self.tokenizer, self.sampling, self.samples = policy, tokenizer, sampling, samples
+        self.policy, self.tokenizer, self.sampling = policy, tokenizer, sampling
+        self.numbers, self.samples = samples, len(samples)  # which of a prompt's samples, and how many
         self.tell = tell  # the token's place in the response, and in how many rows it was drawn
         self.ends = torch.tensor(sorted(end_tokens(tokenizer)), device=policy.device)
         self.cache: Any = None  # the model makes its own
@@ -96,7 +174,7 @@ class _Decoding:
         lengths = torch.full((n,), limit, device=device)
         finished = torch.zeros(n, dtype=torch.bool, device=device)
         # the last rollout index is folded into the key, so that a group's size does not change its first members
-        row_keys = (torch.tensor(keys, device=device)[:, None] + torch.arange(self.samples, device=device)).flatten()
+        row_keys = (torch.tensor(keys, device=device)[:, None] + torch.tensor(self.numbers, device=device)).flatten()
         alive = torch.arange(n, device=device)
         for step in range(limit):
             token, token_logp = next_token(logits, uniforms(row_keys[alive], step), self.sampling)
