@@ -1,5 +1,6 @@
 """The command line: LightningCLI with named, nullable method callbacks and our monitors."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,8 @@ MONITORS: dict[str, type[Callback]] = {
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # whatever was being written: a log, a table, the model
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
@@ -292,6 +295,10 @@ def main(args: list[str] | None = None) -> None:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
         fail(str(error), status=1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fail(f"{error.filename or 'the disk'} cannot be written: {error.strerror}; what was saved stays", status=1)
     except OmegaConfBaseException as error:
         what = str(error).split("\n")[0]
         up = "." * str(error.full_key).count(".")  # one dot is the group that holds the key; the first part is `fit`

@@ -39,5 +39,5 @@ def check_run(
     if train is not None:
         module.check_questions(train, False, engine)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "check"):
-                callback.check(trainer, loaders)
+            if hasattr(callback, "preflight"):
+                callback.preflight(trainer, loaders)

@@ -26,6 +26,8 @@ class SurvivingRun:
         self._run, self.lost = run, False
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # a copy has no run yet
         found = getattr(self._run, name)
         return partial(self._call, found) if callable(found) else found
 
@@ -44,7 +46,7 @@ class SurvivingRun:
 
 
 def prepare_runs(loggers: Iterable[Logger]) -> None:
-    """Keep W&B from warning of what nobody set, and to its address: the table at the end is ours."""
+    """Have W&B say where it writes and nothing else: it warns of what nobody set, and the table at the end is ours."""
     for logger in _wandb(loggers):
         if logger._wandb_init.get("settings") is None:
             logger._wandb_init["settings"] = {"quiet": True}

@@ -1,6 +1,7 @@
 """W&B: one row for an optimizer step, a service that dies in mid-run, a start that fails."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from monitoring import Records
-from test_cli import SHORT, TINY
+from test_cli import SHORT, TINY, refused, short
 
 from mifo_callbacks.logging import StepRows
 from mifo_lightning.cli import main
@@ -104,6 +106,36 @@ def test_a_run_outlives_its_wandb_service(tmp_path: Path) -> None:
     written = {path.name for path in directory.iterdir()}
     assert {"model", "checkpoints", "summary.json", "samples.jsonl", "config.yaml"} <= written
     assert (directory / "checkpoints" / "last.ckpt").stat().st_size > 0
+
+
+def test_wandb_that_cannot_begin_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    said = refused(capsys, *arguments(tmp_path / "run", **{"trainer.logger.init_args.mode": "online"}))
+    assert said.startswith("error: trainer.logger: W&B cannot begin a run (UsageError: No API key configured.")
+    assert "trainer.logger.init_args.mode offline" in said
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+class Full(CSVLogger):
+    """A logger on a disk that fills up in mid-run."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if step == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_another_logger_that_cannot_write_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = short(
+        tmp_path, trainer__logger=f'{{"class_path": "test_wandb.Full", "init_args": {{"save_dir": "{tmp_path}"}}}}'
+    )
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    assert end.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: the disk cannot be written: No space left on device; what was saved stays"]
 
 
 def service_of(pid: int) -> int:

@@ -128,7 +128,7 @@ class GradientFreezing(PhaseCallback):
         if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
             self._freeze(trainer, pl_module)
 
-    def check(self, trainer: Trainer, *rest: Any) -> None:
+    def preflight(self, trainer: Trainer, *rest: Any) -> None:
         """Raise what `on_train_start` would for a missing or late ImportanceEMA; needs nothing but the callbacks."""
         if self.selector in ("rl_topk", "rl_bottomk"):
             self._find_importance(trainer)

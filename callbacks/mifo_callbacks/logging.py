@@ -1,7 +1,7 @@
 """How the callbacks report: to the trainer's loggers, once per event or, with `StepRows`, once per optimizer step."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -58,14 +58,13 @@ class StepRows(Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop(trainer)
-
-    def _stop(self, trainer: Trainer) -> None:
         self.collecting = False
         self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.collecting = False
+        with suppress(Exception):  # the first exception is the one to be read
+            self._write(trainer)
 
 
 def profiled(trainer: Trainer, callback: object, what: str) -> AbstractContextManager[None]:

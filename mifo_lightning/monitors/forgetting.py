@@ -43,7 +43,7 @@ class Forgetting(PhaseMonitor):
         self._first: Solved = {}
         self._edge: Solved = {}  # at the last change of phase
 
-    def check(self, trainer: Trainer, sources: Any) -> None:
+    def preflight(self, trainer: Trainer, sources: Any) -> None:
         """Raise an InputError if there are no validation questions, one loader of them a source."""
         if not sources:
             raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
@@ -53,7 +53,7 @@ class Forgetting(PhaseMonitor):
         super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = {} if data is None else data.val_dataloader()
-        self.check(trainer, sources)
+        self.preflight(trainer, sources)
         rank, ranks = trainer.global_rank, trainer.world_size
         self._probe = {source: load.questions[: self.questions][rank::ranks] for source, load in sources.items()}
 

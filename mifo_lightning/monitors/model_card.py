@@ -61,7 +61,8 @@ def model_card(
     if after:
         metrics, rows = comparison(before, after)
         cells = [[name, *(values.get(metric, "") for metric in metrics)] for name, values in rows.items()]
-        drawn = settings(model["evaluation"] | {"sampling": settings(model["evaluation"]["sampling"])})
+        evaluation = {name: value for name, value in model["evaluation"].items() if name != "sampling"}
+        drawn = settings(evaluation | _drawn(model))
         parts += ["## Results, before → after", f"Drawn with {drawn}.", _table(["source", *metrics], cells)]
     command = "python -m mifo_lightning " + shlex.join(arguments)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", command)), 3)
@@ -92,6 +93,12 @@ def escaped(text: object) -> str:
 def settings(values: Mapping[str, Any]) -> str:
     """`name value` of each that is set."""
     return ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in values.items() if value is not None)
+
+
+def _drawn(model: Mapping[str, Any]) -> dict[str, Any]:
+    """How evaluation draws: what its own settings leave open is that of rollouts."""
+    own: Mapping[str, Any] = model["evaluation"]["sampling"]
+    return {name: model["sampling"].get(name) if value is None else value for name, value in own.items()}
 
 
 def _system(prompt: str | None) -> str:
