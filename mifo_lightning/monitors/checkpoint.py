@@ -110,18 +110,7 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()  # the rows up to here are not logged again by a run that goes on from here
-        try:
-            trainer.save_checkpoint(last.with_name(NEXT), weights_only=False)
-            failed = _take_place(last, self._keep_previous) if trainer.is_global_zero else None
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if not (
-                isinstance(error, (OSError, TrainingError, CheckpointException)) or "inline_container" in str(error)
-            ):
-                raise  # only what a disk does; torch's own writer, of sharded checkpoints, hides it
-            trainer.strategy.barrier()  # at which the other ranks wait
-            _remove(last.with_name(NEXT))
-            failed = str(error)
-        self.failed = trainer.strategy.broadcast(failed)
+        self.failed = trainer.strategy.broadcast(self._write(trainer, last))
         self._began, self._seconds = time.monotonic(), time.monotonic() - began
         if self.failed:
             if not before:
@@ -131,6 +120,20 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
+
+    def _write(self, trainer: Trainer, last: Path) -> str | None:
+        """Why the first rank could not write and rename, in one line, or None; other ranks follow it."""
+        try:
+            trainer.save_checkpoint(last.with_name(NEXT), weights_only=False)
+            return _take_place(last, self._keep_previous) if trainer.is_global_zero else None
+        except (OSError, RuntimeError, CheckpointException) as error:
+            ours = isinstance(error, (OSError, TrainingError, CheckpointException))
+            if not ours and "inline_container" not in str(error):  # so torch's writer hides what the disk said
+                raise
+            trainer.strategy.barrier()  # at which the other ranks wait
+            _remove(last.with_name(NEXT))
+            what = " ".join(str(error).split())[:200]
+            return what if isinstance(error, TrainingError) else f"{last}: {what}; {free_bytes(last):,} bytes are free"
 
     def _is_time(self, trainer: Trainer) -> bool:
         """Whether the last write is long ago, by the first rank's clock."""
