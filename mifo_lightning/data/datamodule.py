@@ -20,6 +20,8 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import sum_up
+from mifo_lightning.rewards.isolation import release
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
@@ -310,5 +312,7 @@ class QuestionData(LightningDataModule):
         return self.trainer
 
     def teardown(self, stage: str) -> None:
-        """Stop the reward's child process."""
-        self.reward.close()
+        """Say which checks of the reward failed, and stop its child process."""
+        for line in sum_up(self.reward, stage):
+            rank_zero_warn(line)
+        release(self.reward)
