@@ -35,7 +35,7 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.parser import OneLineParser
+from mifo_lightning.parser import MODE, OneLineParser
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.terminal import fail, quiet
 
@@ -190,7 +190,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         save_config_kwargs={"save_to_log_dir": False},
         parser_class=OneLineParser,
         parser_kwargs={
-            "parser_mode": "omegaconf+",  # interpolation that follows the command line
+            "parser_mode": MODE,
             "prog": "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
