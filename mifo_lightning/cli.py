@@ -41,7 +41,7 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.parser import OneLineParser
+from mifo_lightning.parser import MODE, OneLineParser
 from mifo_lightning.preflight import check_run
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
@@ -266,7 +266,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         save_config_kwargs={"save_to_log_dir": False},
         parser_class=OneLineParser,
         parser_kwargs={
-            "parser_mode": "omegaconf+",  # interpolation that follows the command line
+            "parser_mode": MODE,
             "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },

@@ -25,7 +25,7 @@ from mifo_lightning.rewards.isolation import release
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
-Rows = RowSource | str | list[str]  # str before the list: as a list, a text file would be its lines
+Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
 
 
 class EvaluationLoader:

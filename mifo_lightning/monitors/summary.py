@@ -14,6 +14,7 @@ from rich.table import Table
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
 from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.terminal import table_text
 
 
 class RunSummary(Callback):
@@ -145,9 +146,9 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
     table = Table(title=title)
     table.add_column("source")
     for metric in metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(table_text(metric), justify="right")
     for source, cells in rows.items():
-        table.add_row(source, *(cells.get(metric, "") for metric in metrics))
+        table.add_row(table_text(source), *(cells.get(metric, "") for metric in metrics))
     return table
 
 
