@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_lightning import interruption
 from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
@@ -41,6 +42,7 @@ from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import OneLineParser
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.safe_points import NoHandlers
 from mifo_lightning.terminal import fail, quiet
 
 # name of the group -> callback; the order is the order in which their hooks run
@@ -158,6 +160,8 @@ class MifoCLI(LightningCLI):
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         trainer = self._instantiate_trainer(config, callbacks)
+        trainer._signal_connector = NoHandlers(trainer)
+        interruption.follow(trainer.strategy.launcher)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 quiet_wandb(logger, self.subcommand is not None)
@@ -243,17 +247,21 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; bad input prints one line and exits with status 2, training that broke down with 1."""
+    """Run the command line; what ends it early prints one line.
+
+    The exit status is 2 for bad input, 1 where training broke down, 128 + n for signal number n.
+    """
     # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
-        OneLineParser.empty = left_empty(OneLineParser.arguments)
-        check_seeds(OneLineParser.arguments)
-        check_configured(OneLineParser.arguments)
-        make_cli(args)
+        with interruption.handled(OneLineParser.arguments):
+            OneLineParser.empty = left_empty(OneLineParser.arguments)
+            check_seeds(OneLineParser.arguments)
+            check_configured(OneLineParser.arguments)
+            make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
