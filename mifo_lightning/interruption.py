@@ -109,7 +109,7 @@ def handled(arguments: Sequence[str]) -> Iterator[None]:
         end_others(LAST_WORDS if stop.together else 0.0)
         if _started_by_lightning():
             raise SystemExit(0) from None  # Lightning kills the first rank, at its last words, for any other status
-        if _is_first():
+        if is_first():
             print(last_line(stop, arguments), file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signum) from None
     finally:
@@ -119,7 +119,8 @@ def handled(arguments: Sequence[str]) -> Iterator[None]:
             forget()
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this is the first rank, by what the environment says."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
 
 
