@@ -48,11 +48,11 @@ class RunSummary(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Validate where the last RL step is over and SFT begins."""
-        previous, self.ends_on = self.ends_on, batch["phase"]
-        if self.ends_on == "rl":
+        if batch["phase"] == "rl":
             self.after_rl = {}  # a finished run that is extended
-        elif previous == "rl" and self.before and no_rl_follows(trainer, batch):
+        elif self.ends_on == "rl" and self.before and no_rl_follows(trainer, batch):
             self.after_rl = validate(trainer, pl_module)
+        self.ends_on = batch["phase"]  # now that it is validated: a run that is interrupted meanwhile begins it anew
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what only the loader knows."""
