@@ -1,6 +1,5 @@
 """QuestionData: rows from files, hub or a generator become questions for the PhaseLoader and for evaluation."""
 
-from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.damage import damage_demonstrations
+from mifo_lightning.data.evaluation_loader import EvaluationLoader
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
@@ -26,34 +26,6 @@ from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
 Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
-
-
-class EvaluationLoader:
-    """Batches of this rank's share of the questions; as many on every rank, the last ones may be empty.
-
-    No DataLoader: Lightning would shard it once more.
-
-    Attributes:
-        questions: Those of all ranks.
-
-    Args:
-        questions: All questions of one source.
-        size: Questions per batch.
-        rank: This process.
-        ranks: Number of processes.
-    """
-
-    def __init__(self, questions: list[Question], size: int, rank: int, ranks: int) -> None:
-        self.questions = questions
-        mine = questions[rank::ranks]
-        most = -(-len(questions) // ranks)
-        self.batches = [mine[i : i + size] for i in range(0, most, size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[Question]]:
-        return iter(self.batches)
 
 
 class QuestionData(LightningDataModule):
