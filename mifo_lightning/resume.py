@@ -19,6 +19,7 @@ from mifo_lightning.monitors.kept_rows import METRICS, carry, keep_rows, metrics
 from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_aside
 from mifo_lightning.sharded_checkpoint import is_sharded, read_sharded
 
+VERSION = "pytorch-lightning_version"
 WHOLE = ("loops", "optimizer_states", "callbacks", "global_step")  # what training goes on from
 
 
@@ -143,8 +144,9 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
             f"ckpt_path: {path} is sharded; it is loaded with trainer.strategy ModelParallelStrategy alone"
         )
     weights = checkpoint.get("state_dict")
-    if not isinstance(weights, dict):
-        raise InputError(f"ckpt_path: {path} is no checkpoint: it has no state_dict")
+    lacks = "state_dict" if not isinstance(weights, dict) else VERSION if VERSION not in checkpoint else None
+    if lacks or not isinstance(weights, dict):
+        raise InputError(f"ckpt_path: {path} is no checkpoint of a run: it has no {lacks}")
     if fit:
         missing = [key for key in WHOLE if key not in checkpoint]
         if missing and "mifo" in checkpoint:

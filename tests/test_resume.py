@@ -18,7 +18,7 @@ from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import check_flags
 from mifo_lightning.monitors.kept_rows import metrics_before, samples_before
-from mifo_lightning.resume import choose
+from mifo_lightning.resume import VERSION, choose
 
 CSV = ["--config", str(CONFIGS / "logger" / "csv.yaml")]
 MakeTrainer = Callable[..., Trainer]
@@ -74,7 +74,11 @@ CASES: dict[str, tuple[Change, str]] = {
     "a list": (saved(lambda state: [1, 2]), "it holds a list"),
     "another program's": (saved(lambda state: {"epoch": 3}), "it has no state_dict"),
     "bare weights": (saved(lambda state: state["state_dict"]), "it has no state_dict"),
-    "weights alone": (saved(lambda state: {k: state[k] for k in ("state_dict", "mifo")}), "holds weights alone"),
+    "no Lightning's": (saved(lambda state: state.pop(VERSION) and None), f"it has no {VERSION}"),
+    "weights alone": (
+        saved(lambda state: {k: state[k] for k in ("state_dict", "mifo", VERSION)}),
+        "holds weights alone",
+    ),
     "Lightning's": (saved(lambda state: state.pop("mifo") and None), "its format is None"),
     "another depth": (saved(drop_layer), "of another model"),
     "another width": (
