@@ -20,10 +20,12 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import sum_up
+from mifo_lightning.rewards.isolation import release
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
-Rows = RowSource | str | list[str]  # str before the list: as a list, a text file would be its lines
+Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
 
 
 class EvaluationLoader:
@@ -310,5 +312,7 @@ class QuestionData(LightningDataModule):
         return self.trainer
 
     def teardown(self, stage: str) -> None:
-        """Stop the reward's child process."""
-        self.reward.close()
+        """Say which checks of the reward failed, and stop its child process."""
+        for line in sum_up(self.reward, stage):
+            rank_zero_warn(line)
+        release(self.reward)
