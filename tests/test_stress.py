@@ -20,7 +20,7 @@ def test_the_short_stress_finds_nothing(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert "stress: nothing went wrong" in result.stdout

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 SHORT = {
-    "inputs": ["--every", "47"],
+    "inputs": ["--every", "49"],
     "fuzz": ["--tries", "12"],
     "security": ["--only", "code in data"],
     "kills": ["--only", "luffy", "--points", "2", "--jobs", "1"],
