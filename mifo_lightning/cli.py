@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.logging import StepRows
+from mifo_lightning import interruption
 from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
@@ -41,10 +42,11 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.parser import OneLineParser
+from mifo_lightning.parser import MODE, OneLineParser
 from mifo_lightning.preflight import check_run
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.safe_points import NoHandlers
 from mifo_lightning.terminal import fail, quiet
 from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
@@ -88,13 +90,8 @@ SEEDED = ("entropy", "freeze", "drop")
 class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it again where an evaluation came first: only training fits sizes to the data."""
-        self.already_saved &= stage != "fit"
-        super().setup(trainer, pl_module, stage)
-
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on the first rank only."""
+        """Called on the first rank only; sizes are those that fit the data."""
         config = self.config.clone()
         for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
             config[key.replace("switch.", "switch.init_args.")] = taken
@@ -178,6 +175,8 @@ class MifoCLI(LightningCLI):
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
+        trainer._signal_connector = NoHandlers(trainer)
+        interruption.follow(trainer.strategy.launcher)
         prepare_runs(trainer.loggers)
         return trainer
 
@@ -271,7 +270,7 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         save_config_kwargs={"save_to_log_dir": False},
         parser_class=OneLineParser,
         parser_kwargs={
-            "parser_mode": "omegaconf+",  # interpolation that follows the command line
+            "parser_mode": MODE,
             "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
@@ -283,7 +282,10 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; bad input prints one line and exits with status 2, training that broke down with 1."""
+    """Run the command line; what ends it early prints one line.
+
+    The exit status is 2 for bad input, 1 where training broke down, 128 + n for signal number n.
+    """
     # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -292,10 +294,11 @@ def main(args: list[str] | None = None) -> None:
     if as_script():
         sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:
-        OneLineParser.empty = left_empty(OneLineParser.arguments)
-        check_seeds(OneLineParser.arguments)
-        check_configured(OneLineParser.arguments)
-        make_cli(args)
+        with interruption.handled(OneLineParser.arguments):
+            OneLineParser.empty = left_empty(OneLineParser.arguments)
+            check_seeds(OneLineParser.arguments)
+            check_configured(OneLineParser.arguments)
+            make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:

@@ -20,6 +20,7 @@ from mifo_lightning.rewards.grading import FailureWatch, Scores, check_solved_at
 from mifo_lightning.rewards.marker import MarkedReward
 from mifo_lightning.rollout.batch import score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 WITHOUT_MARKER, STRICT, WHOLE_TEXT = MARKER_METRICS = ("without_marker", "strict", "whole_text")
@@ -233,7 +234,7 @@ class Evaluator:
         """n responses to each question, question by question, as tokens and as text, with their rewards."""
         keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
         prompts = [q.prompt for q in questions]
-        completions = self.engine.generate(policy, self.tokenizer, prompts, keys, n, sampling)
+        completions = draw(self.engine, policy, self.tokenizer, prompts, keys, n, sampling)
         flat = [c for group in completions for c in group]
         if not flat:
             return [], [], Scores([], [], {})

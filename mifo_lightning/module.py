@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import require_data_parallel
+from mifo_lightning import interruption, safe_points
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.ending import end_tokens
@@ -134,6 +135,7 @@ class MifoModule(LightningModule):
             raise InputError(f"model.sft_entropy_bonus: {sft_entropy_bonus} is not allowed; it must be at least 0")
         self.supervision = Supervision(self.tokenizer, sft_weight, sft_entropy_bonus)
         self._rollout: Rollout | None = None
+        self._news: dict[str, Any] = {}  # of the rollout, for the callbacks, until its first optimizer step is done
         self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
@@ -179,7 +181,11 @@ class MifoModule(LightningModule):
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Work items and questions are plain lists; tensors are made from them where they are needed."""
+        """Plain lists stay as they are; a safe point ahead of what callbacks do at the start of any batch."""
+        if self.trainer.training:
+            self._say_under_way(True)
+        interruption.defer()
+        safe_points.agree(device)
         return batch
 
     def on_train_start(self) -> None:
@@ -214,7 +220,7 @@ class MifoModule(LightningModule):
             self._metrics.put(batch["phase"], {"lr": lr})
 
     def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, `work` for accounts, and `groups` and `samples` where fresh rollouts were made."""
+        """Loss of one micro-batch and `work` for accounts; `groups` and `samples` where a rollout's first step ends."""
         output = self._rl_step(batch) if batch["phase"] == "rl" else self._sft_step(batch)
         # undo Lightning's division by micro-batches and the strategy's mean over ranks: our denominators count all
         output["loss"] = output["loss"] * (batch["micro_batches"] * self.trainer.world_size)
@@ -222,9 +228,8 @@ class MifoModule(LightningModule):
 
     def _rl_step(self, batch: WorkItem) -> dict[str, Any]:
         work: dict[str, Any] = {"generated": 0, "scored": 0}
-        output: dict[str, Any] = {}
         if batch["update"] == 0 and batch["micro"] == 0:
-            output = self._roll_out(batch, work)
+            self._news = self._roll_out(batch, work)
         assert self._rollout is not None, "the loader begins every rollout with its first update"
         reinforcement = self.reinforcement
         part = reinforcement.micro_batch(self._rollout, batch)
@@ -237,7 +242,10 @@ class MifoModule(LightningModule):
         self._metrics.add("rl", metrics)
         shown = [] if part.demonstrated is None else part.question[part.demonstrated].tolist()
         work |= {"trained": part.sequences.token_count(), "demonstrations": shown}
-        return {**output, "loss": loss, "work": work}
+        output = {"loss": loss, "work": work}
+        if batch["micro"] + 1 == batch["micro_batches"]:  # a step that is not done leaves no traces in callbacks
+            output, self._news = {**self._news, **output}, {}
+        return output
 
     def _roll_out(self, batch: WorkItem, work: dict[str, Any]) -> dict[str, Any]:
         """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
@@ -289,8 +297,16 @@ class MifoModule(LightningModule):
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
+        self._phase_optimizer.look()
+        self._say_under_way(False)
         check_weights(self._policy, self._where())
         log_metrics(self.trainer, {**self._metrics.take(), **self._finite.metrics()})
+
+    def _say_under_way(self, under_way: bool) -> None:
+        """Tell the loader whether its step is still to be done."""
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "under_way"):
+            loader.under_way = under_way
 
     def _where(self) -> str:
         """The running optimizer step, for a person."""
@@ -344,7 +360,8 @@ class MifoModule(LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add parked moments and every rank's rollout: plain types and tensors."""
+        """Add parked moments and every rank's rollout: plain types and tensors; leave out a step that is not done."""
+        safe_points.whole_steps(checkpoint["loops"], self.trainer.accumulate_grad_batches)
         if self.optimizer_of_phase is not None:
             rollout = None if self._rollout is None else self._rollout.state_dict()
             checkpoint["mifo"] = {

@@ -26,6 +26,7 @@ from mifo_lightning.rl_settings import Mixing, RLSettings, check_rl
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 
@@ -114,7 +115,7 @@ class Reinforcement:
         keys = [stable_key(self.seed, "rl", rollout, q.id, *again) for q in questions]
         prompts = [q.prompt for q in questions]
         n = self.group_size - (self.mixing is not None and self.mixing.in_group)
-        return self.engine.generate(policy, self.tokenizer, prompts, keys, n, self.sampling)
+        return draw(self.engine, policy, self.tokenizer, prompts, keys, n, self.sampling)
 
     def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Graded:
         """Grade responses; one that did not end by itself gets at most 0 (MIFO, buffer rule); collective.

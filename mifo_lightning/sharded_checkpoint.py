@@ -33,7 +33,7 @@ def seal(directory: Path) -> None:
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is such a directory, whole or not."""
-    return path.is_dir() and (path / REST).is_file()
+    return any((path / name).is_file() for name in (TABLE, REST))
 
 
 def read_sharded(directory: Path) -> dict[str, Any]:
@@ -62,6 +62,8 @@ def read_sharded(directory: Path) -> dict[str, Any]:
 
 def _check_sums(directory: Path) -> None:
     """Raise an InputError unless every file is as it was sealed."""
+    if not (directory / SEAL).exists():
+        raise InputError(f"ckpt_path: {directory} is not whole, or not of the group `checkpoint`: it has no {SEAL}")
     try:
         sums = json.loads((directory / SEAL).read_text(encoding="utf-8"))
         for name, expected in {TABLE: None, REST: None, **sums}.items():

@@ -54,6 +54,8 @@ class Gradients(Callback):
 class Coin(Reward):
     """Right for about half of all responses, so that there is an advantage to learn from."""
 
+    isolate = False
+
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         return [float(zlib.crc32(response.encode()) % 2) for response in responses]
 

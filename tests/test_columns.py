@@ -48,11 +48,17 @@ def test_question_and_answer_by_name(tmp_path: Path, name: str) -> None:
     assert plain(rows)
 
 
-def test_rows_without_a_source_are_named_after_the_directory_not_its_parts(tmp_path: Path) -> None:
+def test_rows_without_a_source_are_named_after_the_directory_not_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sums").mkdir()
     write(tmp_path / "sums" / "part-0.jsonl", FLAT[:1])
     csv(tmp_path / "sums" / "part-1.csv", FLAT[1:])
     assert read_rows(tmp_path / "sums", columns=QA) == expected("sums")
+    monkeypatch.chdir(tmp_path / "sums")
+    assert read_rows(".", columns=QA) == expected("sums")
+    (tmp_path / "v1.5").symlink_to(tmp_path / "sums")
+    assert read_rows(tmp_path / "v1.5", columns=QA) == expected("v1.5")
 
 
 def test_a_hub_set_needs_no_row_format(monkeypatch: pytest.MonkeyPatch) -> None:

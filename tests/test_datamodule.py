@@ -12,6 +12,7 @@ import torch
 from conftest import make_data, make_module, method_callbacks, weights
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.rows import read_rows
@@ -353,6 +354,7 @@ def test_a_test_without_rows_is_refused(tmp_path: Path) -> None:
     ("changes", "text"),
     [
         ({"holdout": -1}, r"data\.holdout: -1"),
+        ({"columns": Columns(truth_after="")}, r"data\.columns\.truth_after: '' "),
         ({"eval_batch": 0}, r"data\.eval_batch: 0"),
         ({"max_prompt_tokens": 0}, r"data\.max_prompt_tokens: 0"),
         ({"max_response_tokens": 0}, r"data\.max_response_tokens: 0"),

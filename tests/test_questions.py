@@ -299,7 +299,7 @@ def test_a_tokenizer_without_an_end_token() -> None:
 
 
 def test_a_tokenizer_without_a_template() -> None:
-    with pytest.raises(InputError, match=r"^data\.train: tokenizer .* has no chat template; set `chat_template`"):
+    with pytest.raises(InputError, match=r"^data\.train: tokenizer .* has no chat template; set data.chat_template"):
         build([row()], make_tokenizer(chat_template=None))
 
 

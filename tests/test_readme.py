@@ -1,13 +1,15 @@
-"""README's questions and reward of one's own, run as they stand there."""
+"""README's questions and reward of one's own, run as they stand there; the mappings that docs/data.md shows."""
 
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
-from mifo_lightning.cli import main
+from mifo_lightning.cli import COMMAND, main
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.rows import read_rows
 
@@ -46,3 +48,16 @@ def test_the_row_format_shows_the_first_row(here: Path) -> None:
     keys = ("data_source", "prompt", "target")
     assert [row[key] for key in keys] == [mapped[key] for key in keys]
     assert row["reward_model"]["ground_truth"] == mapped["reward_model"]["ground_truth"]
+
+
+def test_the_mappings_of_the_page_are_mappings() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = [Columns(**yaml.safe_load(text)) for text in re.findall(r"^\|.*\| `(\{.*\})` \|$", page, re.M)]
+    assert len(shown) == 6
+    for key, default in vars(Columns()).items():
+        assert f"| `{key}` | {'null' if default is None else f'`{default}`'} |" in page
+
+
+def test_the_command_that_shells_complete_is_the_command_line() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {COMMAND: f"{main.__module__}:{main.__name__}"}

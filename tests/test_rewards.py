@@ -321,6 +321,8 @@ def test_last_answer_compares_characters(response: str, truth: str, expected: fl
 class Fixed(Reward):
     """Returns the values it was made with, one for each response, or what a function of the batch says."""
 
+    isolate = False
+
     def __init__(self, answer: Callable[[list[str]], object]) -> None:
         self.answer = answer
         self.calls: list[list[str]] = []

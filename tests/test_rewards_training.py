@@ -10,6 +10,7 @@ import torch
 from conftest import make_data, make_module
 from lightning import Trainer
 from monitoring import Records
+from own_rewards import always_fails
 from rl_steps import completion, groups_of, item, prepare, questions, reinforcement, step_loss
 
 from mifo_lightning.cli import main
@@ -33,10 +34,6 @@ TEXTS = ("3>7<eos>", "43>7<eos>", "3>8<eos>", "3>7")  # 4, 5, 4 and 3 tokens; th
 
 def summed() -> WeightedRewards:
     return WeightedRewards({"right": LastAnswerReward(), "long": OverlongPenalty(6, 2)}, solved_by="right")
-
-
-def always_fails(responses: list[str]) -> list[float]:
-    raise RuntimeError("no server at port 80")
 
 
 def test_a_penalty_pushes_but_does_not_change_who_is_correct(policy: Policy, tokenizer: Any) -> None:
@@ -129,7 +126,7 @@ def test_demonstrations_are_judged_by_a_reward_that_reads_columns() -> None:
         seen.append([info["index"] for info in extra_info])
         return [float(length > 0 and info["index"] % 2) for length, info in zip(lengths, extra_info, strict=True)]
 
-    data = make_data(train=Skills(["addition", "mirrored"], 16), reward=FunctionReward(wants))
+    data = make_data(train=Skills(["addition", "mirrored"], 16), reward=FunctionReward(wants, isolate=False))
     data.setup("fit")
     assert seen == [list(range(16))]
     assert [bool(q.demonstration) for q in data._questions["train"]] == [False, True] * 8

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 SHORT = {
-    "inputs": ["--every", "28"],
-    "fuzz": ["--tries", "40"],
+    "inputs": ["--every", "47"],
+    "fuzz": ["--tries", "12"],
     "security": ["--only", "code in data"],
-    "kills": ["--only", "luffy", "--points", "2"],
+    "kills": ["--only", "luffy", "--points", "2", "--jobs", "1"],
     "endurance": ["--steps", "200"],
 }
 TOOLS = [*SHORT, "resume_vs_trl"]

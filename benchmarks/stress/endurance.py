@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 MIB = 2**20
 WARM_UP = 300
 ALLOWED = 0.02  # growth of memory after it
-SLOWER = 0.25  # of the median step, on a machine with neighbours
+SLOWER = 0.25  # of the median step
 SETTINGS = {
     "trainer.logger": "false",
     "trainer.enable_progress_bar": "false",
@@ -42,11 +42,11 @@ SETTINGS = {
 
 
 class Gauge(Callback):
-    """Samples the process every `every` optimizer steps, and the seconds of every step.
+    """Samples the process every `every` optimizer steps; and the CPU seconds of every step.
 
     Attributes:
         samples: (step, resident MiB, MiB handed out by malloc, open file handles, threads).
-        seconds: Wall seconds between ends of steps, measuring left out.
+        seconds: CPU seconds between ends of steps, measuring left out.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -57,16 +57,16 @@ class Gauge(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._last = time.perf_counter()
+        self._last = time.process_time()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure."""
-        self.seconds.append(time.perf_counter() - self._last)
+        self.seconds.append(time.process_time() - self._last)
         if trainer.global_step % self.every == 0:
             self.samples.append((trainer.global_step, *measure()))
-        self._last = time.perf_counter()
+        self._last = time.process_time()
 
 
 def measure() -> tuple[float, float, int, int]:
@@ -126,7 +126,7 @@ def report(gauge: Gauge, warm_up: int) -> tuple[str, list[str]]:
         rows.append([name, first, last, peak, f"{growth:+.2%}"])
     rows.append(
         [
-            "median step, ms",
+            "median step, ms of CPU",
             f"{early_ms:.2f} (2nd quarter)",
             f"{late_ms:.2f} (4th)",
             "",

@@ -31,6 +31,7 @@ import yaml
 
 from benchmarks.stress.cases.case import SMALL, TINY
 from benchmarks.stress.table import finish, markdown
+from mifo_lightning.terminal import quiet
 
 SECONDS = 20  # until a try counts as hanging
 SCALARS: list[Any] = [
@@ -281,6 +282,8 @@ def attempt(kind: str, seed: int, number: int, keep: Path | None = None) -> tupl
 
 def survey(kind: str, seed: int, tries: int, jobs: int) -> tuple[list[tuple[int, str, str]], float]:
     """So many tries, and the seconds that they took."""
+    logging.disable(logging.WARNING)  # Lightning's lines on every Trainer
+    quiet()
     prebuilt(), tokenizer(), valid_rows()  # once, before the forks
     start = time.monotonic()
     with multiprocessing.get_context("fork").Pool(jobs, _limit) as pool:
@@ -321,7 +324,6 @@ def main() -> None:
     if given.number is not None:
         print(*attempt(given.kind or "rows", given.seed, given.number, Path()), sep="\n")
         return
-    logging.getLogger("lightning").setLevel(logging.ERROR)
     kinds = [given.kind] if given.kind else list(TRIES)
     surveyed = {kind: survey(kind, given.seed, given.tries or TRIES[kind][1], given.jobs) for kind in kinds}
     finish("fuzz", *report(surveyed), given.out)

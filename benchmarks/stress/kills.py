@@ -34,7 +34,7 @@ from benchmarks.stress.table import finish, markdown
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PER_CHAIN = 4
-PATIENCE = 60.0  # seconds until a process that was hit, or that goes on, counts as hung
+PATIENCE = 180.0  # seconds until a process that was hit, or that goes on, counts as hung
 SMALL: dict[str, Any] = {
     "trainer": {"logger": False, "profiler": None, "enable_progress_bar": False},
     "progress": None,
@@ -140,7 +140,10 @@ class Run:
 
     def ranks(self) -> list[int]:
         """The processes of all ranks."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        except OSError:
+            children = []
         return [self.pid, *map(int, children)]
 
     def end(self) -> None:
@@ -149,6 +152,23 @@ class Run:
             os.killpg(self.pid, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
+
+
+def gone(processes: list[int], seconds: float) -> bool:
+    """Whether none of them runs any more before this time is over."""
+    end = time.monotonic() + seconds
+    while any(_runs(pid) for pid in processes):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def command(variant: Variant, place: Path) -> list[str]:
@@ -268,9 +288,14 @@ def _kill_once(
         time.sleep(chance.uniform(0, 0.01))
     if done:
         return False
+    ranks = run.ranks()
     name, who = hit(run, chance, variant)
     ended, code = run.ended(PATIENCE)
-    found.hung += not ended
+    if name == "SIGKILL" and code == 0:  # it was faster
+        return False
+    if not (ended and gone(ranks, PATIENCE)):
+        code = None
+        found.hung += 1
     run.end()
     found.kills.append((name, who, aimed, code))
     return True

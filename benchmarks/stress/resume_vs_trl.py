@@ -149,7 +149,7 @@ def losses(place: Path) -> list[tuple[Any, ...]]:
     """Loss, gradient norm and reward of every optimizer step."""
     if (place / "log.json").exists():
         log = [line for line in json.loads((place / "log.json").read_text()) if "loss" in line]
-        return [(line["step"], line["loss"], line["grad_norm"], line["reward"]) for line in log]
+        return [tuple(line.get(key) for key in ("step", "loss", "grad_norm", "reward")) for line in log]
     lines = [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
     keys = ("step", "rl/policy_loss", "rl/grad_norm", "rollout/reward")
     return [tuple(line.get(key) for key in keys) for line in lines]

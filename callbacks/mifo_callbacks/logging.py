@@ -48,6 +48,9 @@ class StepRows(Callback):
             if row and not getattr(logger, "immediate", False):
                 logger.log_metrics(dict(row), step=self._step)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._row = {}  # of a run that broke off; what a checkpoint holds comes later
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.collecting = True
 
@@ -62,9 +65,18 @@ class StepRows(Callback):
         self._write(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.collecting = False
+        self.collecting, row = False, dict(self._row)
         with suppress(Exception):  # the first exception is the one to be read
             self._write(trainer)
+        self._row = row  # a checkpoint of this moment holds what was measured at its edge, which is not measured anew
+
+    def state_dict(self) -> dict[str, Any]:
+        """The row that is not done yet, and its step."""
+        return {"row": dict(self._row), "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._row, self._step = dict(state_dict["row"]), state_dict["step"]
 
 
 def profiled(trainer: Trainer, callback: object, what: str) -> AbstractContextManager[None]:

@@ -58,7 +58,8 @@ class Columns:
             rank_zero_warn(f"{where}: has none of the columns that data.columns names ({columns}); read as row format")
             return plain
         demonstrations = absent.pop("target", None)
-        for key, name in absent.items():
+        if absent:
+            key, name = next(iter(absent.items()))
             raise _absent(name, f" (data.columns.{key})", names, where)
         if demonstrations:
             rank_zero_warn(f"{where}: has no column `{demonstrations}` (data.columns.target), so no demonstrations")

@@ -20,10 +20,12 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.grading import sum_up
+from mifo_lightning.rewards.isolation import release
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
-Rows = RowSource | str | list[str]  # str before the list: as a list, a text file would be its lines
+Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
 
 
 class EvaluationLoader:
@@ -120,6 +122,8 @@ class QuestionData(LightningDataModule):
             raise InputError(f"data.{name}: {value} is not allowed; it must not be negative, and a length at least 1")
         if not 0 <= damaged_share <= 1:
             raise InputError(f"data.damaged_share: {damaged_share} is not allowed; it must be between 0 and 1")
+        if columns.truth_after == "":
+            raise InputError("data.columns.truth_after: '' is not allowed; it must be a text, or null for the whole")
         if damaged_share and not answer_after:
             raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
@@ -308,5 +312,7 @@ class QuestionData(LightningDataModule):
         return self.trainer
 
     def teardown(self, stage: str) -> None:
-        """Stop the reward's child process."""
-        self.reward.close()
+        """Say which checks of the reward failed, and stop its child process."""
+        for line in sum_up(self.reward, stage):
+            rank_zero_warn(line)
+        release(self.reward)

@@ -15,6 +15,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def _read(source: Source, columns: Columns) -> list[Row]:
         raise _unreadable(path, error) from error
     if not local:
         return _read_hub(str(source), columns)
-    name = path.resolve().stem  # of a directory, not of its parts
+    place = Path(os.path.abspath(path))  # "." has a name too; a link keeps its own
+    name = place.name if path.is_dir() else place.stem  # of a directory, not of its parts
     return [row for file in files for row in _checked(_read_file(file), columns, name, str(file))]
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.checkpoint import CheckpointException
 
 from mifo_lightning.checkpoint_io import existing, free_bytes, remove_file, sync_directory, unwritten
-from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.errors import InputError, Interrupted, TrainingError
 from mifo_lightning.models import blueprint
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
 from mifo_lightning.sharded_checkpoint import seal
@@ -44,6 +44,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, filename="last", every_n_train_steps=every, enable_version_counter=False)
         self.failed: str | None = None
         self._mine: Path | None = None  # what this object may write over
+        self._from: int | None = None  # the optimizer steps that training began with
         self._keep_previous = True
         self._began = 0.0  # when the last write did, on the first rank's clock
         self._seconds = 0.0  # that it took
@@ -72,7 +73,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Another run's checkpoint stays as it is; what this one writes it may write over."""
         super().on_train_start(trainer, pl_module)
         self.check_free(trainer, pl_module, trainer.ckpt_path)
-        self._mine = self._directory(trainer) / LAST
+        self._mine, self._from = self._directory(trainer) / LAST, trainer.global_step
         if trainer.is_global_zero:
             _remove(self._mine.with_name(NEXT))  # of a process that was killed while it wrote
         trainer.strategy.barrier()
@@ -92,6 +93,20 @@ class LastCheckpoint(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that is interrupted leaves the state of its last optimizer step."""
+        super().on_exception(trainer, pl_module, exception)
+        if not isinstance(exception, Interrupted) or not exception.together or self._from is None:
+            return
+        if trainer.global_step == self._from:
+            return  # nothing new, and a state that was restored by half must not be written over a whole one
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # of a step that is not done
+        self.write_now(trainer)
+        exception.step = trainer.global_step
+        if self._last_checkpoint_saved:
+            exception.step, exception.checkpoint = self._last_global_step_saved, self._last_checkpoint_saved
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the state at the end, unless the last step has just been written or this is but a trial."""
         super().on_train_end(trainer, pl_module)
@@ -110,18 +125,7 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()  # the rows up to here are not logged again by a run that goes on from here
-        try:
-            trainer.save_checkpoint(last.with_name(NEXT), weights_only=False)
-            failed = _take_place(last, self._keep_previous) if trainer.is_global_zero else None
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if not (
-                isinstance(error, (OSError, TrainingError, CheckpointException)) or "inline_container" in str(error)
-            ):
-                raise  # only what a disk does; torch's own writer, of sharded checkpoints, hides it
-            trainer.strategy.barrier()  # at which the other ranks wait
-            _remove(last.with_name(NEXT))
-            failed = str(error)
-        self.failed = trainer.strategy.broadcast(failed)
+        self.failed = trainer.strategy.broadcast(self._write(trainer, last))
         self._began, self._seconds = time.monotonic(), time.monotonic() - began
         if self.failed:
             if not before:
@@ -131,6 +135,20 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
+
+    def _write(self, trainer: Trainer, last: Path) -> str | None:
+        """Why the first rank could not write and rename, in one line, or None; other ranks follow it."""
+        try:
+            trainer.save_checkpoint(last.with_name(NEXT), weights_only=False)
+            return _take_place(last, self._keep_previous) if trainer.is_global_zero else None
+        except (OSError, RuntimeError, CheckpointException) as error:
+            ours = isinstance(error, (OSError, TrainingError, CheckpointException))
+            if not ours and "inline_container" not in str(error):  # so torch's writer hides what the disk said
+                raise
+            trainer.strategy.barrier()  # at which the other ranks wait
+            _remove(last.with_name(NEXT))
+            what = " ".join(str(error).split())[:200]
+            return what if isinstance(error, TrainingError) else f"{last}: {what}; {free_bytes(last):,} bytes are free"
 
     def _is_time(self, trainer: Trainer) -> bool:
         """Whether the last write is long ago, by the first rank's clock."""

@@ -15,6 +15,7 @@ from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.batch import score_without_gradient
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 
@@ -57,7 +58,7 @@ class PhaseKL(PhaseMonitor):
         rl = pl_module.reinforcement
         keys = [stable_key(rl.seed, "phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
         prompts = [q.prompt for q in self._probe]
-        drawn = rl.engine.generate(pl_module.policy, rl.tokenizer, prompts, keys, 1, rl.sampling)
+        drawn = draw(rl.engine, pl_module.policy, rl.tokenizer, prompts, keys, 1, rl.sampling)
         responses = [group[0].tokens for group in drawn]
         # scored as at the end, not with the engine's own numbers: what has not moved gives exactly 0
         scores = self._score(pl_module, responses)

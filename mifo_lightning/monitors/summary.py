@@ -14,6 +14,7 @@ from rich.table import Table
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
 from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.terminal import table_text
 
 
 class RunSummary(Callback):
@@ -47,11 +48,11 @@ class RunSummary(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Validate where the last RL step is over and SFT begins."""
-        previous, self.ends_on = self.ends_on, batch["phase"]
-        if self.ends_on == "rl":
+        if batch["phase"] == "rl":
             self.after_rl = {}  # a finished run that is extended
-        elif previous == "rl" and self.before and no_rl_follows(trainer, batch):
+        elif self.ends_on == "rl" and self.before and no_rl_follows(trainer, batch):
             self.after_rl = validate(trainer, pl_module)
+        self.ends_on = batch["phase"]  # now that it is validated: a run that is interrupted meanwhile begins it anew
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what only the loader knows."""
@@ -145,9 +146,9 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
     table = Table(title=title)
     table.add_column("source")
     for metric in metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(table_text(metric), justify="right")
     for source, cells in rows.items():
-        table.add_row(source, *(cells.get(metric, "") for metric in metrics))
+        table.add_row(table_text(source), *(cells.get(metric, "") for metric in metrics))
     return table
 
 

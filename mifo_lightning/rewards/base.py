@@ -13,21 +13,28 @@ one entry for each response:
 | any other name | the row's column of that name, None where it has none |
 
 A parameter `**context` takes all of these.
+
+Code of the user's, in a subclass of `Reward` or a function, runs in a child process (`rewards.isolation`), so that it
+can hang, exit and crash without harm.
 """
 
 import inspect
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from mifo_lightning.errors import InputError
+from mifo_lightning.rewards.attempt import Context, Failure, Outcome
+from mifo_lightning.rewards.isolation import run
 
 log = logging.getLogger(__name__)
 
-Context = Mapping[str, Sequence[Any]]
+ALONE, LEAST = 0.1, 1.0  # x the time limit of a call, but not below so many seconds: the limit of a single response
+KINDS = 8  # of failures that are printed and counted apart
 
 
 class Reward(ABC):
@@ -45,6 +52,13 @@ class Reward(ABC):
         first_problem: What the first of these was; the only one that is printed.
         components: Scores of the last call by name, where the reward is a sum; they are logged one by one.
         solved_by: The component that `solved_at` judges; None: the reward itself.
+        isolate: Whether calls run in a child process, which is killed when one takes too long. A subclass does unless
+            it says `isolate = False` itself: no time limit holds then, and its `os._exit` ends the run.
+        call_timeout: Seconds that one call may take in its child process, with all responses of an RL step on this
+            rank; None waits for ever. After a call that failed the responses are scored one by one, in as much time
+            again, each in a tenth of it or a second.
+        checks: Responses so far that were checked.
+        causes: How often each kind of failure came since it was last summed up.
     """
 
     failed: float = 0.0
@@ -54,6 +68,15 @@ class Reward(ABC):
     first_problem: str | None = None
     components: Mapping[str, list[float]] = {}
     solved_by: str | None = None
+    isolate: bool = True
+    call_timeout: float | None = 600.0
+    checks: int = 0
+    causes: Mapping[str, int] = {}
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Trust is not inherited."""
+        super().__init_subclass__(**keywords)
+        cls.isolate = vars(cls).get("isolate", True)
 
     @abstractmethod
     def __call__(self, responses: list[str], truths: list[str], *args: Any, **context: Any) -> list[float]:
@@ -70,30 +93,41 @@ class Reward(ABC):
         return self
 
     def fail(self, problem: str, response: str, timeout: bool = False) -> float:
-        """Count one failed check; the first of all is printed, the rest are counted in what is logged."""
+        """Count one failed check; the first of a kind (what stands before a colon) is printed."""
         self.timeouts += timeout
         self.errors += not timeout
-        if self.first_problem is None:
-            self.first_problem = f"{problem:.200}"
+        problem = f"{problem:.200}"
+        self.first_problem = self.first_problem or problem
+        kind = problem.partition(":")[0]
+        if kind not in self.causes and len(self.causes) >= KINDS:
+            kind = "others"
+        elif kind not in self.causes:
             log.warning(
-                "%s: %s; scored %g: %.80r. Further failures are only counted: rollout/reward_errors, reward_timeouts",
+                "%s: %s; scored %g: %.80r. Further failures of this kind are only counted: rollout/reward_errors, "
+                "reward_timeouts",
                 type(self).__name__,
-                self.first_problem,
+                problem,
                 self.failed,
                 response[-80:],
             )
+        self.causes = {**self.causes, kind: self.causes.get(kind, 0) + 1}
         return self.failed
 
-    def close(self) -> None:  # noqa: B027 - most rewards hold nothing to release
-        """Release processes and files; may be called twice, and a later check may acquire them again."""
+    def close(self) -> None:
+        """Release processes and files; may be called twice, and a later check may acquire them again.
+
+        Where calls run in a child process, so does this when it ends.
+        """
+        if "isolation" in vars(self):
+            vars(self)["isolation"].child.close()
 
 
 def score(reward: Reward, responses: list[str], truths: list[str], **context: Sequence[Any]) -> list[float]:
     """Finite scores, one for each response, whatever `reward` does.
 
-    After an exception or a result of the wrong length the responses are scored one by one, so that only the
-    culprit loses its score. What still fails, and every value that is not a finite number (None, NaN, an exception
-    in the place of a number), scores `reward.failed` and is counted.
+    After a call that failed (an exception, a result of the wrong length, a hang, the death of its process) the
+    responses are scored one by one, so that only the culprit loses its score. What still fails, and every value that is
+    not a finite number (None, NaN, an exception in the place of a number), scores `reward.failed` and is counted.
 
     Args:
         reward: Scores.
@@ -108,18 +142,46 @@ def score(reward: Reward, responses: list[str], truths: list[str], **context: Se
     if not responses:
         return []
     wanted = pick(type(reward).__call__, context, type(reward).__name__, given=3)
-    try:
-        values = list(reward(responses, truths, **wanted))
-        if len(values) != len(responses):
-            raise ValueError(f"returned {len(values)} values for {len(responses)} responses")
-    except InputError:
-        raise
-    except Exception as error:
-        if len(responses) == 1:
-            return [reward.fail(f"{type(error).__name__}: {error}", responses[0])]
-        singles = zip(responses, truths, *wanted.values(), strict=True)
-        return [score(reward, [one], [truth], **_alone(wanted, rest))[0] for one, truth, *rest in singles]
-    return [_legal(reward, value, response) for value, response in zip(values, responses, strict=True)]
+    outcome = run(reward, responses, truths, wanted, reward.call_timeout)
+    if isinstance(outcome, Failure):
+        outcome = _one_by_one(reward, responses, truths, wanted, outcome)
+    reward.components = outcome.components
+    reward.checks += len(responses)
+    return [
+        reward.fail(value.problem, response, value.timeout) if isinstance(value, Failure) else value
+        for value, response in zip(outcome.values, responses, strict=True)
+    ]
+
+
+def _one_by_one(reward: Reward, responses: list[str], truths: list[str], wanted: Context, failure: Failure) -> Outcome:
+    """The outcome of as many calls as there are responses, which share the time limit of one call."""
+    if len(responses) == 1:
+        return Outcome([failure], {name: [reward.failed] for name in reward.components})
+    limit = reward.call_timeout
+    end = math.inf if limit is None else time.monotonic() + limit
+    outcomes: list[Outcome | Failure] = []
+    for response, truth, *rest in zip(responses, truths, *wanted.values(), strict=True):
+        if time.monotonic() >= end:
+            outcomes.append(failure)
+            continue
+        alone = {name: [value] for name, value in zip(wanted, rest, strict=True)}
+        each = None if limit is None else min(max(ALONE * limit, LEAST), end - time.monotonic())
+        outcomes.append(run(reward, [response], [truth], alone, each))
+    names = dict.fromkeys(name for o in outcomes if isinstance(o, Outcome) for name in o.components)
+    return Outcome(
+        [o if isinstance(o, Failure) else o.values[0] for o in outcomes],
+        {
+            name: [reward.failed if isinstance(o, Failure) else o.components[name][0] for o in outcomes]
+            for name in names or reward.components
+        },
+    )
+
+
+def checked_timeout(seconds: float | None, name: str) -> float | None:
+    """A time limit as a configuration gives it; an InputError where there is no such limit."""
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"{name}: timeout is {seconds}, allowed is a number of seconds above 0, or null")
+    return seconds
 
 
 def pick(function: Callable[..., Any], context: Context, name: str, given: int = 0) -> dict[str, Sequence[Any]]:
@@ -148,17 +210,3 @@ def _parameters(function: Callable[..., Any], given: int) -> tuple[dict[str, boo
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     named = [p for p in parameters[given:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return {p.name: p.default is p.empty for p in named}, everything
-
-
-def _alone(names: Context, values: list[Any]) -> dict[str, list[Any]]:
-    return {name: [value] for name, value in zip(names, values, strict=True)}
-
-
-def _legal(reward: Reward, value: Any, response: str) -> float:
-    if isinstance(value, Exception):
-        return reward.fail(f"{type(value).__name__}: {value}", response, timeout=isinstance(value, TimeoutError))
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    return number if math.isfinite(number) else reward.fail(f"returned {value!r:.80}, not a finite number", response)

@@ -28,6 +28,8 @@ class ChoiceReward(MarkedReward):
         options: The row's column of options: a list of texts, {label: text}, or {label: [...], text: [...]}.
     """
 
+    isolate = False
+
     def __init__(
         self,
         answer_after: str | None = "</think>",

@@ -38,6 +38,8 @@ class CodeReward(MarkedReward):
         missing_marker: zero or whole, for a thought that never ended.
     """
 
+    isolate = False  # each program has a process of its own
+
     def __init__(
         self,
         timeout: float = 5.0,

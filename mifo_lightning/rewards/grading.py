@@ -1,6 +1,7 @@
 """Grades responses to questions, in training and in evaluation alike: what a reward may see, and what cut-off costs."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,6 +102,29 @@ class FailureWatch:
                     f"reward: every check of {type(part).__name__} failed, {totals[0]} of {where}; the first cause: "
                     f"{part.first_problem}"
                 )
+
+
+def sum_up(reward: Reward, stage: str) -> list[str]:
+    """One line for each reward some of whose checks failed since the last such lines, on all ranks; collective.
+
+    Args:
+        reward: Its parts are listed one by one.
+        stage: What is summed up.
+    """
+    everywhere = gather_ranks([(part.checks, dict(part.causes)) for part in reward.parts])
+    lines = []
+    for part, counts in zip(reward.parts, zip(*everywhere, strict=True), strict=True):
+        causes: Counter[str] = Counter()
+        for _, own in counts:
+            causes.update(own)
+        if causes:
+            listed = ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
+            lines.append(
+                f"{stage}: {sum(causes.values())} of {sum(checks for checks, _ in counts)} checks of "
+                f"{type(part).__name__} failed and scored {part.failed:g}: {listed}"
+            )
+        part.checks, part.causes = 0, {}
+    return lines
 
 
 def _cut_off(scores: list[float], ended: list[bool], reward: Reward) -> list[float]:

@@ -11,6 +11,8 @@ class LastAnswerReward(MarkedReward):
         missing_marker: zero or whole, for a thought that never ended, where the marker is a closing tag.
     """
 
+    isolate = False
+
     def __init__(self, answer_after: str = ">", missing_marker: MissingMarker = "zero") -> None:
         super().__init__(answer_after, missing_marker)
 

@@ -108,6 +108,7 @@ def serve(connection: Connection, timeout: float) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the parent's business: it still wants its answer
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limit is off
     serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

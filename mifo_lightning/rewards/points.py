@@ -31,6 +31,7 @@ class PointsReward(Reward):
     """
 
     best = 1.0
+    isolate = False
 
     def __init__(self, graded: bool = False) -> None:
         self.graded = graded

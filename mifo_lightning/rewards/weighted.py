@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mifo_lightning.errors import InputError
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward, checked_timeout, score
+from mifo_lightning.rewards.isolation import release
 
 
 class WeightedRewards(Reward):
@@ -18,6 +19,8 @@ class WeightedRewards(Reward):
         solved_by: The name of the reward that `solved_at` judges, so that a penalty or a bonus does not change which
             answers are correct; null judges the sum.
     """
+
+    isolate = False  # its parts are, one by one
 
     def __init__(
         self, rewards: dict[str, Reward], weights: dict[str, float] | None = None, solved_by: str | None = None
@@ -61,19 +64,21 @@ class WeightedRewards(Reward):
     def close(self) -> None:
         """Close all."""
         for reward in self.rewards.values():
-            reward.close()
+            release(reward)
 
 
 class FormatReward(Reward):
     """1 if the whole response matches a regular expression, else 0; a dot matches line ends too.
 
     Args:
-        pattern: For example `.*</think>.*\\boxed{.+}.*`. No time limit holds for it: avoid nested repetitions.
+        pattern: For example `.*</think>.*\\boxed{.+}.*`.
+        timeout: Seconds for all responses of a call, since nested repetitions can take for ever; null has no limit.
     """
 
     best = 1.0
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, timeout: float | None = 10.0) -> None:
+        self.call_timeout = checked_timeout(timeout, "FormatReward")
         try:
             self.pattern = re.compile(pattern, re.DOTALL)
         except re.error as error:
@@ -92,6 +97,7 @@ class OverlongPenalty(Reward):
     """
 
     best = 0.0
+    isolate = False
 
     def __init__(self, longest: int, cache: int) -> None:
         if not 0 < cache <= longest:
