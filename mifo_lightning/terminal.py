@@ -41,6 +41,7 @@ def quiet() -> None:
         ".*does not have many workers.*",  # questions are in memory
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*in eval mode at the start of training.*",  # on purpose: no dropout
+        ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has synchronised them
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
     ):
         warnings.filterwarnings("ignore", text)

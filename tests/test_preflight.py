@@ -6,7 +6,6 @@ import pytest
 from test_cli import CONFIGS, SHORT, TINY, refused
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
-NO_ANSWER = "mifo_lightning.rewards.answer_format.AnswerFormatReward"
 LOGGERS: dict[str, list[str]] = {
     "wandb": ["--trainer.logger.init_args.save_dir"],
     "csv": ["--config", str(CONFIGS / "logger" / "csv.yaml"), "--trainer.logger.init_args.save_dir"],
@@ -18,11 +17,10 @@ LOGGERS: dict[str, list[str]] = {
     ("flags", "says"),
     [
         (["--data.train", "no_such.parquet"], "no_such.parquet"),
-        (["--data.holdout", "64"], "data.holdout"),
+        (["--data.chat_template", "{{ raise_exception('no') }}"], "the chat template refuses the prompt"),
         (["--data.max_prompt_tokens", "2"], "data.train"),
         (["--model.sampling.max_new_tokens", "60"], "model.sampling.max_new_tokens"),
         (["--model.evaluation.sampling.max_new_tokens", "60"], "model.evaluation.sampling.max_new_tokens"),
-        (["--data.schedule.rl_questions", "65"], "rl_questions"),
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
         (["--importance", "null"], "ImportanceEMA"),
         (["--data.val", "null", "--forgetting", "{}"], "forgetting"),
