@@ -12,7 +12,7 @@ READY = $(VENV)/.ready
 WORKERS ?= 2
 DEMO = $(RUN) -m mifo_lightning fit --config configs/tiny.yaml $(if $(SHORT),--data.schedule.rl_steps 30)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test stress lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
@@ -23,6 +23,9 @@ demo: $(READY) ## a full MIFO run on the embedded task, on CPU (SHORT=1: a quart
 test: $(READY) ## all tests of both distributions
 	cd callbacks && $(RUN) -m pytest
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+
+stress: $(READY) ## faults, kills, hostile input, long runs: an hour (SHORT=1: a minute); TRL=python compares resuming
+	$(RUN) -m benchmarks.stress $(if $(SHORT),--short) $(if $(TRL),--trl $(TRL))
 
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
 from mifo_lightning.models import load_policy, load_tokenizer
 from mifo_lightning.policy import Policy, Sequences
@@ -174,7 +175,7 @@ def worst_difference(policy: Policy, tokenizer: Any) -> float:
     sampling = Sampling(max_new_tokens=12)
     drawn = InProcessEngine().generate(policy, tokenizer, PROMPTS, [10 * i for i in range(len(PROMPTS))], 3, sampling)
     pairs = [(p, c) for p, group in zip(PROMPTS, drawn, strict=True) for c in group]
-    packed = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], int(tokenizer.pad_token_id))
+    packed = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], padding(tokenizer))
     logp, _ = policy(packed)
     logp.sum().backward()
     if not any(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in policy.parameters()):

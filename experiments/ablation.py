@@ -48,6 +48,7 @@ from experiments.cell import (
 )
 from experiments.grid import Ablation, Cell, cells, choose, read_ablation, slug, sweep, with_wandb
 from mifo_lightning.errors import InputError
+from mifo_lightning.terminal import printable
 
 PLAN = "ablation.json"
 NAMED_BEFORE = ("primary", "primary_contrast", "margin")
@@ -94,7 +95,7 @@ class View:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        self.console.print(line, markup=False)
+        self.console.print(printable(line), markup=False)
 
     def _text(self, running: int) -> str:
         done = self.kept + self._ended - self._failed
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             return run(ablation, parsed.only, parsed.slurm, command)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

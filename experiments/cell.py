@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -88,21 +87,15 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def prepare(directory: Path) -> list[str]:
-    """Make the directory ready for an attempt; the arguments that go on from its checkpoint, if it has one to read.
+    """Make the directory ready for an attempt; the arguments that go on from its checkpoint, if one is whole."""
+    from mifo_lightning.resume import read_or_previous
 
-    Lightning moves a finished checkpoint into place, which copies it, and can be cut off, if the temporary directory
-    is on another disk: then the cell begins anew.
-    """
-    import torch
-
-    path = directory / "checkpoints" / "last.ckpt"
     try:
-        step = int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError):
+        path, _ = read_or_previous(directory / "checkpoints" / "last.ckpt")
+    except InputError:
         _clear(directory)
         return []
     (directory / OUTCOME).unlink(missing_ok=True)
-    _keep_samples_until(directory / "samples.jsonl", step)
     return ["--ckpt_path", str(path)]
 
 
@@ -227,21 +220,6 @@ def _clear(directory: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name not in (FINGERPRINT, LOG, LOCK):
             entry.unlink()
-
-
-def _keep_samples_until(path: Path, step: int) -> None:
-    """Drop the samples that were recorded after a checkpoint: the run will record them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):  # the last one, cut off
-            continue
-        row = json.loads(line)
-        # a checkpoint comes after the step's rollout and before an evaluation at that step
-        if row["step"] < step or (row["step"] == step and row["stage"] == "rl"):
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
 
 
 @cache

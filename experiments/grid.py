@@ -26,6 +26,8 @@ GIVEN = {
     "trainer.logger": "wandb",
     "checkpoint.dirpath": "out",
     "ckpt_path": "the unfinished run",
+    "resume": "the unfinished run",
+    "data.fit_sizes": "its purpose: an arm runs what it says or is refused",
 }
 
 
@@ -120,7 +122,7 @@ class Cell:
     settings: tuple[str, ...]
     """The arguments of the command line that decide the result."""
     places: tuple[str, ...]
-    """The arguments that say where files and records go."""
+    """The arguments that say where files and records go, and that nothing is fitted to small data."""
     configs: tuple[str, ...]
     """Files that decide the result too."""
     model: Path
@@ -290,6 +292,7 @@ def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
         "trainer.default_root_dir": str(directory),
         "trainer.logger": _logger(ablation, f"{arm}/{base}/seed{seed}", directory),
         "checkpoint.dirpath": str(directory / "checkpoints"),
+        "data.fit_sizes": False,
     }
     settings = [text for file in configs for text in ("--config", file)] + _flags(values)
     return Cell(arm, base, seed, directory, tuple(settings), tuple(_flags(places)), configs, model, ablation.primary)

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from mifo_lightning.errors import InputError
+from mifo_lightning.terminal import printable
 
 HELD_OUT = 512
 VOCABULARY, CONTEXT = 2048, 4096
@@ -144,7 +145,7 @@ def main() -> None:
     try:
         make(args.data, args.out, args.steps, args.seed)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -24,6 +24,7 @@ from experiments.report import write_report
 from experiments.report.drawing import short
 from experiments.report.results import PLAN, RUNS, Ablation, Arm, Cell, write_runs
 from mifo_lightning.errors import InputError
+from mifo_lightning.terminal import printable
 
 QUESTIONS = 4096
 """Of the final evaluation; on each of its skills 1024."""
@@ -140,7 +141,7 @@ def main() -> None:
         write_runs(ablation, args.directory / RUNS)
         print(f"{len(ablation.cells)} runs; wrote {write_report(args.directory)}")
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

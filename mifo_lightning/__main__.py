@@ -1,6 +1,12 @@
 """`python -m mifo_lightning fit|validate|test --config ...`"""
 
-from mifo_lightning.cli import main
+import sys
+
+from mifo_lightning import interruption
 
 if __name__ == "__main__":
-    main()
+    interruption.install()  # the imports below take seconds; at the end it stays, for what runs at exit
+    with interruption.handled(sys.argv[1:]):
+        from mifo_lightning.cli import main
+
+        main()

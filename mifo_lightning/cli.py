@@ -1,5 +1,6 @@
 """The command line: LightningCLI with named, nullable method callbacks and our monitors."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -7,15 +8,20 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ActionYesNo
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_callbacks.logging import StepRows
+from mifo_lightning import interruption
+from mifo_lightning.checkpoint_io import with_checkpoint_io
 from mifo_lightning.config_files import left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
@@ -28,6 +34,7 @@ from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
+from mifo_lightning.monitors.model_card import write_card
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
@@ -35,9 +42,13 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.parser import OneLineParser
+from mifo_lightning.parser import MODE, OneLineParser
+from mifo_lightning.preflight import check_run
+from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.safe_points import NoHandlers
 from mifo_lightning.terminal import fail, quiet
+from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {
@@ -68,6 +79,10 @@ MONITORS: dict[str, type[Callback]] = {
 # on unless set to null; every other group is on where a configuration names it
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
+COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # whatever was being written: a log, a table, the model
+
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
 
@@ -76,11 +91,17 @@ class SaveConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run's directory and into the W&B run."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on the first rank only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        """Called on the first rank only; sizes are those that fit the data."""
+        config = self.config.clone()
+        for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
+            config[key.replace("switch.", "switch.init_args.")] = taken
+        text = self.parser.dump(config, skip_none=False)
         directory = run_dir(trainer)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(text, encoding="utf-8")
+        if (
+            trainer.state.fn == TrainerFn.FITTING or not (directory / "config.yaml").exists()
+        ):  # else it is that of a fit
+            (directory / "config.yaml").write_text(text, encoding="utf-8")
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.log_hyperparams(yaml.safe_load(text))
             Path(trainer.logger.experiment.dir, "mifo.yaml").write_text(text, encoding="utf-8")
@@ -91,8 +112,9 @@ class MifoCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """fit, validate and test; there is nothing to predict."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """fit, validate and test; there is nothing to predict, and checkpoints are loaded as weights only, always."""
+        own = {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: {*skip, "weights_only"} for name, skip in own.items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the reward, the named callbacks and the links between groups."""
@@ -103,9 +125,12 @@ class MifoCLI(LightningCLI):
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
             parser.set_defaults({key: {"class_path": path} if key in ALWAYS else None})
+        for split in ("train", "val", "test"):  # a file of data is data, not the configuration of a RowSource
+            parser._option_string_actions[f"--data.{split}"]._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         parser.link_arguments("reward", "data.reward", apply_on="instantiate")
         parser.link_arguments("model.model", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.link_arguments("model.group_size", "data.group_size")
         parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
@@ -116,7 +141,18 @@ class MifoCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
+        else:
+            parser.add_argument(
+                "--resume",
+                action=ActionYesNo,
+                nargs="?",
+                default=False,
+                help="Go on with the newest run, in its files.",
+            )
         return parser
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
@@ -132,30 +168,54 @@ class MifoCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config = with_checkpoint_io({**self._get(self.config_init, "trainer", default={}), **kwargs})
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
         # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
-        trainer = self._instantiate_trainer(config, callbacks)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                quiet_wandb(logger, self.subcommand is not None)
+        trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
+        trainer._signal_connector = NoHandlers(trainer)
+        interruption.follow(trainer.strategy.launcher)
+        prepare_runs(trainer.loggers)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: on resume the command line wins over the checkpoint."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what W&B runs it begins end with it."""
+        status = 1
+        try:
+            super()._run_subcommand(subcommand)
+            status = 0
+        finally:
+            end_runs(self.trainer.loggers, status)
+
     def before_fit(self) -> None:
-        """Evaluate the model as it comes, unless an earlier run is resumed."""
-        start = self._get(self.config, "ckpt_path")
+        """Check, begin to log and evaluate the model as it comes, unless an earlier run is resumed."""
+        start = self._choose_checkpoint()
         # before minutes of evaluation, and before config.yaml is written
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (ExportModel, LastCheckpoint)) and (not start or Path(start).is_file()):
-                callback.check_free(self.trainer, self.model, start)
+            if isinstance(callback, (ExportModel, LastCheckpoint)):
+                callback.check_free(self.trainer, self.model, start and start.path)
+        check_run(self.trainer, self.model, self.datamodule, "fit")
+        prepare_files(self.trainer, start)
+        begin_runs(self.trainer.loggers)
         if self._evaluates() and not start:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def before_validate(self) -> None:
+        """Verify the checkpoint and check the run, then begin to log."""
+        self._choose_checkpoint()
+        check_run(self.trainer, self.model, self.datamodule, "validate")
+        begin_runs(self.trainer.loggers)
+
+    def before_test(self) -> None:
+        """As `validate`."""
+        self._choose_checkpoint()
+        check_run(self.trainer, self.model, self.datamodule, "test")
+        begin_runs(self.trainer.loggers)
 
     def after_fit(self) -> None:
         """Evaluate the trained model, print the table before and after, and say where everything is."""
@@ -165,7 +225,23 @@ class MifoCLI(LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunSummary):
                 callback.report(trainer)
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        write_card(trainer, self.datamodule, yaml.safe_load(config), OneLineParser.arguments)
         report_places(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint) and callback.failed:
+                raise TrainingError(f"checkpoint: the state at the end is not saved: {callback.failed}")
+
+    def _choose_checkpoint(self) -> Start | None:
+        """The checkpoint to load, verified and put where Lightning takes it from."""
+        given, resume = self._get(self.config, "ckpt_path"), self._get(self.config, "resume", default=False)
+        start = choose(self.trainer, self.model, given, resume, self.subcommand == "fit")
+        if start is not None:
+            for config in (self.config, self.config_init):
+                config[f"{self.subcommand}.ckpt_path"] = str(start.path)
+                if resume:
+                    config[f"{self.subcommand}.resume"] = False  # in the written configuration, the path says it
+        return start
 
     def after_validate(self) -> None:
         """Print the table."""
@@ -179,6 +255,11 @@ class MifoCLI(LightningCLI):
         return bool(self.datamodule.sources["val"] or self.datamodule.holdout)
 
 
+def as_script() -> bool:
+    """Whether this process is the installed command rather than `python -m`."""
+    return Path(sys.argv[0]).name == COMMAND
+
+
 def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
     """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
     return MifoCLI(
@@ -189,8 +270,8 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
         save_config_kwargs={"save_to_log_dir": False},
         parser_class=OneLineParser,
         parser_kwargs={
-            "parser_mode": "omegaconf+",  # interpolation that follows the command line
-            "prog": "python -m mifo_lightning",
+            "parser_mode": MODE,
+            "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
@@ -201,21 +282,31 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; bad input prints one line and exits with status 2, training that broke down with 1."""
+    """Run the command line; what ends it early prints one line.
+
+    The exit status is 2 for bad input, 1 where training broke down, 128 + n for signal number n.
+    """
     # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
+    if as_script():
+        sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:
-        OneLineParser.empty = left_empty(OneLineParser.arguments)
-        check_seeds(OneLineParser.arguments)
-        check_configured(OneLineParser.arguments)
-        make_cli(args)
+        with interruption.handled(OneLineParser.arguments):
+            OneLineParser.empty = left_empty(OneLineParser.arguments)
+            check_seeds(OneLineParser.arguments)
+            check_configured(OneLineParser.arguments)
+            make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
         fail(str(error), status=1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fail(f"{error.filename or 'the disk'} cannot be written: {error.strerror}; what was saved stays", status=1)
     except OmegaConfBaseException as error:
         what = str(error).split("\n")[0]
         up = "." * str(error.full_key).count(".")  # one dot is the group that holds the key; the first part is `fit`
@@ -259,22 +350,15 @@ def _root_cause(error: BaseException) -> BaseException:
     return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
 
 
-def quiet_wandb(logger: WandbLogger, runs: bool) -> None:
-    """Keep W&B from warning of what nobody set; its directory is made, if the command line runs."""
-    if logger._wandb_init.get("anonymous") is None:
-        logger._wandb_init.pop("anonymous", None)  # Lightning names it, unset; W&B warns of the name alone
-    if runs and logger.save_dir:
-        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)  # "git root does not exist"
-
-
 @rank_zero_only
 def report_places(trainer: Trainer) -> None:
     """Say where model, checkpoint, files and W&B run are."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ExportModel) and callback.written:
             print(f"model: {callback.written}")
-    if trainer.checkpoint_callback and (path := getattr(trainer.checkpoint_callback, "best_model_path", "")):
-        print(f"checkpoint: {path}")
+    for checkpoint in trainer.checkpoint_callbacks:
+        if (path := getattr(checkpoint, "best_model_path", "")) and Path(path).exists():
+            print(f"checkpoint: {path}")
     print(f"files: {run_dir(trainer)}")
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -1,27 +1,72 @@
 """What error lines must know of configuration files: that they are text, and where a key is left empty."""
 
 import re
+import stat
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import yaml
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
 from mifo_lightning.errors import InputError
 
 NULL = "tag:yaml.org,2002:null"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LARGEST, DEEPEST, MOST = 2**20, 100, 100_000  # characters, levels and values, aliases written out, of a configuration
+UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no path, tokenizer or file takes them
+
+
+def check_text(text: str) -> None:
+    """Refuse YAML that would end the process (depth), fill the memory (aliases) or holds what is no text.
+
+    Raises:
+        yaml.MarkedYAMLError: With the line and what is allowed, also where the text is no YAML.
+    """
+    if len(text) > LARGEST:
+        raise yaml.MarkedYAMLError(problem=f"{len(text)} characters, at most {LARGEST} are allowed")
+    sizes: dict[str | None, int] = {}  # values in each anchored value
+    opened: list[tuple[str | None, int]] = [(None, 0)]  # anchor of each open collection, and values before it
+    count = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, CollectionStartEvent):
+            opened.append((event.anchor, count))
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes[anchor] = count - before
+        elif isinstance(event, ScalarEvent):
+            sizes[event.anchor] = 1
+        elif isinstance(event, AliasEvent):
+            count += sizes.get(event.anchor, 0)
+        count += isinstance(event, NodeEvent)
+        if problem := _problem(event, opened, count):
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+def _problem(event: yaml.Event, opened: list[tuple[str | None, int]], count: int) -> str | None:
+    if len(opened) > DEEPEST:
+        return f"nested more than {DEEPEST} levels deep"
+    if count > MOST:
+        return f"more than {MOST} values, aliases written out"
+    if isinstance(event, AliasEvent) and any(event.anchor == anchor for anchor, _ in opened):
+        return f"alias {event.anchor} stands inside its own value"
+    if isinstance(event, ScalarEvent) and (found := UNREADABLE.search(event.value)):
+        return f"a value holds the character U+{ord(found[0]):04X}, which is not allowed"
+    return None
 
 
 def left_empty(arguments: list[str]) -> dict[str, str]:
     """Dotted keys that the configuration files of a command line set to null, with file and line; later files win.
 
     Raises:
-        InputError: A file is not UTF-8 text or no YAML.
+        InputError: A file is no regular one, cannot be read, is not UTF-8 text, or `check_text` refuses it.
     """
     found: dict[str, str] = {}
     for path in _config_files(arguments):
         try:
-            root = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.SafeLoader)
+            text = read_regular(path, LARGEST).decode("utf-8-sig")
+            check_text(text)
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             raise InputError(f"{path}, line {line}: not UTF-8 text (byte {error.object[error.start]:#x})") from error
@@ -34,6 +79,31 @@ def left_empty(arguments: list[str]) -> dict[str, str]:
             if value.tag == NULL:
                 found[key] = f"{path}, line {value.start_mark.line + 1}"
     return found
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a file, which is not opened unless it is a regular one: a pipe or device may never end.
+
+    Raises:
+        InputError: It is none, has more than `most` bytes or cannot be read.
+    """
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > most:
+        raise InputError(f"{path}: more than {most} bytes, which are allowed")
+    return content
+
+
+def check_regular(path: Path) -> None:
+    """Raise an InputError if `path`, which may be absent, is no regular file; OSError and ValueError as of `stat`."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
 def with_place(message: str, empty: dict[str, str]) -> str:
@@ -54,7 +124,15 @@ def _config_files(arguments: list[str]) -> list[Path]:
         flag, equals, value = text.partition("=")
         if flag in ("--config", "-c"):
             named.append(Path(value if equals else following))
-    return [path for path in named if path.is_file()]
+    return [path for path in named if _exists(path)]
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a path; what is none may be configuration itself."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _leaves(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.ScalarNode]]:

@@ -45,6 +45,12 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return listed or frozenset({int(tokenizer.eos_token_id)})
 
 
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills rows up to one length: the pad token, or else the end of sequence; lengths tell what is padding."""
+    pad: int | None = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase, conversation: str, answer: str) -> int:
     """Id of the one token that an SFT target ends in.
 
@@ -108,7 +114,7 @@ def _read(model: str, name: str) -> dict[str, Any]:
     try:
         path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
         found = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"model.model: {model}/{name} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise InputError(f"model.model: {model}/{name} is no JSON object")

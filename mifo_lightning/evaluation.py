@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.data.question import Question
-from mifo_lightning.ending import response_texts
+from mifo_lightning.ending import padding, response_texts
 from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy import Policy, Sequences
@@ -20,9 +20,35 @@ from mifo_lightning.rewards.grading import FailureWatch, Scores, check_solved_at
 from mifo_lightning.rewards.marker import MarkedReward
 from mifo_lightning.rollout.batch import score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 WITHOUT_MARKER, STRICT, WHOLE_TEXT = MARKER_METRICS = ("without_marker", "strict", "whole_text")
+
+
+@dataclass
+class EvaluationSampling:
+    """How evaluation draws responses; what is null is as in rollouts, `model.sampling`.
+
+    Args:
+        temperature: Logits are divided by it; 0 takes the most likely token. Evaluation's own.
+        top_p: Keep the smallest set of tokens whose probability reaches it; 1 keeps all.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        max_new_tokens: Longest response in tokens; null: as rollouts.
+        stop: Strings that end a response; null: those of rollouts.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int | None = None
+    stop: list[str] | None = None
+
+
+def beside(own: EvaluationSampling | Sampling, rollouts: Sampling) -> Sampling:
+    """How evaluation draws: as its own settings say and, where they are null, as rollouts are drawn."""
+    longest = rollouts.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens
+    return Sampling(own.temperature, own.top_p, own.top_k, longest, rollouts.stop if own.stop is None else own.stop)
 
 
 @dataclass
@@ -38,12 +64,12 @@ class Evaluation:
 
     samples: int = 1
     greedy: bool = True
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6))
+    sampling: EvaluationSampling = field(default_factory=EvaluationSampling)
     demonstration_loss: bool = True
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
-        self.sampling.check(f"{key}.sampling")
+        beside(self.sampling, Sampling()).check(f"{key}.sampling")
         if self.samples < 0 or (self.samples == 0 and not self.greedy):
             raise InputError(
                 f"{key}.samples: {self.samples} is not allowed; it must be at least 1, or 0 with greedy true"
@@ -90,6 +116,7 @@ class Evaluator:
         settings: How to draw.
         solved_at: Reward from which a response counts as correct.
         seed: Seed of the sampled responses: every evaluation of a run draws with the same randomness.
+        rollouts: How rollouts are drawn, which evaluation follows in what its own settings leave open.
     """
 
     def __init__(
@@ -100,7 +127,9 @@ class Evaluator:
         settings: Evaluation,
         solved_at: float,
         seed: int,
+        rollouts: Sampling = Sampling(),
     ) -> None:
+        self.sampling = beside(settings.sampling, rollouts)
         self.engine, self.tokenizer, self.reward, self.settings = engine, tokenizer, reward, settings
         check_solved_at(solved_at, reward)
         self.solved_at, self.seed = solved_at, seed
@@ -159,7 +188,7 @@ class Evaluator:
     def _respond(
         self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool
     ) -> list[dict[str, Any]]:
-        sampling = self._greedy_sampling() if greedy else self.settings.sampling
+        sampling = self._greedy_sampling() if greedy else self.sampling
         flat, texts, graded = self._graded(policy, questions, n, sampling)
         if not flat:
             return []
@@ -197,8 +226,7 @@ class Evaluator:
         return torch.tensor(graded.judged) >= self.solved_at
 
     def _greedy_sampling(self) -> Sampling:
-        sampling = self.settings.sampling
-        return Sampling(0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
+        return Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
 
     def _graded(
         self, policy: Policy, questions: list[Question], n: int, sampling: Sampling
@@ -206,7 +234,7 @@ class Evaluator:
         """n responses to each question, question by question, as tokens and as text, with their rewards."""
         keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
         prompts = [q.prompt for q in questions]
-        completions = self.engine.generate(policy, self.tokenizer, prompts, keys, n, sampling)
+        completions = draw(self.engine, policy, self.tokenizer, prompts, keys, n, sampling)
         flat = [c for group in completions for c in group]
         if not flat:
             return [], [], Scores([], [], {})
@@ -260,7 +288,7 @@ class Evaluator:
         with policy.sampling():
             if not shown:
                 return torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
-            pad = int(self.tokenizer.pad_token_id)
+            pad = padding(self.tokenizer)
             sequences = Sequences.pack([q.prompt for q in shown], [q.demonstration or [] for q in shown], pad)
             logp, _ = score_without_gradient(policy, sequences.to(policy.device), temperature=1.0)
             return -logp.sum(), sequences.response_lengths.sum().to(policy.device).float()

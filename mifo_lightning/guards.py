@@ -7,7 +7,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedConfig
 
-from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
@@ -19,7 +18,6 @@ PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after
 
 def check_trainer(trainer: Trainer) -> None:
     """Raise an InputError for half-precision weights, a second gradient clip, or a limit that cuts a step."""
-    require_data_parallel(trainer, "MifoModule")
     if trainer.precision not in PRECISIONS:
         raise InputError(
             f"trainer.precision: {trainer.precision} is not allowed; it must be one of {', '.join(PRECISIONS)}: master "
@@ -47,6 +45,13 @@ def check_flags(trainer: Trainer) -> None:
             raise InputError(
                 f"trainer.{name}: {value} is not allowed; how many batches data.schedule makes is not known before: "
                 "give a whole number of micro-batches"
+            )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith("val/") and trainer.val_check_interval == 1.0:
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} waits for {monitor} in vain; nothing is validated "
+                "inside fit unless trainer.val_check_interval is a number of micro-batches"
             )
     if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise InputError(

@@ -80,6 +80,10 @@ class PhaseLoader:
         rank: This process.
         world_size: Number of data-parallel processes.
 
+    Attributes:
+        under_way: Whether the optimizer step whose items are handed out is still to be done: whoever does it says so.
+            The state is then that of its beginning, so that it is done anew as a whole.
+
     Raises:
         InputError: If a batch cannot be divided over ranks, minibatches and micro-batches, or a phase has no data.
     """
@@ -112,12 +116,14 @@ class PhaseLoader:
             lending = len(questions) if own_demonstrations else len(self.demonstrated)
             schedule.check_sft(lending, phase_size, micro_batches, world_size)
         self.sft_phase_steps = schedule.sft_phase_steps(phase_size)
+        self.under_way = False
         self._at = _Position()
         self._queue: list[Pushed] = []  # pushed SFT phases that have not begun
         self._kind: str | None = None  # what is under way: rl, sft, before, after
         self._ids: list[int] = []  # questions of what is under way
         self._own: dict[int, list[int]] = {}  # demonstrations of what is under way that are not the data's
         self._update = 0
+        self._before = self._state()
 
     def push(self, entries: list[dict[str, Any]]) -> None:
         """Queue an SFT phase on these buffer entries.
@@ -146,6 +152,8 @@ class PhaseLoader:
         return self
 
     def __next__(self) -> WorkItem:
+        if self._at.micro == 0:
+            self._before = self._state()
         if self._at.micro == 0 and self._update == self._updates():
             self._begin()
         item = self._item()
@@ -263,6 +271,10 @@ class PhaseLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position, pushed phases, what is under way, and what the questions were: plain integers and lists."""
+        state = self._before if self.under_way else self._state()
+        return {**state, "questions": len(self.questions), "fingerprint": self._fingerprint()}
+
+    def _state(self) -> dict[str, Any]:
         return {
             "position": self.position,
             "queue": [{"ids": list(p.ids), "own": dict(p.own)} for p in self._queue],
@@ -271,8 +283,6 @@ class PhaseLoader:
             "own": dict(self._own),
             "update": self._update,
             "updates": self._updates(),
-            "questions": len(self.questions),
-            "fingerprint": self._fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

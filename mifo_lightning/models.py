@@ -1,34 +1,33 @@
 """Loading a Hugging Face causal LM and its tokenizer, sharding it, and writing it back."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
 from mifo_lightning.distributed import full
 from mifo_lightning.ending import read_ends, set_ends
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy import Policy, Sequences
-from mifo_lightning.tokenizer_file import faithful
+from mifo_lightning.pretrained import (
+    first_line,
+    quiet_loading,
+    read_blueprint,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 
+_without_padding: set[str] = set()  # models whose tokenizers a line has told of: data and module load one each
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
 
 
@@ -53,38 +52,33 @@ def locate(model: str) -> str:
     return model
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the model's end tokens (`ending.end_tokens`).
 
     Raises:
-        InputError: If there is none, it has no padding or end-of-sequence token, or the end tokens cannot be read.
+        InputError: If there is none, it has no end-of-sequence token, or the end tokens cannot be read.
     """
     directory = locate(model)
-    try:
-        tokenizer = faithful(AutoTokenizer.from_pretrained(directory), directory)
-    except InputError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare ones
-        raise InputError(f"model.model: no tokenizer in {model!r}: {_first_line(error)}") from error
-    for name in ("pad_token", "eos_token"):
-        if getattr(tokenizer, name, None) is None:
-            raise InputError(f"model.model: the tokenizer of {model!r} has no {name}; set it in tokenizer_config.json")
+    tokenizer = read_tokenizer(model, directory, trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise InputError(f"model.model: the tokenizer of {model!r} has no eos_token; set it in tokenizer_config.json")
+    if tokenizer.pad_token is None and model not in _without_padding:
+        _without_padding.add(model)
+        rank_zero_warn(
+            f"model.model: the tokenizer of {model!r} has no pad_token; rows are filled up with its end token "
+            f"{tokenizer.eos_token!r}, told apart by their lengths"
+        )
     set_ends(tokenizer, read_ends(directory))
     return tokenizer
 
 
-def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
+def load_policy(model: str, gradient_checkpointing: bool = False, trust_remote_code: bool = False) -> Policy:
     """The model with fp32 weights, ready for training.
 
     Raises:
-        InputError: If it cannot be loaded as a causal LM, or a weight is not finite.
+        InputError: If it cannot be loaded as a causal LM, or a weight is missing or not finite.
     """
-    directory = locate(model)
-    try:
-        with no_progress_bar():
-            loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"model.model: {model!r} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    loaded = read_model(model, locate(model), trust_remote_code)
     broken = [name for name, p in loaded.named_parameters() if not p.isfinite().all()]
     if broken:
         raise InputError(f"model.model: {model!r} has weights that are not finite, in {', '.join(broken[:3])}")
@@ -96,7 +90,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
     except Exception as error:  # whatever a model's own code raises
         raise InputError(
             f"model.model: {type(loaded).__name__} cannot be run on token ids alone ({type(error).__name__}: "
-            f"{_first_line(error)}); give a decoder-only causal LM"
+            f"{first_line(error)}); give a decoder-only causal LM"
         ) from error
     if gradient_checkpointing:
         recompute_layers(loaded)
@@ -106,6 +100,16 @@ def load_policy(model: str, gradient_checkpointing: bool = False) -> Policy:
     if unused:
         rank_zero_warn(f"model.model: text does not pass through {', '.join(unused)}; those weights are not trained")
     return policy
+
+
+@cache
+def blueprint(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights: names and shapes alone, on the meta device.
+
+    Raises:
+        InputError: If it is none.
+    """
+    return read_blueprint(model, locate(model), trust_remote_code)
 
 
 def freeze_unused(policy: Policy) -> list[str]:
@@ -195,9 +199,9 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(policy, "decode")
 
 
-def stored_dtype(model: str) -> torch.dtype:
+def stored_dtype(model: str, trust_remote_code: bool = False) -> torch.dtype:
     """The floating dtype that the configuration of a model names for its weights; float32 where it names none."""
-    dtype = getattr(AutoConfig.from_pretrained(locate(model)), "dtype", None)
+    dtype = getattr(read_config(model, locate(model), trust_remote_code), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
@@ -212,6 +216,7 @@ def export_model(
     directory: Path,
     write: bool,
     dtype: torch.dtype = torch.float32,
+    chat_template: str | None = None,
 ) -> None:
     """Write a Hugging Face directory; collective if the weights are sharded, `write` on one rank only.
 
@@ -221,30 +226,17 @@ def export_model(
         directory: Where to.
         write: Whether this rank writes.
         dtype: Of the written floating-point weights; another than fp32 rounds them.
+        chat_template: Jinja text in place of the tokenizer's own.
     """
     weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
     if write:
         directory.mkdir(parents=True, exist_ok=True)
         rounded = {name: w.to(dtype) if w.dtype == torch.float32 else w for name, w in weights.items()}
-        with no_progress_bar():
+        with quiet_loading():
             policy.model.save_pretrained(directory, state_dict=rounded)
         config = copy.deepcopy(policy.model.config)
         config.dtype = dtype  # save_pretrained names the dtype of the weights in memory
         config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Hugging Face shows no bar of its own beside ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+        kept = copy.copy(tokenizer)
+        kept.chat_template = chat_template or tokenizer.chat_template
+        kept.save_pretrained(directory)

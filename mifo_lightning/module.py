@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import require_data_parallel
+from mifo_lightning import interruption, safe_points
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.ending import end_tokens
@@ -75,6 +77,7 @@ class MifoModule(LightningModule):
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts.
+        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
 
@@ -104,6 +107,7 @@ class MifoModule(LightningModule):
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
         super().__init__()
@@ -111,14 +115,17 @@ class MifoModule(LightningModule):
         sft.check("model.sft")
         evaluation.check("model.evaluation")
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
         self.skip_zero_gradient = skip_zero_gradient
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
         )
-        self.evaluator = Evaluator(self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed)
+        self.evaluator = Evaluator(
+            self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed, sampling
+        )
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.own_demonstrations = demonstrations == "own"
         self.needs_demonstrations = mixing is not None or sft_weight == "flow"
@@ -128,6 +135,7 @@ class MifoModule(LightningModule):
             raise InputError(f"model.sft_entropy_bonus: {sft_entropy_bonus} is not allowed; it must be at least 0")
         self.supervision = Supervision(self.tokenizer, sft_weight, sft_entropy_bonus)
         self._rollout: Rollout | None = None
+        self._news: dict[str, Any] = {}  # of the rollout, for the callbacks, until its first optimizer step is done
         self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
@@ -135,27 +143,33 @@ class MifoModule(LightningModule):
         self._finite = FiniteSteps()
         self.self_check = self_check
         self._checked: str | None = None  # the precision in which the engine was compared with the model
+        self._found: dict[str, float] = {}  # what that gave, until it is logged
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Load the weights (fp32 master copy) and, under FSDP2, shard them; take the Trainer's precision."""
+        """Load the weights, if that is not done, and, under FSDP2, shard them."""
+        require_data_parallel(self.trainer, "MifoModule")
         check_trainer(self.trainer)
+        self.load()
+        for whole in (self._policy, *self.reinforcement.references):
+            if self.device_mesh is not None and not isinstance(whole, FSDPModule):
+                shard_policy(whole, self.device_mesh["data_parallel"])
+
+    def load(self) -> None:
+        """Load the weights (fp32 master copy), once, and take the Trainer's precision.
+
+        Raises:
+            InputError: If the model cannot be loaded, or its tokenizer is another's.
+        """
         if self.policy is None:
-            self._load_policies()
+            trust, needed = self.trust_remote_code, self.reinforcement.needs_reference
+            self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
+            check_vocabulary(self.policy, self.tokenizer)
+            self.reinforcement.set_reference(load_policy(self.model_name, trust_remote_code=trust) if needed else None)
         for policy in (self._policy, *self.reinforcement.references):
             # hooks of callbacks run outside the Trainer's own context: they would measure another model
             policy.numerics = self.trainer.precision_plugin.forward_context
-
-    def _load_policies(self) -> None:
-        self.policy = load_policy(self.model_name, self.gradient_checkpointing)
-        check_vocabulary(self.policy, self.tokenizer)
-        reference = load_policy(self.model_name) if self.reinforcement.needs_reference else None
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for whole in (self.policy, reference):
-                if whole is not None and self.device_mesh is not None:
-                    shard_policy(whole, self.device_mesh["data_parallel"])
-        self.reinforcement.set_reference(reference)
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
@@ -167,7 +181,11 @@ class MifoModule(LightningModule):
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Work items and questions are plain lists; tensors are made from them where they are needed."""
+        """Plain lists stay as they are; a safe point ahead of what callbacks do at the start of any batch."""
+        if self.trainer.training:
+            self._say_under_way(True)
+        interruption.defer()
+        safe_points.agree(device)
         return batch
 
     def on_train_start(self) -> None:
@@ -176,7 +194,7 @@ class MifoModule(LightningModule):
         warn_of_single_steps(self.trainer, self.moments)
         self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
         sampling = self.reinforcement.sampling
-        self._check(self.trainer.train_dataloader, "model.sampling", sampling)
+        self._check(self.trainer.train_dataloader, evaluated=False)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
         if self._restored:
             self._phase_optimizer.load_state_dict(self._restored["optimizer"])
@@ -202,7 +220,7 @@ class MifoModule(LightningModule):
             self._metrics.put(batch["phase"], {"lr": lr})
 
     def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch, `work` for accounts, and `groups` and `samples` where fresh rollouts were made."""
+        """Loss of one micro-batch and `work` for accounts; `groups` and `samples` where a rollout's first step ends."""
         output = self._rl_step(batch) if batch["phase"] == "rl" else self._sft_step(batch)
         # undo Lightning's division by micro-batches and the strategy's mean over ranks: our denominators count all
         output["loss"] = output["loss"] * (batch["micro_batches"] * self.trainer.world_size)
@@ -210,9 +228,8 @@ class MifoModule(LightningModule):
 
     def _rl_step(self, batch: WorkItem) -> dict[str, Any]:
         work: dict[str, Any] = {"generated": 0, "scored": 0}
-        output: dict[str, Any] = {}
         if batch["update"] == 0 and batch["micro"] == 0:
-            output = self._roll_out(batch, work)
+            self._news = self._roll_out(batch, work)
         assert self._rollout is not None, "the loader begins every rollout with its first update"
         reinforcement = self.reinforcement
         part = reinforcement.micro_batch(self._rollout, batch)
@@ -225,7 +242,10 @@ class MifoModule(LightningModule):
         self._metrics.add("rl", metrics)
         shown = [] if part.demonstrated is None else part.question[part.demonstrated].tolist()
         work |= {"trained": part.sequences.token_count(), "demonstrations": shown}
-        return {**output, "loss": loss, "work": work}
+        output = {"loss": loss, "work": work}
+        if batch["micro"] + 1 == batch["micro_batches"]:  # a step that is not done leaves no traces in callbacks
+            output, self._news = {**self._news, **output}, {}
+        return output
 
     def _roll_out(self, batch: WorkItem, work: dict[str, Any]) -> dict[str, Any]:
         """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
@@ -277,8 +297,16 @@ class MifoModule(LightningModule):
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
+        self._phase_optimizer.look()
+        self._say_under_way(False)
         check_weights(self._policy, self._where())
         log_metrics(self.trainer, {**self._metrics.take(), **self._finite.metrics()})
+
+    def _say_under_way(self, under_way: bool) -> None:
+        """Tell the loader whether its step is still to be done."""
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "under_way"):
+            loader.under_way = under_way
 
     def _where(self) -> str:
         """The running optimizer step, for a person."""
@@ -299,11 +327,11 @@ class MifoModule(LightningModule):
 
     def on_validation_start(self) -> None:
         """Check lengths and, before the first evaluation of a run, the engine."""
-        self._check(self.trainer.val_dataloaders, "model.evaluation.sampling", self.evaluator.settings.sampling)
+        self._check(self.trainer.val_dataloaders, evaluated=True)
 
     def on_test_start(self) -> None:
         """As validation."""
-        self._check(self.trainer.test_dataloaders, "model.evaluation.sampling", self.evaluator.settings.sampling)
+        self._check(self.trainer.test_dataloaders, evaluated=True)
 
     def on_validation_epoch_start(self) -> None:
         """Empty the metrics."""
@@ -332,7 +360,8 @@ class MifoModule(LightningModule):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add parked moments and every rank's rollout: plain types and tensors."""
+        """Add parked moments and every rank's rollout: plain types and tensors; leave out a step that is not done."""
+        safe_points.whole_steps(checkpoint["loops"], self.trainer.accumulate_grad_batches)
         if self.optimizer_of_phase is not None:
             rollout = None if self._rollout is None else self._rollout.state_dict()
             checkpoint["mifo"] = {
@@ -370,22 +399,39 @@ class MifoModule(LightningModule):
         engine = self.reinforcement.engine
         return engine if isinstance(engine, InProcessEngine) else None
 
-    def _check(self, loaders: Any, key: str, sampling: Sampling) -> None:
-        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model."""
+    def check_questions(self, loaders: Any, evaluated: bool, engine: bool = True) -> None:
+        """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model.
+
+        Args:
+            loaders: One dataloader, or several by name.
+            evaluated: Whether they are those of an evaluation.
+            engine: Whether to compare the engine with the model, once in each precision.
+
+        Raises:
+            InputError: One or the other.
+        """
         questions = _questions(loaders)
+        sampling = self.evaluator.sampling if evaluated else self.reinforcement.sampling
+        own = evaluated and self.evaluator.settings.sampling.max_new_tokens is not None
+        key = "model.evaluation.sampling" if own else "model.sampling"
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
-        if self.self_check and questions and self._checked != self.trainer.precision:
+        if engine and self.self_check and questions and self._checked != self.trainer.precision:
             self._checked = str(self.trainer.precision)
-            with self._profile("self_check"):
-                found = self_check(
-                    self.reinforcement.engine,
-                    self._policy,
-                    self.tokenizer,
-                    [q.prompt for q in questions],
-                    self.reinforcement.sampling,
-                    mixed=self.trainer.precision != "32-true",
-                )
-            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})
+            self._found = self_check(
+                self.reinforcement.engine,
+                self._policy,
+                self.tokenizer,
+                [q.prompt for q in questions],
+                self.reinforcement.sampling,
+                mixed=self.trainer.precision != "32-true",
+            )
+
+    def _check(self, loaders: Any, evaluated: bool) -> None:
+        """The same where no one has checked before, and log what the comparison found."""
+        self.check_questions(loaders, evaluated)
+        if self._found:
+            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in self._found.items()})
+            self._found = {}
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
         return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]

@@ -104,6 +104,7 @@ class PhaseAdamW:
         self.zero_gradients: dict[str, int] = {"rl": 0, "sft": 0}
         self._number: int | None = None  # of the phase: two SFT phases may follow each other
         self._parked: dict[str, dict[Tensor, dict[str, Any]]] = {}
+        self._fresh = False  # whether there are no moments yet; FSDP2 makes some where it saves
 
     def enter(self, phase: Phase, step: int, number: int | None = None) -> float:
         """Make the optimizer ready for an optimizer step; returns the learning rate.
@@ -116,6 +117,7 @@ class PhaseAdamW:
         if phase != self.phase or other_number(self._number, number):
             self._switch(phase)
         self._number = number
+        self.look()
         settings = self.settings[phase]
         lr = settings.lr_at(step)
         for group in self.optimizer.param_groups:
@@ -131,6 +133,10 @@ class PhaseAdamW:
             state.clear()
             state.update(self._parked.pop(phase, {}))
         self.phase = phase
+
+    def look(self) -> None:
+        """Note whether there are moments; call it after every step."""
+        self._fresh = not self.optimizer.state
 
     def meet_norm(self, norm: float) -> int:
         """Count a gradient of exactly 0 and, where it is to be skipped, let go of it before the step.
@@ -163,12 +169,15 @@ class PhaseAdamW:
             "number": self._number,
             "zero_gradients": dict(self.zero_gradients),
             "parked": parked,
+            "fresh": self._fresh,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; call once the parameters are where they will stay."""
         self.phase, self._number = state["phase"], state.get("number")
         self.zero_gradients |= state.get("zero_gradients", {})
+        if state.get("fresh"):
+            self.optimizer.state.clear()
         self._parked = {
             phase: {
                 self.parameters[name]: {k: _place(v, self.parameters[name]) for k, v in slots.items()}

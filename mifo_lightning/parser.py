@@ -2,16 +2,24 @@
 
 import difflib
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mifo_lightning.config_files import with_place
+from mifo_lightning.config_files import check_text, with_place
 from mifo_lightning.terminal import fail
+
+MODE = "omegaconf+"  # interpolation that follows the command line
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line that says which argument is meant."""
+    """A parser whose errors are one line that says which argument is meant.
+
+    Only `--config` reads configuration from a file: elsewhere jsonargparse would take the file that a value names, such
+    as one of data, for configuration, and import the classes that stand in it.
+    """
 
     arguments: list[str] = []  # what the command line gave
     empty: dict[str, str] = {}  # where its configuration files leave a key empty
@@ -29,3 +37,15 @@ class OneLineParser(LightningArgumentParser):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)
             text += f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all"
         fail(with_place(text, self.empty))
+
+    def _add_signature_parameter(self, *arguments: Any, **named: Any) -> Any:
+        return super()._add_signature_parameter(*arguments, **{**named, "sub_configs": False})
+
+
+def load_checked(text: str) -> Any:
+    """YAML, of a file or an argument, unless reading it would take the process or the machine with it."""
+    check_text(text)
+    return get_loader("yaml")(text)
+
+
+set_loader(MODE, load_checked, exceptions=(yaml.YAMLError,))

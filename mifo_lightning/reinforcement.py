@@ -14,7 +14,7 @@ from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import gather_ranks, rank, ranks
-from mifo_lightning.ending import response_texts
+from mifo_lightning.ending import padding, response_texts
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
@@ -26,6 +26,7 @@ from mifo_lightning.rl_settings import Mixing, RLSettings, check_rl
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 
@@ -114,7 +115,7 @@ class Reinforcement:
         keys = [stable_key(self.seed, "rl", rollout, q.id, *again) for q in questions]
         prompts = [q.prompt for q in questions]
         n = self.group_size - (self.mixing is not None and self.mixing.in_group)
-        return self.engine.generate(policy, self.tokenizer, prompts, keys, n, self.sampling)
+        return draw(self.engine, policy, self.tokenizer, prompts, keys, n, self.sampling)
 
     def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Graded:
         """Grade responses; one that did not end by itself gets at most 0 (MIFO, buffer rule); collective.
@@ -170,7 +171,7 @@ class Reinforcement:
         graded = drawn.select(chosen.picked)
         rows = training_rows(graded, self.settings, self.mixing, self._demonstration_rewards(graded))
         prompts = [graded.questions[i].prompt for i in rows.question.tolist()]
-        sequences = Sequences.pack(prompts, rows.tokens, int(self.tokenizer.pad_token_id)).to(device)
+        sequences = Sequences.pack(prompts, rows.tokens, padding(self.tokenizer)).to(device)
         minibatch = torch.tensor(chosen.place)[rows.question] * item["minibatches"] // chosen.total
         weights = self._weights(rows, sequences.mask(), minibatch.to(device), item["minibatches"])
         rollout = Rollout(

@@ -1,6 +1,7 @@
 """How much of which phase, in which order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Literal
 
 from mifo_lightning.errors import InputError
@@ -70,6 +71,43 @@ class Schedule:
         if self.rl_steps == 0 and not self.sft_before and not self.sft_after:
             raise InputError(f"{key}.rl_steps: 0, with no SFT steps either, leaves nothing to train")
 
+    def fit_rl(self, questions: int, group_size: int, micro_batches: int, ranks: int) -> "Schedule":
+        """With as many of too few `questions` as can be cut into ranks, minibatches and micro-batches, if any can."""
+        if self.rl_questions <= questions:
+            return self
+        parts = ranks * self.minibatches
+        cut = (n for n in range(questions // parts * parts, 0, -parts) if not n // parts * group_size % micro_batches)
+        return replace(self, rl_questions=next(cut, self.rl_questions))
+
+    def fit_sft(
+        self, demonstrated: int, phase_size: int | None, micro_batches: int, ranks: int
+    ) -> tuple["Schedule", int | None]:
+        """With sizes that too few demonstrations can fill and that divide, if there are any; and the size of a phase.
+
+        A phase on fewer demonstrations keeps its number of optimizer steps: its batches become smaller with it. One
+        that holds no whole batch gets a step an epoch. What its batches leave over of a phase waits.
+
+        Args:
+            demonstrated: Questions that have a demonstration.
+            phase_size: Demonstrations that a buffer pushes for one phase; None if there is none.
+            micro_batches: Micro-batches per optimizer step.
+            ranks: Data-parallel processes.
+        """
+        unit, batch, size = ranks * micro_batches, self.sft_batch, phase_size
+        if batch % unit:
+            return self, phase_size
+        if self.sft_before or self.sft_after:
+            batch = min(batch, demonstrated)
+        if size is None:
+            batch -= batch % unit
+            return (replace(self, sft_batch=batch) if batch else self), None
+        steps = size * self.sft_epochs // batch or self.sft_epochs
+        size = min(size, demonstrated)
+        batch = max(unit, min(batch, size * self.sft_epochs // steps))
+        cut = ((b, size - size % (b // gcd(b, self.sft_epochs))) for b in range(batch - batch % unit, 0, -unit))
+        batch, size = next(((b, s) for b, s in cut if s), (self.sft_batch, phase_size))
+        return replace(self, sft_batch=batch), size
+
     def check_rl(self, questions: int, group_size: int, micro_batches: int, ranks: int) -> None:
         """Raise an InputError if a rollout cannot be drawn, or cut into ranks, minibatches and micro-batches."""
         parts = ranks * self.minibatches
@@ -97,16 +135,21 @@ class Schedule:
                 f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks * micro_batches} ({ranks} ranks "
                 f"x {micro_batches} micro-batches of trainer.accumulate_grad_batches)"
             )
+        hint = ""
+        if not demonstrated:
+            hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none"
+        elif demonstrated < ranks * micro_batches:
+            hint = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
             raise InputError(
                 f"data.schedule.sft_batch: {self.sft_batch} is more than the {demonstrated} questions that have a "
-                f"demonstration"
+                f"demonstration{hint}"
             )
         if phase_size is not None:
             if demonstrated < phase_size:
                 raise InputError(
                     f"switch.size: {phase_size} is more than the {demonstrated} training questions that have a "
-                    f"demonstration; the buffer could never fill"
+                    f"demonstration; the buffer could never fill{hint}"
                 )
             self.check_phase(phase_size)
 

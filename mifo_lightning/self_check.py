@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mifo_lightning.distributed import gather_ranks
+from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model
@@ -97,9 +99,9 @@ def differences(
 ) -> Tensor:
     """[N] fp32 absolute differences in nats of the engine's log-probabilities to a teacher-forced forward, by token."""
     keys = [stable_key(0, "self-check", i) for i in range(len(prompts))]
-    drawn = engine.generate(policy, tokenizer, prompts, keys, SAMPLES, sampling)
+    drawn = draw(engine, policy, tokenizer, prompts, keys, SAMPLES, sampling)
     pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], int(tokenizer.pad_token_id))
+    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], padding(tokenizer))
     sequences = sequences.to(policy.device)
     with policy.sampling():
         logp, _ = policy(sequences, sampling.temperature or 1.0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.sharding import sum_over, world_group
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import rank, ranks, sum_ranks
+from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight, sft_loss, sft_weights
@@ -42,7 +43,7 @@ class Supervision:
     def begin(self, policy: Policy, loader: Any) -> None:
         """A run begins: measure the losses before training, if the weight wants them, of all `loader.questions`."""
         if self.weight == "flow":
-            self.initial_losses = initial_losses(policy, loader.questions, int(self.tokenizer.pad_token_id))
+            self.initial_losses = initial_losses(policy, loader.questions, padding(self.tokenizer))
 
     def go_on(self, losses: Tensor | None) -> None:
         """A run is resumed with the losses before training; raises InputError if they do not fit the weight."""
@@ -133,7 +134,7 @@ class Demonstrations:
             initial_losses: [N] by question id, from `initial_losses`.
         """
         responses = [q.demonstration or [] for q in questions]
-        sequences = Sequences.pack([q.prompt for q in questions], responses, int(tokenizer.pad_token_id)).to(device)
+        sequences = Sequences.pack([q.prompt for q in questions], responses, padding(tokenizer)).to(device)
         mask = sequences.mask()
         columns = torch.arange(mask.shape[1], device=device)
         named = {"eos": columns == sequences.response_lengths[:, None] - 1}

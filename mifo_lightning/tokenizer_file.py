@@ -26,7 +26,7 @@ def faithful(tokenizer: PreTrainedTokenizerBase, model: str) -> PreTrainedTokeni
     path = cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if path is None or (text := _differing(tokenizer, path)) is None:
         return tokenizer
-    exact = PreTrainedTokenizerFast.from_pretrained(model)
+    exact = PreTrainedTokenizerFast.from_pretrained(model, trust_remote_code=False)
     problem = (
         f"model.model: {type(tokenizer).__name__} of {model!r} reads {text!r:.40} otherwise than its tokenizer.json"
     )

@@ -74,14 +74,16 @@ def test_an_unfinished_cell_goes_on_only_from_a_checkpoint_that_can_be_read(tmp_
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir()
     torch.save({"global_step": 2, "weights": torch.zeros(1000)}, checkpoint)
-    rows = [(0, "val"), (1, "rl"), (2, "rl"), (2, "val"), (3, "rl")]
-    lines = [json.dumps({"step": step, "stage": stage}) + "\n" for step, stage in rows]
-    (tmp_path / "samples.jsonl").write_text("".join(lines) + '{"step": 4, "st', encoding="utf-8")
     (tmp_path / "log.txt").write_text("before\n", encoding="utf-8")
+    (tmp_path / "samples.jsonl").write_text("", encoding="utf-8")
     assert prepare(tmp_path) == ["--ckpt_path", str(checkpoint)]
-    # what came after the checkpoint will come again
-    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8") == "".join(lines[:3])
-    checkpoint.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    previous = checkpoint.with_name("previous.ckpt")
+    previous.write_bytes(whole)
+    with pytest.warns(UserWarning, match="going on from"):
+        assert prepare(tmp_path) == ["--ckpt_path", str(previous)]
+    previous.unlink()
     assert prepare(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
@@ -112,7 +114,7 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
     }
     assert list(run.glob("wandb/wandb/offline-run-*-two_arms-mifo-shipped-seed0/*.wandb"))
     log = (run / "log.txt").read_text(encoding="utf-8")
-    assert "Tracking run with wandb" in log
+    assert "W&B run: " in log
     assert "WARNING" not in log  # of what nobody set
     settings = {**GRID["set"], "data.schedule.rl_steps": 4}
     changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"], set=settings)

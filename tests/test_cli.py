@@ -267,8 +267,8 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"model.evaluation.samples": "-1"}, ["model.evaluation.samples: -1"]),
         ({"switch.p": "1.5"}, ["p is 1.5", "0 to 1"]),
         ({"switch.size": "0"}, ["size", "0"]),
-        ({"switch.size": "4096"}, ["switch.size: 4096", "64"]),
-        ({"switch.size": "7"}, ["sft_batch: 8", "7"]),
+        ({"switch.size": "4096", "data.fit_sizes": "false"}, ["switch.size: 4096", "64"]),
+        ({"switch.size": "7", "data.fit_sizes": "false"}, ["sft_batch: 8", "7"]),
         ({"freeze.fraction": "0"}, ["fraction is 0", "above 0"]),
         ({"entropy.fraction": "1.2"}, ["fraction is 1.2", "at most 1"]),
         ({"importance": "null"}, ["GradientFreezing", "ImportanceEMA"]),
@@ -281,7 +281,7 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"data.train.init_args.skills": "[juggling]"}, ["juggling", "addition"]),
         ({"data.max_prompt_tokens": "3"}, ["no question left", "prompt too long"]),
         ({"data.max_response_tokens": "2"}, ["switch.size: 8", "0 training questions"]),
-        ({"data.holdout": "64"}, ["data.holdout: 64"]),
+        ({"data.holdout": "64", "data.fit_sizes": "false"}, ["data.holdout: 64"]),
         ({"data.schedule.rl_questions": "0"}, ["rl_questions: 0", "at least 1"]),
         ({"data.eval_batch": "0"}, ["data.eval_batch: 0"]),
     ],
@@ -293,6 +293,32 @@ def test_bad_input_is_one_line_and_status_2(
     line = refused(capsys, *short(tmp_path), *(text for k, v in changes.items() for text in (f"--{k}", v)))
     for part in parts:
         assert part in line
+
+
+def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    changes = {"switch__size": "128", "data__schedule__sft_batch": "64", "data__holdout": "100", "switch__p": "1.0"}
+    with pytest.warns(UserWarning, match=r"switch\.size: 128 → 52, fitted to the 52 training questions"):
+        main(short(tmp_path / "a", **changes, data__schedule__rl_questions="512", data__schedule__rl_steps="1"))
+    asked_taken = {
+        "data.holdout": [100, 12],
+        "data.schedule.rl_questions": [512, 52],
+        "data.schedule.sft_batch": [64, 26],
+        "switch.size": [128, 52],
+    }
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["fitted"] == asked_taken
+    assert (summary["optimizer_steps"], summary["sft_phases"]) == (5, 1)
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert (config["data"]["holdout"], config["switch"]["init_args"]["size"]) == (12, 52)
+    assert (config["data"]["schedule"]["rl_questions"], config["data"]["schedule"]["sft_batch"]) == (52, 26)
+    again = ["--data.fit_sizes", "false", "--trainer.default_root_dir", str(tmp_path / "b")]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*fitted to.*")
+        main(["fit", "--config", str(tmp_path / "a" / "config.yaml"), *again])
+    same = json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert (same["after"], same["fitted"]) == (summary["after"], {})
 
 
 @pytest.mark.parametrize(
@@ -350,6 +376,14 @@ def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(
     assert config["model"]["rl"]["weight_decay"] == 0.01
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_longer_rollouts_are_evaluated_at_their_length(capsys: pytest.CaptureFixture[str], base: str) -> None:
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--model.sampling.max_new_tokens", "24")
+    assert config["model"]["sampling"]["max_new_tokens"] == 24
+    assert config["model"]["evaluation"]["sampling"]["max_new_tokens"] is None
+    assert config["model"]["evaluation"]["sampling"]["stop"] is None
+
+
 def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     base = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
     model = tmp_path / "model"
@@ -359,9 +393,9 @@ def test_a_damaged_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
     (model / "model.safetensors").write_bytes(b"not a model")
     assert "cannot be loaded" in refused(capsys, *short(tmp_path / "run"), "--model.model", str(model))
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
-    tokenizer["pad_token"] = None
+    tokenizer["eos_token"] = None
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    assert "has no pad_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
+    assert "has no eos_token" in refused(capsys, *short(tmp_path), "--model.model", str(model))
     (model / "config.json").unlink()
     assert "no config.json" in refused(capsys, *short(tmp_path), "--model.model", str(model))
 

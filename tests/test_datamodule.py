@@ -1,19 +1,25 @@
 """QuestionData: what is held out, what every rank evaluates, and what is refused before training begins."""
 
+import itertools
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_data
+import torch
+from conftest import make_data, make_module, method_callbacks, weights
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
+from mifo_lightning.module import MifoModule
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.schedule import Schedule
 
@@ -43,16 +49,20 @@ class Numbered(RowSource):
 def attached(stage: str = "fit", rank: int = 0, ranks: int = 1, callbacks: Any = (), **changes: Any) -> QuestionData:
     """A QuestionData on `Numbered` rows, set up as a Trainer on this rank does it."""
     data = make_data(**{"train": Numbered(30), **changes})
-    trainer: Any = SimpleNamespace(
+    data.trainer = trainer_of(rank, ranks, callbacks)
+    data.setup(stage)
+    return data
+
+
+def trainer_of(rank: int, ranks: int, callbacks: Any = (), micro: int = 1) -> Any:
+    """What a QuestionData asks a Trainer."""
+    return SimpleNamespace(
         callbacks=list(callbacks),
-        accumulate_grad_batches=1,
+        accumulate_grad_batches=micro,
         global_rank=rank,
         world_size=ranks,
         lightning_module=None,
     )
-    data.trainer = trainer
-    data.setup(stage)
-    return data
 
 
 def evaluated(data: QuestionData, split: str = "val") -> dict[str, list[list[Question]]]:
@@ -156,21 +166,179 @@ def test_the_loader_is_that_of_this_rank(ranks: int) -> None:
     assert [i for row in zip(*shares, strict=True) for i in row] == whole
 
 
-def test_a_buffer_that_can_never_fill_is_refused() -> None:
-    with pytest.raises(InputError, match=r"switch\.size: 24 .*20"):
-        attached(callbacks=[BufferPhaseSwitch(size=24)]).train_dataloader()
-    # two of three questions have a demonstration; the held-out ones cannot enter the buffer
-    attached(callbacks=[BufferPhaseSwitch(size=20)]).train_dataloader()
-    with pytest.raises(InputError, match=r"switch\.size: 20"):
-        attached(callbacks=[BufferPhaseSwitch(size=20)], holdout=15).train_dataloader()
+# --- sizes that the data cannot fill ----------------------------------------------------------------------------------
 
 
-def test_a_phase_that_is_no_whole_number_of_batches_is_refused() -> None:
+def fitted(
+    count: int, size: int | None = None, holdout: int = 0, micro: int = 1, ranks: int = 1, **schedule: Any
+) -> dict[str, tuple[int, int]]:
+    """What is fitted to so many questions, two of three of them with a demonstration; the loader takes it."""
+    switch = [BufferPhaseSwitch(size=size)] if size else []
+    plan = Schedule(**{"rl_steps": 2, "rl_questions": 4, "sft_batch": 4, **schedule})
+    data = make_data(train=Numbered(count), holdout=holdout, schedule=plan)
+    data.trainer = trainer_of(0, ranks, switch, micro)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data.setup("validate")
+        data.setup("fit")
+        loader = data.train_dataloader()
+        data.setup("fit")
+    lines = [str(warning.message) for warning in said]
+    assert sorted(line.split(", fitted to")[0] for line in lines) == sorted(
+        f"{key}: {asked} → {taken}" for key, (asked, taken) in data.fitted.items()
+    )
+    assert all("\n" not in line for line in lines)
+    for item in loader:
+        if item["phase"] == "rl" and switch:
+            loader.push([{"id": i} for i in loader.demonstrated[: switch[0].size]])
+    return data.fitted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        ({"size": 20}, {}),
+        ({"size": 6, "sft_epochs": 2}, {}),
+        ({"size": 24}, {"switch.size": 18, "data.schedule.sft_batch": 3}),  # six steps a phase, as asked for
+        ({"size": 24, "sft_batch": 24}, {"switch.size": 20, "data.schedule.sft_batch": 20}),
+        (
+            {"size": 128, "sft_batch": 64, "rl_questions": 32, "sft_epochs": 2},
+            {"switch.size": 20, "data.schedule.sft_batch": 10, "data.schedule.rl_questions": 30},
+        ),
+        ({"size": 6}, {"switch.size": 4}),
+        ({"size": 7, "sft_batch": 8}, {"data.schedule.sft_batch": 7}),
+        ({"size": 7, "sft_batch": 8, "ranks": 2}, {"data.schedule.sft_batch": 6, "switch.size": 6}),
+        ({"size": 7, "sft_batch": 64, "sft_epochs": 2}, {"data.schedule.sft_batch": 7}),  # a step an epoch
+        ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "switch.size": 4}),
+        ({"sft_batch": 64, "sft_before": 2}, {"data.schedule.sft_batch": 20}),
+        ({"sft_batch": 64, "sft_after": 2, "micro": 4, "ranks": 2}, {"data.schedule.sft_batch": 16}),
+        ({"rl_questions": 32}, {"data.schedule.rl_questions": 30}),
+        ({"rl_questions": 32, "minibatches": 4}, {"data.schedule.rl_questions": 28}),
+        ({"rl_questions": 32, "micro": 16}, {"data.schedule.rl_questions": 28}),
+        ({"rl_questions": 32, "rl_steps": 1, "holdout": 30}, {"data.holdout": 6, "data.schedule.rl_questions": 24}),
+        ({"holdout": 29, "rl_questions": 2}, {"data.schedule.rl_questions": 1}),
+        ({"sft_batch": 64}, {}),
+    ],
+    ids=str,
+)
+def test_sizes_that_the_data_cannot_fill_are_fitted_and_each_is_said(
+    arguments: dict[str, Any], taken: dict[str, int]
+) -> None:
+    assert {key: small for key, (_, small) in fitted(30, **arguments).items()} == taken
+
+
+def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_not_grown() -> None:
+    def runs(plan: Schedule, shown: int, size: int | None, unit: int) -> bool:
+        try:
+            plan.check_sft(shown, size, unit, 1)
+            plan.check_rl(shown, 2, 1, unit)
+        except InputError:
+            return False
+        return True
+
+    seen = {"as it is": 0, "fitted": 0, "refused": 0}
+    choices = (range(1, 10), range(1, 10), (1, 2, 3), (None, *range(1, 10)), (1, 2, 3), (0, 1))
+    for shown, batch, epochs, size, unit, before in itertools.product(*choices):
+        plan = Schedule(rl_steps=1, rl_questions=2 * unit, sft_batch=batch, sft_epochs=epochs, sft_before=before)
+        other, taken = plan.fit_rl(shown, 2, 1, unit).fit_sft(shown, size, unit, 1)
+        if runs(plan, shown, size, unit):
+            assert (other, taken) == (plan, size)
+            seen["as it is"] += 1
+        elif runs(other, shown, taken, unit):
+            assert other.sft_batch <= batch
+            assert other.rl_questions <= plan.rl_questions
+            assert (taken or 0) <= (size or 0)
+            seen["fitted"] += 1
+        else:
+            smaller = itertools.product(range(unit, batch + 1, unit), range(1, (size or 1) + 1))
+            could = [x for x in smaller if runs(replace(other, sft_batch=x[0]), shown, size and x[1], unit)]
+            assert batch % unit or not could
+            seen["refused"] += 1
+    assert min(seen.values()) > 1000, seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"size": 128, "sft_batch": 64, "micro": 32, "rl_questions": 8},
+            r"switch\.size: 128 .*20.*lower trainer.accum",
+        ),
+        (
+            {"sft_batch": 64, "sft_before": 1, "micro": 32, "rl_questions": 8},
+            r"sft_batch: 64 .*20.*lower trainer.accum",
+        ),
+        ({"size": 6, "sft_batch": 3, "ranks": 2}, r"sft_batch: 3 does not divide by 2"),
+        ({"rl_questions": 5, "ranks": 2}, r"rl_questions: 5 does not divide by 2"),
+        ({"rl_questions": 64, "micro": 256}, r"rl_questions: 64 .*30"),
+    ],
+    ids=str,
+)
+def test_what_no_size_fits_and_what_ranks_and_micro_batches_ask_for_is_refused(
+    arguments: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InputError, match=text):
+        fitted(30, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"size": 24}, r"switch\.size: 24 .*20"),
+        ({"size": 20, "holdout": 15}, r"switch\.size: 20"),
+        ({"size": 6}, r"sft_batch: 4 .* 6 .*switch\.size"),
+    ],
+    ids=str,
+)
+def test_a_buffer_that_can_never_fill_or_does_not_divide_is_refused_where_nothing_is_fitted(
+    arguments: dict[str, Any], text: str
+) -> None:
+    callbacks = [BufferPhaseSwitch(size=arguments["size"])]
     schedule = Schedule(rl_steps=1, rl_questions=4, sft_batch=4)
-    with pytest.raises(InputError, match=r"sft_batch: 4 .* 6 .*switch\.size"):
-        attached(callbacks=[BufferPhaseSwitch(size=6)], schedule=schedule).train_dataloader()
-    twice = Schedule(rl_steps=1, rl_questions=4, sft_batch=4, sft_epochs=2)
-    attached(callbacks=[BufferPhaseSwitch(size=6)], schedule=twice).train_dataloader()
+    data = attached(callbacks=callbacks, schedule=schedule, fit_sizes=False, holdout=arguments.get("holdout", 0))
+    with pytest.raises(InputError, match=text):
+        data.train_dataloader()
+
+
+def test_a_held_out_question_that_is_trained_on_too_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"data\.holdout: 1 of 1 are trained on too: data\.train holds them twice"):
+        attached(train=[Numbered(6), Numbered(6)], holdout=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attached(train=[Numbered(6), Numbered(6)])
+
+
+def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: Any, tmp_path: Path) -> None:
+    def fit(path: Path | None, **changes: Any) -> tuple[MifoModule, QuestionData, Any]:
+        schedule = Schedule(rl_steps=3, rl_questions=512, sft_batch=32, sft_epochs=2)
+        data = make_data(train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
+        module, trainer = (
+            make_module(),
+            make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], max_epochs=-1, **changes),
+        )
+        with pytest.warns(UserWarning, match=r"switch\.size: 64 → 10"):
+            trainer.fit(module, datamodule=data, ckpt_path=path)
+        return module, data, trainer
+
+    whole, data, _ = fit(None)
+    _, _, cut = fit(None, max_steps=3)
+    cut.save_checkpoint(tmp_path / "cut.ckpt")
+    resumed, same, trainer = fit(tmp_path / "cut.ckpt")
+    assert trainer.global_step > 3
+    assert data.fitted == same.fitted
+    assert data.fitted["data.schedule.rl_questions"] == (512, 10)
+    assert data.fitted["data.schedule.sft_batch"] == (32, 5)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_damage_spares_the_fitted_holdout() -> None:
+    data = attached(holdout=128, damaged_share=1.0, train=Skills(["addition"], 30))
+    held, train = data._questions["holdout"], data._questions["train"]
+    assert (len(held), len(train)) == (6, 24)
+    whole = {q.text: q.demonstration for q in attached(train=Skills(["addition"], 30))._questions["train"]}
+    assert all(q.demonstration == whole[q.text] for q in held)
+    assert sum(q.demonstration != whole[q.text] for q in train) > 12
 
 
 def test_a_test_without_rows_is_refused(tmp_path: Path) -> None:
@@ -185,13 +353,14 @@ def test_a_test_without_rows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"holdout": 30}, r"data\.holdout: 30 .*30"),
         ({"holdout": -1}, r"data\.holdout: -1"),
+        ({"columns": Columns(truth_after="")}, r"data\.columns\.truth_after: '' "),
         ({"eval_batch": 0}, r"data\.eval_batch: 0"),
         ({"max_prompt_tokens": 0}, r"data\.max_prompt_tokens: 0"),
         ({"max_response_tokens": 0}, r"data\.max_response_tokens: 0"),
         ({"schedule": Schedule(rl_questions=0)}, r"data\.schedule\.rl_questions: 0"),
-        ({"schedule": Schedule(rl_questions=32)}, r"rl_questions: 32 .*30"),
+        ({"fit_sizes": False, "holdout": 30}, r"data\.holdout: 30 .*30"),
+        ({"fit_sizes": False, "schedule": Schedule(rl_questions=32)}, r"rl_questions: 32 .*30"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], text: str) -> None:

@@ -3,17 +3,19 @@
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SAMPLING, make_data, make_module, weights
+from conftest import SAMPLING, make_data, make_module, method_callbacks, weights
 from lightning import Trainer
 from rl_steps import item, reinforcement
 from safetensors.torch import load_file
 from test_questions import CHAT, build, make_tokenizer, one, row
+from transformers import AutoTokenizer
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.skills import Skills
@@ -21,6 +23,8 @@ from mifo_lightning.ending import end_tokens, read_ends, response_texts, set_end
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.models import export_model, load_policy, load_tokenizer
+from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.policy import Policy
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rl_settings import Mixing
@@ -73,6 +77,31 @@ def test_a_run_with_two_end_tokens_is_that_with_one(make_trainer: MakeTrainer, t
         make_trainer(max_steps=3).fit(module, make_data(tokenizer=model))
         runs.append(weights(module))
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+def test_a_tokenizer_without_a_pad_token_trains_to_the_same_bits_and_says_so_once(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """Rows are filled up with the end token and told apart by their lengths; the exported tokenizer is as it came."""
+    bare = copy_base(tmp_path / "bare", tokenizer_config={"pad_token": None})
+    runs, said = [], []
+    for model in ("embedded", bare):
+        export = ExportModel(str(tmp_path / f"out{len(runs)}"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = make_module(model=model, sft_weight="flow")
+            data = make_data(tokenizer=model, val=Skills(["addition"], 16, split="val"))
+            trainer = make_trainer([*method_callbacks(), PhaseKL(4), export], limit_val_batches=1.0)
+            trainer.validate(module, data, verbose=False)
+            trainer.fit(module, data)
+        said.append([str(w.message) for w in caught if "pad_token" in str(w.message)])
+        runs.append((weights(module), module.trainer.callback_metrics))
+    assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
+    assert runs[0][1] == runs[1][1]
+    assert said[0] == []
+    assert len(said[1]) == 1
+    assert "its end token '<eos>'" in said[1][0]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out1").pad_token is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lightning import Trainer
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.evaluation import Evaluation, Evaluator
+from mifo_lightning.evaluation import Evaluation, EvaluationSampling, Evaluator
 from mifo_lightning.policy import Policy
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
@@ -269,6 +269,17 @@ def test_scores_keep_to_their_sources_under_the_trainer(make_trainer: Callable[.
 def test_an_evaluation_that_measures_nothing_is_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError, match=text):
         make_module(evaluation=Evaluation(**settings))
+
+
+def test_what_evaluation_leaves_open_follows_the_rollouts() -> None:
+    """Length and stop strings are the task's; temperature is evaluation's own."""
+    rollouts = Sampling(max_new_tokens=24, stop=["9"])
+    followed = make_module(sampling=rollouts, evaluation=Evaluation()).evaluator.sampling
+    assert followed == Sampling(0.6, max_new_tokens=24, stop=["9"])
+    own = EvaluationSampling(temperature=1.0, top_p=0.9, top_k=5, max_new_tokens=7, stop=[])
+    assert make_module(sampling=rollouts, evaluation=Evaluation(sampling=own)).evaluator.sampling == Sampling(
+        1.0, 0.9, 5, 7, []
+    )
 
 
 def test_the_macro_mean_counts_every_source_the_same(policy: Policy, tokenizer: Any, cpu: torch.device) -> None:

@@ -140,7 +140,13 @@ def test_carriage_returns_and_byte_order_marks_are_no_text(tmp_path: Path, name:
             b"PAR1" + b"\x00" * 40,
             "head.parquet: (not a readable parquet file|cannot be read)",
         ),
-        ("rows.csv", b"data_source,prompt\n", r"rows\.csv: allowed are \.parquet, \.jsonl, \.json"),
+        ("rows.xlsx", b"PK", r"rows\.xlsx: allowed are \.parquet, \.jsonl, \.json, \.csv"),
+        ("head.csv", b"data_source,prompt\n", "head.csv: holds no rows"),
+        ("blank.csv", b"\n\n", "blank.csv: holds no rows"),
+        ("latin.csv", b"caf\xe9\n1\n", "latin.csv: not UTF-8"),
+        ("open.csv", b'a,b\n"1,2\n', "open.csv: not CSV: unexpected end of data"),
+        ("ragged.csv", b"a,b\n1,2\n1,2,3\n", "ragged.csv, row 2: has 3 cells, the first line names 2 columns"),
+        ("twice.csv", b"a,b,a\n1,2,3\n", "twice.csv: its first line names column `a` twice"),
         ("no_suffix", b"{}", "no_suffix: allowed are"),
         ("latin.jsonl", b'{"data_source": "caf\xe9"}\n', "latin.jsonl: not UTF-8"),
         ("cut.jsonl", b'{}\n{"data_source": "a", "pro', "cut.jsonl, line 2: not JSON"),
@@ -187,10 +193,12 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.json"])
-@pytest.mark.parametrize("column", ["data_source", "prompt", "reward_model"])
+@pytest.mark.parametrize("column", ["prompt", "reward_model"])
 def test_a_missing_column_is_named_with_what_is_there(tmp_path: Path, name: str, column: str) -> None:
     rows = [{key: value for key, value in each.items() if key != column} for each in ROWS]
-    with pytest.raises(InputError, match=f"{name}.*column `{column}` is missing; there are .*ability"):
+    with pytest.raises(
+        InputError, match=f"{name}.*column `{column}` is missing; data.columns.* names another; there are .*ability"
+    ):
         read_rows(write(tmp_path / name, rows))
 
 
@@ -203,7 +211,7 @@ MESSAGE = {"role": "user", "content": "1+1?"}
         ("data_source", None),
         ("data_source", ""),
         ("data_source", 3),
-        ("prompt", "1+1?"),
+        ("prompt", 11),
         ("prompt", None),
         ("prompt", MESSAGE),
         ("prompt", []),
@@ -217,12 +225,14 @@ MESSAGE = {"role": "user", "content": "1+1?"}
         ("data_source", "half\ud83e"),
         ("reward_model", "2"),
         ("reward_model", {"style": "rule"}),
-        ("reward_model", {"style": "rule", "ground_truth": 2}),
+        ("reward_model", {"style": "rule", "ground_truth": [2]}),
+        ("reward_model", {"style": "rule", "ground_truth": True}),
+        ("reward_model", {"style": "rule", "ground_truth": float("nan")}),
         ("reward_model", {"style": "rule", "ground_truth": None}),
         ("reward_model", {"style": "rule", "ground_truth": ""}),
         ("reward_model", {"style": "rule", "ground_truth": " \n"}),
         ("reward_model", {"style": "rule", "ground_truth": "\ude80"}),
-        ("target", "2"),
+        ("target", 2),
         ("target", []),
         ("target", [MESSAGE]),
         ("target", [{"role": "assistant", "content": "2"}] * 2),
@@ -231,14 +241,16 @@ MESSAGE = {"role": "user", "content": "1+1?"}
 )
 def test_a_row_of_the_wrong_type_is_named_by_file_and_number(tmp_path: Path, column: str, value: Any) -> None:
     path = write(tmp_path / "rows.jsonl", [*ROWS[:4], row(4, **{column: value}), *ROWS[5:]])
-    with pytest.raises(InputError, match=rf"rows\.jsonl, row 5: `{column}` must be .*, got ") as caught:
+    with pytest.raises(InputError, match=rf"rows\.jsonl, row 5: `{column}[.a-z_]*` must be .*, got ") as caught:
         read_rows(path)
     assert len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_a_wrong_type_in_parquet_is_found_too(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.parquet", [row(number, prompt="text") for number in range(3)])
-    with pytest.raises(InputError, match=r"rows\.parquet, row 1: `prompt` must be a list .*, got str 'text'"):
+    path = write(tmp_path / "rows.parquet", [row(number, prompt=["text"]) for number in range(3)])
+    with pytest.raises(
+        InputError, match=r"rows\.parquet, row 1: `prompt` must be a text, or a list .*, got list \['te"
+    ):
         read_rows(path)
 
 
@@ -249,14 +261,14 @@ def test_generators_and_lists_are_checked_like_files(source: Any) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """A hub that knows `owner/name` only; the list fills with what was asked for."""
     import datasets
 
     asked = []
 
-    def load(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+    def load(name: str, *config: str, split: str) -> datasets.Dataset:
+        asked.append((name, *config, split))
         if name != "owner/name":
             raise ConnectionError("no route\nto the hub")
         return datasets.Dataset.from_list(ROWS if split == "train" else [{"question": "1+1?"}])
@@ -265,16 +277,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return asked
 
 
-def test_hub_names_with_and_without_a_split(hub: list[tuple[str, str]]) -> None:
+def test_hub_names_with_and_without_a_split(hub: list[tuple[str, ...]]) -> None:
     rows = read_rows("owner/name")
     assert rows == READ
     assert plain(rows)
-    with pytest.raises(InputError, match="owner/name:test: column `data_source` is missing; there are question"):
+    with pytest.raises(InputError, match=r"owner/name:test, row 1: column `prompt` is missing; .*there are question"):
         read_rows("owner/name:test")
-    assert hub == [("owner/name", "train"), ("owner/name", "test")]
+    assert read_rows("owner/name:main:train") == READ, "some data sets have several configurations"
+    assert hub == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "main", "train")]
 
 
-def test_what_is_neither_file_nor_on_the_hub_is_one_line(hub: list[tuple[str, str]]) -> None:
+def test_what_is_neither_file_nor_on_the_hub_is_one_line(hub: list[tuple[str, ...]]) -> None:
     for name in ("owner/other", "nowhere"):
         with pytest.raises(InputError, match=f"data: {name}: no such file.*ConnectionError: no route") as caught:
             read_rows(name)
@@ -282,7 +295,7 @@ def test_what_is_neither_file_nor_on_the_hub_is_one_line(hub: list[tuple[str, st
 
 
 def test_what_looks_like_a_path_is_never_looked_for_on_the_hub(
-    hub: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in (

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
+from mifo_lightning.evaluation import Evaluation, EvaluationSampling
 from mifo_lightning.guards import check_lengths, warn_of_long_demonstrations
 from mifo_lightning.models import check_vocabulary, positions
 from mifo_lightning.module import MifoModule
@@ -152,8 +153,7 @@ def test_too_long_runs_and_evaluations_end_at_once(make_trainer: MakeTrainer) ->
     long = Sampling(max_new_tokens=60)
     with pytest.raises(InputError, match=r"model.sampling.max_new_tokens: 60 after the longest prompt of 8 tokens"):
         make_trainer().fit(make_module(sampling=long), datamodule=make_data())
-    module = make_module()
-    module.evaluator.settings.sampling = long
+    module = make_module(evaluation=Evaluation(sampling=EvaluationSampling(max_new_tokens=60)))
     with pytest.raises(InputError, match=r"model.evaluation.sampling.max_new_tokens: 60 after the longest prompt"):
         make_trainer(limit_val_batches=1.0).validate(module, datamodule=make_data(holdout=4))
 

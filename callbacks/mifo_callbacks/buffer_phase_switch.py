@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.ownership import claim, distinct, renew, require_trainer, set_up
 from mifo_callbacks.sharding import require_data_parallel, world_group
 
 Leftovers = Literal["keep", "clear"]
@@ -64,6 +65,16 @@ class BufferPhaseSwitch(Callback):
         self.rollouts = 0
         self.switches = 0
 
+    @property
+    def state_key(self) -> str:
+        return distinct(self, super().state_key)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        set_up(self)
+
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        require_trainer(fabric, self)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_data_parallel(trainer, "BufferPhaseSwitch")
         if not callable(getattr(trainer.train_dataloader, "push", None)):
@@ -71,12 +82,13 @@ class BufferPhaseSwitch(Callback):
                 f"BufferPhaseSwitch: the train dataloader is a {type(trainer.train_dataloader).__name__}; "
                 "needed: a loader with push(entries) that takes the questions of a supervised phase"
             )
+        claim(self, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(outputs, Mapping) or "groups" not in outputs:
-            return
+        if not isinstance(outputs, Mapping) or "groups" not in outputs or trainer.fit_loop._skip_backward:
+            return  # no rollout, or StochasticWeightAveraging's last pass over the data, which trains nothing
         self.rollouts += 1
         metrics = self.buffer.add(gather_groups(outputs["groups"]), self.rollouts)
         ages = [self.rollouts - entry["step"] for entry in self.buffer.entries]
@@ -105,6 +117,7 @@ class BufferPhaseSwitch(Callback):
         return {"buffer": self.buffer.state_dict(), "rollouts": self.rollouts, "switches": self.switches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        renew(self)
         self.buffer.load_state_dict(state_dict["buffer"])
         self.rollouts = state_dict["rollouts"]
         self.switches = state_dict["switches"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.logging import log_metrics, profiled
+from mifo_callbacks.ownership import require_trainer
 from mifo_callbacks.sharding import require_data_parallel, sum_over, world_group
 from mifo_callbacks.tokens import (
     Denominator,
@@ -31,9 +32,9 @@ WATCHED = 64  # end tokens after which a selection that took none of them is rep
 class EntropyTokenSelection(Callback):
     """Choose the tokens a supervised step learns from by the model's entropy (entropy selection of MIFO).
 
-    From the start of training `pl_module.select_tokens` is this callback's `select`; a module calls it once
-    per supervised optimizer step, with the entropies of all micro-batches of that step, before the first
-    backward.
+    While a Trainer runs the module, its sanity check included, `pl_module.select_tokens` is this callback's
+    `select`; a module calls it once per supervised optimizer step, with the entropies of all micro-batches of
+    that step, before the first backward.
 
     Args:
         fraction: Share of the valid tokens to choose, in (0, 1]; scope "fixed" does not use it.
@@ -89,11 +90,17 @@ class EntropyTokenSelection(Callback):
         self._trainer: Trainer | None = None
         self._replaced: dict[str, Any] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_data_parallel(trainer, "EntropyTokenSelection")
-        self._trainer = trainer
+        self.teardown(trainer, pl_module, stage)
+        self._trainer, self._ends_seen = trainer, 0
         self._replaced = {k: v for k, v in vars(pl_module).items() if k == "select_tokens"}
-        pl_module.select_tokens = self.select  # type: ignore[assignment]
+
+        # a function, not the method: a copy of the module shares it instead of copying callback and trainer
+        def select_tokens(entropy: Tensor, mask: Tensor, named: Mapping[str, Tensor] | None = None) -> Selection:
+            return self.select(entropy, mask, named)
+
+        pl_module.select_tokens = select_tokens  # type: ignore[assignment]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
@@ -103,6 +110,9 @@ class EntropyTokenSelection(Callback):
             vars(pl_module).pop("select_tokens", None)
             vars(pl_module).update(self._replaced)
             self._trainer = None
+
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        require_trainer(fabric, self)
 
     def select(self, entropy: Tensor, mask: Tensor, named: Mapping[str, Tensor] | None = None) -> Selection:
         """Select the tokens of one optimizer step; collective: every rank calls it once per supervised step.
@@ -122,7 +132,7 @@ class EntropyTokenSelection(Callback):
                 finite.
         """
         if self._trainer is None:
-            raise MisconfigurationException("select_tokens is called outside of a fit")
+            raise MisconfigurationException("select_tokens is called outside of a run of the Trainer")
         trainer, group = self._trainer, world_group()
         with profiled(trainer, self, "select"):
             forced = self._forced(named or {})
@@ -133,10 +143,12 @@ class EntropyTokenSelection(Callback):
                 selector=self.selector,
                 scope=self.scope,
                 threshold=self.threshold,
-                seed=(self.seed, trainer.global_step),
+                seed=(self.seed, *step_of(trainer)),
                 group=group,
             )
             selection = with_forced(chosen, mask, forced, self.denominator, group)
+            if not trainer.training:
+                return selection
             if named and END in named:
                 self._watch_ends(named[END] & mask, selection.mask, group)
             if trainer.loggers:
@@ -167,3 +179,13 @@ class EntropyTokenSelection(Callback):
                 f"EntropyTokenSelection.force_keep is {self.force_keep!r}; allowed: {sorted(named)}"
             )
         return named[self.force_keep]
+
+
+def step_of(trainer: Trainer) -> tuple[int, ...]:
+    """What tells an optimizer step from the others: its number, and the batch where optimization is manual.
+
+    There a module may step `optimizers(use_pl_optimizer=False)`, which Lightning does not count.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return (trainer.global_step,)
+    return trainer.global_step, trainer.fit_loop.total_batch_idx

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from mifo_callbacks.checks import require_fraction
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import zero_
+from mifo_callbacks.ownership import distinct, set_up
 from mifo_callbacks.phase import PhaseCallback, PhaseOf
-from mifo_callbacks.sharding import local, require_visible_weights, shard_like, trainable
+from mifo_callbacks.sharding import local, require_visible_weights, shard_like
 from mifo_callbacks.thresholds import random_scores
 
 DROPPING = 0x64726F70  # "drop": other random numbers than `GradientFreezing` draws from the same seed
@@ -22,8 +23,8 @@ class GradientDropping(PhaseCallback):
 
     Before every optimizer step of the phase, ahead of clipping, dropped coordinates are set to zero; the others are
     not rescaled. Dropping is not freezing: under Adam momentum and weight decay still move a dropped coordinate. A
-    mask depends on the seed, `trainer.global_step` and the parameter alone, so it is the same on every rank, under
-    every strategy and in a resumed run.
+    mask depends on the seed, the number of the optimizer step and the parameter alone, so it is the same on every
+    rank, under every strategy and in a resumed run.
 
     Args:
         probability: Probability that a coordinate is dropped, in (0, 1].
@@ -44,7 +45,7 @@ class GradientDropping(PhaseCallback):
     def __init__(
         self, probability: float = 0.5, during: str = "sft", seed: int = 0, phase: str | PhaseOf = "phase"
     ) -> None:
-        super().__init__(phase)
+        super().__init__(phase, during)
         require_fraction("GradientDropping.probability", probability)
         self.probability = probability
         self.during = during
@@ -52,21 +53,24 @@ class GradientDropping(PhaseCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(during=self.during)
+        return distinct(self, self._generate_state_key(during=self.during))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        set_up(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         require_visible_weights(trainer, pl_module, "GradientDropping")
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._current != self.during:
-            return
+    def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        step = trainer.global_step + self._uncounted
         stepped = {p for group in optimizer.param_groups for p in group["params"]}
         dropped = total = 0
-        for position, p in enumerate(trainable(pl_module).values()):
+        for position, p in enumerate(self.trained(pl_module).values()):
             if p.grad is None or p not in stepped:
                 continue
             # On the full shape and the CPU: the same mask for every strategy and device.
-            mask = dropping_mask(p.shape, self.probability, self.seed, trainer.global_step, position)
+            mask = dropping_mask(p.shape, self.probability, self.seed, step, position)
             dropped, total = dropped + int(mask.count_nonzero()), total + mask.numel()
             zero_(local(p.grad), local(shard_like(mask, p)))
         if total:

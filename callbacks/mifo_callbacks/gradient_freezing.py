@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.importance_ema import ImportanceEMA
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.masking import mask_gradients, restore_, zero_
+from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
+from mifo_callbacks.ownership import claim, distinct, renew, set_up
 from mifo_callbacks.phase import PhaseCallback, PhaseOf
 from mifo_callbacks.sharding import (
     local,
@@ -21,7 +22,6 @@ from mifo_callbacks.sharding import (
     shard_group,
     shard_like,
     sum_over,
-    trainable,
 )
 from mifo_callbacks.thresholds import Cut, Order, cut_mask, find_cut, floor_share, random_scores
 
@@ -52,8 +52,10 @@ class GradientFreezing(PhaseCallback):
     At the start of the phase the mask is drawn; before every optimizer step the gradient of frozen
     coordinates is set to zero, ahead of clipping; after the step their weights are put back, because momentum
     and weight decay move a weight without a gradient. Frozen coordinates are bit-identical over the phase and
-    free again after it. The selectors "rl_topk" and "rl_bottomk" need an `ImportanceEMA` earlier in the
-    trainer's list of callbacks; before it has a map nothing is frozen and one warning says so.
+    free again after it; a module that moves them otherwise is refused. Buffers, such as BatchNorm's running
+    statistics, are no coordinates and go on moving, unless `buffers` holds them. The selectors "rl_topk" and
+    "rl_bottomk" need an `ImportanceEMA` earlier in the trainer's list of callbacks; before it has a map nothing
+    is frozen and one warning says so.
 
     Args:
         fraction: Share of the coordinates to freeze, in (0, 1]; floor(fraction * n) of n, so never more than
@@ -63,11 +65,13 @@ class GradientFreezing(PhaseCallback):
         seed: Seed of selector "random"; each phase and parameter draws its own mask.
         during: Label of the phase in which coordinates are frozen.
         phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
+        buffers: Whether all buffers of the module keep the values they have at the start of the phase: what a batch
+            made of them is undone when it ends. A BatchNorm still normalizes by the statistics of the batch.
 
     Raises:
         MisconfigurationException: If an argument is outside what is allowed; when training starts, if
             importance is needed and there is no `ImportanceEMA` before this callback, or the strategy hides
-            the weights.
+            the weights; in the phase, if something else than a torch optimizer moves a frozen weight.
 
     Example::
 
@@ -83,8 +87,9 @@ class GradientFreezing(PhaseCallback):
         seed: int = 0,
         during: str = "sft",
         phase: str | PhaseOf = "phase",
+        buffers: bool = False,
     ) -> None:
-        super().__init__(phase)
+        super().__init__(phase, None if selector == "none" and not buffers else during)
         require_fraction("GradientFreezing.fraction", fraction)
         require_choice("GradientFreezing.selector", selector, Selector)
         require_choice("GradientFreezing.scope", scope, Scope)
@@ -93,27 +98,40 @@ class GradientFreezing(PhaseCallback):
         self.scope: Scope = scope
         self.seed = seed
         self.during = during
+        self.buffers = buffers
         self._frozen_phases = 0  # how many phases have been frozen: the mask of "random" depends on it
         self._warned = False
         self._importance: ImportanceEMA | None = None
         self._masks: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}  # buffers by name
+        self._checked = False  # whether a batch of this phase has been found to leave frozen weights alone
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(during=self.during)
+        return distinct(self, self._generate_state_key(during=self.during))
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Bool masks by parameter name, True where frozen, this rank's shards; empty outside the phase."""
         return self._masks
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        set_up(self)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         require_visible_weights(trainer, pl_module, "GradientFreezing")
         if self.selector in ("rl_topk", "rl_bottomk"):
             self._importance = self._find_importance(trainer)
+        claim(self, pl_module)
         if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
             self._freeze(trainer, pl_module)
+
+    def preflight(self, trainer: Trainer, *rest: Any) -> None:
+        """Raise what `on_train_start` would for a missing or late ImportanceEMA; needs nothing but the callbacks."""
+        if self.selector in ("rl_topk", "rl_bottomk"):
+            self._find_importance(trainer)
 
     def _find_importance(self, trainer: Trainer) -> ImportanceEMA:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -131,18 +149,21 @@ class GradientFreezing(PhaseCallback):
         return found[0]
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
-        self._masks, self._reference = {}, {}
+        self._require_unmoved(pl_module)
+        self._let_go()
         if current == self.during:
             self._frozen_phases += 1
             self._freeze(trainer, pl_module)
 
     def _freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.buffers:
+            self._held = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
         if self.selector == "none":
             return
         if self._importance is not None and self._importance.importance is None:
             rank_zero_warn(f"phase {self.during!r} begins before there is an importance map: nothing is frozen")
             return
-        params = trainable(pl_module)
+        params = self.trained(pl_module)
         frozen = freezing_masks(self._scores(params), self.fraction, self.scope, ORDERS[self.selector])
         self._masks = frozen.masks
         self._reference = {name: zero_(local(params[name]).clone(), ~m) for name, m in frozen.masks.items()}
@@ -172,10 +193,9 @@ class GradientFreezing(PhaseCallback):
             # On the full shape and the CPU: the same mask for every strategy and device.
             yield name, shard_like(random_scores(p.shape, self.seed, self._frozen_phases, position), p)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._masks:
             return
-        self.call_after_step(trainer, pl_module, optimizer)
         params = [(p.grad, name) for name, p in pl_module.named_parameters() if name in self._masks]
         found = [(grad, self._masks[name]) for grad, name in params if grad is not None]
         if not found:
@@ -187,19 +207,54 @@ class GradientFreezing(PhaseCallback):
             log_metrics(trainer, {"freeze/masked_grad_share": 1 - kept / total if total else 0.0})
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        for name, p in pl_module.named_parameters():
-            if name in self._masks:
-                restore_(local(p), self._masks[name], self._reference[name])
+        for name, p in self._frozen_weights(pl_module):
+            restore_(local(p), self._masks[name], self._reference[name])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        for name, buffer in pl_module.named_buffers():
+            if name in self._held:
+                buffer.copy_(self._held[name])
+        if not self._checked:
+            self._checked = True
+            self._require_unmoved(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._require_unmoved(pl_module)
+
+    def _require_unmoved(self, pl_module: LightningModule) -> None:
+        """Raise if a frozen weight moved; called after a phase's first batch, at its end and at the epoch's."""
+        frozen = list(self._frozen_weights(pl_module))
+        if not frozen:
+            return
+        counts = [moved(local(p), self._masks[name], self._reference[name]) for name, p in frozen]
+        totals = sum_over(torch.stack(counts), shard_group(p for _, p in frozen)).tolist()
+        for (name, _), count in zip(frozen, totals, strict=True):
+            if count:
+                raise MisconfigurationException(
+                    f"GradientFreezing: {count} frozen coordinates of {name!r} moved in phase {self.during!r} outside "
+                    "of an optimizer's step; allowed: weights that the step of a torch.optim.Optimizer moves in "
+                    "training_step"
+                )
+
+    def _frozen_weights(self, pl_module: LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, p) for name, p in pl_module.named_parameters() if name in self._masks)
+
+    def _let_go(self) -> None:
+        self._masks, self._reference, self._held, self._checked = {}, {}, {}, False
 
     def release(self) -> None:
         super().release()
-        self._masks, self._reference = {}, {}
+        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"number": self._frozen_phases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        renew(self)
         self._frozen_phases = state_dict["number"]
 
 

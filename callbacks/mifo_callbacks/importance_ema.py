@@ -1,15 +1,18 @@
 """ImportanceEMA: a running map of how far every weight moves in one phase."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.ownership import claim, distinct, renew, set_up
 from mifo_callbacks.phase import PhaseCallback, PhaseOf
 from mifo_callbacks.sharding import (
     full_on_first_rank,
@@ -18,7 +21,6 @@ from mifo_callbacks.sharding import (
     shard_group,
     shard_like,
     sum_over,
-    trainable,
 )
 from mifo_callbacks.thresholds import ceil_share, kth_largest
 
@@ -61,7 +63,7 @@ class ImportanceEMA(PhaseCallback):
         measure: str = "rl",
         phase: str | PhaseOf = "phase",
     ) -> None:
-        super().__init__(phase)
+        super().__init__(phase, measure)
         if not 0 <= alpha < 1:
             raise MisconfigurationException(f"ImportanceEMA.alpha is {alpha}; allowed: at least 0 and below 1")
         require_choice("ImportanceEMA.g", g, Movement)
@@ -73,26 +75,30 @@ class ImportanceEMA(PhaseCallback):
         self.updates = 0
         self._map: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
-        self._pending: list[str] = []  # accumulate "step": whose weights `_start` holds for the running step
+        self._unscored_said = False
+        # accumulate "step": the optimizer at work, whose weights `_start` holds for it, and whether it has stepped
+        self._stepping: Optimizer | None = None
+        self._pending: list[str] = []
+        self._moved = False
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(measure=self.measure)
+        return distinct(self, self._generate_state_key(measure=self.measure))
 
     @property
     def importance(self) -> dict[str, Tensor] | None:
         """C by parameter name, fp32, sharded like the parameters; None before the first C."""
         return self._map or None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        set_up(self)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        params = trainable(pl_module)
-        for name, p in params.items():
-            if p.dtype != torch.float32:
-                raise MisconfigurationException(
-                    f"ImportanceEMA cannot measure parameter {name!r} of {p.dtype}; allowed: torch.float32 "
-                    "(precision 32-true, bf16-mixed or 16-mixed)"
-                )
+        super().on_train_start(trainer, pl_module)
+        params = self.trained(pl_module)
+        require_fp32(params)
         require_visible_weights(trainer, pl_module, "ImportanceEMA")
+        claim(self, pl_module)
         for stored in (self._map, self._start):
             if unknown := sorted(stored.keys() - params.keys()):
                 raise MisconfigurationException(
@@ -106,22 +112,23 @@ class ImportanceEMA(PhaseCallback):
         if self.accumulate == "phase":
             self._update(pl_module, list(self._start))
         self._start.clear()
-        self._pending = []
+        self._forget_step()
+        self._warn_of_unscored(pl_module)
         if self._map and trainer.loggers:
             log_metrics(trainer, {"importance/updates": self.updates} | importance_metrics(self._map))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._current != self.measure:
-            return
-        params = trainable(pl_module)
+    def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        params = self.trained(pl_module)
+        require_fp32(params)
         if self.accumulate == "phase":
             # Not at the phase change: there a later callback may still hold a copy of the weights.
-            if not self._start:
-                self._start.update({name: p.detach().clone() for name, p in params.items()})
+            self._start |= {name: p.detach().clone() for name, p in params.items() if name not in self._start}
             return
-        self.call_after_step(trainer, pl_module, optimizer)
+        self._measure_step(pl_module)
+        if self._stepping is optimizer:  # its closure is evaluated again, from where the step has got to
+            return
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._pending = [name for name, p in params.items() if id(p) in stepped]
+        self._stepping, self._pending = optimizer, [name for name, p in params.items() if id(p) in stepped]
         for name in self._pending:
             if name in self._start:
                 self._start[name].copy_(params[name].detach())
@@ -129,9 +136,34 @@ class ImportanceEMA(PhaseCallback):
                 self._start[name] = params[name].detach().clone()
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._pending:
+        self._moved = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._measure_step(pl_module)
+
+    def _measure_step(self, pl_module: LightningModule) -> None:
+        """Count the last step, now that a `GradientFreezing` has put back what it holds, wherever it stands."""
+        if self._moved and self._pending:
             self._update(pl_module, self._pending)
-            self._pending = []
+            self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._stepping, self._pending, self._moved = None, [], False
+
+    def _warn_of_unscored(self, pl_module: LightningModule) -> None:
+        """Say once that a trainable parameter has no score."""
+        unscored = [name for name in self.trained(pl_module) if name not in self._map]
+        if self._unscored_said or not unscored or not self._map:
+            return
+        self._unscored_said = True
+        more = f" and {len(unscored) - 1} more" if len(unscored) > 1 else ""
+        rank_zero_warn(
+            f"ImportanceEMA: parameter {unscored[0]!r}{more} of this module can be trained but has no importance: no "
+            f"optimizer stepped it in phase {self.measure!r}, and GradientFreezing leaves it free"
+        )
 
     def _update(self, pl_module: LightningModule, names: list[str]) -> None:
         params = dict(pl_module.named_parameters())
@@ -158,9 +190,20 @@ class ImportanceEMA(PhaseCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        renew(self)
         self.updates = state_dict["updates"]
         self._map = dict(state_dict["importance"])
         self._start = dict(state_dict["start"])
+
+
+def require_fp32(params: Mapping[str, Tensor]) -> None:
+    """Raise unless all of `params` are fp32."""
+    for name, p in params.items():
+        if p.dtype != torch.float32:
+            raise MisconfigurationException(
+                f"ImportanceEMA cannot measure parameter {name!r} of {p.dtype}; allowed: torch.float32 "
+                "(precision 32-true, bf16-mixed or 16-mixed)"
+            )
 
 
 def update_importance(

@@ -7,16 +7,21 @@ times faster than `masked_fill_` or `torch.where` and needs no temporary larger 
 from collections.abc import Iterator, Sequence
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from mifo_callbacks.thresholds import CHUNK
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zero_(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Set `tensor` to 0 in place where the bool `mask` of the same shape is True, NaN included."""
+    """Set `tensor` to 0 in place where the bool `mask` of the same shape is True, NaN included.
+
+    Raises:
+        MisconfigurationException: If `tensor` is sparse.
+    """
     for bits, masked in _chunks(_bits(tensor), mask):
         bits.mul_(~masked)
     return tensor
@@ -29,20 +34,39 @@ def restore_(tensor: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
     return tensor
 
 
+def moved(tensor: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+    """How many numbers of `tensor` differ in a bit from `reference` where `mask` is True: int64, scalar."""
+    chunks = _chunks(_bits(tensor), mask, _bits(reference))
+    return torch.stack([(bits * masked != kept).count_nonzero() for bits, masked, kept in chunks]).sum()
+
+
 def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
     """Set masked coordinates of `gradients` to zero in place; L2 norm of all gradients before and after, [2].
 
     Args:
         gradients: Gradients of any shape.
         masks: Bool masks of the same shapes, True where the gradient is dropped.
+
+    Raises:
+        MisconfigurationException: If a gradient is sparse.
     """
+    for gradient in gradients:
+        _require_dense(gradient)
     before = get_total_norm(gradients)
     for gradient, mask in zip(gradients, masks, strict=True):
         zero_(gradient, mask)
     return torch.stack([before, get_total_norm(gradients)])
 
 
+def _require_dense(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise MisconfigurationException(
+            f"a gradient is {tensor.layout}; allowed: dense ones, as those of nn.Embedding(sparse=False)"
+        )
+
+
 def _bits(tensor: Tensor) -> Tensor:
+    _require_dense(tensor)
     return tensor.view(INTEGERS[tensor.element_size()])
 
 

@@ -157,10 +157,10 @@ def test_shards_drop_what_one_process_drops(tmp_path: Path) -> None:
             for p in module.parameters():
                 p.grad = torch.ones_like(p)
             drop = GradientDropping()
-            drop._current = "sft"
+            drop._names = {"weight", "bias"}
             trainer: Any = type("Trainer", (), {"global_step": 3, "loggers": []})
             trainer.fit_loop = type("Loop", (), {"epoch_loop": type("Epoch", (), {"_batches_that_stepped": 3})})
-            drop.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters()))  # type: ignore[arg-type]
+            drop.on_gradients_ready(trainer, module, torch.optim.SGD(module.parameters()))  # type: ignore[arg-type]
         for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
             assert (a.grad == 0).any()
             assert torch.equal(a.grad, b.grad.full_tensor())

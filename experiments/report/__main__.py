@@ -14,6 +14,7 @@ from pathlib import Path
 
 from experiments.report.page import write_report
 from mifo_lightning.errors import InputError
+from mifo_lightning.terminal import printable
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     try:
         page = write_report(args.directory, args.out)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"wrote {page} and {page.with_name('report.md')}")
 

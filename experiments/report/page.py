@@ -6,6 +6,7 @@ same results give the same bytes.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -14,6 +15,7 @@ from experiments.report import costs, dynamics, forgetting, scores, sections
 from experiments.report.document import Section, Table
 from experiments.report.results import PLAN, RUNS, Ablation, load, write_runs
 from experiments.report.verdict import verdict
+from mifo_lightning.terminal import printable
 
 PARTS = (
     scores.best,
@@ -58,8 +60,8 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
 def as_html(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) -> str:
     """The page."""
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace("/", "/<wbr>"))
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_shown)
+    environment.filters["breakable"] = lambda text: Markup(str(escape(_shown(text))).replace("/", "/<wbr>"))
     template = environment.get_template("page.html.jinja")
     setting = ablation.setting.splitlines()
     return template.render(
@@ -93,7 +95,12 @@ def _rows(table: Table) -> str:
     return "\n".join(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines)
 
 
+def _shown(value: Any) -> Any:
+    """Text without what a terminal or a page would obey; what is our own markup stays."""
+    return printable(value) if type(value) is str else value
+
+
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no new cell, no new line."""
-    text = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
+    text = " ".join(printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())
     return text.replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")

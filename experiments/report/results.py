@@ -1,6 +1,7 @@
 """What did the runs of an ablation record? Reads its directory, and reduces the records to arrays [bases, seeds]."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -209,7 +210,7 @@ def _read_runs(ablation: Ablation, path: Path) -> list[Cell]:
     """The runs that `write_runs` wrote."""
     cells, columns = [], _columns(ablation)
     try:
-        for row in csv.DictReader(_text(path).splitlines(keepends=True)):
+        for row in csv.DictReader(io.StringIO(_text(path), newline="")):
             summary: Record = {}
             for name, keys in columns.items():
                 if row.get(name):

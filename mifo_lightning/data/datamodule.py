@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.damage import damage_demonstrations
 from mifo_lightning.data.question import Question
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import RowSource
-from mifo_lightning.data.template import ChatTemplate, read_template
+from mifo_lightning.data.template import ChatTemplate, kept_template, read_template
 from mifo_lightning.errors import InputError
 from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.models import load_tokenizer
@@ -25,7 +26,7 @@ from mifo_lightning.rewards.isolation import release
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
-Rows = RowSource | str | list[str]  # str before the list: as a list, a text file would be its lines
+Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
 
 
 class EvaluationLoader:
@@ -59,12 +60,17 @@ class EvaluationLoader:
 class QuestionData(LightningDataModule):
     """Questions with demonstrations for training, and questions for evaluation.
 
+    Attributes:
+        fitted: Sizes that the data could not fill, by key: what was asked for and what was taken.
+
     Args:
-        train: Training rows: a parquet, json or jsonl file, a hub name, a list of them, or a RowSource's class_path.
+        train: Training rows: a parquet, jsonl, json or csv file, a hub name, a list of them, or the class_path of a
+            RowSource.
         reward: Checks that demonstrations are right.
         tokenizer: Hugging Face directory or hub name; the command line takes the model's.
         val: Rows of validation, as `train`; null leaves only the holdout.
         test: Rows of test, as `train`.
+        columns: Names of the columns of files and hub sets, where they are not those of the row format.
         holdout: Training questions to hold out for validation, under the name `<source>-holdout`; chosen by seed.
         schedule: How much of which phase, in which order.
         system_prompt: Replaces or adds the system message; null leaves the rows as they are.
@@ -75,9 +81,12 @@ class QuestionData(LightningDataModule):
         verify_demonstrations: Whether to drop demonstrations that the reward does not accept.
         damaged_share: Share of training demonstrations, chosen by seed, with wrong digits before `answer_after`.
         eval_batch: Questions evaluated at once per rank.
+        fit_sizes: Whether `holdout`, the schedule's `rl_questions` and `sft_batch` and the buffer's size are made
+            smaller where the data cannot fill them, each with a warning; otherwise they are refused.
         group_size: Rollouts per question; the command line takes the model's.
         solved_at: Reward from which a demonstration is right; the command line takes the model's.
         seed: Seed of order, holdout and damage.
+        trust_remote_code: Whether code that the tokenizer brings may be run; the command line takes the model's.
     """
 
     def __init__(
@@ -87,6 +96,7 @@ class QuestionData(LightningDataModule):
         tokenizer: str,
         val: Rows | None = None,
         test: Rows | None = None,
+        columns: Columns = Columns(),
         holdout: int = 0,
         schedule: Schedule = Schedule(),
         system_prompt: str | None = None,
@@ -97,9 +107,11 @@ class QuestionData(LightningDataModule):
         verify_demonstrations: bool = True,
         damaged_share: float = 0.0,
         eval_batch: int = 64,
+        fit_sizes: bool = True,
         group_size: int = 8,
         solved_at: float = 1.0,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
@@ -111,12 +123,16 @@ class QuestionData(LightningDataModule):
             raise InputError(f"data.{name}: {value} is not allowed; it must not be negative, and a length at least 1")
         if not 0 <= damaged_share <= 1:
             raise InputError(f"data.damaged_share: {damaged_share} is not allowed; it must be between 0 and 1")
+        if columns.truth_after == "":
+            raise InputError("data.columns.truth_after: '' is not allowed; it must be a text, or null for the whole")
         if damaged_share and not answer_after:
             raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
+        self.columns, self.fit_sizes = columns, fit_sizes
+        self.fitted: dict[str, tuple[int, int]] = {}
         self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
         self.options: dict[str, Any] = {
             "reward": reward,
             "system_prompt": system_prompt,
@@ -138,6 +154,8 @@ class QuestionData(LightningDataModule):
             if stage == "fit" or self.holdout:
                 self._load("train")
             self._load("val")
+        if stage == "fit" and self.trainer is not None:
+            self._fit_schedule()
         if stage == "test":
             self._load("test")
             if not self._questions["test"]:
@@ -152,7 +170,7 @@ class QuestionData(LightningDataModule):
             where = f"data.{split}"
             damage = self._damage if split == "train" and self.damaged_share else None
             questions, drops = build_questions(
-                read_rows(source, where), self.tokenizer, damage=damage, where=where, **self.options
+                read_rows(source, where, self.columns), self.tokenizer, damage=damage, where=where, **self.options
             )
             self._questions[split] = questions
             rank_zero_only(drops.print)()
@@ -162,25 +180,74 @@ class QuestionData(LightningDataModule):
     def _hold_out(self) -> None:
         """Move `holdout` questions, chosen by seed, from training to validation; ids stay positions."""
         everything = self._questions["train"]
-        if self.holdout >= len(everything):
-            raise InputError(f"data.holdout: {self.holdout} leaves none of the {len(everything)} training questions")
-        held = self._held_out(everything)
+        held, asked, n = self._held_out(everything), self.holdout, len(everything)
+        if asked and len(held) == n:
+            raise InputError(f"data.holdout: {asked} leaves none of the {n} training questions")
+        self.holdout = self._fit("data.holdout", asked, len(held), f"a fifth of the {n} training questions")
         chosen = {q.id for q in held}
         self._questions["train"] = [q for q in everything if q.id not in chosen]
         for position, question in enumerate(self._questions["train"]):
             question.id = position
+        trained = {question.text for question in self._questions["train"]}
+        if leaked := sum(question.text in trained for question in held):
+            rank_zero_warn(f"data.holdout: {leaked} of {len(held)} are trained on too: data.train holds them twice")
         for question in held:
             question.source = f"{question.source}-holdout"
         self._questions["holdout"] = held
 
     def _held_out(self, questions: list[Question]) -> list[Question]:
-        return sorted(questions, key=lambda q: stable_key(self.seed, "holdout", q.id))[: self.holdout]
+        few = self.fit_sizes and self.holdout >= len(questions)
+        size = max(1, len(questions) // 5) if few else self.holdout
+        return sorted(questions, key=lambda q: stable_key(self.seed, "holdout", q.id))[:size]
+
+    def _fit_schedule(self) -> None:
+        """Make what the schedule and the buffer ask for smaller where the training questions are too few."""
+        trainer, before, questions = self._trainer, self.schedule, self._questions["train"]
+        if not self.fit_sizes:
+            return
+        cut = (trainer.accumulate_grad_batches, trainer.world_size)
+        switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
+        shown = sum(q.demonstration is not None for q in questions)
+        lent = len(questions) if getattr(trainer.lightning_module, "own_demonstrations", False) else shown
+        size = switch.size if switch else None
+        after = before.fit_rl(len(questions), self.group_size, *cut)
+        if switch or before.sft_before or before.sft_after:
+            after, size = after.fit_sft(lent, size, *cut)
+        what = f"the {len(questions)} training questions, {shown} with a demonstration"
+        for name in ("rl_questions", "sft_batch"):
+            self._fit(f"data.schedule.{name}", getattr(before, name), getattr(after, name), what)
+        if switch and size is not None:
+            switch.size = self._fit("switch.size", switch.size, size, f"{what}; a phase waits for that many hard ones")
+        self.schedule = after
+
+    def _fit(self, key: str, asked: int, taken: int, what: str) -> int:
+        """What is taken; if it is not what was asked for, that is noted and said."""
+        if taken != asked:
+            self.fitted[key] = (asked, taken)
+            rank_zero_warn(f"{key}: {asked} → {taken}, fitted to {what}; data.fit_sizes: false refuses")
+        return taken
 
     def _damage(self, pairs: list[tuple[Question, str | None]]) -> dict[int, str]:
         """Damage demonstrations that will be trained on; what is held out measures, so it stays right."""
         held = {q.id for q in self._held_out([q for q, _ in pairs])}
         solutions = [(q, text) for q, text in pairs if text and text.strip() and q.id not in held]
         return damage_demonstrations(solutions, self.damaged_share, self.seed, self.options["answer_after"])
+
+    def kept_template(self) -> str | None:
+        """The chat template that prompts were built with, to be kept with the model; None: the tokenizer's own."""
+        given, system_prompt = self.options["chat_template"], self.options["system_prompt"]
+        if given is None and system_prompt is None:
+            return None
+        return kept_template(self.tokenizer.get_chat_template(given), system_prompt)
+
+    def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of each split and source how many questions there are, and how many of them have a demonstration."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for split, questions in self._questions.items():
+            for question in questions:
+                n, shown = found.setdefault(split, {}).get(question.source, (0, 0))
+                found[split][question.source] = (n + 1, shown + bool(question.demonstration))
+        return found
 
     def train_dataloader(self) -> PhaseLoader:
         """The loader of work items."""

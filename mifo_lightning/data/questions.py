@@ -15,6 +15,7 @@ from mifo_lightning.ending import end_texts, end_tokens, response_texts, turn_en
 from mifo_lightning.errors import InputError
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers
+from mifo_lightning.terminal import table_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +66,7 @@ class Drops:
         from rich.table import Table
 
         reasons = self.by_reason()
-        table = Table("source", title=f"Questions of {self.where}")
+        table = Table("source", title=f"Questions of {table_text(self.where)}")
         damaged = ("of these damaged",) if self.damaged.total() else ()
         for header in ("rows", *reasons, "questions", "with demonstration", *damaged):
             table.add_column(header, justify="right")
@@ -73,7 +74,7 @@ class Drops:
             drops = (self.dropped[source, reason] for reason in reasons)
             counts = [self.rows[source], *drops, self.questions[source], self.demonstrations[source]]
             counts += [self.damaged[source]] if damaged else []
-            table.add_row(source, *map(str, counts))
+            table.add_row(table_text(source), *map(str, counts))
         return table
 
     def print(self) -> None:
@@ -204,11 +205,10 @@ def _verify_demonstrations(
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str) -> None:
     name = f"{where}: tokenizer `{tokenizer.name_or_path or type(tokenizer).__name__}`"
-    for kind, token in (("pad_token", tokenizer.pad_token_id), ("eos_token", tokenizer.eos_token_id)):
-        if token is None:
-            raise InputError(f"{name} has no {kind}; set it in its tokenizer_config.json")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name} has no eos_token; set it in its tokenizer_config.json")
     if chat_template is None and tokenizer.chat_template is None:
-        raise InputError(f"{name} has no chat template; set `chat_template` to a Jinja text")
+        raise InputError(f"{name} has no chat template; set data.chat_template to a Jinja text, see docs/data.md")
 
 
 def _turn_end(template: ChatTemplate, where: str) -> int:

@@ -3,31 +3,38 @@
 | source | read as |
 |---|---|
 | `data/train.parquet`, `.jsonl`, `.json` | one file; `.jsonl`: an object a line, `.json`: a list of objects |
-| `data/train/` | all `.parquet` and `.jsonl` files directly in the directory, sorted by name |
-| `owner/name` or `owner/name:split` | a dataset of the hub, through `datasets`; split `train` unless named |
+| `data/train.csv` | one file whose first line names the columns; every cell is text |
+| `data/train/` | all `.parquet`, `.jsonl` and `.csv` files directly in the directory, sorted by name |
+| `owner/name`, `owner/name:split` | a dataset of the hub, through `datasets`; split `train` unless named |
+| `owner/name:config:split` | the same of a dataset that has several configurations |
 | a `RowSource` | its `rows()` |
 | a list of these | one after the other |
 
-A row holds the columns of `RowSource`; a reward may use others. Rows are numbered from 1 in messages.
+`Columns` say which columns hold what; a reward may use others. Rows are numbered from 1 in messages.
 """
 
+import csv
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from mifo_lightning.data.columns import Columns, to_row, wrong
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
 
-REQUIRED = ("data_source", "prompt", "reward_model")
-COLUMNS = (*REQUIRED, "target")
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, no tokenizer can read it
 Source = str | Path | RowSource
+IN_DIRECTORY = (".parquet", ".jsonl", ".csv")  # a .json beside them describes the data set
 
 
-def read_rows(source: Source | Sequence[Source], where: str = "data") -> list[Row]:
+def read_rows(source: Source | Sequence[Source], where: str = "data", columns: Columns = Columns()) -> list[Row]:
     """All rows of `source` as plain Python values, `target` None where a row has no demonstration.
+
+    Args:
+        source: One of the above.
+        where: The key that names the source.
+        columns: Names of the columns of files and hub sets; a RowSource is in the row format.
 
     Raises:
         InputError: The source is absent, unreadable, empty or not what its name says, or a row has the wrong
@@ -37,50 +44,26 @@ def read_rows(source: Source | Sequence[Source], where: str = "data") -> list[Ro
     if not sources:
         raise InputError(f"{where}: no source; allowed are files, directories, hub names and row sources")
     try:
-        return [row for each in sources for row in _read(each)]
+        return [row for each in sources for row in _read(each, columns)]
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
-def check_row(row: object, where: str) -> Row:
-    """One row, the format of its four columns checked, NumPy and Arrow values turned into plain ones.
-
-    Raises:
-        InputError: A column is missing or of the wrong type; the message begins with `where`.
-    """
-    row = _plain(row)
-    if not isinstance(row, dict):
-        raise _wrong(where, "a row", "an object with named columns", row)
-    _require_columns(row, where)
-    source, prompt, reward_model, target = (row.get(column) for column in COLUMNS)
-    if not (_is_text(source) and source):
-        raise _wrong(where, "`data_source`", "a name in Unicode", source)
-    if not _is_conversation(prompt):
-        raise _wrong(where, "`prompt`", "a list of {role, content} with Unicode texts", prompt)
-    if not prompt:
-        raise _wrong(where, "`prompt`", "a conversation of at least one message", prompt)
-    if prompt[-1]["role"] == "assistant":
-        raise _wrong(where, "`prompt`", "a conversation that does not end in an answer, which is `target`", prompt[-1:])
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    if not (_is_text(truth) and truth.strip()):
-        raise _wrong(
-            where, "`reward_model`", "{style, ground_truth} with a Unicode text, not empty, as truth", reward_model
-        )
-    if target is not None and not (_is_conversation(target) and len(target) == 1 and target[0]["role"] == "assistant"):
-        raise _wrong(where, "`target`", "null or a list with one {role: assistant, content}", target)
-    return row | {"target": target}
-
-
-def _read(source: Source) -> list[Row]:
+def _read(source: Source, columns: Columns) -> list[Row]:
     if isinstance(source, RowSource):
-        return _checked(source.rows(), type(source).__name__)
+        kind = type(source).__name__
+        return _checked(source.rows(), Columns(), name=kind, where=kind)
     path = Path(source).expanduser()
     try:
         local = path.exists() or _looks_local(str(source), path)
         files = _files_in(path) if path.is_dir() else [path]
     except OSError as error:
         raise _unreadable(path, error) from error
-    return [row for file in files for row in _read_file(file)] if local else _read_hub(str(source))
+    if not local:
+        return _read_hub(str(source), columns)
+    place = Path(os.path.abspath(path))  # "." has a name too; a link keeps its own
+    name = place.name if path.is_dir() else place.stem  # of a directory, not of its parts
+    return [row for file in files for row in _checked(_read_file(file), columns, name, str(file))]
 
 
 def _looks_local(name: str, path: Path) -> bool:
@@ -91,26 +74,25 @@ def _looks_local(name: str, path: Path) -> bool:
 
 def _files_in(path: Path) -> list[Path]:
     inside = sorted(path.iterdir())
-    files = [file for file in inside if file.suffix in (".parquet", ".jsonl") and file.is_file()]
+    files = [file for file in inside if file.suffix in IN_DIRECTORY and file.is_file()]
     if not files:
         names = ", ".join(entry.name for entry in inside[:5]) or "nothing"
-        raise InputError(f"{path}: this directory holds no .parquet or .jsonl files, but {names}")
+        raise InputError(f"{path}: this directory holds no {', '.join(IN_DIRECTORY)} files, but {names}")
     return files
 
 
-def _read_file(path: Path) -> list[Row]:
+def _read_file(path: Path) -> list[Any]:
     try:
         size = path.stat().st_size
         if path.suffix not in READERS:
-            raise InputError(f"{path}: allowed are {', '.join(READERS)} or a directory of .parquet and .jsonl")
+            raise InputError(f"{path}: allowed are {', '.join(READERS)} or a directory of {', '.join(IN_DIRECTORY)}")
         if not size:
             raise InputError(f"{path}: the file is empty")
-        rows = READERS[path.suffix](path)
+        return READERS[path.suffix](path)
     except OSError as error:
         raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return _checked(rows, str(path))
 
 
 def _read_parquet(path: Path) -> list[Any]:
@@ -119,8 +101,6 @@ def _read_parquet(path: Path) -> list[Any]:
 
     try:
         with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _require_columns(names, str(path))
             return file.read().to_pylist()
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
@@ -138,53 +118,57 @@ def _read_jsonl(path: Path) -> list[Any]:
 def _read_json(path: Path) -> list[Any]:
     rows = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(rows, list):
-        raise _wrong(str(path), "a .json file", "one list of rows (one object a line is .jsonl)", rows)
+        raise wrong(str(path), "a .json file", "one list of rows (one object a line is .jsonl)", rows)
     return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            lines = [line for line in csv.reader(file, strict=True) if line]
+        except csv.Error as error:
+            raise InputError(f"{path}: not CSV: {error}") from error
+    names, *rows = lines or [[]]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: its first line names column `{twice}` twice")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(names):
+            raise InputError(f"{path}, row {number}: has {len(row)} cells, the first line names {len(names)} columns")
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 READERS: dict[str, Callable[[Path], list[Any]]] = {
     ".parquet": _read_parquet,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
+    ".csv": _read_csv,
 }
 
 
-def _read_hub(source: str) -> list[Row]:
+def _read_hub(source: str, columns: Columns) -> list[Row]:
     from datasets import load_dataset
 
-    name, _, split = source.partition(":")
+    name, *config, split = source.split(":", 2) if ":" in source else (source, "train")
     try:
-        data = load_dataset(name, split=split or "train")
+        data = load_dataset(name, *config, split=split or "train")
     except Exception as error:
         # `datasets` raises a dozen kinds of exception here, from the network down to the file format.
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise InputError(f"{source}: no such file, and not loadable from the hub ({problem})") from error
-    _require_columns(data.column_names, source)
-    return _checked(data.to_list(), source)
+    return _checked(data.to_list(), columns, name, source)
 
 
-def _checked(rows: Sequence[object], where: str) -> list[Row]:
-    if not len(rows):
+def _checked(found: Sequence[object], columns: Columns, name: str, where: str) -> list[Row]:
+    """The rows of one file or data set in the row format; `name` is the `data_source` of those that have none."""
+    if not len(found):
         raise InputError(f"{where}: holds no rows")
-    return [check_row(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _require_columns(present: Iterable[str], where: str) -> None:
-    for column in REQUIRED:
-        if column not in present:
-            names = ", ".join(map(str, present)) or "none"
-            raise InputError(f"{where}: column `{column}` is missing; there are {names}")
-
-
-def _is_conversation(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and _is_text(message.get("role")) and _is_text(message.get("content"))
-        for message in value
-    )
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and not SURROGATE.search(value)
+    rows = [_plain(row) for row in found]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise wrong(f"{where}, row {number}", "a row", "an object with named columns", row)
+    here = columns.of(list(dict.fromkeys(key for row in rows for key in row)), where)
+    return [to_row(row, here, name, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _plain(value: Any) -> Any:
@@ -202,10 +186,6 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from error
-
-
-def _wrong(where: str, what: str, allowed: str, value: object) -> InputError:
-    return InputError(f"{where}: {what} must be {allowed}, got {type(value).__name__} {value!r:.80}")
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:

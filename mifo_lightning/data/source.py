@@ -14,7 +14,8 @@ class RowSource(ABC):
     """A generator of rows in the same format as the parquet files; give its `class_path` where a path could stand.
 
     A row has `data_source` (str), `prompt` (list of {role, content}), `reward_model` ({style, ground_truth}) and, if it
-    has a demonstration, `target` (list with one {role: assistant, content}).
+    has a demonstration, `target` (list with one {role: assistant, content}). Plain texts, a number
+    as truth and no source are completed as those of files are.
     """
 
     @abstractmethod

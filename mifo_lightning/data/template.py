@@ -111,6 +111,18 @@ def with_system(messages: Messages, system_prompt: str | None) -> Messages:
     return [{"role": "system", "content": system_prompt}, *rest]
 
 
+def kept_template(source: str, system_prompt: str | None) -> str:
+    """The template to keep with a model: from a row's messages it makes the prompt of training.
+
+    Messages that bring a system message keep theirs; the others get `system_prompt`, if there is one.
+    """
+    if system_prompt is None:
+        return source
+    message = f"{{'role': 'system', 'content': {json.dumps(system_prompt, ensure_ascii=False)}}}"
+    lacking = "not messages or messages[0]['role'] != 'system'"
+    return f"{{% if {lacking} %}}{{% set messages = [{message}] + messages %}}{{% endif +%}}{source}"
+
+
 def prompt_texts(rows: list[Row], template: ChatTemplate, system_prompt: str | None, where: str) -> list[str]:
     """Each row's prompt as the model sees it; an empty text where nothing but a system message is in it.
 

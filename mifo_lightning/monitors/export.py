@@ -15,6 +15,9 @@ from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
 class ExportModel(Callback):
     """Writes the model and its tokenizer where `AutoModelForCausalLM.from_pretrained` loads them, when training ends.
 
+    The tokenizer keeps the chat template that prompts were built with; `data.system_prompt` stands in it for
+    conversations that bring no system message. A template that prints the date prints that of the day it is used.
+
     Weights are trained in float32. With dtype `loaded` they are written as the model came: where that is bfloat16, what
     training has learned is rounded to 8 significant bits, which takes small updates back; a line says so. `float32`
     keeps every bit. A trial (`trainer.fast_dev_run`) writes nothing.
@@ -50,9 +53,12 @@ class ExportModel(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module: Any = pl_module
-        dtype = torch.float32 if self.dtype == "float32" else stored_dtype(module.model_name)
+        whole = self.dtype == "float32"
+        dtype = torch.float32 if whole else stored_dtype(module.model_name, module.trust_remote_code)
         self.written = self._place(trainer)
-        export_model(module.policy, module.tokenizer, self.written, write=trainer.is_global_zero, dtype=dtype)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        template = data.kept_template() if hasattr(data, "kept_template") else None
+        export_model(module.policy, module.tokenizer, self.written, trainer.is_global_zero, dtype, template)
         if dtype != torch.float32:
             rank_zero_only(print)(
                 f"export: the trained weights are rounded to {dtype_name(dtype)}, as the model came; "

@@ -42,14 +42,19 @@ class Forgetting(PhaseMonitor):
         self._probe: dict[str, list[Question]] = {}  # this rank's
         self._first: Solved = {}
         self._edge: Solved = {}  # at the last change of phase
+        self._inside = -1  # the rollout before which an RL phase was measured last
+
+    def preflight(self, trainer: Trainer, sources: Any) -> None:
+        """Raise an InputError if there are no validation questions, one loader of them a source."""
+        if not sources:
+            raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the questions."""
         super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = {} if data is None else data.val_dataloader()
-        if not sources:
-            raise InputError("forgetting: needs validation questions; data.val is null and data.holdout is 0")
+        self.preflight(trainer, sources)
         rank, ranks = trainer.global_rank, trainer.world_size
         self._probe = {source: load.questions[: self.questions][rank::ranks] for source, load in sources.items()}
 
@@ -58,9 +63,10 @@ class Forgetting(PhaseMonitor):
         inside = batch["phase"] == self._current == "rl"
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         fresh = batch["update"] == batch["micro"] == 0
-        if self.every and inside and fresh and batch["rollout"] % self.every == 0:
+        if self.every and inside and fresh and batch["rollout"] % self.every == 0 and batch["rollout"] != self._inside:
             with self.timed():
                 self._measure(trainer, pl_module)
+            self._inside = batch["rollout"]
 
     def begin(self, trainer: Trainer, pl_module: Any) -> None:
         """The end of the phase before is the start of this one; only the first phase is measured anew."""
@@ -102,11 +108,12 @@ class Forgetting(PhaseMonitor):
 
     def own_state(self) -> dict[str, Any]:
         """What is solved at the start and at the last change of phase."""
-        return {"responses": self.responses, "first": self._first, "edge": self._edge}
+        return {"responses": self.responses, "first": self._first, "edge": self._edge, "inside": self._inside}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.responses, self._first, self._edge = state["responses"], state["first"], state["edge"]
+        self._inside = state.get("inside", -1)
 
 
 def compare(before: Solved, after: Solved) -> Counts:

@@ -40,7 +40,7 @@ class History(Callback):
         self.keys = list(KEYS) if keys is None else keys
         self.lines: list[dict[str, float]] = []
         self._where = {"step": 0, "rl_step": 0}
-        self._end: int | None = None  # lines before training came to its end; what follows is no part of the state
+        self._end: int | None = None  # lines before the step under way, or the end: later ones are no part of the state
         self._recorder = _Recorder(self)
 
     def keep(self, metrics: Mapping[str, float]) -> None:
@@ -60,6 +60,15 @@ class History(Callback):
         self._where["step"] = trainer.global_step + 1
         if batch["phase"] == "rl":
             self._where["rl_step"] = batch["rollout"] + 1
+        if batch["micro"] == 0:  # what others have measured before the step stays; the step may be done anew
+            self._end = len(self.lines)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The optimizer step is done."""
+        if batch["micro"] + 1 == batch["micro_batches"]:
+            self._end = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the monitors log from here on, at the end of training, a run that goes on logs at another place."""
@@ -91,6 +100,8 @@ class History(Callback):
 
 class _Recorder(Logger):
     """Hands everything logged on to a `History`; attached only while training runs, so that it names no directory."""
+
+    immediate = True  # a line says where the run was when it was logged, also between two optimizer steps
 
     def __init__(self, history: History) -> None:
         super().__init__()

@@ -9,11 +9,13 @@ from torch import Tensor
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import sum_ranks
+from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
 from mifo_lightning.policy import Policy, Sequences
 from mifo_lightning.rollout.batch import score_without_gradient
+from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 
@@ -56,7 +58,7 @@ class PhaseKL(PhaseMonitor):
         rl = pl_module.reinforcement
         keys = [stable_key(rl.seed, "phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
         prompts = [q.prompt for q in self._probe]
-        drawn = rl.engine.generate(pl_module.policy, rl.tokenizer, prompts, keys, 1, rl.sampling)
+        drawn = draw(rl.engine, pl_module.policy, rl.tokenizer, prompts, keys, 1, rl.sampling)
         responses = [group[0].tokens for group in drawn]
         # scored as at the end, not with the engine's own numbers: what has not moved gives exactly 0
         scores = self._score(pl_module, responses)
@@ -82,7 +84,7 @@ class PhaseKL(PhaseMonitor):
         with policy.sampling():
             if not responses:
                 return torch.zeros(0, 0, device=policy.device)
-            pad = int(rl.tokenizer.pad_token_id)
+            pad = padding(rl.tokenizer)
             sequences = Sequences.pack([q.prompt for q in self._probe], responses, pad).to(policy.device)
             return score_without_gradient(policy, sequences, rl.sampling.temperature)[0]
 

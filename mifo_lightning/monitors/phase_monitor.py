@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 
 from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.distributed import gather_ranks
+from mifo_lightning.errors import Interrupted
 
 
 class PhaseMonitor(PhaseCallback):
@@ -35,6 +36,7 @@ class PhaseMonitor(PhaseCallback):
         self.seconds = 0.0
         self._numbers = {"rl": 0, "sft": 0}
         self._rl_step = 0
+        self._begins = False  # at an edge: whether `end` is done and `begin` is not
         self._at_end: dict[str, Any] | None = None  # the state from before the measurement at the end of training
 
     def begin(self, trainer: Trainer, pl_module: Any) -> None:
@@ -50,17 +52,25 @@ class PhaseMonitor(PhaseCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if the phase changes here, then count RL steps."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        before = self._current, self._number
+        try:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        except Interrupted:
+            self._current, self._number = before  # a run that goes on from here measures at this edge what is left
+            raise
         if batch["phase"] == "rl":
             self._rl_step = batch["rollout"] + 1
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Measure between the phases."""
         with self.timed():
-            if previous is not None:
-                self._end(trainer, pl_module, previous)
-            self._numbers[current] += 1
+            if not self._begins:
+                if previous is not None:
+                    self._end(trainer, pl_module, previous)
+                self._numbers[current] += 1
+                self._begins = True
             self.begin(trainer, pl_module)
+            self._begins = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure after the last phase."""
@@ -103,6 +113,7 @@ class PhaseMonitor(PhaseCallback):
             "seconds": self.seconds,
             "numbers": dict(self._numbers),
             "rl_step": self._rl_step,
+            "begins": self._begins,
         }
         return super().state_dict() | common | {"own": self.own_state()}
 
@@ -111,6 +122,7 @@ class PhaseMonitor(PhaseCallback):
         super().load_state_dict(state_dict)
         self.phases, self.seconds = list(state_dict["phases"]), state_dict["seconds"]
         self._numbers, self._rl_step = dict(state_dict["numbers"]), state_dict["rl_step"]
+        self._begins = state_dict.get("begins", False)
         self.load_own_state(state_dict["own"])
 
 

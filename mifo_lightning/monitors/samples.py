@@ -1,13 +1,16 @@
 """Responses to read: a file that keeps all of them, and a W&B table with its history."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.monitors.kept_rows import carry, samples_before
+from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of
 
+FILE = "samples.jsonl"
 COLUMNS: list[str | int] = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
 
 
@@ -23,6 +26,15 @@ class SampleTable(Callback):
         self.every, self.per_evaluation = every, per_evaluation
         self._kept: dict[int, int] = {}  # responses kept in the running evaluation, by data source
         self._table: Any = None
+        self._fresh = False  # whether the table has rows that W&B has not
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on keeps the samples from before its checkpoint: what came after will come again."""
+        start = trainer.ckpt_path
+        if start is not None and trainer.is_global_zero:
+            here = run_dir(trainer)
+            there = here if goes_on_here(trainer, here, start) else run_of(Path(start))
+            carry(there / FILE, here / FILE, samples_before, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -30,6 +42,7 @@ class SampleTable(Callback):
         """Keep the samples of a fresh rollout."""
         if self.every and "samples" in outputs and batch["rollout"] % self.every == 0:
             self._keep(trainer, "rl", outputs["samples"])
+            self._show(trainer)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
@@ -43,6 +56,14 @@ class SampleTable(Callback):
     ) -> None:
         """Keep the first responses of each source."""
         self._keep_first(trainer, "test", outputs["samples"], *where, **named)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show them beside the metrics, which Lightning logs next."""
+        self._show(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As validation."""
+        self._show(trainer)
 
     def _keep_first(
         self,
@@ -64,7 +85,7 @@ class SampleTable(Callback):
         directory = run_dir(trainer)
         rows = [{"step": trainer.global_step, "stage": stage, **sample} for sample in samples]
         directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "samples.jsonl", "a", encoding="utf-8") as file:
+        with open(directory / FILE, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if isinstance(trainer.logger, WandbLogger):
             import wandb
@@ -73,4 +94,10 @@ class SampleTable(Callback):
                 self._table = wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
             for row in rows:
                 self._table.add_data(*(row[str(column)] for column in COLUMNS))
-            trainer.logger.experiment.log({"samples": self._table})
+            self._fresh = True
+
+    def _show(self, trainer: Trainer) -> None:
+        """Put the table into the row that W&B writes next."""
+        if self._fresh and isinstance(trainer.logger, WandbLogger):
+            trainer.logger.experiment.log({"samples": self._table}, commit=False)
+        self._fresh = False

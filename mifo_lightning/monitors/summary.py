@@ -1,6 +1,7 @@
 """The table at the end: every source before and after, what the monitors found, and where the seconds went."""
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
 from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.terminal import table_text
 
 
 class RunSummary(Callback):
@@ -46,11 +48,11 @@ class RunSummary(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Validate where the last RL step is over and SFT begins."""
-        previous, self.ends_on = self.ends_on, batch["phase"]
-        if self.ends_on == "rl":
+        if batch["phase"] == "rl":
             self.after_rl = {}  # a finished run that is extended
-        elif previous == "rl" and self.before and no_rl_follows(trainer, batch):
+        elif self.ends_on == "rl" and self.before and no_rl_follows(trainer, batch):
             self.after_rl = validate(trainer, pl_module)
+        self.ends_on = batch["phase"]  # now that it is validated: a run that is interrupted meanwhile begins it anew
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what only the loader knows."""
@@ -81,6 +83,7 @@ class RunSummary(Callback):
             "sft_phases": switch.switches - self._dropped if switch else 0,
             "sft_phases_dropped": self._dropped,
             "seconds": seconds,
+            "fitted": getattr(trainer.datamodule, "fitted", {}),  # type: ignore[attr-defined]
             **{monitor.summary_key: monitor.summary() for monitor in monitors},
         }
         path = run_dir(trainer) / "summary.json"
@@ -124,8 +127,8 @@ def validate(trainer: Trainer, pl_module: Any) -> dict[str, float]:
     return {key.removeprefix("val/"): float(value) for key, value in pl_module.evaluator.compute("val").items()}
 
 
-def before_and_after(before: dict[str, float], after: dict[str, float], title: str = "before → after") -> Table:
-    """One row per source, one column per metric, `before → after` in each cell."""
+def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The metrics, and of each source its cells by metric, `before → after`, or `after` where there is none before."""
     rows: dict[str, dict[str, str]] = {}
     for key, value in after.items():
         source, _, metric = key.rpartition("/")
@@ -134,13 +137,18 @@ def before_and_after(before: dict[str, float], after: dict[str, float], title: s
         cell = f"{value:.{digits}f}" if start is None else f"{start:.{digits}f} → {value:.{digits}f}"
         macro = not source and metric.endswith("_macro")
         rows.setdefault(source or ("mean of sources" if macro else "all"), {})[metric.removesuffix("_macro")] = cell
-    metrics = list(dict.fromkeys(metric for cells in rows.values() for metric in cells))
+    return list(dict.fromkeys(metric for cells in rows.values() for metric in cells)), rows
+
+
+def before_and_after(before: dict[str, float], after: dict[str, float], title: str = "before → after") -> Table:
+    """One row per source, one column per metric, `before → after` in each cell."""
+    metrics, rows = comparison(before, after)
     table = Table(title=title)
     table.add_column("source")
     for metric in metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(table_text(metric), justify="right")
     for source, cells in rows.items():
-        table.add_row(source, *(cells.get(metric, "") for metric in metrics))
+        table.add_row(table_text(source), *(cells.get(metric, "") for metric in metrics))
     return table
 
 

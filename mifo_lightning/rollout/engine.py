@@ -88,6 +88,8 @@ class RolloutEngine(Protocol):
 
     One that has an attribute `listener` tells it, where it is not None, how far a call is, so that long decoding shows.
 
+    One that decodes for long calls `safe_points.poll` now and then, whose exception it lets pass.
+
     An engine in another process synchronises its weights at the start of `generate`; the in-process engine has nothing
     to do there. Calls are collective: every rank calls with its own prompts, which may be none.
     """

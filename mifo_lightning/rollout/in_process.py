@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.ending import end_tokens
+from mifo_lightning import safe_points
+from mifo_lightning.ending import end_tokens, padding
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
 
+BLOCK = 16  # tokens between two looks at whether the run is to stop
 STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some tokens hold no text
 # what else than torch.OutOfMemoryError says that there is no memory left
 NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -169,7 +171,7 @@ class _Decoding:
         device, limit = self.policy.device, self.sampling.max_new_tokens
         logits = self._prefill(prompts, device)
         n = len(prompts) * self.samples
-        tokens = torch.full((n, limit), int(self.tokenizer.pad_token_id), device=device)
+        tokens = torch.full((n, limit), padding(self.tokenizer), device=device)
         logp = torch.zeros(n, limit, device=device)
         lengths = torch.full((n,), limit, device=device)
         finished = torch.zeros(n, dtype=torch.bool, device=device)
@@ -177,6 +179,8 @@ class _Decoding:
         row_keys = (torch.tensor(keys, device=device)[:, None] + torch.tensor(self.numbers, device=device)).flatten()
         alive = torch.arange(n, device=device)
         for step in range(limit):
+            if step % BLOCK == 0:
+                safe_points.poll()
             token, token_logp = next_token(logits, uniforms(row_keys[alive], step), self.sampling)
             tokens[alive, step], logp[alive, step] = token, token_logp
             ended = self._ended(tokens[alive, : step + 1], token) & ~finished[alive]
@@ -205,7 +209,7 @@ class _Decoding:
         if not movable:
             prompts = [p for p in prompts for _ in range(samples)]
         width = max(map(len, prompts))
-        pad = int(self.tokenizer.pad_token_id)
+        pad = padding(self.tokenizer)
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
         positions = None
         if any(len(p) < width for p in prompts):

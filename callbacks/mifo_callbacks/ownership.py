@@ -1,0 +1,75 @@
+"""One callback object, one state key, one run: what has state is not shared unsaid."""
+
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+_set_up: WeakSet[Callback] = WeakSet()
+_trained: WeakKeyDictionary[Callback, "ref[LightningModule]"] = WeakKeyDictionary()  # beside the callbacks: a
+# weak reference in one of them could not be pickled
+
+
+class _Key(str):
+    """A state key that refuses to be equal to that of another callback."""
+
+    owner: Callback
+
+    def __eq__(self, other: object) -> bool:
+        same = str.__eq__(self, other)
+        if same is True and isinstance(other, _Key) and other.owner is not self.owner:
+            name = type(self.owner).__name__
+            raise ValueError(
+                f"two callbacks have the state key {self!s}, under which a checkpoint keeps one; allowed: one "
+                f"{name} of that kind, or a subclass whose state_key is self._generate_state_key(name=...)"
+            )
+        return bool(same)
+
+    __hash__ = str.__hash__
+
+
+def distinct(callback: Callback, key: str) -> str:
+    """`key`; until the callback is set up, the Trainer's comparison with an equal one of another raises ValueError.
+
+    Lightning compares when a Trainer is made, and its own message does not say what to do.
+    """
+    if callback in _set_up:
+        return key
+    own = _Key(key)
+    own.owner = callback
+    return own
+
+
+def set_up(callback: Callback) -> None:
+    """The callback's Trainer has compared keys: from now on they are plain strings, as checkpoints need them."""
+    _set_up.add(callback)
+
+
+def claim(callback: Callback, module: LightningModule) -> None:
+    """Tie `callback` to the run of `module`, which it must be at the start of each fit.
+
+    Raises:
+        MisconfigurationException: If it has the state of another module's run.
+    """
+    known = _trained.get(callback)
+    if known is not None and known() is not module:
+        name = type(callback).__name__
+        raise MisconfigurationException(
+            f"this {name} has the state of another module's run; allowed: a new {name} for each module, a second "
+            "fit of the same one, or a checkpoint to resume from"
+        )
+    _trained[callback] = ref(module)
+
+
+def renew(callback: Callback) -> None:
+    """Its state has been replaced by that of a checkpoint, of whatever module."""
+    _trained.pop(callback, None)
+
+
+def require_trainer(fabric: Any, callback: Callback) -> None:
+    """Refuse a Fabric loop, which calls none of the hooks that the callbacks live on."""
+    raise MisconfigurationException(
+        f"{type(callback).__name__} lives on the hooks of lightning.pytorch.Trainer, which {type(fabric).__name__} "
+        "does not call; allowed: a Trainer"
+    )

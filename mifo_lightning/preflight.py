@@ -1,0 +1,43 @@
+"""Check first, log then: what can be refused is refused before a logger writes or an evaluation runs."""
+
+from typing import Literal
+
+from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.guards import check_trainer
+from mifo_lightning.module import MifoModule
+
+
+def check_run(
+    trainer: Trainer, module: MifoModule, data: QuestionData, stage: Literal["fit", "validate", "test"]
+) -> None:
+    """Read the data, load the model and refuse what does not fit together; the run keeps both as they are here.
+
+    What only a run can tell stays for later: a reward that refuses every response, an engine under sharded weights.
+
+    Raises:
+        InputError: Model, data, schedule, lengths, demonstrations or a callback is not allowed.
+    """
+    module.trainer = data.trainer = trainer
+    trainer.strategy.connect(module)
+    check_trainer(trainer)
+    data.setup(stage)
+    with (
+        trainer.strategy.tensor_init_context(),
+        trainer.strategy.model_sharded_context(),
+        trainer.precision_plugin.module_init_context(),
+    ):
+        module.load()
+    loaders = data.test_dataloader() if stage == "test" else data.val_dataloader()
+    train = data.train_dataloader() if stage == "fit" else None
+    # the engine is compared with the weights where and as they will be
+    here = not isinstance(trainer.strategy, ModelParallelStrategy)
+    engine = here and module.policy is not None and module.policy.device == trainer.strategy.root_device
+    module.check_questions(loaders, True, engine)
+    if train is not None:
+        module.check_questions(train, False, engine)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "preflight"):
+                callback.preflight(trainer, loaders)

@@ -1,0 +1,97 @@
+"""Where a run may be interrupted: all ranks together, between whole pieces of work."""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch.distributed.distributed_c10d import _get_default_store
+from transformers import PreTrainedTokenizerBase
+
+from mifo_lightning import interruption
+from mifo_lightning.distributed import ranks
+from mifo_lightning.errors import Interrupted
+from mifo_lightning.policy import Policy
+from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+
+KEY = "mifo_lightning/interrupted"  # in the store of the process group: the signal that one of its ranks has got
+
+
+class NoHandlers(_SignalConnector):
+    """In place of Lightning's: its handlers broadcast inside the handler and end with status 0."""
+
+    def register_signal_handlers(self) -> None:
+        """Leave those of `interruption` where they are."""
+
+
+def poll() -> None:
+    """Leave a piece of work that is collective at its end alone, as decoding is; not collective itself, and cheap.
+
+    Raises:
+        Interrupted: If this rank is asked to stop, or another one has said so here.
+    """
+    if ranks() > 1:
+        store = _get_default_store()
+        if interruption.pending() is not None:
+            store.set(KEY, str(interruption.pending()))
+        elif store.check([KEY]):
+            interruption.request(int(store.get(KEY)))
+    if (signum := interruption.pending()) is not None:
+        raise Interrupted(signum)
+
+
+def agree(device: torch.device) -> None:
+    """Stop here if any rank is asked to; collective.
+
+    Args:
+        device: Where collectives work.
+
+    Raises:
+        Interrupted: On all ranks, or on none.
+    """
+    signum = interruption.pending() or 0
+    if ranks() > 1:
+        told = torch.tensor(signum, device=device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        signum = int(told)
+    if signum:
+        raise Interrupted(signum, together=True)
+
+
+def draw(
+    engine: RolloutEngine,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    keys: list[int],
+    samples: int,
+    sampling: Sampling,
+) -> list[list[Completion]]:
+    """`RolloutEngine.generate`, which an engine may leave by `poll`; collective.
+
+    Raises:
+        Interrupted: On all ranks, or on none.
+    """
+    drawn: list[list[Completion]] = []
+    with suppress(Interrupted):  # the others learn of it where all meet
+        drawn = engine.generate(policy, tokenizer, prompts, keys, samples, sampling)
+    agree(policy.device)
+    return drawn
+
+
+def whole_steps(loops: dict[str, Any], micro_batches: int) -> None:
+    """Take an optimizer step that is not done out of the progress of Lightning's fit loop, in place.
+
+    Args:
+        loops: `checkpoint["loops"]`.
+        micro_batches: Per optimizer step.
+    """
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    now = progress["current"]
+    begun = now["ready"] > now["processed"] or now["processed"] % micro_batches > 0
+    if begun:
+        undone = now["processed"] % micro_batches
+        for counts in (now, progress["total"]):
+            done = counts["processed"] - undone
+            counts.update(ready=done, started=done, processed=done, completed=done)

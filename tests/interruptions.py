@@ -1,0 +1,157 @@
+"""Short runs that are stopped at a chosen safe point and gone on with, for test_interruption.py and as a program.
+
+python tests/interruptions.py {single|ddp|fsdp2} CASE OUT.json [POINT ...]
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_data, make_module, method_callbacks
+from lightning import Callback, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from monitoring import monitors, summaries
+
+from mifo_lightning import interruption
+from mifo_lightning.data.skills import Skills
+from mifo_lightning.distributed import full
+from mifo_lightning.errors import Interrupted
+from mifo_lightning.monitors.checkpoint import LastCheckpoint
+from mifo_lightning.monitors.history import History
+from mifo_lightning.monitors.summary import RunSummary
+from mifo_lightning.rl_settings import RLSettings
+from mifo_lightning.rollout import in_process
+from mifo_lightning.schedule import Schedule
+
+in_process.BLOCK = 5  # three looks at the flag in a response of 14 tokens
+
+CASES: dict[str, dict[str, Any]] = {
+    "mifo": {"schedule": Schedule(rl_steps=3, rl_questions=4, sft_batch=4, passes=2)},
+    "dynamic sampling": {
+        "schedule": Schedule(rl_steps=2, rl_questions=4, sft_batch=4, minibatches=2),
+        "policy": RLSettings(dynamic_sampling=2, kl_coefficient=0.05),
+    },
+    "sft around": {
+        "schedule": Schedule(rl_steps=2, rl_questions=4, sft_batch=4, sft_before=2, sft_after=2, final_sft="drop")
+    },
+}
+
+
+class Points:
+    """Counts the safe points that a run passes, and asks for its end at one of them."""
+
+    def __init__(self, at: int | None) -> None:
+        self.passed, self.at, self._pending = 0, at, interruption.pending
+
+    def __call__(self) -> int | None:
+        self.passed += 1
+        if self.passed == self.at:
+            interruption.request(signal.SIGTERM)
+        return self._pending()
+
+
+def fit(
+    case: str, directory: Path, strategy: str = "single", at: int | None = None, ckpt: str | None = None
+) -> tuple[dict[str, Any], Interrupted | None, int]:
+    """Fit, stopped at a safe point if one is named: what the run is then, what stopped it, and the points it passed."""
+    changes = dict(CASES[case])
+    schedule = changes.pop("schedule")
+    several: Any = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
+    kept = [*monitors(4), RunSummary()]
+    last = LastCheckpoint(every=10**6, dirpath=str(directory / "checkpoints"))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if strategy == "single" else 2,
+        strategy=several.get(strategy, "auto"),
+        accumulate_grad_batches=2,
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*method_callbacks(size=8), *kept, last],
+        default_root_dir=directory,
+    )
+    module = make_module(**changes)
+    data = make_data(schedule=schedule, val=Skills(["addition", "mirrored"], 8, split="val"), eval_batch=4)
+    stopped = None
+    points = Points(at)
+    interruption.forget()
+    interruption.pending = points  # type: ignore[assignment]
+    try:
+        if ckpt is None:
+            trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data, ckpt_path=ckpt)
+    except Interrupted as stop:
+        stopped = stop
+    finally:
+        interruption.pending = points._pending
+        interruption.forget()
+    return state(trainer, module, kept), stopped, points.passed
+
+
+def state(trainer: Trainer, module: Any, kept: list[Callback]) -> dict[str, Any]:
+    """All that a run which was never stopped must agree with."""
+    names = {p: name for name, p in module.named_parameters()}
+    whole = {
+        "weights": {name: full(p).detach().clone() for name, p in module.named_parameters()},
+        "moments": {
+            f"{names[p]}/{slot}": full(value).clone()
+            for optimizer in trainer.optimizers
+            for p, slots in optimizer.state.items()
+            for slot, value in slots.items()
+        },
+        "parked": module.optimizer_of_phase.state_dict() if module.optimizer_of_phase else {},
+    }
+    whole["records"] = json.loads(json.dumps(summaries(kept[:-1])))
+    whole["history"] = next(callback.lines for callback in kept if isinstance(callback, History))
+    whole["summary"] = kept[-1].state_dict()
+    return whole
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two states differ, by a bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: {a.keys() ^ b.keys()}"]
+        return [found for key in a for found in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if torch.equal(a.cpu(), b.cpu()) else [where]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{where}/{i}")]
+    return [] if a == b else [f"{where}: {a} {b}"]
+
+
+def compare(case: str, directory: Path, strategy: str, points: list[int]) -> dict[str, Any]:
+    """Stop at each of these points, or at all if none is named, go on, and hold the end against the undisturbed run."""
+    whole, stopped, passed = fit(case, directory / "whole", strategy)
+    assert stopped is None
+    found: dict[str, Any] = {"passed": passed, "tried": 0, "checkpoints": 0, "unlike": {}}
+    for point in points or range(1, passed + 1):
+        _, stopped, _ = fit(case, directory / str(point), strategy, at=point)
+        if stopped is None:
+            found["unlike"][point] = ["was not stopped"]
+            continue
+        found["tried"] += 1
+        if stopped.checkpoint is None:
+            if stopped.step:
+                found["unlike"][point] = [f"lost {stopped.step} steps"]
+            continue
+        found["checkpoints"] += 1
+        again, _, _ = fit(case, directory / str(point), strategy, ckpt=stopped.checkpoint)
+        if unlike := differences(whole, again):
+            found["unlike"][point] = [f"after step {stopped.step}", *unlike[:3]]
+    return found
+
+
+def main() -> None:
+    strategy, case, out, points = sys.argv[1], sys.argv[2], Path(sys.argv[3]), [int(x) for x in sys.argv[4:]]
+    found = compare(case, out.parent / f"{strategy} {case}", strategy, points)
+    if interruption.is_first():
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

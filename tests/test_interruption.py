@@ -1,0 +1,267 @@
+"""Signals: one line, status 128 + n, a checkpoint of the last step, and the same bits after going on from any point."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interruptions import compare
+
+from mifo_lightning import interruption
+from mifo_lightning.errors import Interrupted
+from mifo_lightning.interruption import last_line
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *("--config", "configs/tiny.yaml", "--model.self_check", "false", "--switch.size", "8", "--switch.p", "0.75"),
+    *("--data.train.init_args.count", "64", "--data.schedule.rl_questions", "8", "--data.schedule.sft_batch", "8"),
+    *("--data.val.init_args.count", "16", "--progress.lines", "100000"),
+]
+ENDLESS = ["--data.schedule.rl_steps", "100000"]
+
+
+class Program:
+    """A run as a process of its own, whose output is read line by line.
+
+    Args:
+        directory: Where it writes.
+        arguments: Further ones of the command line.
+        setup: Called in the process before the program.
+    """
+
+    def __init__(self, directory: Path, *arguments: str, setup: Callable[[], None] | None = None) -> None:
+        self.lines: list[str] = []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+        places = ["--trainer.default_root_dir", str(directory)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mifo_lightning", *arguments, *places],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=setup,
+        )
+
+    def until(self, pattern: str) -> str:
+        """Read until a line matches; all that was read."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if re.search(pattern, line):
+                return "".join(self.lines)
+        raise AssertionError(f"{pattern} never came: {''.join(self.lines)[-2000:]}")
+
+    def end(self) -> tuple[int, str, float]:
+        """Wait for the end; exit status, the last line, and how long it took."""
+        began = time.monotonic()
+        rest, _ = self.process.communicate(timeout=120)
+        self.lines += rest.splitlines(keepends=True)
+        assert "Traceback" not in "".join(self.lines), "".join(self.lines)
+        said = [line for line in self.lines if line.startswith("interrupted by ")]
+        assert len(said) <= 1, said
+        return self.process.returncode, said[0].strip() if said else "", time.monotonic() - began
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Starts programs, and leaves none behind."""
+    programs: list[Program] = []
+
+    def begin(*arguments: str, **named: Any) -> Program:
+        programs.append(Program(tmp_path, *arguments, **named))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        if program.process.poll() is None:
+            os.killpg(program.process.pid, signal.SIGKILL)
+        program.process.wait()
+
+
+CSV = ["--config", "configs/logger/csv.yaml", "--trainer.logger.init_args.save_dir"]
+
+
+def fit(start: Callable[..., Program], tmp_path: Path, *arguments: str, **named: Any) -> Program:
+    return start("fit", *SMALL, *CSV, str(tmp_path), *arguments, **named)
+
+
+@pytest.mark.parametrize("signum", interruption.SIGNALS)
+def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
+    start: Callable[..., Program], tmp_path: Path, signum: signal.Signals
+) -> None:
+    program = fit(start, tmp_path, *ENDLESS)
+    program.until(r"RL step 3")
+    program.process.send_signal(signum)
+    status, line, seconds = program.end()
+    assert (status, seconds < 20) == (128 + signum, True)
+    found = re.fullmatch(
+        rf"interrupted by {signum.name} after optimizer step (\d+), kept in (\S+); go on with: (.*)", line
+    )
+    assert found, line
+    step, path, command = found.groups()
+    assert torch.load(path, weights_only=True)["global_step"] == int(step) >= 3
+    assert command.startswith("python -m mifo_lightning fit --config configs/tiny.yaml ")
+    assert command.endswith(f"--ckpt_path {path}")
+    assert not list(tmp_path.rglob("model.safetensors"))
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_a_signal_while_the_program_is_imported_is_one_line(start: Callable[..., Program], tmp_path: Path) -> None:
+    program = fit(start, tmp_path, *ENDLESS)
+    while "torch" not in Path(f"/proc/{program.process.pid}/maps").read_text():
+        time.sleep(0.02)
+    program.process.send_signal(signal.SIGTERM)
+    status, line, seconds = program.end()
+    assert (status, seconds < 10) == (143, True)
+    assert line.startswith(
+        "interrupted by SIGTERM: nothing was trained; begin again with: python -m mifo_lightning fit "
+    )
+    assert len(program.lines) == 1
+
+
+def test_a_signal_in_the_first_evaluation_ends_it(start: Callable[..., Program], tmp_path: Path) -> None:
+    long = ["--data.val.init_args.count", "2048", "--data.eval_batch", "64", "--progress.seconds", "0.01"]
+    program = fit(start, tmp_path, *ENDLESS, *long)
+    program.until(r"evaluation: batch 2 ")
+    program.process.send_signal(signal.SIGTERM)
+    status, line, seconds = program.end()
+    assert (status, seconds < 20) == (143, True)
+    assert "nothing was trained" in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_control_c_reaches_the_whole_group_and_no_child_dies_before(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    program = start("fit", *SMALL, *ENDLESS, "--trainer.logger.save_dir", str(tmp_path))
+    program.until(r"RL step 2")
+    os.killpg(program.process.pid, signal.SIGINT)
+    status, line, _ = program.end()
+    assert (status, "after optimizer step" in line) == (130, True)
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("to", ["first", "second", "group"])
+def test_two_ranks_stop_together(start: Callable[..., Program], tmp_path: Path, strategy: str, to: str) -> None:
+    chosen = {
+        "ddp": ["--trainer.strategy", "ddp"],
+        "fsdp2": [
+            *("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"),
+            *("--trainer.strategy.init_args.data_parallel_size", "2"),
+            *("--trainer.strategy.init_args.tensor_parallel_size", "1"),
+        ],
+    }[strategy]
+    program = fit(start, tmp_path, *ENDLESS, "--trainer.devices", "2", *chosen)
+    program.until(r"RL step 3")
+    pid = program.process.pid
+    if to == "group":
+        os.killpg(pid, signal.SIGTERM)
+    elif to == "first":
+        os.kill(pid, signal.SIGTERM)
+    else:
+        os.kill(second_rank(pid), signal.SIGTERM)
+    status, line, seconds = program.end()
+    assert (status, seconds < 30) == (143, True)
+    assert "after optimizer step" in line
+    with pytest.raises(ProcessLookupError):
+        os.killpg(pid, 0)
+
+
+def second_rank(first: int) -> int:
+    """The process of the other rank."""
+    children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    return next(int(c) for c in children if b"LOCAL_RANK=1" in Path(f"/proc/{c}/environ").read_bytes())
+
+
+# --- the handler alone ----------------------------------------------------------------------------------------------
+
+LIGHT = """
+import os, signal, sys, time
+from mifo_lightning import interruption
+interruption.install()
+with interruption.handled(["fit"]):
+    {body}
+"""
+
+
+def light(body: str, setup: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    program = LIGHT.format(body=body.replace("\n", "\n    "))
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, preexec_fn=setup)
+
+
+def test_a_second_signal_ends_at_once_but_one_request_may_come_twice() -> None:
+    twice = "interruption.defer()\nfor pause in (0, 0.1, 1.2):\n    time.sleep(pause)\n    print(pause, flush=True)\n"
+    ended = light(twice + "    os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)")
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (143, ["0", "0.1", "1.2"], "")
+
+
+def test_what_the_starter_has_ignored_stays_ignored() -> None:
+    ended = light(
+        "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')",
+        setup=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # type: ignore[arg-type,return-value]
+    )
+    assert (ended.returncode, ended.stdout) == (0, "goes on\n")
+
+
+def test_nothing_heavy_is_imported_before_signals_are_ours() -> None:
+    ended = light("print(sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))")
+    assert ended.stdout == "[]\n"
+
+
+def test_the_command_that_goes_on_names_the_new_checkpoint_alone() -> None:
+    stop = Interrupted(signal.SIGTERM)
+    stop.step, stop.checkpoint = 7, "runs/a b/last.ckpt"
+    for earlier in (["--ckpt_path", "old.ckpt"], ["--ckpt_path=old.ckpt"], ["--resume"]):
+        line = last_line(stop, ["fit", *earlier, "--config", "x.yaml"])
+        assert line.endswith("python -m mifo_lightning fit --config x.yaml --ckpt_path 'runs/a b/last.ckpt'")
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, interruption.handled(["fit"]):  # noqa: PT012
+        assert signal.getsignal(signal.SIGTERM) is not before
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert interruption.pending() is None
+
+
+# --- the same bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "points"),
+    [("mifo", [38, 46, 59, 73, 84, 97]), ("dynamic sampling", [40, 52, 64]), ("sft around", [33, 44, 55])],
+)
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path: Path, case: str, points: list[int]) -> None:
+    found = compare(case, tmp_path, "single", points)
+    assert found["unlike"] == {}
+    assert found["checkpoints"] == len(points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_stopped_anywhere_end_with_the_same_bits(tmp_path: Path, strategy: str) -> None:
+    out = tmp_path / "found.json"
+    points = ["45", "60", "75", "90"]
+    program = str(Path(__file__).with_name("interruptions.py"))
+    ended = subprocess.run(
+        [sys.executable, program, strategy, "mifo", str(out), *points], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["unlike"] == {}
+    assert found["checkpoints"] == len(points)

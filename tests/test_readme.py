@@ -1,0 +1,63 @@
+"""README's questions and reward of one's own, run as they stand there; the mappings that docs/data.md shows."""
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mifo_lightning.cli import COMMAND, main
+from mifo_lightning.data.columns import Columns
+from mifo_lightning.data.rows import read_rows
+
+ROOT = Path(__file__).parents[1]
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your questions")[2].partition("\n## ")[0]
+BLOCKS = dict(re.findall(r"```(\w+)\n(.*?)```", SECTION, re.S))
+NAMES = {"csv": "mine.csv", "yaml": "mine.yaml", "python": "my_rewards.py"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with README's three files, and the repository's configurations."""
+    for kind, name in NAMES.items():
+        (tmp_path / name).write_text(BLOCKS[kind], encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` does
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+def test_the_command_trains_on_the_file_with_the_reward(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.search(r"^python -m mifo_lightning (.*mine\.yaml.*)$", SECTION, re.M)
+    assert command
+    with pytest.warns(UserWarning, match=r"^data\.schedule\.rl_questions: 32 → 4, "):
+        main([*shlex.split(command[1]), "--trainer.logger", "false"])
+    assert "mine-holdout" in capsys.readouterr().out
+    summary = json.loads((here / "runs" / "tiny" / "summary.json").read_text())
+    assert (summary["sft_phases"], summary["optimizer_steps"]) == (3, 9)
+
+
+def test_the_row_format_shows_the_first_row(here: Path) -> None:
+    (here / "rows.jsonl").write_text(BLOCKS["json"].replace("\n", ""), encoding="utf-8")
+    columns = Columns(prompt="question", truth="answer", target="solution")
+    (row,), (mapped, *_) = read_rows("rows.jsonl"), read_rows("mine.csv", columns=columns)
+    keys = ("data_source", "prompt", "target")
+    assert [row[key] for key in keys] == [mapped[key] for key in keys]
+    assert row["reward_model"]["ground_truth"] == mapped["reward_model"]["ground_truth"]
+
+
+def test_the_mappings_of_the_page_are_mappings() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = [Columns(**yaml.safe_load(text)) for text in re.findall(r"^\|.*\| `(\{.*\})` \|$", page, re.M)]
+    assert len(shown) == 6
+    for key, default in vars(Columns()).items():
+        assert f"| `{key}` | {'null' if default is None else f'`{default}`'} |" in page
+
+
+def test_the_command_that_shells_complete_is_the_command_line() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {COMMAND: f"{main.__module__}:{main.__name__}"}
