@@ -198,6 +198,7 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], text: str) -> 
 
 def test_rows_are_read_once_and_the_reward_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closing(LastAnswerReward):
+        isolate = False
         closed = 0
 
         def close(self) -> None:

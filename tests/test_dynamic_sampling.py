@@ -187,6 +187,8 @@ def test_all_groups_reach_the_buffer_and_the_account_of_decoding(make_trainer: A
             return [[completion(tokenizer, ends[k % 2 if sum(p) % 3 == 0 else 1]) for k in range(4)] for p in prompts]
 
     class Seven(Reward):
+        isolate = False
+
         def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
             return [float(text.startswith("7")) for text in responses]
 

@@ -57,6 +57,8 @@ class Plain:
 class Tenths(Reward):
     """A graded reward: the response is the number of tenths."""
 
+    isolate = False
+
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         return [int(response) / 10 for response in responses]
 

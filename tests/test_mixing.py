@@ -115,6 +115,8 @@ def test_the_weight_of_the_sft_loss_goes_along_half_a_cosine_to_its_end() -> Non
 class Never(Reward):
     """No response is right."""
 
+    isolate = False
+
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         return [0.0] * len(responses)
 

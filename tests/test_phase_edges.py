@@ -244,6 +244,8 @@ def test_a_step_without_gradient_moves_nothing_if_told_and_is_counted(
 class Same(Reward):
     """The same for every response, so that no group has a signal."""
 
+    isolate = False
+
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         return [1.0] * len(responses)
 

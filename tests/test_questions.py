@@ -92,6 +92,8 @@ def one(*args: Any, **options: Any) -> Question:
 class Graded(Reward):
     """The number that the response ends with, after `>`; keeps what it was asked."""
 
+    isolate = False
+
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
 

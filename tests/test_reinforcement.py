@@ -37,6 +37,8 @@ CPU = torch.device("cpu")
 class Tenths(Reward):
     """A graded reward: the response is the number of tenths."""
 
+    isolate = False
+
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         return [int(response) / 10 for response in responses]
 
@@ -153,6 +155,7 @@ def test_the_description_of_rollouts(tokenizer: Any) -> None:
 
 def test_what_an_rl_step_logs_of_its_rollouts(make_trainer: Callable[..., Trainer], tokenizer: Any) -> None:
     class Erring(Coin):
+        isolate = False
         errors, timeouts = 3, 2
 
     engine, records = Noting(), Records()

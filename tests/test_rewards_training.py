@@ -1,6 +1,7 @@
 """Rewards inside a run: what is logged of their parts, who is correct, truncated answers, and when a run stops."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.evaluation import Evaluation, Evaluator
 from mifo_lightning.policy import Policy
-from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.weighted import OverlongPenalty, WeightedRewards
@@ -135,6 +136,17 @@ def test_demonstrations_are_judged_by_a_reward_that_reads_columns() -> None:
 def test_demonstrations_that_no_check_survives_stop_the_run() -> None:
     with pytest.raises(InputError, match=r"every check of FunctionReward failed, 64 of demonstrations.*port 80"):
         make_data(reward=FunctionReward(always_fails)).setup("fit")
+
+
+def test_failed_checks_are_summed_up_when_a_stage_ends() -> None:
+    reward = FunctionReward(lambda responses: [None if "7" in text else 1.0 for text in responses], isolate=False)
+    data = make_data(reward=reward)
+    score(reward, ["7", "8", "77"], ["", "", ""])
+    with pytest.warns(UserWarning, match="^fit: 2 of 3 checks of FunctionReward failed and scored 0: 2 x not a finite"):
+        data.teardown("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.teardown("validate")
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from datetime import date
 from typing import Any
 
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -285,6 +286,6 @@ class QuestionData(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Say which checks of the reward failed, and stop its child process."""
-        for line in sum_up(self.reward, stage):
+        for line in sum_up(self.reward, TrainerFn(stage).value):
             rank_zero_warn(line)
         release(self.reward)
