@@ -119,6 +119,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
 def test_a_signal_while_the_program_is_imported_is_one_line(start: Callable[..., Program], tmp_path: Path) -> None:
     program = fit(start, tmp_path, *ENDLESS)
     while "torch" not in Path(f"/proc/{program.process.pid}/maps").read_text():
+        assert program.process.poll() is None, program.end()
         time.sleep(0.02)
     program.process.send_signal(signal.SIGTERM)
     status, line, seconds = program.end()
