@@ -96,13 +96,31 @@ def install() -> dict[int, Any]:
 
 
 @contextmanager
+def noted() -> Iterator[None]:
+    """Take the signals over; give them back at the end, and forget, unless this is within another one."""
+    before = install()
+    try:
+        yield
+    finally:
+        if _arrived not in before.values():
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            forget()
+
+
+@contextmanager
 def handled(arguments: Sequence[str]) -> Iterator[None]:
     """Run the program: an interruption is one line and status 128 + the signal's number.
 
     Args:
         arguments: Of the command line.
     """
-    before = install()
+    with noted(), _ended_by_one_line(arguments):
+        yield
+
+
+@contextmanager
+def _ended_by_one_line(arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
@@ -112,11 +130,6 @@ def handled(arguments: Sequence[str]) -> Iterator[None]:
         if is_first():
             print(last_line(stop, arguments), file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signum) from None
-    finally:
-        if _arrived not in before.values():  # not within another one
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-            forget()
 
 
 def is_first() -> bool:

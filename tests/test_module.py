@@ -267,7 +267,9 @@ def test_a_step_cut_in_two_is_refused(make_trainer: MakeTrainer) -> None:
         make_trainer(limit_train_batches=3, accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
 
 
-def test_a_checkpoint_inside_an_optimizer_step_is_that_of_its_beginning(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_checkpoint_inside_an_optimizer_step_is_that_of_its_beginning(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     class SaveInside(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 2:
