@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 from interruptions import compare
+from small_grid import GRID, write
 
+from experiments.cell import outcome, prepare
+from experiments.grid import cells, read_ablation
 from mifo_lightning import interruption
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.interruption import last_line
@@ -187,6 +190,42 @@ def second_rank(first: int) -> int:
     return next(int(c) for c in children if b"LOCAL_RANK=1" in Path(f"/proc/{c}/environ").read_bytes())
 
 
+# --- the lab --------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    ablation = write(tmp_path, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 100000})
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "experiments.ablation", "--config", str(ablation)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    grid = cells(read_ablation(ablation))
+    try:
+        for cell in grid:
+            while not (cell.directory / "checkpoints" / "last.ckpt").exists():
+                assert runner.poll() is None
+                time.sleep(0.1)
+        runner.send_signal(signal.SIGTERM)
+        _, said = runner.communicate(timeout=60)
+    finally:
+        if runner.poll() is None:
+            os.killpg(runner.pid, signal.SIGKILL)
+    assert (runner.returncode, said.splitlines()) == (143, ["interrupted by SIGTERM; the same command goes on"])
+    for cell in grid:
+        ended = outcome(cell.directory)
+        assert ended.status == "cut off"
+        assert str(ended.error).startswith("interrupted by SIGTERM after optimizer step ")
+        path = cell.directory / "checkpoints" / "last.ckpt"
+        step = re.search(r"optimizer step (\d+)", str(ended.error))
+        assert step
+        assert torch.load(path, weights_only=True)["global_step"] == int(step[1])
+        assert prepare(cell.directory) == ["--ckpt_path", str(path)]
+
+
 # --- the handler alone ----------------------------------------------------------------------------------------------
 
 LIGHT = """
@@ -232,10 +271,9 @@ def test_the_command_that_goes_on_names_the_new_checkpoint_alone() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended, interruption.handled(["fit"]):
-        assert signal.getsignal(signal.SIGTERM) is not before
+    with pytest.raises(Interrupted) as ended, interruption.noted():
         os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 143
+    assert ended.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert interruption.pending() is None
 

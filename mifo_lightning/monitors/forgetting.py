@@ -59,10 +59,10 @@ class Forgetting(PhaseMonitor):
         inside = batch["phase"] == self._current == "rl"
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         fresh = batch["update"] == batch["micro"] == 0
-        if self.every and inside and fresh and batch["rollout"] % self.every == 0:
-            if batch["rollout"] != self._measured:  # else the step is done anew
-                with self.timed():
-                    self._measure(trainer, pl_module)
+        anew = batch["rollout"] == self._measured  # the step was interrupted
+        if self.every and inside and fresh and batch["rollout"] % self.every == 0 and not anew:
+            with self.timed():
+                self._measure(trainer, pl_module)
         if batch["phase"] == "rl":
             self._measured = batch["rollout"]
 
