@@ -6,8 +6,9 @@
 
 Each fit is a process of its own. Whatever is killed, the same command goes on: finished fits are kept, unfinished ones
 resume from their last checkpoint and end with the same bits. A signal (SIGTERM, Ctrl-C) reaches all fits: each writes a
-checkpoint, is listed as cut off, and the exit status is 128 + the signal's number. A fit that fails is listed, the others go on; the exit
-status is then 1. `--slurm` runs the fits as an array of jobs, `--sweep` leaves them to agents of a W&B sweep.
+checkpoint and is listed as cut off, and the exit status is 128 + the signal's number. A fit that fails is listed, the
+others go on; the exit status is then 1. `--slurm` runs the fits as an array of jobs, `--sweep` leaves them to agents of
+a W&B sweep.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from mifo_lightning.errors import Interrupted
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # `timeout`, schedulers and a terminal with forwarding parents send one request twice
 ONE_REQUEST = 1.0  # seconds in which further signals are the first one again
+SOON = 2.0  # seconds that they have to fail too, if this one fails
 LAST_WORDS = 10.0  # seconds that processes of an interrupted run have to end after the first rank
 
 
@@ -130,6 +131,9 @@ def _ended_by_one_line(arguments: Sequence[str]) -> Iterator[None]:
         if is_first():
             print(last_line(stop, arguments), file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signum) from None
+    except Exception:
+        end_others(SOON)  # a rank that fails alone is waited for in a collective
+        raise
 
 
 def is_first() -> bool:

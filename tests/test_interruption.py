@@ -248,6 +248,16 @@ def test_a_second_signal_ends_at_once_but_one_request_may_come_twice() -> None:
     assert (ended.returncode, ended.stdout.split(), ended.stderr) == (143, ["0", "0.1", "1.2"], "")
 
 
+def test_ranks_that_wait_for_one_that_has_failed_are_ended() -> None:
+    ended = light(
+        "import subprocess, types\nother = subprocess.Popen(['sleep', '60'])\n"
+        "interruption.follow(types.SimpleNamespace(procs=[other]))\ntry:\n"
+        "    with interruption.handled(['fit']):\n        raise ValueError\n"
+        "except ValueError:\n    print(other.wait(5))"
+    )
+    assert ended.stdout == "-9\n"
+
+
 def test_what_the_starter_has_ignored_stays_ignored() -> None:
     ended = light(
         "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')",
