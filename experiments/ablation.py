@@ -5,8 +5,10 @@
     python -m experiments.ablation --config experiments/ablations/paper_table.yaml --only mifo/seed0/1
 
 Each fit is a process of its own. Whatever is killed, the same command goes on: finished fits are kept, unfinished ones
-resume from their last checkpoint and end with the same bits. A fit that fails is listed, the others go on; the exit
-status is then 1. `--slurm` runs the fits as an array of jobs, `--sweep` leaves them to agents of a W&B sweep.
+resume from their last checkpoint and end with the same bits. A signal (SIGTERM, Ctrl-C) reaches all fits: each writes a
+checkpoint and is listed as cut off, and the exit status is 128 + the signal's number. A fit that fails is listed, the
+others go on; the exit status is then 1. `--slurm` runs the fits as an array of jobs, `--sweep` leaves them to agents of
+a W&B sweep.
 """
 
 import argparse
@@ -47,10 +49,12 @@ from experiments.cell import (
     write_json,
 )
 from experiments.grid import Ablation, Cell, cells, choose, read_ablation, slug, sweep, with_wandb
-from mifo_lightning.errors import InputError
+from mifo_lightning import interruption
+from mifo_lightning.errors import InputError, Interrupted
 from mifo_lightning.terminal import printable
 
 PLAN = "ablation.json"
+GRACE = 25.0  # seconds that interrupted fits have to write their checkpoints; schedulers give 30
 NAMED_BEFORE = ("primary", "primary_contrast", "margin")
 """What a reader takes to have been named before a run had been seen."""
 Work = Sequence[tuple[Cell, Fingerprint]]
@@ -128,6 +132,14 @@ def run_here(work: Work, jobs: int, imports: Sequence[str], view: View) -> None:
                     error = f"its process ended with {how}: {last_line(cell.directory / LOG)}"
                     record_outcome(cell.directory, error, time.monotonic() - began)
                 view.end(cell, outcome(cell.directory), len(running))
+    except Interrupted as stop:
+        for process, _, _ in running.values():
+            os.kill(process.pid, stop.signum)
+        latest = time.monotonic() + GRACE
+        for process, cell, _ in running.values():
+            process.join(max(0.0, latest - time.monotonic()))
+            view.end(cell, outcome(cell.directory), 0)
+        raise
     finally:
         for process, _, _ in running.values():
             try:
@@ -257,7 +269,8 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
         view.say(f"{done} of {len(rows)} done; report: python -m experiments.report {ablation.out}")
     failed = [cell for cell, _ in chosen if outcome(cell.directory).status != "done"]
     for cell in failed:
-        view.say(f"failed: {cell.name}: {outcome(cell.directory).error} ({cell.directory / LOG})")
+        found = outcome(cell.directory)
+        view.say(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
     return 1 if failed else 0
 
 
@@ -288,23 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "experiments.ablation", *(sys.argv[1:] if arguments is None else arguments)])
     changes = {key: value for key in ("jobs", "out") if (value := getattr(parsed, key)) is not None}
     try:
-        ablation = with_wandb(read_ablation(parsed.config, **changes), parsed.wandb)
-        chosen = choose(cells(ablation), parsed.only)
-        if parsed.sweep:
-            text = yaml.safe_dump(sweep(ablation, chosen, parsed.config), sort_keys=False)
-            parsed.sweep.write_text(text, encoding="utf-8")
-            print(f"wrote {parsed.sweep} with {len(chosen)} fits; next: wandb sweep {parsed.sweep}")
-        elif parsed.dry_run:
-            for cell in chosen:
-                print(f"# {cell.name}\n{cell.command}")
-        else:
-            return run(ablation, parsed.only, parsed.slurm, command)
+        with interruption.noted():
+            ablation = with_wandb(read_ablation(parsed.config, **changes), parsed.wandb)
+            chosen = choose(cells(ablation), parsed.only)
+            if parsed.sweep:
+                text = yaml.safe_dump(sweep(ablation, chosen, parsed.config), sort_keys=False)
+                parsed.sweep.write_text(text, encoding="utf-8")
+                print(f"wrote {parsed.sweep} with {len(chosen)} fits; next: wandb sweep {parsed.sweep}")
+            elif parsed.dry_run:
+                for cell in chosen:
+                    print(f"# {cell.name}\n{cell.command}")
+            else:
+                return run(ablation, parsed.only, parsed.slurm, command)
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    except Interrupted as stop:
+        print(f"interrupted by {signal.Signals(stop.signum).name}; the same command goes on", file=sys.stderr)
+        return 128 + stop.signum
     return 0
 
 

@@ -30,7 +30,7 @@ Fingerprint = dict[str, Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: status done, failed or missing; wall seconds of its last attempt."""
+    """How a cell ended: status done, cut off (by a signal), failed or missing; wall seconds of its last attempt."""
 
     status: str
     error: str | None = None
@@ -70,12 +70,14 @@ def outcome(directory: Path) -> Outcome:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["error"] is None and not (directory / SUMMARY).is_file():
         return Outcome("missing")
-    return Outcome("failed" if record["error"] else "done", record["error"], record["seconds"])
+    status = "done" if record["error"] is None else "cut off" if record.get("cut_off") else "failed"
+    return Outcome(status, record["error"], record["seconds"])
 
 
-def record_outcome(directory: Path, error: str | None, seconds: float) -> None:
-    """Write how an attempt ended; an error of None means that it is done."""
-    write_json(directory / OUTCOME, {"error": error, "seconds": round(seconds, 3)})
+def record_outcome(directory: Path, error: str | None, seconds: float, cut_off: bool = False) -> None:
+    """Write how an attempt ended; an error of None means that it is done, `cut_off` that a signal is to blame."""
+    record = {"error": error, "seconds": round(seconds, 3)}
+    write_json(directory / OUTCOME, record | ({"cut_off": True} if cut_off else {}))
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -110,10 +112,10 @@ def fit(cell: Cell, present: Fingerprint) -> None:
         write_json(directory / FINGERPRINT, present)
         began = time.monotonic()
         with output_to(directory / LOG):
-            ended_well = _call([*cell.arguments, *prepare(directory)])
-        error = None if ended_well else last_line(directory / LOG)
-        error = error or _broken(directory / SUMMARY, cell.primary)
-        record_outcome(directory, error, time.monotonic() - began)
+            status = _call([*cell.arguments, *prepare(directory)])
+        cut_off = status > 128
+        error = last_line(directory / LOG) if status else _broken(directory / SUMMARY, cell.primary)
+        record_outcome(directory, error, time.monotonic() - began, cut_off)
         if error is None:  # nothing will go on from its checkpoint, and a grid has many
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
@@ -176,22 +178,22 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
-def _call(arguments: list[str]) -> bool:
-    """Call the command line in this process; whether it ended well."""
+def _call(arguments: list[str]) -> int:
+    """Call the command line in this process; its exit status, 128 + n for a signal."""
     from mifo_lightning.cli import main
 
     try:
         main(arguments)
     except SystemExit as end:
-        return not end.code
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception:
         traceback.print_exc()
-        return False
+        return 1
     finally:
         import wandb
 
         wandb.finish()  # a process of multiprocessing runs no exit handlers
-    return True
+    return 0
 
 
 def _broken(summary: Path, primary: str) -> str | None:

@@ -16,6 +16,7 @@ from mifo_lightning.errors import Interrupted
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # `timeout`, schedulers and a terminal with forwarding parents send one request twice
 ONE_REQUEST = 1.0  # seconds in which further signals are the first one again
+SOON = 2.0  # seconds that they have to fail too, if this one fails
 LAST_WORDS = 10.0  # seconds that processes of an interrupted run have to end after the first rank
 
 
@@ -96,13 +97,31 @@ def install() -> dict[int, Any]:
 
 
 @contextmanager
+def noted() -> Iterator[None]:
+    """Take the signals over; give them back at the end, and forget, unless this is within another one."""
+    before = install()
+    try:
+        yield
+    finally:
+        if _arrived not in before.values():
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            forget()
+
+
+@contextmanager
 def handled(arguments: Sequence[str]) -> Iterator[None]:
     """Run the program: an interruption is one line and status 128 + the signal's number.
 
     Args:
         arguments: Of the command line.
     """
-    before = install()
+    with noted(), _ended_by_one_line(arguments):
+        yield
+
+
+@contextmanager
+def _ended_by_one_line(arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
@@ -112,11 +131,9 @@ def handled(arguments: Sequence[str]) -> Iterator[None]:
         if is_first():
             print(last_line(stop, arguments), file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signum) from None
-    finally:
-        if _arrived not in before.values():  # not within another one
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-            forget()
+    except Exception:
+        end_others(SOON)  # a rank that fails alone is waited for in a collective
+        raise
 
 
 def is_first() -> bool:

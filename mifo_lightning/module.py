@@ -181,7 +181,7 @@ class MifoModule(LightningModule):
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Plain lists stay as they are; a safe point ahead of what callbacks do at the start of any batch."""
+        """Plain lists stay as they are; a safe point ahead of what callbacks do where a batch begins, of any kind."""
         if self.trainer.training:
             self._say_under_way(True)
         interruption.defer()

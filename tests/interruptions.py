@@ -67,7 +67,7 @@ def fit(
         devices=1 if strategy == "single" else 2,
         strategy=several.get(strategy, "auto"),
         accumulate_grad_batches=2,
-        max_epochs=1,
+        max_epochs=-1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 from interruptions import compare
+from small_grid import GRID, write
 
+from experiments.cell import outcome, prepare
+from experiments.grid import cells, read_ablation
 from mifo_lightning import interruption
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.interruption import last_line
@@ -119,6 +122,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
 def test_a_signal_while_the_program_is_imported_is_one_line(start: Callable[..., Program], tmp_path: Path) -> None:
     program = fit(start, tmp_path, *ENDLESS)
     while "torch" not in Path(f"/proc/{program.process.pid}/maps").read_text():
+        assert program.process.poll() is None, program.end()
         time.sleep(0.02)
     program.process.send_signal(signal.SIGTERM)
     status, line, seconds = program.end()
@@ -186,6 +190,42 @@ def second_rank(first: int) -> int:
     return next(int(c) for c in children if b"LOCAL_RANK=1" in Path(f"/proc/{c}/environ").read_bytes())
 
 
+# --- the lab --------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    ablation = write(tmp_path, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 100000})
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "experiments.ablation", "--config", str(ablation)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    grid = cells(read_ablation(ablation))
+    try:
+        for cell in grid:
+            while not (cell.directory / "checkpoints" / "last.ckpt").exists():
+                assert runner.poll() is None
+                time.sleep(0.1)
+        runner.send_signal(signal.SIGTERM)
+        _, said = runner.communicate(timeout=60)
+    finally:
+        if runner.poll() is None:
+            os.killpg(runner.pid, signal.SIGKILL)
+    assert (runner.returncode, said.splitlines()) == (143, ["interrupted by SIGTERM; the same command goes on"])
+    for cell in grid:
+        ended = outcome(cell.directory)
+        assert ended.status == "cut off"
+        assert str(ended.error).startswith("interrupted by SIGTERM after optimizer step ")
+        path = cell.directory / "checkpoints" / "last.ckpt"
+        step = re.search(r"optimizer step (\d+)", str(ended.error))
+        assert step
+        assert torch.load(path, weights_only=True)["global_step"] == int(step[1])
+        assert prepare(cell.directory) == ["--ckpt_path", str(path)]
+
+
 # --- the handler alone ----------------------------------------------------------------------------------------------
 
 LIGHT = """
@@ -206,6 +246,16 @@ def test_a_second_signal_ends_at_once_but_one_request_may_come_twice() -> None:
     twice = "interruption.defer()\nfor pause in (0, 0.1, 1.2):\n    time.sleep(pause)\n    print(pause, flush=True)\n"
     ended = light(twice + "    os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)")
     assert (ended.returncode, ended.stdout.split(), ended.stderr) == (143, ["0", "0.1", "1.2"], "")
+
+
+def test_ranks_that_wait_for_one_that_has_failed_are_ended() -> None:
+    ended = light(
+        "import subprocess, types\nother = subprocess.Popen(['sleep', '60'])\n"
+        "interruption.follow(types.SimpleNamespace(procs=[other]))\ntry:\n"
+        "    with interruption.handled(['fit']):\n        raise ValueError\n"
+        "except ValueError:\n    print(other.wait(5))"
+    )
+    assert ended.stdout == "-9\n"
 
 
 def test_what_the_starter_has_ignored_stays_ignored() -> None:
@@ -231,10 +281,9 @@ def test_the_command_that_goes_on_names_the_new_checkpoint_alone() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended, interruption.handled(["fit"]):  # noqa: PT012
-        assert signal.getsignal(signal.SIGTERM) is not before
+    with pytest.raises(Interrupted) as ended, interruption.noted():
         os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 143
+    assert ended.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert interruption.pending() is None
 

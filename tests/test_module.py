@@ -267,17 +267,21 @@ def test_a_step_cut_in_two_is_refused(make_trainer: MakeTrainer) -> None:
         make_trainer(limit_train_batches=3, accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
 
 
-def test_a_checkpoint_inside_an_optimizer_step_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_checkpoint_inside_an_optimizer_step_is_that_of_its_beginning(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
     class SaveInside(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 2:
                 trainer.save_checkpoint(tmp_path / "inside.ckpt")
 
-    make_trainer([SaveInside()], accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
-    with pytest.raises(InputError, match="between two micro-batches"):
-        make_trainer(accumulate_grad_batches=2).fit(
-            make_module(), datamodule=make_data(), ckpt_path=tmp_path / "inside.ckpt"
-        )
+    whole, resumed = make_module(), make_module()
+    make_trainer([SaveInside()], accumulate_grad_batches=2).fit(whole, datamodule=make_data())
+    trainer = make_trainer(accumulate_grad_batches=2)
+    trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "inside.ckpt")
+    assert trainer.global_step == whole.trainer.global_step
+    for (name, a), b in zip(weights(resumed).items(), weights(whole).values(), strict=True):
+        assert (a == b).all(), name
 
 
 def test_a_finished_run_can_be_extended(make_trainer: MakeTrainer, tmp_path: Path) -> None:

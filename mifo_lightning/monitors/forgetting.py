@@ -42,7 +42,7 @@ class Forgetting(PhaseMonitor):
         self._probe: dict[str, list[Question]] = {}  # this rank's
         self._first: Solved = {}
         self._edge: Solved = {}  # at the last change of phase
-        self._inside = -1  # the rollout before which an RL phase was measured last
+        self._measured = -1  # the rollout before which there was a measurement, or none was due
 
     def preflight(self, trainer: Trainer, sources: Any) -> None:
         """Raise an InputError if there are no validation questions, one loader of them a source."""
@@ -63,10 +63,12 @@ class Forgetting(PhaseMonitor):
         inside = batch["phase"] == self._current == "rl"
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         fresh = batch["update"] == batch["micro"] == 0
-        if self.every and inside and fresh and batch["rollout"] % self.every == 0 and batch["rollout"] != self._inside:
+        anew = batch["rollout"] == self._measured  # the step was interrupted
+        if self.every and inside and fresh and batch["rollout"] % self.every == 0 and not anew:
             with self.timed():
                 self._measure(trainer, pl_module)
-            self._inside = batch["rollout"]
+        if batch["phase"] == "rl":
+            self._measured = batch["rollout"]
 
     def begin(self, trainer: Trainer, pl_module: Any) -> None:
         """The end of the phase before is the start of this one; only the first phase is measured anew."""
@@ -108,12 +110,12 @@ class Forgetting(PhaseMonitor):
 
     def own_state(self) -> dict[str, Any]:
         """What is solved at the start and at the last change of phase."""
-        return {"responses": self.responses, "first": self._first, "edge": self._edge, "inside": self._inside}
+        return {"responses": self.responses, "first": self._first, "edge": self._edge, "measured": self._measured}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.responses, self._first, self._edge = state["responses"], state["first"], state["edge"]
-        self._inside = state.get("inside", -1)
+        self._measured = state.get("measured", -1)
 
 
 def compare(before: Solved, after: Solved) -> Counts:
