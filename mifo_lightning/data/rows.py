@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mifo_lightning.config_files import UNREADABLE, check_regular
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
+from mifo_lightning.hub import check_hub
 
 REQUIRED = ("data_source", "prompt", "reward_model")
 COLUMNS = (*REQUIRED, "target")
@@ -74,12 +76,14 @@ def check_row(row: object, where: str) -> Row:
 def _read(source: Source) -> list[Row]:
     if isinstance(source, RowSource):
         return _checked(source.rows(), type(source).__name__)
-    path = Path(source).expanduser()
+    if UNREADABLE.search(str(source)):
+        raise InputError(f"{str(source)!r}: is no path")
     try:
+        path = Path(source).expanduser()
         local = path.exists() or _looks_local(str(source), path)
         files = _files_in(path) if path.is_dir() else [path]
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    except (OSError, RuntimeError) as error:  # the latter: the home of nobody
+        raise _unreadable(source, error) from error
     return [row for file in files for row in _read_file(file)] if local else _read_hub(str(source))
 
 
@@ -100,6 +104,7 @@ def _files_in(path: Path) -> list[Path]:
 
 def _read_file(path: Path) -> list[Row]:
     try:
+        check_regular(path)
         size = path.stat().st_size
         if path.suffix not in READERS:
             raise InputError(f"{path}: allowed are {', '.join(READERS)} or a directory of .parquet and .jsonl")
@@ -153,6 +158,7 @@ def _read_hub(source: str) -> list[Row]:
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
+    check_hub(source)
     try:
         data = load_dataset(name, split=split or "train")
     except Exception as error:
@@ -208,8 +214,8 @@ def _wrong(where: str, what: str, allowed: str, value: object) -> InputError:
     return InputError(f"{where}: {what} must be {allowed}, got {type(value).__name__} {value!r:.80}")
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be read: {error.strerror or _first_line(error)}")
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or _first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
