@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
-from mifo_lightning.config_files import left_empty, with_place
+from mifo_lightning.config_files import check_characters, left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
@@ -70,6 +70,7 @@ ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class SaveConfig(SaveConfigCallback):
@@ -119,6 +120,13 @@ class MifoCLI(LightningCLI):
             parser.set_defaults(verbose=False)
         return parser
 
+    def _set_seed(self) -> None:
+        """Seed everything, with a number that all generators take."""
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+            raise InputError(f"seed_everything: {seed} is not allowed; it must be between 0 and {LARGEST_SEED}")
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -134,6 +142,8 @@ class MifoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if (accumulate := config.get("accumulate_grad_batches", 1)) < 1:
+            raise InputError(f"trainer.accumulate_grad_batches: {accumulate} is not allowed; it must be at least 1")
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
         # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
@@ -209,6 +219,7 @@ def main(args: list[str] | None = None) -> None:
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
     try:
+        check_characters(OneLineParser.arguments)
         OneLineParser.empty = left_empty(OneLineParser.arguments)
         check_seeds(OneLineParser.arguments)
         check_configured(OneLineParser.arguments)
