@@ -22,7 +22,7 @@ from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDro
 from mifo_callbacks.logging import StepRows
 from mifo_lightning import interruption
 from mifo_lightning.checkpoint_io import with_checkpoint_io
-from mifo_lightning.config_files import left_empty, with_place
+from mifo_lightning.config_files import check_characters, left_empty, with_place
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
@@ -85,6 +85,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # whatever was being written: 
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class SaveConfig(SaveConfigCallback):
@@ -154,6 +155,13 @@ class MifoCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def _set_seed(self) -> None:
+        """Seed everything, with a number that all generators take."""
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+            raise InputError(f"seed_everything: {seed} is not allowed; it must be between 0 and {LARGEST_SEED}")
+        super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -169,6 +177,8 @@ class MifoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
         config = with_checkpoint_io({**self._get(self.config_init, "trainer", default={}), **kwargs})
+        if (accumulate := config.get("accumulate_grad_batches", 1)) < 1:
+            raise InputError(f"trainer.accumulate_grad_batches: {accumulate} is not allowed; it must be at least 1")
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
         # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
@@ -295,6 +305,7 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:
         with interruption.handled(OneLineParser.arguments):
+            check_characters(OneLineParser.arguments)
             OneLineParser.empty = left_empty(OneLineParser.arguments)
             check_seeds(OneLineParser.arguments)
             check_configured(OneLineParser.arguments)

@@ -17,6 +17,15 @@ LARGEST, DEEPEST, MOST = 2**20, 100, 100_000  # characters, levels and values, a
 UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no path, tokenizer or file takes them
 
 
+def check_characters(arguments: list[str]) -> None:
+    """Raise an InputError for an argument with NUL or half a character, as bytes become that are not UTF-8."""
+    for argument in arguments:
+        if found := UNREADABLE.search(argument):
+            raise InputError(
+                f"argument {argument!r:.120} holds U+{ord(found[0]):04X}, which is not allowed; give UTF-8"
+            )
+
+
 def check_text(text: str) -> None:
     """Refuse YAML that would end the process (depth), fill the memory (aliases) or holds what is no text.
 

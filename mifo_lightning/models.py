@@ -39,7 +39,11 @@ def locate(model: str) -> str:
     """
     if model == EMBEDDED:
         return str(Path(__file__).parent / "assets" / "base")
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        present = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, half characters, too long, the home of nobody
+        raise InputError(f"model.model: {model!r:.120} is no path: {first_line(error)}") from error
     looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -47,7 +51,7 @@ def locate(model: str) -> str:
                 f"model.model: directory {model!r} has no config.json; give a Hugging Face model directory"
             )
         return str(path)
-    if path.exists() or looks_like_path:
+    if present or looks_like_path:
         raise InputError(f"model.model: {model!r} is not a directory; give a Hugging Face model directory or hub name")
     return model
 

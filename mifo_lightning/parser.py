@@ -43,9 +43,16 @@ class OneLineParser(LightningArgumentParser):
 
 
 def load_checked(text: str) -> Any:
-    """YAML, of a file or an argument, unless reading it would take the process or the machine with it."""
+    """YAML, of a file or an argument, unless reading it would take the process or the machine with it.
+
+    Raises:
+        yaml.YAMLError: It is none, or is refused.
+    """
     check_text(text)
-    return get_loader("yaml")(text)
+    try:
+        return get_loader("yaml")(text)
+    except ValueError as error:  # a number of thousands of digits, a day that is none
+        raise yaml.YAMLError(str(error)) from error
 
 
 set_loader(MODE, load_checked, exceptions=(yaml.YAMLError,))

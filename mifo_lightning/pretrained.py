@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mifo_lightning.errors import InputError
+from mifo_lightning.hub import check_hub
 from mifo_lightning.tokenizer_file import PROBES, faithful
 
 SHOWN = 3  # names of weights in a message
@@ -138,6 +140,8 @@ def _warn_of_code(model: str, kind: type) -> None:
 
 
 def _read(load: Callable[..., Any], model: str, directory: str, trust: bool, fault: str, **options: Any) -> Any:
+    if not Path(directory).is_dir():
+        check_hub(f"model.model: {model}")
     try:
         return load(directory, trust_remote_code=trust, **options)
     except InputError:

@@ -129,6 +129,9 @@ class Mixing:
         return self.sft_end + (self.sft - self.sft_end) * (1 + math.cos(math.pi * done)) / 2
 
 
+MOST_ROLLOUTS = 2**16  # per question; a rollout's first tokens alone would fill the memory long before
+
+
 def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: Mixing | None) -> None:
     """Raise an InputError unless these settings of a module fit together."""
     sampling.check("model.sampling")
@@ -137,6 +140,8 @@ def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: 
     if mixing is not None:
         mixing.check("model.mixing")
         least = 3 if mixing.in_group else 2
+    if group_size > MOST_ROLLOUTS:
+        raise InputError(f"model.group_size: {group_size} is not allowed; it must be at most {MOST_ROLLOUTS}")
     if group_size < least:
         raise InputError(
             f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts"

@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mifo_lightning.config_files import UNREADABLE, check_regular
 from mifo_lightning.data.columns import Columns, to_row, wrong
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
+from mifo_lightning.hub import check_hub
 
 Source = str | Path | RowSource
 IN_DIRECTORY = (".parquet", ".jsonl", ".csv")  # a .json beside them describes the data set
@@ -53,12 +55,14 @@ def _read(source: Source, columns: Columns) -> list[Row]:
     if isinstance(source, RowSource):
         kind = type(source).__name__
         return _checked(source.rows(), Columns(), name=kind, where=kind)
-    path = Path(source).expanduser()
+    if UNREADABLE.search(str(source)):
+        raise InputError(f"{str(source)!r}: is no path")
     try:
+        path = Path(source).expanduser()
         local = path.exists() or _looks_local(str(source), path)
         files = _files_in(path) if path.is_dir() else [path]
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    except (OSError, RuntimeError) as error:  # the latter: the home of nobody
+        raise _unreadable(source, error) from error
     if not local:
         return _read_hub(str(source), columns)
     place = Path(os.path.abspath(path))  # "." has a name too; a link keeps its own
@@ -83,6 +87,7 @@ def _files_in(path: Path) -> list[Path]:
 
 def _read_file(path: Path) -> list[Any]:
     try:
+        check_regular(path)
         size = path.stat().st_size
         if path.suffix not in READERS:
             raise InputError(f"{path}: allowed are {', '.join(READERS)} or a directory of {', '.join(IN_DIRECTORY)}")
@@ -150,6 +155,7 @@ def _read_hub(source: str, columns: Columns) -> list[Row]:
     from datasets import load_dataset
 
     name, *config, split = source.split(":", 2) if ":" in source else (source, "train")
+    check_hub(source)
     try:
         data = load_dataset(name, *config, split=split or "train")
     except Exception as error:
@@ -188,8 +194,8 @@ def _parse_json(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON: {error}") from error
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be read: {error.strerror or _first_line(error)}")
+def _unreadable(path: str | Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or _first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The chat template: read from a file or a text, rendered with the date of the run, checked to show every message."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
@@ -9,11 +10,13 @@ from pathlib import Path
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
+from mifo_lightning.bounded import ends
 from mifo_lightning.data.source import Row
 from mifo_lightning.errors import InputError
 
 Messages = list[dict[str, str]]
 CLOCK = "strftime_now"
+CPU, WALL, MEMORY = 5, 60.0, 2**30  # seconds, seconds and bytes that one prompt may take; a template takes milliseconds
 
 
 @dataclass
@@ -45,9 +48,24 @@ class ChatTemplate:
                     tokenize=False,
                 )
             )
+        except MemoryError:
+            raise
         except Exception as error:
             # Templates raise what they like: Jinja's errors, or Python's from inside an expression.
             raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
+
+    def check_bounded(self, messages: Messages, where: str) -> None:
+        """Raise an InputError that begins with `where` if rendering does not end, or takes more than memory holds."""
+
+        def render() -> None:
+            with suppress(InputError):
+                self.render(messages, where)
+
+        if not ends(render, CPU, WALL, MEMORY):
+            raise InputError(
+                f"{where}: the chat template does not end within {CPU} s and {MEMORY >> 20} MiB; "
+                "set data.chat_template to another"
+            )
 
     def check_shown(self, messages: Messages, where: str) -> None:
         """Raise an InputError that begins with `where` if the text does not depend on one of the messages."""
@@ -96,8 +114,8 @@ def read_template(given: str | None, tokenizer: PreTrainedTokenizerBase, key: st
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"{what} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise InputError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not _is_template(text):
         raise InputError(f"{what} holds no Jinja template, for it prints nothing ({{{{ }}}})")
     return text
@@ -136,11 +154,12 @@ def prompt_texts(rows: list[Row], template: ChatTemplate, system_prompt: str | N
             texts.append("")
             continue
         messages = with_system(messages, system_prompt)
-        texts.append(template.render(messages, place))
         roles = tuple(message["role"] for message in messages)
         if roles not in checked:  # what a template prints depends on the roles, not on the words
             checked.add(roles)
+            template.check_bounded(messages, place)
             template.check_shown(messages, place)
+        texts.append(template.render(messages, place))
     return texts
 
 
