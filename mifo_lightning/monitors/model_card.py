@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mifo_lightning.models import locate
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary, comparison
+from mifo_lightning.terminal import printable
 
 GROUPS = ("entropy", "importance", "freeze", "drop", "switch")  # of the method, as the command line names them
 PACKAGES = ("mifo-lightning", "torch", "lightning", "transformers")
@@ -86,7 +87,7 @@ def write_card(trainer: Trainer, data: Any, config: Mapping[str, Any], arguments
 
 def escaped(text: object) -> str:
     """Text as Markdown shows it, in one line: what would be a mark, a tag or a control character is none."""
-    line = "".join(c if c.isprintable() else " " for c in str(text))
+    line = printable(" ".join(str(text).split()))
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", line)
 
 
