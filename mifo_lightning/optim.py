@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mifo_callbacks.phase import other_number
-from mifo_callbacks.sharding import shard_like
+from mifo_callbacks.sharding import local, shard_like
 from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
 
@@ -169,7 +169,7 @@ class PhaseAdamW:
             "number": self._number,
             "zero_gradients": dict(self.zero_gradients),
             "parked": parked,
-            "fresh": self._fresh,
+            "fresh": self._fresh and not any(local(s["exp_avg"]).any() for s in self.optimizer.state.values()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ def fit(start: Callable[..., Program], tmp_path: Path, *arguments: str, **named:
     return start("fit", *SMALL, *CSV, str(tmp_path), *arguments, **named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", interruption.SIGNALS)
 def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
     start: Callable[..., Program], tmp_path: Path, signum: signal.Signals
@@ -180,8 +181,10 @@ def test_two_ranks_stop_together(start: Callable[..., Program], tmp_path: Path, 
     status, line, seconds = program.end()
     assert (status, seconds < 30) == (143, True)
     assert "after optimizer step" in line
-    with pytest.raises(ProcessLookupError):
-        os.killpg(pid, 0)
+    with pytest.raises(ProcessLookupError):  # the interpreters' own helpers end a moment later
+        for _ in range(100):
+            os.killpg(pid, 0)
+            time.sleep(0.1)
 
 
 def second_rank(first: int) -> int:
@@ -305,7 +308,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path: Path, case: st
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_stopped_anywhere_end_with_the_same_bits(tmp_path: Path, strategy: str) -> None:
     out = tmp_path / "found.json"
-    points = ["45", "60", "75", "90"]
+    points = ["100", "120", "140", "160"]  # two ranks count the points of their collectives too
     program = str(Path(__file__).with_name("interruptions.py"))
     ended = subprocess.run(
         [sys.executable, program, strategy, "mifo", str(out), *points], capture_output=True, text=True
