@@ -18,8 +18,9 @@ import pytest
 import torch
 from own_rewards import Remembering, obey
 
+from mifo_lightning import interruption
 from mifo_lightning.data.question import Question
-from mifo_lightning.errors import InputError
+from mifo_lightning.errors import InputError, Interrupted
 from mifo_lightning.rewards import isolation
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
@@ -278,6 +279,22 @@ def test_signals_leave_the_child_to_its_parent(reward: FunctionReward) -> None:
     assert within(5, lambda: not alive(int(child)))
     assert graded(reward, "0.5") == [0.5], "it died between calls: no check is to blame"
     assert reward.errors == 0
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait(reward: FunctionReward) -> None:
+    reward.call_timeout = 60.0
+    graded(reward, "1")
+    watch = FailureWatch(reward)
+    interruption.request(signal.SIGTERM)
+    try:
+        begin = time.monotonic()
+        graded(reward, *["hang"] * 20)
+        assert time.monotonic() - begin < 10
+        with pytest.raises(Interrupted) as stop:
+            watch.end(20, "responses")
+        assert (stop.value.signum, stop.value.together) == (signal.SIGTERM, True)
+    finally:
+        interruption.forget()
 
 
 def test_the_child_imports_nothing_heavy() -> None:

@@ -13,14 +13,16 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+from mifo_lightning import interruption
 from mifo_lightning.errors import InputError
 
 START_SECONDS = 120.0  # importing math-verify takes 0.4 s on an idle machine
-LOOK_SECONDS = 0.2  # how often a waiting parent looks whether the child is alive
+LOOK_SECONDS = 0.2  # how often a waiting parent looks whether the child is alive, and whether the run is to stop
+LEFT = "was left, since the run is asked to stop"
 
 
 class ChildDied(RuntimeError):
-    """The process ended before it answered; the message says how."""
+    """The process ended before it answered, or was left alone; the message says how."""
 
 
 class Child:
@@ -58,11 +60,13 @@ class Child:
 
         Raises:
             TimeoutError: It took longer.
-            ChildDied: The process ended instead.
+            ChildDied: The process ended instead, or the run is asked to stop and it did not answer at once.
             InputError: It does not start.
         """
         with self._lock:
             if not self.running:
+                if interruption.pending() is not None:
+                    raise ChildDied(LEFT)
                 self.close()
                 self._start()
             assert self._connection is not None
@@ -72,6 +76,9 @@ class Child:
             except TimeoutError:
                 self._kill()
                 raise
+            except InterruptedError:
+                self._kill()
+                raise ChildDied(LEFT) from None
             except Exception as error:
                 raise ChildDied(self._kill(wait=1.0)) from error
             except BaseException:  # Ctrl-C: the answer still to come must not be taken for the next question's
@@ -120,6 +127,8 @@ class Child:
                 return self._connection.recv()
             if not alive:
                 raise EOFError
+            if interruption.pending() is not None:
+                raise InterruptedError
             if end is not None and time.monotonic() >= end and self.running:
                 raise TimeoutError(f"took more than {timeout:g} s")
 

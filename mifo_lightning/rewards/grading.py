@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mifo_lightning import interruption
 from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import gather_ranks
-from mifo_lightning.errors import InputError
+from mifo_lightning.errors import InputError, Interrupted
 from mifo_lightning.rewards.base import Reward, score
 
 
@@ -93,9 +94,15 @@ class FailureWatch:
 
         Raises:
             InputError: Nothing was graded; with the first cause that this rank knows.
+            Interrupted: A rank is asked to stop.
         """
         failed = [part.errors + part.timeouts - before for part, before in zip(self.parts, self.before, strict=True)]
-        totals = [sum(numbers) for numbers in zip(*gather_ranks([checked, *failed]), strict=True)]
+        everywhere = gather_ranks([interruption.pending() or 0, checked, *failed])
+        if signum := max(signal for signal, *_ in everywhere):
+            raise Interrupted(
+                signum, together=True
+            )  # who waits for a child then stops waiting: its scores mean nothing
+        totals = [sum(numbers) for numbers in zip(*everywhere, strict=True)][1:]
         for part, count in zip(self.parts, totals[1:], strict=True):
             if 0 < totals[0] <= count:
                 raise InputError(
