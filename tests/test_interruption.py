@@ -181,10 +181,18 @@ def test_two_ranks_stop_together(start: Callable[..., Program], tmp_path: Path, 
     status, line, seconds = program.end()
     assert (status, seconds < 30) == (143, True)
     assert "after optimizer step" in line
-    with pytest.raises(ProcessLookupError):  # the interpreters' own helpers end a moment later
-        for _ in range(100):
-            os.killpg(pid, 0)
-            time.sleep(0.1)
+    assert gone(pid)
+
+
+def gone(group: int) -> bool:
+    """Whether a process group ends soon: an interpreter's own helpers outlive it by a moment."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def second_rank(first: int) -> int:
