@@ -1,3 +1,5 @@
 """MIFO on PyTorch Lightning: supervised fine-tuning inside reinforcement learning without forgetting."""
 
-__version__ = "0.2.0"
+from importlib.metadata import version
+
+__version__ = version("mifo_lightning")
