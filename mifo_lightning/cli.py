@@ -46,7 +46,7 @@ from mifo_lightning.parser import MODE, OneLineParser
 from mifo_lightning.preflight import check_run
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.safe_points import NoHandlers
+from mifo_lightning.safe_points import take_over
 from mifo_lightning.terminal import fail, quiet
 from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
@@ -185,7 +185,7 @@ class MifoCLI(LightningCLI):
         unwanted = tuple(kind for kind, flag in off if config.get(flag) is False)
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
-        trainer._signal_connector = NoHandlers(trainer)
+        take_over(trainer)
         interruption.follow(trainer.strategy.launcher)
         prepare_runs(trainer.loggers)
         return trainer

@@ -201,6 +201,8 @@ class MifoModule(LightningModule):
             self._restore_rollout(self._restored["rollouts"])
             self.supervision.go_on(self._restored["initial_losses"])
             self._finite.load_state_dict(self._restored["finite"])
+            if self.trainer.fit_loop.done:  # what `on_train_epoch_end` asks: there is none to come
+                self._finite.end()
             check_ends(sorted(end_tokens(self.tokenizer)), self._restored.get("end_tokens"))
             self._restored = {}
         else:

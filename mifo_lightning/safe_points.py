@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +25,26 @@ class NoHandlers(_SignalConnector):
 
     def register_signal_handlers(self) -> None:
         """Leave those of `interruption` where they are."""
+
+
+class WholeFit(_FitLoop):
+    """In place of Lightning's, which leaves out all hooks where `max_steps` or `max_epochs` is reached at the start.
+
+    A run that was stopped after its last step still has to measure, to write its records and to export its model.
+    """
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to train on."""
+        return self.max_batches == 0 or self.trainer.limit_train_batches == 0
+
+
+def take_over(trainer: Trainer) -> None:
+    """Let a Trainer that has not run be stopped by `interruption`, at any point, and go on from there."""
+    trainer._signal_connector = NoHandlers(trainer)
+    loop = WholeFit(trainer, trainer.min_epochs, trainer.max_epochs)
+    loop.epoch_loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop = loop
 
 
 def poll() -> None:

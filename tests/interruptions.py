@@ -1,6 +1,6 @@
 """Short runs that are stopped at a chosen safe point and gone on with, for test_interruption.py and as a program.
 
-python tests/interruptions.py {single|ddp|fsdp2} CASE OUT.json [POINT ...]
+python tests/interruptions.py {single|ddp|fsdp2} CASE OUT.json [HOW_MANY]    # all points, if it is not said how many
 """
 
 import json
@@ -14,10 +14,11 @@ from conftest import make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import monitors, summaries
+from torch.distributed.distributed_c10d import _get_default_store
 
-from mifo_lightning import interruption
+from mifo_lightning import interruption, safe_points
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.distributed import full
+from mifo_lightning.distributed import full, gather_ranks, rank, ranks
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.history import History
@@ -41,22 +42,25 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Points:
-    """Counts the safe points that a run passes, and asks for its end at one of them."""
+    """Counts the safe points that a run passes, and those before its first step; its first rank asks to stop at one."""
 
-    def __init__(self, at: int | None) -> None:
-        self.passed, self.at, self._pending = 0, at, interruption.pending
+    def __init__(self, at: int | None, trainer: Trainer) -> None:
+        self.passed, self.before, self.at, self._pending = 0, 0, at, interruption.pending
+        self._trainer = trainer
 
     def __call__(self) -> int | None:
         self.passed += 1
-        if self.passed == self.at:
+        if not self._trainer.global_step:
+            self.before = self.passed
+        if self.passed == self.at and rank() == 0:
             interruption.request(signal.SIGTERM)
         return self._pending()
 
 
 def fit(
     case: str, directory: Path, strategy: str = "single", at: int | None = None, ckpt: str | None = None
-) -> tuple[dict[str, Any], Interrupted | None, int]:
-    """Fit, stopped at a safe point if one is named: what the run is then, what stopped it, and the points it passed."""
+) -> tuple[dict[str, Any], Interrupted | None, range]:
+    """Fit, stopped at a safe point if one is named: what it is then, what stopped it, its points after a first step."""
     changes = dict(CASES[case])
     schedule = changes.pop("schedule")
     several: Any = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
@@ -77,7 +81,7 @@ def fit(
     module = make_module(**changes)
     data = make_data(schedule=schedule, val=Skills(["addition", "mirrored"], 8, split="val"), eval_batch=4)
     stopped = None
-    points = Points(at)
+    points = Points(at, trainer)
     interruption.forget()
     interruption.pending = points  # type: ignore[assignment]
     try:
@@ -89,7 +93,9 @@ def fit(
     finally:
         interruption.pending = points._pending
         interruption.forget()
-    return state(trainer, module, kept), stopped, points.passed
+        if ranks() > 1 and rank() == 0:  # the next run has the same process group
+            _get_default_store().delete_key(safe_points.KEY)
+    return state(trainer, module, kept), stopped, range(points.before + 1, points.passed + 1)
 
 
 def state(trainer: Trainer, module: Any, kept: list[Callback]) -> dict[str, Any]:
@@ -124,12 +130,17 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a} {b}"]
 
 
-def compare(case: str, directory: Path, strategy: str, points: list[int]) -> dict[str, Any]:
-    """Stop at each of these points, or at all if none is named, go on, and hold the end against the undisturbed run."""
-    whole, stopped, passed = fit(case, directory / "whole", strategy)
+def spread(points: range, many: int | None) -> list[int]:
+    """So many of them at even distances, the first and the last among them; all if it is not said how many."""
+    return list(points) if many is None else [points[i * (len(points) - 1) // (many - 1)] for i in range(many)]
+
+
+def compare(case: str, directory: Path, strategy: str, many: int | None) -> dict[str, Any]:
+    """Stop at so many points, or at all of them, go on, and hold the end against the undisturbed run."""
+    whole, stopped, points = fit(case, directory / "whole", strategy)
     assert stopped is None
-    found: dict[str, Any] = {"passed": passed, "tried": 0, "checkpoints": 0, "unlike": {}}
-    for point in points or range(1, passed + 1):
+    found: dict[str, Any] = {"points": [points[0], points[-1]], "tried": 0, "checkpoints": 0, "unlike": {}}
+    for point in spread(gather_ranks(points)[0], many):
         _, stopped, _ = fit(case, directory / str(point), strategy, at=point)
         if stopped is None:
             found["unlike"][point] = ["was not stopped"]
@@ -147,8 +158,13 @@ def compare(case: str, directory: Path, strategy: str, points: list[int]) -> dic
 
 
 def main() -> None:
-    strategy, case, out, points = sys.argv[1], sys.argv[2], Path(sys.argv[3]), [int(x) for x in sys.argv[4:]]
-    found = compare(case, out.parent / f"{strategy} {case}", strategy, points)
+    strategy, case, out, many = (
+        sys.argv[1],
+        sys.argv[2],
+        Path(sys.argv[3]),
+        int(sys.argv[4]) if len(sys.argv) > 4 else None,
+    )
+    found = compare(case, out.parent / f"{strategy} {case}", strategy, many)
     if interruption.is_first():
         out.write_text(json.dumps(found))
 
