@@ -44,6 +44,7 @@ from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import MODE, OneLineParser
 from mifo_lightning.preflight import check_run
+from mifo_lightning.restoring import CheckedRestore
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.safe_points import NoHandlers
@@ -186,6 +187,7 @@ class MifoCLI(LightningCLI):
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
         trainer._signal_connector = NoHandlers(trainer)
+        trainer._checkpoint_connector = CheckedRestore(trainer)
         interruption.follow(trainer.strategy.launcher)
         prepare_runs(trainer.loggers)
         return trainer
