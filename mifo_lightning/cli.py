@@ -82,7 +82,7 @@ ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # whatever was being written: a log, a table, the model
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
@@ -172,7 +172,7 @@ class MifoCLI(LightningCLI):
             raise InputError(str(error)) from error
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             raise InputError(str(_root_cause(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
