@@ -44,6 +44,7 @@ from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.parser import MODE, OneLineParser
 from mifo_lightning.preflight import check_run
+from mifo_lightning.restoring import CheckedRestore
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.safe_points import take_over
@@ -81,7 +82,7 @@ ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # whatever was being written: a log, a table, the model
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
@@ -171,7 +172,7 @@ class MifoCLI(LightningCLI):
             raise InputError(str(error)) from error
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             raise InputError(str(_root_cause(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -186,6 +187,7 @@ class MifoCLI(LightningCLI):
         callbacks = [callback for callback in named if callback is not None and not isinstance(callback, unwanted)]
         trainer = self._instantiate_trainer(config, [*callbacks, StepRows()])
         take_over(trainer)
+        trainer._checkpoint_connector = CheckedRestore(trainer)
         interruption.follow(trainer.strategy.launcher)
         prepare_runs(trainer.loggers)
         return trainer

@@ -62,7 +62,8 @@ def check_flags(trainer: Trainer) -> None:
 
 def check_format(checkpoint: dict[str, Any]) -> None:
     """Raise an InputError if a checkpoint to go on from is not one of this version's runs."""
-    found = checkpoint.get("mifo", {}).get("format")
+    own = checkpoint.get("mifo")
+    found = own.get("format") if isinstance(own, dict) else None
     if found != FORMAT:
         raise InputError(
             f"ckpt_path: its format is {found}, this version of mifo_lightning reads {FORMAT}: a run is resumed by the "

@@ -9,6 +9,7 @@ import torch
 
 from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
+from mifo_lightning.restoring import restoring
 from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
@@ -285,6 +286,7 @@ class PhaseLoader:
             "updates": self._updates(),
         }
 
+    @restoring("the state of the data")
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; the schedule itself is the present configuration's.
 

@@ -88,6 +88,7 @@ def load_policy(model: str, gradient_checkpointing: bool = False, trust_remote_c
         raise InputError(f"model.model: {model!r} has weights that are not finite, in {', '.join(broken[:3])}")
     try:
         policy = Policy(loaded)
+        check_causal(policy)
         unused = freeze_unused(policy)
     except InputError:
         raise
@@ -114,6 +115,18 @@ def blueprint(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
         InputError: If it is none.
     """
     return read_blueprint(model, locate(model), trust_remote_code)
+
+
+@torch.no_grad()
+def check_causal(policy: Policy) -> None:
+    """Raise an InputError where a token's probability depends on what follows it, as in an encoder such as BERT."""
+    logp, _ = policy(Sequences.pack([[0, 1], [0, 1]], [[2, 3], [2, 1]], 0).to(policy.device))
+    one, other = logp[:, 0]
+    if not torch.isclose(one, other, atol=1e-5):
+        raise InputError(
+            f"model.model: in {type(policy.model).__name__} a token's probability depends on the tokens after it "
+            f"({float(one):.4f} or {float(other):.4f} nats); give a decoder-only causal LM"
+        )
 
 
 def freeze_unused(policy: Policy) -> list[str]:

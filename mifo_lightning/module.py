@@ -38,6 +38,7 @@ from mifo_lightning.models import check_vocabulary, load_policy, load_tokenizer,
 from mifo_lightning.optim import AdamWSettings, PhaseAdamW
 from mifo_lightning.policy import Policy
 from mifo_lightning.reinforcement import Reinforcement
+from mifo_lightning.restoring import restoring
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.batch import Rollout
@@ -192,18 +193,16 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
-        self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
+        with restoring("mifo.engines"):
+            self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
         sampling = self.reinforcement.sampling
         self._check(self.trainer.train_dataloader, evaluated=False)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
         if self._restored:
-            self._phase_optimizer.load_state_dict(self._restored["optimizer"])
-            self._restore_rollout(self._restored["rollouts"])
-            self.supervision.go_on(self._restored["initial_losses"])
-            self._finite.load_state_dict(self._restored["finite"])
+            with restoring("mifo"):
+                self._restore(self._restored)
             if self.trainer.fit_loop.done:  # what `on_train_epoch_end` asks: there is none to come
                 self._finite.end()
-            check_ends(sorted(end_tokens(self.tokenizer)), self._restored.get("end_tokens"))
             self._restored = {}
         else:
             self.supervision.begin(self._policy, self.trainer.train_dataloader)
@@ -381,6 +380,13 @@ class MifoModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_format(checkpoint)
             self._restored = checkpoint["mifo"]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._phase_optimizer.load_state_dict(state["optimizer"])
+        self._restore_rollout(state["rollouts"])
+        self.supervision.go_on(state["initial_losses"])
+        self._finite.load_state_dict(state["finite"])
+        check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))
 
     def _restore_rollout(self, rollouts: list[dict[str, Any] | None]) -> None:
         if len(rollouts) != self.trainer.world_size and any(rollouts):

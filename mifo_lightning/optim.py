@@ -11,6 +11,7 @@ from mifo_callbacks.phase import other_number
 from mifo_callbacks.sharding import local, shard_like
 from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
+from mifo_lightning.restoring import check_moment
 
 Phase = Literal["rl", "sft"]
 
@@ -189,6 +190,7 @@ class PhaseAdamW:
 
 def _place(value: Any, parameter: nn.Parameter) -> Any:
     """A moment goes where its parameter is, sharded alike; AdamW's step counter (a scalar) likewise."""
+    check_moment(parameter, "a moment", value)
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape:

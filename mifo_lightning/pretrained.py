@@ -22,6 +22,8 @@ from mifo_lightning.hub import check_hub
 from mifo_lightning.tokenizer_file import PROBES, faithful
 
 SHOWN = 3  # names of weights in a message
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MOST_LAYERS = 10_000
 
 
 def read_config(model: str, directory: str, trust: bool) -> PreTrainedConfig:
@@ -35,10 +37,11 @@ def read_config(model: str, directory: str, trust: bool) -> PreTrainedConfig:
     Raises:
         InputError: There is none, it cannot be read, or it needs code that may not be run.
     """
-    config: PreTrainedConfig = _read(AutoConfig.from_pretrained, model, directory, trust, "has no config.json to read")
+    fault = "has no config.json to read"
+    config: PreTrainedConfig = _read(AutoConfig.from_pretrained, model, directory, trust, fault)
     dtype = getattr(config, "dtype", None)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"model.model: dtype in the config.json of {model!r} is {dtype!r}, which torch has not")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"model.model: dtype in the config.json of {model!r} is {dtype!r}, no floating type of torch")
     return config
 
 
@@ -139,10 +142,20 @@ def _warn_of_code(model: str, kind: type) -> None:
     rank_zero_warn(f"model.model: the code that {model!r} brings is not run; {kind.__name__} of transformers is")
 
 
+def _check_layers(model: str, config: dict[str, Any]) -> None:
+    """Refuse more layers than any model has: transformers lists them one by one, even for the tokenizer alone."""
+    for name in LAYER_KEYS:
+        if isinstance(number := config.get(name), int) and number > MOST_LAYERS:
+            raise InputError(
+                f"model.model: {name} in the config.json of {model!r} is {number}; at most {MOST_LAYERS} are built"
+            )
+
+
 def _read(load: Callable[..., Any], model: str, directory: str, trust: bool, fault: str, **options: Any) -> Any:
     if not Path(directory).is_dir():
         check_hub(f"model.model: {model}")
     try:
+        _check_layers(model, PreTrainedConfig.get_config_dict(directory)[0])
         return load(directory, trust_remote_code=trust, **options)
     except InputError:
         raise

@@ -20,7 +20,8 @@ from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_a
 from mifo_lightning.sharded_checkpoint import is_sharded, read_sharded
 
 VERSION = "pytorch-lightning_version"
-WHOLE = ("loops", "optimizer_states", "callbacks", "global_step")  # what training goes on from
+# what training goes on from
+WHOLE = {"loops": dict, "optimizer_states": list, "callbacks": dict, "global_step": int}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def prepare_files(trainer: Trainer, start: Start | None) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint in one file or sharded, verified; raises an InputError unless it is whole."""
-    return read_sharded(path) if is_sharded(path) else read_checkpoint(path)
+    try:
+        return read_sharded(path) if is_sharded(path) else read_checkpoint(path)
+    except OSError as error:
+        raise InputError(f"ckpt_path: {path!s:.200} cannot be read: {error.strerror}") from error
 
 
 def read_or_previous(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -89,8 +93,7 @@ def read_or_previous(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         return path, read(path)
     except InputError as error:
-        previous = path.with_name(PREVIOUS)
-        if path.name != LAST or not previous.exists():
+        if path.name != LAST or not (previous := path.with_name(PREVIOUS)).exists():
             raise
         try:
             checkpoint = read(previous)
@@ -147,6 +150,9 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
     lacks = "state_dict" if not isinstance(weights, dict) else VERSION if VERSION not in checkpoint else None
     if lacks or not isinstance(weights, dict):
         raise InputError(f"ckpt_path: {path} is no checkpoint of a run: it has no {lacks}")
+    for key, kind in WHOLE.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise InputError(f"ckpt_path: {path} is no checkpoint of a run: its {key} is no {kind.__name__}")
     if fit:
         missing = [key for key in WHOLE if key not in checkpoint]
         if missing and "mifo" in checkpoint:

@@ -47,7 +47,16 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
     # the tip of a product that Lightning prints at every start
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    logging.setLogRecordFactory(PrintableRecord)
     warnings.formatwarning = one_line_warning
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of any library's log, which may quote a model or a file."""
+
+    def getMessage(self) -> str:
+        """The text, printable."""
+        return printable(super().getMessage())
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
@@ -64,4 +73,4 @@ def one_line_warning(
     """What this framework says to its user, without the place in its source; others' warnings as they come."""
     if any(Path(filename).is_relative_to(directory) for directory in _OWN):
         return f"warning: {printable(str(message))}\n"
-    return _lightnings_format(message, category, filename, lineno, line)
+    return printable(_lightnings_format(message, category, filename, lineno, line))

@@ -2,8 +2,10 @@
 
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import make_data, make_module
 from lightning import Callback
 from rl_steps import completion, encode, gradient, item, moved, prepare, reinforcement, relative, step_loss
@@ -46,7 +48,9 @@ def sampler(tokenizer: Any, limit: int, **settings: Any) -> Reinforcement:
     return reinforcement(tokenizer, engine=Scripted(), settings=rules, group_size=2)
 
 
-def roll_out(rl: Reinforcement, loader: PhaseLoader, policy: Any = None) -> tuple[Graded, Chosen, Any]:
+def roll_out(
+    rl: Reinforcement, loader: PhaseLoader, policy: Any = Mock(device=torch.device("cpu"))
+) -> tuple[Graded, Chosen, Any]:
     """All that was drawn for the next RL step, which of it trains, and the work item."""
     work = next(loader)
     drawn, chosen = rl.roll_out(policy, work, loader.more, lambda _: nullcontext())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from mifo_lightning.errors import InputError
 from mifo_lightning.models import load_policy, load_tokenizer, locate, stored_dtype
@@ -222,3 +223,18 @@ def test_a_broken_tokenizer_is_one_line(model: Path, name: str, text: str) -> No
     if (name, text) == ("tokenizer_config.json", "{}"):
         pytest.skip("the file need not say anything")
     refusal(model)
+
+
+def test_a_model_that_looks_ahead_is_refused(model: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=24, **sizes)).save_pretrained(model)
+    assert "depends on the tokens after it" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"), [({"dtype": "int8"}, "no floating type"), ({"num_hidden_layers": 10**9}, "at most")]
+)
+def test_integers_and_endless_layers_are_refused(model: Path, changes: dict[str, Any], text: str) -> None:
+    configure(model, **changes)
+    assert text in refusal(model)

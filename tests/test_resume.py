@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from mifo_lightning.monitors.kept_rows import metrics_before, samples_before
 from mifo_lightning.resume import VERSION, choose
 
 CSV = ["--config", str(CONFIGS / "logger" / "csv.yaml")]
+MODULE: Any = SimpleNamespace(model_name="embedded", trust_remote_code=False)
 MakeTrainer = Callable[..., Trainer]
 Change = Callable[[Path, dict[str, Any]], Any]
 
@@ -81,6 +84,9 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "Lightning's": (saved(lambda state: state.pop("mifo") and None), "its format is None"),
     "another depth": (saved(drop_layer), "of another model"),
+    "callbacks null": (saved(lambda state: state.update(callbacks=None)), "its callbacks is no dict"),
+    "a step in words": (saved(lambda state: state.update(global_step="x")), "its global_step is no int"),
+    "own state in words": (saved(lambda state: state.update(mifo="x")), "its format is None"),
     "another width": (
         saved(lambda state: state["state_dict"].update({"policy.model.model.norm.weight": torch.ones(3)})),
         "policy.model.model.norm.weight is [3] there",
@@ -96,12 +102,12 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(
     path = tmp_path / "a.ckpt"
     make(path, torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True))
     with pytest.raises(InputError) as error:
-        choose(make_trainer(), "embedded", str(path), resume=False, fit=True)
+        choose(make_trainer(), MODULE, str(path), resume=False, fit=True)
     assert text in str(error.value)
     assert str(error.value).startswith("ckpt_path: ")
     assert "\n" not in str(error.value)
     if case in ("weights alone", "Lightning's"):  # evaluation needs no more
-        assert choose(make_trainer(), "embedded", str(path), resume=False, fit=False) is not None
+        assert choose(make_trainer(), MODULE, str(path), resume=False, fit=False) is not None
 
 
 @pytest.mark.parametrize("name", ["best", "last", "hpc", "registry", "http://127.0.0.1:9/a.ckpt", "s3://bucket/a.ckpt"])
@@ -109,7 +115,7 @@ def test_names_and_addresses_are_no_checkpoints(make_trainer: MakeTrainer, name:
     with pytest.raises(
         InputError, match="only files on this machine are read" if "://" in name else "there is no file"
     ):
-        choose(make_trainer(), "embedded", name, resume=False, fit=False)
+        choose(make_trainer(), MODULE, name, resume=False, fit=False)
 
 
 def test_a_wrong_checkpoint_is_refused_before_anything_is_written(
@@ -121,6 +127,45 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_written(
         assert "a.ckpt is no checkpoint" in refused(capsys, *given)
     assert "no run with a checkpoint" in refused(capsys, *arguments(tmp_path / "run", "--resume"))
     assert not (tmp_path / "run").exists()
+
+
+# what is changed inside a checkpoint that looks like one of this run -> what the line names
+INSIDE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "version": (lambda state: state.update({VERSION: "x"}), "the version"),
+    "no optimizer": (lambda state: state.update(optimizer_states=[]), "the state of the optimizer"),
+    "no groups": (lambda state: state["optimizer_states"][0].update(param_groups=[]), "the state of the optimizer"),
+    "moments": (
+        lambda state: state["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3, 3)),
+        "the state of the optimizer",
+    ),
+    "loops": (lambda state: state.update(loops={}), "the progress of the loops"),
+    "a loop": (lambda state: state["loops"]["fit_loop"].pop("epoch_progress"), "the progress of the loops"),
+    "callback": (
+        lambda state: state["callbacks"].update(dict.fromkeys(state["callbacks"], "x")),
+        "the state of the callbacks",
+    ),
+    "loader": (lambda state: state["QuestionData"]["loader"].pop("position"), "the state of the data"),
+    "mifo": (lambda state: state["mifo"].pop("finite"), "mifo"),
+}
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_a_checkpoint_of_another_structure_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: Path, case: str
+) -> None:
+    change, text = INSIDE[case]
+    path = tmp_path / "a.ckpt"
+    saved(lambda state: (change(state), None)[1])(
+        path, torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    )
+    line = refused(capsys, *arguments(tmp_path / "run", steps=4), "--ckpt_path", str(path))
+    assert re.search(f"ckpt_path: {text}.*does not fit this run", line)
+
+
+@pytest.mark.parametrize("name", ["/", "x" * 5000])
+def test_paths_that_no_file_can_have_are_one_line(make_trainer: MakeTrainer, name: str) -> None:
+    with pytest.raises(InputError, match=r"^ckpt_path: "):
+        choose(make_trainer(), MODULE, name, resume=False, fit=True)
 
 
 def test_a_damaged_last_checkpoint_is_followed_by_the_one_before(

@@ -239,6 +239,7 @@ def test_the_summary_holds_what_every_monitor_found(make_trainer: MakeTrainer, t
     summary.report(trainer)
     record = json.loads((tmp_path / "summary.json").read_text())
     own = {"before", "after_rl", "after", "ends_on", "optimizer_steps", "sft_phases", "sft_phases_dropped", "seconds"}
+    own |= {"fitted"}
     assert record.keys() == own | {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "costs"}
     assert {k: plain(v) for k, v in record.items() if k not in own} == summaries(extra)
     assert record["heldout"]["changes"]["sft"]

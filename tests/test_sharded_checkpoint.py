@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.marker),)
+
+
+MODULE: Any = SimpleNamespace(model_name="embedded", trust_remote_code=False)
 
 
 def write(directory: Path, **more: Any) -> Path:
@@ -90,4 +94,4 @@ def seal_again(directory: Path) -> None:
 def test_another_strategy_does_not_load_it(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     assert is_sharded(write(tmp_path / "a"))
     with pytest.raises(InputError, match=r"trainer\.strategy ModelParallelStrategy"):
-        choose(make_trainer(), "embedded", str(tmp_path / "a"), resume=False, fit=True)
+        choose(make_trainer(), MODULE, str(tmp_path / "a"), resume=False, fit=True)

@@ -129,6 +129,16 @@ def link_loop(path: Path) -> None:
     path.symlink_to(path)
 
 
+def moments(checkpoint: Held) -> Held:
+    """AdamW's state for the first weight."""
+    return checkpoint["optimizer_states"][0]["state"][0]
+
+
+def first_callback(checkpoint: Held) -> str:
+    """The key of a state that a callback has left."""
+    return next(key for key, state in checkpoint["callbacks"].items() if state)
+
+
 def loops(checkpoint: Held) -> Held:
     """The state of Lightning's loops."""
     return checkpoint["loops"]["fit_loop"]
@@ -174,6 +184,18 @@ CHECKPOINTS: list[Case] = [
     resume("optimizer states empty", held(lambda c: c.update(optimizer_states=[]))),
     resume("optimizer states of another", held(lambda c: c["optimizer_states"][0].update(param_groups=[]))),
     resume("optimizer states two", held(lambda c: c.update(optimizer_states=c["optimizer_states"] * 2))),
+    *(
+        resume(f"loops without {part}", held(lambda c, part=part: loops(c).pop(part)))  # type: ignore[misc]
+        for part in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.state_dict")
+    ),
+    *(
+        resume(f"mifo without {part}", held(lambda c, part=part: c["mifo"].pop(part)))  # type: ignore[misc]
+        for part in ("format", "optimizer", "rollouts", "finite")
+    ),
+    resume("mifo a text", held(lambda c: c.update(mifo="x"))),
+    resume("data without a position", held(lambda c: c["QuestionData"]["loader"].pop("position"))),
+    resume("moments of another shape", held(lambda c: moments(c).update(exp_avg=torch.zeros(3, 3)))),
+    resume("a callback's state a text", held(lambda c: c["callbacks"].update({first_callback(c): "x"}))),
     resume("callbacks empty", held(lambda c: c.update(callbacks={})), "either"),
     resume("callbacks null", held(lambda c: c.update(callbacks=None))),
     resume("loops empty", held(lambda c: c.update(loops={}))),
