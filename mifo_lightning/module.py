@@ -363,6 +363,8 @@ class MifoModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add parked moments and every rank's rollout: plain types and tensors; leave out a step that is not done."""
         safe_points.whole_steps(checkpoint["loops"], self.trainer.accumulate_grad_batches)
+        if self.trainer.validating and interruption.pending() is not None:
+            safe_points.whole_evaluation(checkpoint["loops"])
         if self.optimizer_of_phase is not None:
             rollout = None if self._rollout is None else self._rollout.state_dict()
             checkpoint["mifo"] = {

@@ -117,3 +117,15 @@ def whole_steps(loops: dict[str, Any], micro_batches: int) -> None:
         for counts in (now, progress["total"]):
             done = counts["processed"] - undone
             counts.update(ready=done, started=done, processed=done, completed=done)
+
+
+def whole_evaluation(loops: dict[str, Any]) -> None:
+    """Let an evaluation that is under way inside a fit begin anew: the metrics of its first part are in no checkpoint.
+
+    Args:
+        loops: `checkpoint["loops"]`, changed in place.
+    """
+    progress = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = progress["total"]["completed"]
+    progress["total"].update(ready=done + 1, started=done + 1, processed=done)  # so Lightning knows that it is not over
+    progress["current"].update(ready=0, started=0, processed=0, completed=0)

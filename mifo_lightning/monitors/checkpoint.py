@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.distributed.checkpoint import CheckpointException
 
+from mifo_lightning import interruption
 from mifo_lightning.checkpoint_io import existing, free_bytes, remove_file, sync_directory, unwritten
 from mifo_lightning.errors import InputError, Interrupted, TrainingError
 from mifo_lightning.models import blueprint
@@ -102,6 +103,7 @@ class LastCheckpoint(ModelCheckpoint):
             return  # nothing new, and a state that was restored by half must not be written over a whole one
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # of a step that is not done
+        interruption.request(exception.signum)  # on ranks too that learnt of it from another
         self.write_now(trainer)
         exception.step = trainer.global_step
         if self._last_checkpoint_saved:
