@@ -1,5 +1,6 @@
 """Signals that end a run: noted at once, obeyed where nothing is lost. Imports nothing heavy: it comes first."""
 
+import math
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from mifo_lightning.blocked import SignalWatch
 from mifo_lightning.errors import Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -43,6 +45,7 @@ class _Request:
 
 
 _request = _Request()
+_noted = -math.inf  # when a handler last ran
 
 
 def request(signum: int) -> None:
@@ -73,6 +76,8 @@ def follow(launcher: Any) -> None:
 
 
 def _arrived(signum: int, frame: FrameType | None) -> None:
+    global _noted
+    _noted = time.monotonic()
     if _request.signum is None:
         request(signum)
         if not _request.deferred:
@@ -80,6 +85,20 @@ def _arrived(signum: int, frame: FrameType | None) -> None:
     elif time.monotonic() - _request.when > ONE_REQUEST:  # asked again
         end_others(0.0)
         os._exit(128 + signum)
+
+
+def _end_blocked(signum: int) -> None:
+    print(
+        f"interrupted by {signal.Signals(signum).name}: nothing has come back for {_watch.patience:g} s, as where "
+        "another rank is gone; what was written before is kept, and --resume goes on",
+        file=sys.stderr,
+        flush=True,
+    )
+    end_others(0.0)
+    os._exit(128 + signum)
+
+
+_watch = SignalWatch(SIGNALS, lambda: _noted, _end_blocked)
 
 
 def install() -> dict[int, Any]:
@@ -93,6 +112,7 @@ def install() -> dict[int, Any]:
         for signum in SIGNALS:
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 before[signum] = signal.signal(signum, _arrived)
+        _watch.begin()
     return before
 
 
@@ -106,6 +126,8 @@ def noted() -> Iterator[None]:
         if _arrived not in before.values():
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+            if before:
+                _watch.give_back()
             forget()
 
 

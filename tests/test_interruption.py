@@ -354,3 +354,32 @@ def test_two_ranks_stopped_anywhere_end_with_the_same_bits(tmp_path: Path, strat
     found = json.loads(out.read_text())
     assert found["unlike"] == {}
     assert found["checkpoints"] == many
+
+
+BLOCKED = """
+import socket, sys
+from mifo_lightning import interruption
+interruption.install()
+interruption.defer()
+interruption._watch.patience = 1.0
+import torch.distributed as dist
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+print("waiting", flush=True)
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=2)
+"""
+
+
+def test_a_process_that_waits_for_a_rank_that_is_gone_can_be_ended() -> None:
+    """It sits in a C call, in which no handler of Python runs."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdout is not None
+        assert it.stdout.readline() == "waiting\n"
+        time.sleep(2)
+        it.send_signal(signal.SIGTERM)
+        _, errors = it.communicate(timeout=30)
+    assert it.returncode == 143
+    assert errors.count("interrupted by SIGTERM: nothing has come back") == 1

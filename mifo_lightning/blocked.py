@@ -1,0 +1,51 @@
+"""Signals to a main thread in a C call, such as a rendezvous whose other side is gone, where no handler of Python runs."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection
+
+PAUSE = 0.05  # seconds between two looks
+
+
+class SignalWatch:
+    """Ends the process for a signal that the main thread does not come to handle.
+
+    Args:
+        signals: Those that have handlers.
+        noted: When a handler last ran, monotonic seconds.
+        end: Ends the process; called in a thread.
+    """
+
+    def __init__(self, signals: Collection[int], noted: Callable[[], float], end: Callable[[int], None]) -> None:
+        self.signals, self.noted, self.end = signals, noted, end
+        self.patience = 20.0  # seconds; less than the 30 that schedulers give
+        self._pipe: tuple[int, int] | None = None
+        self._before = -1
+
+    def begin(self) -> None:
+        """Let the C handler, which runs at once, tell a thread; in the main thread only."""
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a fork's signals are its own
+            threading.Thread(target=self._look, args=(self._pipe[0],), daemon=True, name="signals").start()
+        before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._before = self._before if before == self._pipe[1] else before
+
+    def give_back(self) -> None:
+        """Leave signals to whoever had them before."""
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._before)
+
+    def _look(self, pipe: int) -> None:
+        while True:
+            signum, came = os.read(pipe, 1)[0], time.monotonic()
+            if signum not in self.signals:
+                continue
+            # the handler may have run before this thread did
+            while self.noted() < came - 1 and time.monotonic() < came + self.patience:
+                time.sleep(PAUSE)
+            if self.noted() < came - 1:
+                self.end(signum)
