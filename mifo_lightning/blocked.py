@@ -1,4 +1,4 @@
-"""Signals to a main thread in a C call, such as a rendezvous whose other side is gone, where no handler of Python runs."""
+"""Signals to a main thread in a C call, such as waiting for a rank that is gone: no handler of Python runs there."""
 
 import os
 import signal

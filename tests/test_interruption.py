@@ -380,6 +380,9 @@ def test_a_process_that_waits_for_a_rank_that_is_gone_can_be_ended() -> None:
         assert it.stdout.readline() == "waiting\n"
         time.sleep(2)
         it.send_signal(signal.SIGTERM)
-        _, errors = it.communicate(timeout=30)
+        try:
+            _, errors = it.communicate(timeout=30)
+        finally:
+            it.kill()
     assert it.returncode == 143
     assert errors.count("interrupted by SIGTERM: nothing has come back") == 1
