@@ -42,7 +42,7 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.parser import MODE, OneLineParser
+from mifo_lightning.parser import MODE, OneLineParser, check_groups
 from mifo_lightning.preflight import check_run
 from mifo_lightning.restoring import CheckedRestore
 from mifo_lightning.resume import Start, choose, prepare_files
@@ -170,6 +170,8 @@ class MifoCLI(LightningCLI):
             self._parser(self.subcommand).validate(config, skip_unset=False)  # parsing lets null stand for any number
         except TypeError as error:
             raise InputError(str(error)) from error
+        check_groups(config.model, "model", MifoModule)
+        check_groups(config.data, "data", QuestionData)
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:

@@ -2,13 +2,15 @@
 
 import difflib
 import re
-from typing import Any, NoReturn
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mifo_lightning.config_files import check_text, with_place
+from mifo_lightning.errors import InputError
 from mifo_lightning.terminal import fail
 
 MODE = "omegaconf+"  # interpolation that follows the command line
@@ -56,3 +58,23 @@ def load_checked(text: str) -> Any:
 
 
 set_loader(MODE, load_checked, exceptions=(yaml.YAMLError,))
+
+
+def check_groups(config: Any, group: str, kind: type) -> None:
+    """Refuse a group of settings that is null or no mapping: the parser would build it from nothing, or not at all.
+
+    Args:
+        config: The values of `group`.
+        group: Its name, such as `model`.
+        kind: The class that they are arguments of.
+
+    Raises:
+        InputError: One of its dataclasses has no keys.
+    """
+    for name, hint in get_type_hints(kind.__init__).items():  # type: ignore[misc]
+        value = config.get(name)
+        if is_dataclass(hint) and not isinstance(value, (Namespace, dict, hint)):  # type: ignore[arg-type]
+            keys, given = ", ".join(field.name for field in fields(hint)), "null" if value is None else repr(value)
+            raise InputError(
+                f"{group}.{name}: {given} is not allowed; it holds the keys {keys}; leave it out for the defaults"
+            )

@@ -328,6 +328,8 @@ def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
         (b"model:\n  sampling:\n    temperature: null\n", ["model.sampling.temperature", "over.yaml, line 3"]),
         (b"model:\n  group_size:\n", ["model.group_size", "int", "over.yaml, line 2"]),
         (b"data:\n  schedule:\n    rl_questions: ~\n", ["data.schedule.rl_questions", "over.yaml, line 3"]),
+        (b"data:\n  columns:\n", ["data.columns: null is not allowed", "prompt, truth", "over.yaml, line 2"]),
+        (b"model:\n  evaluation: [1]\n", ["model.evaluation: [1] is not allowed", "samples"]),
         (b"switch:\n  init_args:\n    size:\n", ["size", "over.yaml, line 3"]),
         (b"data:\n  # caf\xe9\n  eval_batch: 3\n", ["over.yaml, line 2", "not UTF-8", "0xe9"]),
         (b"data:\n  eval_batch: [1\n", ["over.yaml, line 3", "not YAML"]),
