@@ -140,9 +140,9 @@ def test_a_fit_that_ends_well_without_finite_scores_has_failed(
 ) -> None:
     cell = cells(read_ablation(write(tmp_path)))[0]
 
-    def call(arguments: list[str]) -> bool:
+    def call(arguments: list[str]) -> int:
         (cell.directory / "summary.json").write_text(json.dumps({"after": after}), encoding="utf-8")
-        return True
+        return 0
 
     monkeypatch.setattr("experiments.cell._call", call)
     fit(cell, fingerprint(cell))
