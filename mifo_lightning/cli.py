@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ class MifoCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
-            raise InputError(str(_root_cause(error))) from error
+            raise InputError(_meant(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
@@ -357,12 +358,16 @@ def check_seeds(arguments: list[str]) -> None:
             raise InputError(f"{flag}: it follows seed_everything; give --seed_everything instead")
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    """The exception that was meant for the user: argument parsing wraps those of constructors."""
+def _meant(error: BaseException) -> str:
+    """What was meant for the user: argument parsing wraps the exceptions of constructors."""
+    # of a value that may be one of several types: what the type that could be built from it says
+    reasons = re.findall(r"^ +- (?!Expected a )(.+)$", str(error), flags=re.MULTILINE)
+    if reasons and "Union subtypes" in str(error):
+        return str(reasons[0])
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    return next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1])
+    return str(next((e for e in chain if isinstance(e, (InputError, MisconfigurationException))), chain[-1]))
 
 
 @rank_zero_only

@@ -35,6 +35,12 @@ SMALL = [
 ENDLESS = ["--data.schedule.rl_steps", "100000"]
 
 
+def heard() -> None:
+    """Let a new process have the signals that whoever runs these tests ignores, as a shell's background does."""
+    for signum in interruption.SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+
+
 class Program:
     """A run as a process of its own, whose output is read line by line.
 
@@ -56,7 +62,7 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=setup,
+            preexec_fn=setup or heard,
         )
 
     def until(self, pattern: str) -> str:
