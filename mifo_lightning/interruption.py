@@ -20,6 +20,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 ONE_REQUEST = 1.0  # seconds in which further signals are the first one again
 SOON = 2.0  # seconds that they have to fail too, if this one fails
 LAST_WORDS = 10.0  # seconds that processes of an interrupted run have to end after the first rank
+STARTED_BY = os.getppid()
 
 
 def _started_by_lightning() -> bool:
@@ -149,6 +150,8 @@ def _ended_by_one_line(arguments: Sequence[str]) -> Iterator[None]:
     except Interrupted as stop:
         end_others(LAST_WORDS if stop.together else 0.0)
         if _started_by_lightning():
+            if not stop.together:
+                _tell_first(stop.signum)
             raise SystemExit(0) from None  # Lightning kills the first rank, at its last words, for any other status
         if is_first():
             print(last_line(stop, arguments), file=sys.stderr, flush=True)
@@ -156,6 +159,13 @@ def _ended_by_one_line(arguments: Sequence[str]) -> Iterator[None]:
     except Exception:
         end_others(SOON)  # a rank that fails alone is waited for in a collective
         raise
+
+
+def _tell_first(signum: int) -> None:
+    """Send it on to the rank that has started this one, which else would wait for it for ever."""
+    with suppress(OSError):
+        if os.getppid() == STARTED_BY:
+            os.kill(STARTED_BY, signum)
 
 
 def is_first() -> bool:

@@ -392,3 +392,22 @@ def test_a_process_that_waits_for_a_rank_that_is_gone_can_be_ended() -> None:
             it.kill()
     assert it.returncode == 143
     assert errors.count("interrupted by SIGTERM: nothing has come back") == 1
+
+
+ALONE = """
+import os, subprocess, sys, time
+from mifo_lightning import interruption
+from mifo_lightning.errors import Interrupted
+with interruption.handled(["fit"]):
+    if "LOCAL_RANK" in os.environ:
+        raise Interrupted(15)
+    subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[1]], env={**os.environ, "LOCAL_RANK": "1"}, check=True)
+    time.sleep(20)
+"""
+
+
+def test_a_rank_that_is_stopped_alone_tells_the_one_that_waits_for_it() -> None:
+    """Before the ranks have met, as in the checks of the input."""
+    ended = subprocess.run([sys.executable, "-c", ALONE, ALONE], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stderr.count("interrupted by SIGTERM: nothing was trained") == 1
