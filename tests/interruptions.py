@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from conftest import make_data, make_module, method_callbacks
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import monitors, summaries
 from torch.distributed.distributed_c10d import _get_default_store
@@ -38,7 +38,33 @@ CASES: dict[str, dict[str, Any]] = {
     "sft around": {
         "schedule": Schedule(rl_steps=2, rl_questions=4, sft_batch=4, sft_before=2, sft_after=2, final_sft="drop")
     },
+    "evaluations between": {
+        "schedule": Schedule(rl_steps=3, rl_questions=4, sft_batch=4),
+        "trainer": {"val_check_interval": 4, "check_val_every_n_epoch": None},
+    },
 }
+
+
+class Evaluations(Callback):
+    """Keeps what every evaluation inside the fit has measured."""
+
+    def __init__(self) -> None:
+        self.measured: dict[str, dict[str, float]] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Those before it are none of its."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name}
+            assert any("mirrored" in name for name in metrics)
+            self.measured[str(trainer.global_step)] = metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """A later run holds what this one has measured."""
+        return {"measured": self.measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The other way."""
+        self.measured = dict(state["measured"])
 
 
 class Points:
@@ -62,15 +88,16 @@ def fit(
 ) -> tuple[dict[str, Any], Interrupted | None, range]:
     """Fit, stopped at a safe point if one is named: what it is then, what stopped it, its points after a first step."""
     changes = dict(CASES[case])
-    schedule = changes.pop("schedule")
+    schedule, evaluations = changes.pop("schedule"), changes.pop("trainer", {})
     several: Any = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
-    kept = [*monitors(4), RunSummary()]
+    kept = [*monitors(4), Evaluations(), RunSummary()]
     last = LastCheckpoint(every=10**6, dirpath=str(directory / "checkpoints"))
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if strategy == "single" else 2,
         strategy=several.get(strategy, "auto"),
         accumulate_grad_batches=2,
+        **evaluations,
         max_epochs=-1,
         logger=False,
         enable_progress_bar=False,
@@ -111,7 +138,8 @@ def state(trainer: Trainer, module: Any, kept: list[Callback]) -> dict[str, Any]
         },
         "parked": module.optimizer_of_phase.state_dict() if module.optimizer_of_phase else {},
     }
-    whole["records"] = json.loads(json.dumps(summaries(kept[:-1])))
+    whole["records"] = json.loads(json.dumps(summaries(kept[:-2])))
+    whole["evaluations"] = kept[-2].state_dict()
     whole["history"] = next(callback.lines for callback in kept if isinstance(callback, History))
     whole["summary"] = kept[-1].state_dict()
     return whole
