@@ -34,11 +34,11 @@ def arguments(root: Path, *more: str, steps: int = 3) -> list[str]:
     return [*short(root), *(text for pair in changes.items() for text in (f"--{pair[0]}", pair[1])), *more]
 
 
-def with_csv(root: Path, *more: str, steps: int = 3) -> list[str]:
+def with_csv(root: Path, *more: str, steps: int = 3, logger: list[str] = CSV) -> list[str]:
     """The same with metrics as CSV."""
     given = arguments(root, steps=steps)
     at = given.index("--trainer.logger")
-    return [*given[:at], *given[at + 2 :], *CSV, "--trainer.logger.init_args.save_dir", str(root), *more]
+    return [*given[:at], *given[at + 2 :], *logger, "--trainer.logger.init_args.save_dir", str(root), *more]
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,26 @@ def test_resume_goes_on_with_the_newest_run_and_keeps_its_rows_once(
         assert {k: v for k, v in a.items() if timeless(k)} == {k: v for k, v in b.items() if timeless(k)}
     for file in ("samples.jsonl", "model/model.safetensors"):
         assert (cut_off / "csv/version_1" / file).read_bytes() == (calm / "csv/version_0" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_resume_goes_on_in_the_run_of_its_logger(tmp_path: Path, name: str) -> None:
+    """The run's model and files lie where they did; W&B has one run of two parts."""
+    logger = ["--config", str(CONFIGS / "logger" / f"{name}.yaml")]
+    main(with_csv(tmp_path, "--trainer.max_steps", "3", logger=logger))
+    main(with_csv(tmp_path, "--resume", logger=logger))
+    (run,) = (path.parent.parent for path in tmp_path.rglob("last.ckpt"))
+    (samples,) = tmp_path.rglob("samples.jsonl")
+    (model,) = tmp_path.rglob("model.safetensors")
+    assert samples.parent == model.parent.parent == run
+    steps = [json.loads(line)["step"] for line in samples.read_text(encoding="utf-8").splitlines()]
+    assert steps == sorted(steps)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 3
+    if name == "wandb":
+        parts = [path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")]
+        assert parts == [run.name, run.name]
+    else:
+        assert {path.parent for path in tmp_path.rglob("events.out.tfevents.*")} == {run}
 
 
 def test_a_branch_in_another_directory_carries_the_rows_and_leaves_the_old_run_alone(tmp_path: Path) -> None:
