@@ -1,4 +1,4 @@
-"""Signals to a main thread in a C call, such as waiting for a rank that is gone: no handler of Python runs there."""
+"""A main thread in a C call, such as waiting for a rank that is gone: no handler of Python runs there."""
 
 import os
 import signal
@@ -7,6 +7,19 @@ import time
 from collections.abc import Callable, Collection
 
 PAUSE = 0.05  # seconds between two looks
+PATIENCE = 20.0  # seconds; less than the 30 that schedulers give
+
+
+def end_without(parent: int, patience: float, end: Callable[[], None]) -> None:
+    """Watch in a thread the process that started this one; call `end` there so many seconds after it is gone."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(patience)
+        end()
+
+    threading.Thread(target=look, daemon=True, name="parent").start()
 
 
 class SignalWatch:
@@ -20,7 +33,7 @@ class SignalWatch:
 
     def __init__(self, signals: Collection[int], noted: Callable[[], float], end: Callable[[int], None]) -> None:
         self.signals, self.noted, self.end = signals, noted, end
-        self.patience = 20.0  # seconds; less than the 30 that schedulers give
+        self.patience = PATIENCE
         self._pipe: tuple[int, int] | None = None
         self._before = -1
 

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from types import FrameType
 from typing import Any
 
-from mifo_lightning.blocked import SignalWatch
+from mifo_lightning.blocked import PATIENCE, SignalWatch, end_without
 from mifo_lightning.errors import Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -20,7 +21,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 ONE_REQUEST = 1.0  # seconds in which further signals are the first one again
 SOON = 2.0  # seconds that they have to fail too, if this one fails
 LAST_WORDS = 10.0  # seconds that processes of an interrupted run have to end after the first rank
-STARTED_BY = os.getppid()
+STARTED_BY = os.getppid()  # the first rank, where Lightning has started this one
 
 
 def _started_by_lightning() -> bool:
@@ -99,6 +100,17 @@ def _end_blocked(signum: int) -> None:
     os._exit(128 + signum)
 
 
+def _end_orphaned() -> None:
+    print("error: the first rank is gone; this one ends too", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+@cache
+def _end_with_the_first() -> None:
+    if _started_by_lightning():
+        end_without(STARTED_BY, PATIENCE, _end_orphaned)
+
+
 _watch = SignalWatch(SIGNALS, lambda: _noted, _end_blocked)
 
 
@@ -114,6 +126,7 @@ def install() -> dict[int, Any]:
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 before[signum] = signal.signal(signum, _arrived)
         _watch.begin()
+    _end_with_the_first()
     return before
 
 

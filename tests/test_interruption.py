@@ -411,3 +411,32 @@ def test_a_rank_that_is_stopped_alone_tells_the_one_that_waits_for_it() -> None:
     ended = subprocess.run([sys.executable, "-c", ALONE, ALONE], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 143, ended.stderr
     assert ended.stderr.count("interrupted by SIGTERM: nothing was trained") == 1
+
+
+ORPHAN = """
+import os, subprocess, sys
+from mifo_lightning import interruption
+interruption.PATIENCE = 0.5
+if "LOCAL_RANK" in os.environ:
+    interruption.install()
+    print(os.getpid(), flush=True)
+    while True:
+        pass
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[1]], env={**os.environ, "LOCAL_RANK": "1"})
+rank.wait()
+"""
+
+
+def test_a_rank_whose_first_is_killed_ends_too() -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, ORPHAN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    second = int(first.stdout.readline())
+    first.kill()
+    try:
+        _, errors = first.communicate(timeout=30)  # until the other one has closed them too
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(second, signal.SIGKILL)
+    assert errors == "error: the first rank is gone; this one ends too\n"

@@ -43,8 +43,10 @@ def graded(reward: Reward, *responses: str) -> list[float]:
 
 
 def alive(process: int) -> bool:
+    """Whether any of its threads is left: its parent is told of its end after the last one alone."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        several = len(list(Path(f"/proc/{process}/task").iterdir())) > 1
+        return several or Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 

@@ -10,12 +10,11 @@ import os
 import pickle
 import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from mifo_lightning.blocked import end_without
 from mifo_lightning.errors import InputError
 from mifo_lightning.rewards import isolation
 from mifo_lightning.rewards.attempt import Failure, Outcome, attempt
@@ -75,13 +74,6 @@ def no_longer_than(seconds: float | None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def follow(parent: int) -> None:
-    """End the process with its parent, however that ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def serve(connection: Connection) -> None:
     """Answer ("load", reward, _) with None or a problem and ("call", question, seconds), until the other end closes."""
     reward: Reward | str | None = None
@@ -118,5 +110,5 @@ if __name__ == "__main__":
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")  # where memory runs out, the kernel ends this process and not the run
     os.set_inheritable(int(sys.argv[1]), False)
-    threading.Thread(target=follow, args=[os.getppid()], daemon=True).start()
+    end_without(os.getppid(), 0.0, lambda: os.kill(os.getpid(), signal.SIGKILL))
     serve(Connection(int(sys.argv[1])))
