@@ -29,6 +29,11 @@ def _started_by_lightning() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
+def speaks_for_all(met: int) -> bool:
+    """Whether what so many ranks agree on holds for all: one that Lightning has started may not have met the others."""
+    return met > 1 or not _started_by_lightning()
+
+
 @dataclass
 class _Request:
     """What has been asked of this process.

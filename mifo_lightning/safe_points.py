@@ -78,7 +78,7 @@ def agree(device: torch.device) -> None:
         dist.all_reduce(told, dist.ReduceOp.MAX)
         signum = int(told)
     if signum:
-        raise Interrupted(signum, together=True)
+        raise Interrupted(signum, together=interruption.speaks_for_all(ranks()))
 
 
 def draw(

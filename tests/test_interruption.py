@@ -25,6 +25,9 @@ from mifo_lightning.cli import main
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.interruption import last_line
 from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.rewards.function import FunctionReward
+from mifo_lightning.rewards.grading import FailureWatch
+from mifo_lightning.safe_points import agree
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -411,6 +414,20 @@ def test_a_rank_that_is_stopped_alone_tells_the_one_that_waits_for_it() -> None:
     ended = subprocess.run([sys.executable, "-c", ALONE, ALONE], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 143, ended.stderr
     assert ended.stderr.count("interrupted by SIGTERM: nothing was trained") == 1
+
+
+def test_a_rank_that_has_met_no_other_does_not_speak_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for local_rank, together in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        interruption.request(signal.SIGTERM)
+        watch = FailureWatch(FunctionReward("own_rewards.obey", isolate=False))
+        try:
+            for stops in (lambda: agree(torch.device("cpu")), lambda w=watch: w.end(1, "demonstrations")):
+                with pytest.raises(Interrupted) as stopped:
+                    stops()
+                assert stopped.value.together is together
+        finally:
+            interruption.forget()
 
 
 ORPHAN = """

@@ -99,9 +99,8 @@ class FailureWatch:
         failed = [part.errors + part.timeouts - before for part, before in zip(self.parts, self.before, strict=True)]
         everywhere = gather_ranks([interruption.pending() or 0, checked, *failed])
         if signum := max(signal for signal, *_ in everywhere):
-            raise Interrupted(
-                signum, together=True
-            )  # who waits for a child then stops waiting: its scores mean nothing
+            # who waits for a child then stops waiting: its scores mean nothing
+            raise Interrupted(signum, together=interruption.speaks_for_all(len(everywhere)))
         totals = [sum(numbers) for numbers in zip(*everywhere, strict=True)][1:]
         for part, count in zip(self.parts, totals[1:], strict=True):
             if 0 < totals[0] <= count:
