@@ -40,6 +40,8 @@ def quiet() -> None:
         ".*LightningCLI's args parameter.*",  # `main` is called from Python on purpose
         ".*does not have many workers.*",  # questions are in memory
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
+        ".*Checkpoint directory.*is not empty.*",  # a run that goes on; any other is refused (`keep_earlier`)
+        ".*Total length of `dict` across ranks is zero.*",  # no validation was asked for
         ".*in eval mode at the start of training.*",  # on purpose: no dropout
         ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has synchronised them
         ".*`compute` method of metric.*was called before.*",  # a source without demonstrations

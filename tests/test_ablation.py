@@ -216,7 +216,7 @@ def test_fits_end_with_their_runner(tmp_path: Path) -> None:
 def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(tmp_path: Path) -> None:
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
-    calm, killed = write(tmp_path / "calm"), write(tmp_path / "killed")
+    calm, killed = write(tmp_path / "calm", seeds=[0]), write(tmp_path / "killed", seeds=[0])
     undisturbed = start(calm)
     printed = undisturbed.communicate()[0]
     assert undisturbed.returncode == 0, printed

@@ -171,7 +171,7 @@ def test_control_c_reaches_the_whole_group_and_no_child_dies_before(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "to"), [("ddp", "first"), ("fsdp2", "second"), ("ddp", "group")])
+@pytest.mark.parametrize(("strategy", "to"), [("ddp", "group"), ("fsdp2", "second")])
 def test_two_ranks_stop_together(start: Callable[..., Program], tmp_path: Path, strategy: str, to: str) -> None:
     chosen = {
         "ddp": ["--trainer.strategy", "ddp"],
@@ -186,8 +186,6 @@ def test_two_ranks_stop_together(start: Callable[..., Program], tmp_path: Path, 
     pid = program.process.pid
     if to == "group":
         os.killpg(pid, signal.SIGTERM)
-    elif to == "first":
-        os.kill(pid, signal.SIGTERM)
     else:
         os.kill(second_rank(pid), signal.SIGTERM)
     status, line, seconds = program.end()

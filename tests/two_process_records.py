@@ -1,6 +1,6 @@
 """A program for test_records_strategies.py: fits with all monitors under a strategy, writes what was kept and logged.
 
-python tests/two_process_records.py {single|ddp|fsdp2} OUT.json [CHECKPOINT]
+python tests/two_process_records.py {single|ddp|fsdp2} OUT.json    # and goes on from within its first SFT phase
 """
 
 import json
@@ -15,12 +15,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import Records, monitors, summaries
 
 from mifo_lightning.data.skills import Skills
+from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.schedule import Schedule
 
 
-def main() -> None:
-    strategy, out = sys.argv[1], Path(sys.argv[2])
-    ckpt = sys.argv[3] if len(sys.argv) > 3 else None
+def fit(strategy: str, out: Path, ckpt: Path | None = None) -> dict[str, Any] | None:
+    """What the first rank has kept and logged."""
     chosen: Any = {
         "single": "auto",
         "ddp": "ddp",
@@ -43,10 +43,20 @@ def main() -> None:
     schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)
     data = make_data(val=Skills(["addition", "mirrored"], 12, split="val"), schedule=schedule)
     trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt)
-    if trainer.is_global_zero:
-        timings = ("rollout/tokens_per_s", "costs/", "seconds/")
-        logged = [{k: v for k, v in row.items() if not k.startswith(timings)} for row in records.metrics]
-        out.write_text(json.dumps({**summaries(kept), "logged": logged}))
+    timings = ("rollout/tokens_per_s", "costs/", "seconds/")
+    logged = [{k: v for k, v in row.items() if not k.startswith(timings)} for row in records.metrics]
+    return {**summaries(kept), "logged": logged} if trainer.is_global_zero else None
+
+
+def main() -> None:
+    strategy, out = sys.argv[1], Path(sys.argv[2])
+    whole = fit(strategy, out)
+    # after the first step of the first SFT phase, which follows so many RL steps
+    phases = [event["steps"] for event in (whole or {}).get("layer_updates", {}).get("phases", [])]
+    step = gather_ranks(phases[0] + 1 if phases else 0)[0]
+    again = fit(strategy, out, out.parent / strategy / f"step={step}.ckpt")
+    if whole is not None:
+        out.write_text(json.dumps({"whole": whole, "again": again}))
 
 
 if __name__ == "__main__":

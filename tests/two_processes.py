@@ -1,6 +1,7 @@
 """A program for test_strategies.py: fits under a strategy on CPU processes and writes what rank 0 saw.
 
-python tests/two_processes.py {single|ddp|fsdp2} {gradients|resume} OUT.pt
+python tests/two_processes.py {single|ddp|fsdp2} gradients OUT.pt
+python tests/two_processes.py {single|ddp|fsdp2} resume OUT.pt      # one fit, and others from two of its checkpoints
 """
 
 import sys
@@ -100,7 +101,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     summary = RunSummary()
-    export = ExportModel(str(out.parent / f"model-{strategy}")) if case == "phases" else Callback()
+    export = ExportModel(str(out.parent / f"model-{strategy}")) if case == "phases" and ckpt is None else Callback()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -138,8 +139,11 @@ def main() -> None:
         found = {case: fit(strategy, case, 0.0, out) for case in CASES}
         seen = {"cases": found, "rank": found["phases"]["rank"]}
     else:
-        ckpt = Path(sys.argv[4]) if len(sys.argv) > 4 else None
-        seen = fit(strategy, "phases", 5e-4, out, ckpt)
+        whole = fit(strategy, "phases", 5e-4, out)
+        # after the first of a rollout's two passes, and after the first of an SFT phase's two steps
+        steps = (1, whole["phases"].index("sft") + 1)
+        again = {s: fit(strategy, "phases", 5e-4, out, out.parent / strategy / f"step={s}.ckpt") for s in steps}
+        seen = {"whole": whole, "again": again, "rank": whole["rank"]}
     if seen["rank"] == 0:
         torch.save(seen, out)
 
