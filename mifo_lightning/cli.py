@@ -48,6 +48,7 @@ from mifo_lightning.preflight import check_run
 from mifo_lightning.restoring import CheckedRestore
 from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rollout.in_process import out_of_memory
 from mifo_lightning.safe_points import take_over
 from mifo_lightning.terminal import fail, quiet
 from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
@@ -319,6 +320,14 @@ def main(args: list[str] | None = None) -> None:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
         fail(str(error), status=1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fail(
+            f"memory ran out: {str(error).splitlines()[0]}; raise trainer.accumulate_grad_batches, set "
+            "model.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
+            status=1,
+        )
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -9,8 +9,11 @@ import torch
 from conftest import make_data, make_module, weights
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_cli import short
 
+from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.module import MifoModule
 from mifo_lightning.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
@@ -111,3 +114,24 @@ def test_a_run_that_halved_resumes_to_the_same_bits(
     assert engine.rows < 6
     pairs = zip(weights(whole).values(), weights(resumed).values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_training_without_memory_is_one_line_and_keeps_what_was_saved(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, left = MifoModule.training_step, iter(range(2))
+
+    def narrow(self: MifoModule, *arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise CUDA
+        return step(self, *arguments)
+
+    monkeypatch.setattr(MifoModule, "training_step", narrow)
+    flags = short(tmp_path, trainer__enable_checkpointing="true", checkpoint__every="1")
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    assert end.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB." in line
+    assert "trainer.accumulate_grad_batches" in line
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
