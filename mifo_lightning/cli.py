@@ -4,6 +4,9 @@ import errno
 import os
 import re
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +318,8 @@ def main(args: list[str] | None = None) -> None:
             OneLineParser.empty = left_empty(OneLineParser.arguments)
             check_seeds(OneLineParser.arguments)
             check_configured(OneLineParser.arguments)
-            make_cli(args)
+            with to_its_end():
+                make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
@@ -339,6 +343,26 @@ def main(args: list[str] | None = None) -> None:
             f"{error.full_key}: {what}; write ${{{up}group.key}} for another group here, ${{oc.env:NAME,default}} "
             "for a variable"
         )
+
+
+@contextmanager
+def to_its_end() -> Iterator[None]:
+    """Refuse a `sys.exit()` of code that the configuration names: the status would be that of a whole run.
+
+    Raises:
+        InputError: Something other than the parser has ended the program without a status of its own.
+    """
+    OneLineParser.done = False
+    try:
+        yield
+    except SystemExit as end:
+        if (isinstance(end.code, int) and end.code != 0) or OneLineParser.done:
+            raise
+        last = traceback.extract_tb(end.__traceback__)[-1]
+        raise InputError(
+            f"{last.filename}, line {last.lineno}: ended the program with sys.exit({end.code!r:.80}); code that a "
+            "configuration names must return or raise"
+        ) from end
 
 
 def check_configured(arguments: list[str]) -> None:

@@ -25,6 +25,7 @@ class OneLineParser(LightningArgumentParser):
 
     arguments: list[str] = []  # what the command line gave
     empty: dict[str, str] = {}  # where its configuration files leave a key empty
+    done = False  # whether all that was asked for was to print something, such as `--help`
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with status 2."""
@@ -39,6 +40,11 @@ class OneLineParser(LightningArgumentParser):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)
             text += f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all"
         fail(with_place(text, self.empty))
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the program as `--help` does."""
+        OneLineParser.done = True
+        super().exit(status, message)
 
     def _add_signature_parameter(self, *arguments: Any, **named: Any) -> Any:
         return super()._add_signature_parameter(*arguments, **{**named, "sub_configs": False})

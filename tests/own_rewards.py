@@ -14,6 +14,13 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.rewards.base import Reward
 
 
+class Mute(Exception):
+    """One that cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
 def obey(responses: list[str]) -> list[float]:
     """Does to its process what a response says; other responses are numbers."""
     return [act(text) for text in responses]
@@ -29,6 +36,10 @@ def act(text: str) -> float:
             sys.exit(int(status))
         case ["vanish", status]:
             os._exit(int(status))
+        case ["leave"]:
+            raise GeneratorExit
+        case ["mute"]:
+            raise Mute
         case ["interrupt"]:
             raise KeyboardInterrupt
         case ["crash"]:

@@ -108,6 +108,20 @@ def test_a_hostile_configuration_is_one_line(
     assert expected in refused(capsys, *short(tmp_path / "run"), "--config", str(over))
 
 
+@pytest.mark.parametrize("where", ["", "    def __init__(self):\n        "])
+def test_code_that_ends_the_program_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Its status would be that of a run that has ended well."""
+    source = "import sys\nfrom mifo_lightning.rewards.last_answer import LastAnswerReward\n"
+    name = "exits_in_constructor" if where else "exits_at_import"
+    (tmp_path / f"{name}.py").write_text(f"{source}class R(LastAnswerReward):\n    x = 1\n{where}sys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = refused(capsys, *short(tmp_path, reward=f"{name}.R"))
+    assert f"{name}.py, line " in line
+    assert "sys.exit(0)" in line
+
+
 def test_a_configuration_that_is_no_file_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):

@@ -165,6 +165,13 @@ def test_a_sum_is_watched_part_by_part() -> None:
         watch.end(2, "responses")
 
 
+def test_a_judge_that_is_no_component_is_named() -> None:
+    reward = LastAnswerReward()
+    reward.solved_by = "x"
+    with pytest.raises(InputError, match=r"judged by 'x' .solved_by., which is none of its components: it has none"):
+        grade(reward, ["2", "4"])
+
+
 def test_weighted_rewards_keep_their_parts_and_say_who_judges() -> None:
     parts = {"right": LastAnswerReward(), "format": FormatReward(r"\d+"), "long": OverlongPenalty(8, 4)}
     reward = WeightedRewards(parts, {"format": 0.5, "long": 2.0}, solved_by="right")

@@ -66,6 +66,8 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
         ("exit 0", 0, "SystemExit: 0"),
         ("vanish 0", 0, "its process ended with status 0"),
         ("interrupt", 0, "KeyboardInterrupt"),
+        ("leave", 0, "GeneratorExit"),
+        ("mute", 0, "Mute"),
         ("crash", 0, "its process was killed by signal 11"),
         ("kill", 0, "its process was killed by signal 9"),
         ("close", 0, "its process"),

@@ -135,7 +135,7 @@ class Attempt:
     """
 
     def __init__(self, kind: str, case: Case, pantry: Pantry, limit: float, memory: float) -> None:
-        self.kind, self.case, self.limit = kind, case, limit
+        self.kind, self.case, self.limit = kind, case, max(limit, case.limit)
         self.root = Path(tempfile.mkdtemp(prefix="stress-"))
         (self.root / "place").mkdir()
         (self.root / "in").write_text("y\n" * 9)
@@ -234,6 +234,7 @@ def main() -> None:
     chosen = [(kind, case) for kind, cases in kinds.items() for case in cases if given.only in case.name][
         :: given.every
     ]
+    chosen.sort(key=lambda pair: -pair[1].limit)  # those that take long first, beside the others
     start = time.monotonic()
     results = run_all(chosen, given.jobs, given.limit, given.memory, given.show)
     finish("inputs", *report(results, time.monotonic() - start), given.out)

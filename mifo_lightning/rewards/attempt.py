@@ -65,7 +65,7 @@ def attempt(reward: "Reward", responses: list[str], truths: list[str], wanted: C
         handled = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if handled or not isinstance(error, (Exception, SystemExit, KeyboardInterrupt)):
             raise
-        return _failure(error)
+        return failure(error)
 
 
 def _listed(result: Any, n: int) -> list[Any]:
@@ -80,7 +80,7 @@ def _listed(result: Any, n: int) -> list[Any]:
 
 def _legal(value: Any) -> float | Failure:
     if isinstance(value, BaseException):
-        return _failure(value)
+        return failure(value)
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(_detached(value))
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -93,5 +93,10 @@ def _detached(value: Any) -> Any:
     return value.detach() if hasattr(value, "detach") else value
 
 
-def _failure(error: BaseException) -> Failure:
-    return Failure(f"{type(error).__name__}: {error}", isinstance(error, TimeoutError))
+def failure(error: BaseException) -> Failure:
+    """A failure named after an exception."""
+    try:
+        said = f": {error}"
+    except Exception:  # of a reward's own class
+        said = ""
+    return Failure(f"{type(error).__name__}{said}", isinstance(error, TimeoutError))

@@ -56,7 +56,12 @@ def grade_answers(
         context.pop(name, None)  # a column of such a name is in `columns` only
     rewards = score(reward, texts, [question.truth for question in questions], **context)
     components = {name: list(values) if texts else [] for name, values in reward.components.items()}
-    judged = rewards if reward.solved_by is None else components[reward.solved_by]
+    if texts and reward.solved_by is not None and reward.solved_by not in components:
+        raise InputError(
+            f"reward: {type(reward).__name__} is judged by {reward.solved_by!r} (solved_by), which is none of its "
+            f"components: {', '.join(components) or 'it has none'}"
+        )
+    judged = rewards if reward.solved_by is None or not texts else components[reward.solved_by]
     return Scores(_cut_off(rewards, ended, reward), _cut_off(judged, ended, reward.judge), components)
 
 

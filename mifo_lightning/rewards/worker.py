@@ -17,7 +17,7 @@ from typing import Any
 from mifo_lightning.blocked import end_without
 from mifo_lightning.errors import InputError
 from mifo_lightning.rewards import isolation
-from mifo_lightning.rewards.attempt import Failure, Outcome, attempt
+from mifo_lightning.rewards.attempt import Failure, Outcome, attempt, failure
 from mifo_lightning.rewards.base import Reward
 
 ORPHAN_FACTOR = 2.0  # x the time limit: only a child whose parent is gone lives that long in one call
@@ -60,6 +60,8 @@ def call(reward: Reward, question: bytes) -> tuple[Outcome | Failure | InputErro
         return attempt(reward, responses, truths, wanted), noted
     except InputError as error:
         return InputError(str(error)), noted
+    except BaseException as error:  # nothing of this process's own is raised here
+        return failure(error), noted
 
 
 @contextlib.contextmanager
@@ -92,8 +94,8 @@ def serve(connection: Connection) -> None:
                 answer = call(reward, data)
             connection.send(answer)
     if isinstance(reward, Reward):
-        with no_longer_than(CLOSE_SECONDS):
-            reward.close()
+        with no_longer_than(CLOSE_SECONDS), contextlib.suppress(BaseException):
+            reward.close()  # after the last answer: nothing is lost
 
 
 def leave_signals_to_the_parent() -> None:

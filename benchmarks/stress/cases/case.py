@@ -72,6 +72,7 @@ class Case:
         expect: What should come of it.
         env: Further environment variables; then it runs as a process of its own.
         harm: Looks at the directory afterwards; what was done there that should not be, or an empty text.
+        limit: Seconds until it counts as hanging, where it needs more than others.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Case:
     expect: Expected = "refused"
     env: dict[str, str] = field(default_factory=dict)
     harm: Callable[[Path], str] | None = None
+    limit: float = 0.0
 
 
 def flags(text: str, expect: Expected = "refused") -> Case:

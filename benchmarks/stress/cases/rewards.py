@@ -1,6 +1,7 @@
 """Rewards of a user: a file `mine.py` beside the run, with a function or a class."""
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.stress.cases.case import Case, Expected, prepared
@@ -8,11 +9,14 @@ from benchmarks.stress.cases.case import Case, Expected, prepared
 FUNCTION = "mifo_lightning.rewards.function.FunctionReward"
 
 
-def function(name: str, body: str, expect: Expected = "refused", flags: str = "", head: str = "") -> Case:
+def function(
+    name: str, body: str, expect: Expected = "refused", flags: str = "", head: str = "", limit: float = 0.0
+) -> Case:
     """A plain function `f(responses, truths)` of this body."""
     source = head + "\nimport os, sys, time, threading, signal\nimport torch\n"
     source += "def f(responses, truths, **context):\n" + textwrap.indent(textwrap.dedent(body), "    ") + "\n"
-    return module(f"function: {name}", source, f"--reward {FUNCTION} --reward.function mine.f {flags}", expect)
+    case = module(f"function: {name}", source, f"--reward {FUNCTION} --reward.function mine.f {flags}", expect)
+    return replace(case, limit=limit)
 
 
 def module(name: str, source: str, flags: str, expect: Expected = "refused") -> Case:
@@ -80,8 +84,7 @@ REWARDS: list[Case] = [
     function("os.abort", "os.abort()"),
     function("kills itself", "os.kill(os.getpid(), signal.SIGKILL)"),
     function("reads address 0", "import ctypes\nctypes.string_at(0)"),
-    function("hangs", "time.sleep(1e6)"),
-    function("hangs in a loop", "while True: pass"),
+    function("hangs", "time.sleep(1e6)", limit=700),  # the limit of a call is 600 s unless set
     function("hangs with a limit", "time.sleep(1e6)", flags="--reward.timeout 1"),
     function("hangs in a loop with a limit", "while True: pass", flags="--reward.timeout 1"),
     function(
@@ -159,15 +162,25 @@ REWARDS: list[Case] = [
     subclass("good", "def __call__(self, responses, truths): " + GOOD, "accepted"),
     subclass("without __call__", "pass"),
     subclass("whose constructor raises", "def __init__(self): raise ValueError('no')"),
-    subclass("whose constructor exits", "def __init__(self): sys.exit(0)"),
+    subclass(
+        "whose constructor exits",
+        "def __init__(self): sys.exit(0)\ndef __call__(self, responses, truths): " + GOOD,
+    ),
+    module(
+        "a class in a module that exits",
+        "import sys\nfrom mifo_lightning.rewards.base import Reward\nsys.exit('x')\nclass R(Reward): ...\n",
+        "--reward mine.R",
+    ),
     subclass("whose constructor wants a value", "def __init__(self, x: int): ..."),
     subclass(
         "whose close raises",
         "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): raise ValueError('no')",
         "either",
     ),
-    subclass(
-        "whose close hangs", "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): time.sleep(1e6)"
+    subclass(  # nothing is lost: it is ended after the last answer
+        "whose close hangs",
+        "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): time.sleep(1e6)",
+        "accepted",
     ),
     subclass("with failed above solved_at", "failed = 2.0\ndef __call__(self, responses, truths): " + GOOD),
     subclass("that is best at NaN", "best = float('nan')\ndef __call__(self, responses, truths): " + GOOD),
