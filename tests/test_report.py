@@ -4,6 +4,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -101,7 +102,19 @@ def test_pictures_take_the_colour_of_the_page_and_share_no_identifier(small: Pat
 def test_the_same_results_give_the_same_bytes(small: Path, tmp_path: Path) -> None:
     again = write_report(small, tmp_path / "results" / "again")
     assert again.read_bytes() == (small / "report.html").read_bytes()
-    assert (again.parent / "report.md").read_bytes() == (small / "report.md").read_bytes()
+    for name in ("report.md", "report.svg"):
+        assert (again.parent / name).read_bytes() == (small / name).read_bytes()
+
+
+def test_the_markdown_shows_every_run_in_a_picture_that_stands_alone(small: Path) -> None:
+    assert "![avg@1 of every run](report.svg)" in (small / "report.md").read_text()
+    picture = (small / "report.svg").read_text()
+    root = ElementTree.fromstring(picture)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "currentColor" not in picture
+    assert EVIL not in picture
+    marks = [use for use in root.iter("{http://www.w3.org/2000/svg}use") if "fill-opacity: 0.6" in use.get("style", "")]
+    assert len(marks) == 16  # of 18 runs one has failed and one is missing
 
 
 def test_failed_and_missing_runs_are_listed(small: Path) -> None:
@@ -157,7 +170,7 @@ def test_the_primary_contrast_comes_first_and_is_none_only_within_its_margin(
     root = bare(make(tmp_path, {"ref": 0.5, "b": 0.5, "a": score, "far": 0.9}, bases=8, seeds=1, design="nested"))
     edit(root / "ablation.json", lambda plan: plan.update(primary_contrast=["a", "b"], margin=margin))
     text = verdict(root)
-    sentence = text.split("\n\n")[2]
+    sentence = text.split("\n\n")[1]
     assert re.match(
         r"\*\*Primary contrast, named before the run: 'a' minus 'b' in avg@1 is [+-]0\.\d+ \[.*\], p = ", sentence
     )
@@ -373,8 +386,8 @@ def test_how_responses_were_drawn_comes_from_the_runs_configuration(tmp_path: Pa
 
 def test_markdown_stands_alone(small: Path) -> None:
     text = (small / "report.md").read_text()
-    assert "has the pictures" in text.split("\n\n")[1]
-    for word in ("Shaded", "diamond", "dashed", "A point is"):
+    assert "report.html" not in text
+    for word in ("Shaded", "dashed", "A point is"):
         assert word in (small / "report.html").read_text()
         assert word not in text
     assert "## What was run\n\nA small model.\n\nFour skills.\n" in text

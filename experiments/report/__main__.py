@@ -1,4 +1,4 @@
-"""What did an ablation show? Writes one self-contained page and the same in Markdown.
+"""What did an ablation show? Writes one self-contained page, and the same in Markdown with one picture.
 
     python -m experiments.report runs/ablations/paper_table --out docs/results/paper_table
 

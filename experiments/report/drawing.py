@@ -127,6 +127,16 @@ def short(label: str) -> str:
     return label if len(label) <= LABEL else label[: LABEL - 1] + "…"
 
 
+GREY = "#7a828c"
+"""Text and axes of a picture that stands alone: readable on white and on near-black."""
+
+
+def alone(svg: str) -> str:
+    """An SVG element of a page as a file of its own."""
+    text = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return text.replace("currentColor", GREY) + "\n"
+
+
 def as_svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element without identifiers that two figures of a page could share."""
     buffer = StringIO()

@@ -1,4 +1,4 @@
-"""How does a report reach a reader? As one self-contained page, and the same in Markdown.
+"""How does a report reach a reader? As one self-contained page, and in Markdown with one picture.
 
 The page has no script and loads nothing; all text that came from a configuration, an error or a model is escaped. The
 same results give the same bytes.
@@ -12,7 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from experiments.report import costs, dynamics, forgetting, scores, sections
-from experiments.report.document import Section, Table
+from experiments.report.document import MARKS, Gallery, Section, Table
+from experiments.report.drawing import alone
 from experiments.report.results import PLAN, RUNS, Ablation, load, write_runs
 from experiments.report.verdict import verdict
 from mifo_lightning.terminal import printable
@@ -36,7 +37,7 @@ OF_SCORES = (scores.best, scores.contrasts, sections.unfinished, sections.made)
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
-    """Write `report.html` and `report.md` of the ablation in `directory` into `out`; returns the page's path.
+    """Write `report.html`, `report.md` and its `report.svg` of the ablation in `directory` into `out`; the page's path.
 
     With them go the ablation's plan and `runs.csv`, from which alone the page's statistics can be written again.
 
@@ -51,6 +52,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     page = out / "report.html"
     page.write_text(as_html(ablation, words, parts), encoding="utf-8")
     (out / "report.md").write_text(as_markdown(ablation, words, parts), encoding="utf-8")
+    (out / "report.svg").write_text(alone(first_picture(parts)), encoding="utf-8")
     write_runs(ablation, out / RUNS)
     if out.resolve() != directory.resolve():
         (out / PLAN).write_bytes((directory / PLAN).read_bytes())
@@ -75,10 +77,11 @@ def as_html(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) 
 
 
 def as_markdown(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) -> str:
-    """The same sentences and tables; pictures and what models wrote are in the page only."""
-    blocks = [f"# {_plain(ablation.question)}", "The page beside it, [report.html](report.html), has the pictures."]
+    """The same sentences and tables with the first picture; others and what models wrote are in the page only."""
+    blocks = [f"# {_plain(ablation.question)}"]
     blocks += [f"> {_plain(ablation.note)}"] if ablation.note else []
     blocks += [f"**{_plain(words[0])}**", *map(_plain, words[1:])]
+    blocks += [f"![{_plain(ablation.primary)} of every run](report.svg)", _plain(MARKS)]
     if ablation.setting:
         blocks += ["## What was run", *(_plain(line) for line in ablation.setting.splitlines() if line)]
     for part in parts:
@@ -88,6 +91,12 @@ def as_markdown(ablation: Ablation, words: Sequence[str], parts: Sequence[Sectio
             blocks += [*map(_plain, part.text)]
             blocks += [text for table in tables for text in (f"{_plain(table.caption)}:", _rows(table))]
     return "\n\n".join(blocks) + "\n"
+
+
+def first_picture(parts: Sequence[Section]) -> str:
+    """That of the primary metric."""
+    galleries = (block for part in parts for block in part.blocks if isinstance(block, Gallery))
+    return next(gallery.figures[0].svg for gallery in galleries if gallery.kind == "wide")
 
 
 def _rows(table: Table) -> str:
