@@ -18,13 +18,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_policy, load_tokenizer
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.ending import padding
+from mifo_lightning.policy.loading import load_policy, load_tokenizer
+from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
-from mifo_lightning.self_check import EXACT, self_check
+from mifo_lightning.rollout.self_check import EXACT, self_check
 
 LIMIT = 240  # seconds a family may take; most take two
 PROMPTS = [[5, 9, 12, 3, 7, 8, 11, 4, 6, 10, 15], [6, 4, 17], [20, 3, 9, 14, 5, 6], [7, 8, 9], [13] * 5 + [4, 9]]

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from mifo_callbacks.thresholds import top_mask
-from mifo_lightning.ending import set_ends
 from mifo_lightning.losses.token_scores import token_scores
-from mifo_lightning.models import load_policy, load_tokenizer
+from mifo_lightning.policy.ending import set_ends
+from mifo_lightning.policy.loading import load_policy, load_tokenizer
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 

@@ -49,8 +49,8 @@ from experiments.cell import (
     write_json,
 )
 from experiments.grid import Ablation, Cell, cells, choose, read_ablation, slug, sweep, with_wandb
-from mifo_lightning import interruption
 from mifo_lightning.errors import InputError, Interrupted
+from mifo_lightning.stopping import interruption
 from mifo_lightning.terminal import printable
 
 PLAN = "ablation.json"

@@ -90,7 +90,7 @@ def write_json(path: Path, record: Any) -> None:
 
 def prepare(directory: Path) -> list[str]:
     """Make the directory ready for an attempt; the arguments that go on from its checkpoint, if one is whole."""
-    from mifo_lightning.resume import read_or_previous
+    from mifo_lightning.cli.resume import read_or_previous
 
     try:
         path, _ = read_or_previous(directory / "checkpoints" / "last.ckpt")

@@ -39,7 +39,7 @@ from mifo_lightning.data.general_points import (
     ways,
     written,
 )
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.points import PointsReward
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine

@@ -29,9 +29,9 @@ from torch import Tensor
 from mifo_callbacks import top_mask
 from mifo_callbacks.thresholds import floor_share, random_scores
 from mifo_lightning.cli import METHOD, MONITORS, make_cli
+from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_policy
-from mifo_lightning.parser import OneLineParser
+from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.terminal import fail, quiet
 
 Weights = dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 import sys
 
-from mifo_lightning import interruption
+from mifo_lightning.stopping import interruption
 
 if __name__ == "__main__":
     interruption.install()  # the imports below take seconds; at the end it stays, for what runs at exit

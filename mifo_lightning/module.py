@@ -14,13 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import require_data_parallel
-from mifo_lightning import interruption, safe_points
-from mifo_lightning.data.question import Question
+from mifo_lightning.checkpoints.restoring import restoring
+from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
-from mifo_lightning.ending import end_tokens
 from mifo_lightning.errors import InputError
-from mifo_lightning.evaluation import Evaluation, Evaluator
-from mifo_lightning.finite import FiniteSteps, check_weights
 from mifo_lightning.guards import (
     FORMAT,
     check_alignment,
@@ -32,21 +29,24 @@ from mifo_lightning.guards import (
     warn_of_long_demonstrations,
     warn_of_single_steps,
 )
-from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight
-from mifo_lightning.models import check_vocabulary, load_policy, load_tokenizer, shard_policy
-from mifo_lightning.optim import AdamWSettings, PhaseAdamW
-from mifo_lightning.policy import Policy
-from mifo_lightning.reinforcement import Reinforcement
-from mifo_lightning.restoring import restoring
+from mifo_lightning.policy.ending import end_tokens
+from mifo_lightning.policy.loading import check_vocabulary, load_policy, load_tokenizer, shard_policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
-from mifo_lightning.self_check import self_check
-from mifo_lightning.step_metrics import StepMetrics
-from mifo_lightning.supervision import Supervision
+from mifo_lightning.rollout.self_check import self_check
+from mifo_lightning.steps.finite import FiniteSteps, check_weights
+from mifo_lightning.steps.metrics import StepMetrics
+from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
+from mifo_lightning.steps.reinforcement import Reinforcement
+from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.supervision import Supervision
+from mifo_lightning.stopping import interruption, safe_points
 
 
 class MifoModule(LightningModule):

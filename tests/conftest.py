@@ -10,15 +10,15 @@ from lightning import Callback, Trainer
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
 from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.evaluation import Evaluation
-from mifo_lightning.models import load_policy, load_tokenizer
 from mifo_lightning.module import MifoModule
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.loading import load_policy, load_tokenizer
+from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Sampling
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.rollout.evaluation import Evaluation
+from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.terminal import quiet
 
 torch.set_num_threads(1)

@@ -16,16 +16,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import monitors, summaries
 from torch.distributed.distributed_c10d import _get_default_store
 
-from mifo_lightning import interruption, safe_points
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.distributed import full, gather_ranks, rank, ranks
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.summary import RunSummary
-from mifo_lightning.rl_settings import RLSettings
 from mifo_lightning.rollout import in_process
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.stopping import interruption, safe_points
 
 in_process.BLOCK = 5  # three looks at the flag in a response of 14 tokens
 

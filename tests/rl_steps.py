@@ -10,18 +10,18 @@ import yaml
 from lightning import Callback
 from torch import Tensor
 
-from mifo_lightning.data.question import Question
-from mifo_lightning.loader import WorkItem
+from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.losses.policy import token_weights
-from mifo_lightning.policy import Policy, Sequences
-from mifo_lightning.reinforcement import Reinforcement
+from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
-from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.steps.reinforcement import Reinforcement
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = ["123+456=", "777x12=", "s:40312=", "9+9="]

@@ -18,14 +18,14 @@ from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
 from test_cli import refused, short
 
-from mifo_lightning import checkpoint_io
-from mifo_lightning.checkpoint_io import CheckedCheckpointIO, read_checkpoint, write_checkpoint
+from mifo_lightning.checkpoints import files as checkpoint_io
+from mifo_lightning.checkpoints.files import CheckedCheckpointIO, read_checkpoint, write_checkpoint
 from mifo_lightning.cli import main
+from mifo_lightning.cli.resume import read_or_previous
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors import checkpoint as monitor
 from mifo_lightning.monitors.checkpoint import LastCheckpoint, disk_problem
-from mifo_lightning.resume import read_or_previous
-from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
 SHORT = Schedule(rl_steps=3, rl_questions=4, sft_batch=4)

@@ -8,9 +8,9 @@ from test_datamodule import attached
 
 from mifo_lightning.data.damage import damage, damage_demonstrations
 from mifo_lightning.data.datamodule import QuestionData
-from mifo_lightning.data.question import Question
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 
 TRAIN = Skills(["addition", "mirrored"], 100)

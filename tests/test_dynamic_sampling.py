@@ -11,17 +11,17 @@ from lightning import Callback
 from rl_steps import completion, encode, gradient, item, moved, prepare, reinforcement, relative, step_loss
 
 from mifo_callbacks import BufferPhaseSwitch
-from mifo_lightning import reinforcement as rl_module
-from mifo_lightning.data.question import Question
-from mifo_lightning.loader import PhaseLoader
-from mifo_lightning.models import load_policy
-from mifo_lightning.policy import Policy
-from mifo_lightning.reinforcement import Reinforcement
+from mifo_lightning.data.loader import PhaseLoader
+from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.policy.loading import load_policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Chosen, Graded
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps import reinforcement as rl_module
+from mifo_lightning.steps.reinforcement import Reinforcement
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 
 class Scripted:

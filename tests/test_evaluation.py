@@ -8,14 +8,14 @@ import torch
 from conftest import SAMPLING, make_data, make_module
 from lightning import Trainer
 
-from mifo_lightning.data.question import Question
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.evaluation import Evaluation, EvaluationSampling, Evaluator
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.rollout.evaluation import Evaluation, EvaluationSampling, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
 
 RIGHT, WRONG, CUT, BARE = "1>7<eos>", "1>8<eos>", "1>7", "8<eos>"  # CUT is right but never ends

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.families import judge, tiny_config, tiny_model
-from mifo_lightning.models import load_policy
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.loading import load_policy
+from mifo_lightning.policy.policy import Policy, Sequences
 
 RIGHT = [
     *("gpt2", "opt", "bart", "gemma2", "gemma3", "gemma3_text", "llama4_text", "qwen3_moe", "deepseek_v4"),

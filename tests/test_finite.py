@@ -10,15 +10,15 @@ from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
 
 from mifo_lightning.cli import main
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError, TrainingError
-from mifo_lightning.finite import check_weights
-from mifo_lightning.models import load_policy
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.history import History
-from mifo_lightning.policy import Policy
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.policy.loading import load_policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.steps.finite import check_weights
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -13,10 +13,10 @@ from test_datamodule import Numbered, attached, trainer_of
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.module import MifoModule
-from mifo_lightning.schedule import Schedule
 
 
 def fitted(

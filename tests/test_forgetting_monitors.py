@@ -11,15 +11,15 @@ from monitoring import Records, answer
 from torch import Tensor
 
 from mifo_callbacks import BufferPhaseSwitch, GradientFreezing, ImportanceEMA
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.forgetting import Forgetting, compare
 from mifo_lightning.monitors.layer_updates import LayerUpdates, layer_changes, layer_group
 from mifo_lightning.monitors.overlap import FrozenOverlap, frozen_shares
 from mifo_lightning.monitors.phase_kl import PhaseKL, kl_sums
-from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.rollout.engine import Completion, Sampling
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.optimizer import AdamWSettings
 
 MakeTrainer = Callable[..., Trainer]
 VAL = Skills(["addition", "mirrored"], 16, split="val")

@@ -20,8 +20,8 @@ from mifo_lightning.data.questions import Drops
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.template import ChatTemplate, prompt_texts
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_policy, load_tokenizer
 from mifo_lightning.monitors.summary import before_and_after
+from mifo_lightning.policy.loading import load_policy, load_tokenizer
 from mifo_lightning.terminal import fail, one_line_warning, printable
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\x7f\r[/x][red]"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_policy, load_tokenizer, locate, stored_dtype
+from mifo_lightning.policy.loading import load_policy, load_tokenizer, locate, stored_dtype
 
 MLP = "model.layers.1.mlp.up_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"

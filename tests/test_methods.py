@@ -27,10 +27,10 @@ from rl_steps import (
 )
 from torch import Tensor
 
-from mifo_lightning.models import load_policy
-from mifo_lightning.policy import Policy
-from mifo_lightning.reinforcement import Reinforcement
-from mifo_lightning.rl_settings import Mixing, RLSettings
+from mifo_lightning.policy.loading import load_policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.steps.reinforcement import Reinforcement
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 LONGEST = 14
 # mixed, all wrong, mixed and without a demonstration, all right; the truth is 7, what has no <eos> is wrong

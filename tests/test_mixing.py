@@ -8,15 +8,15 @@ from conftest import make_data, make_module
 from lightning import Callback
 from rl_steps import Gradients, groups_of, item, prepare, questions, reinforcement, relative
 
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.mixing import Rows, training_rows
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.graded import Graded
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.mixing import Rows, training_rows
+from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 SHOWN = ("43>7<eos>", "65432>7<eos>", "", "7<eos>")
 # one of three right, none, one, all

@@ -13,16 +13,16 @@ from rl_steps import Coin, rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mifo_callbacks import GradientFreezing
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.advantages import group_advantages
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.graded import Graded
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 MakeTrainer = Callable[..., Trainer]
 

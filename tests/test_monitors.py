@@ -15,12 +15,12 @@ from monitoring import Records, Sums, additions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.optimizer import AdamWSettings
 
 MakeTrainer = Callable[..., Trainer]
 

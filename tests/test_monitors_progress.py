@@ -9,9 +9,9 @@ from lightning import Trainer
 from monitoring import Sums, additions
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.monitors.progress import DecodingView, PhaseProgress
 from mifo_lightning.rollout.engine import Decoded
-from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.phase import PhaseCallback
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler, SecondsByActivity
 from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.summary import RunSummary, before_and_after, heldout_line, seconds_line
-from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 
 from mifo_lightning.errors import InputError
-from mifo_lightning.optim import AdamWSettings, PhaseAdamW
+from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
 
 RL = AdamWSettings(lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
 SFT = AdamWSettings(lr=0.02, betas=(0.5, 0.9))

@@ -13,12 +13,12 @@ from test_cli import refused, short
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mifo_lightning.cli import main
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_policy, load_tokenizer
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
-from mifo_lightning.policy import Policy
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.policy.loading import load_policy, load_tokenizer
+from mifo_lightning.policy.policy import Policy
 
 MakeTrainer = Callable[..., Trainer]
 ONE = Schedule(rl_steps=1, rl_questions=4)

@@ -15,13 +15,13 @@ from monitoring import Records, monitors, summaries
 from rl_steps import Coin
 
 from mifo_callbacks import BufferPhaseSwitch, GradientFreezing
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.summary import RunSummary
-from mifo_lightning.optim import AdamWSettings
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rl_settings import RLSettings
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.settings import RLSettings
 
 MakeTrainer = Callable[..., Trainer]
 VAL = Skills(["addition", "mirrored"], 12, split="val")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.policy import Policy, Sequences
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from rl_steps import CONFIGS, evaluate, reinforcement, rl_settings, rollout_of
 from torch import Tensor
 
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
-from mifo_lightning.rl_settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 LOSSES = sorted(path.stem for path in (CONFIGS / "losses").glob("*.yaml"))
 LONGEST = 4  # tokens that sampling allows

@@ -13,15 +13,15 @@ from lightning import Trainer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.evaluation import Evaluation
 from mifo_lightning.losses.token_scores import token_scores
 from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.phase_kl import PhaseKL
-from mifo_lightning.policy import Policy
-from mifo_lightning.rl_settings import RLSettings
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.rollout.evaluation import Evaluation
+from mifo_lightning.steps.settings import RLSettings
 
 MakeTrainer = Callable[..., Trainer]
 Seen = dict[str, set[torch.dtype]]

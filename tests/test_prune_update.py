@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments.prune_update import Weights, main, prune, read_weights
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import export_model, load_policy, load_tokenizer, locate
+from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer, locate
 
 
 def weights(seed: int, scale: float = 1.0) -> Weights:

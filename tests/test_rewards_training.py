@@ -15,18 +15,18 @@ from own_rewards import always_fails
 from rl_steps import completion, groups_of, item, prepare, questions, reinforcement, step_loss
 
 from mifo_lightning.cli import main
-from mifo_lightning.data.question import Question
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.evaluation import Evaluation, Evaluator
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.weighted import OverlongPenalty, WeightedRewards
-from mifo_lightning.rl_settings import RLSettings
 from mifo_lightning.rollout.engine import Sampling
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
+from mifo_lightning.steps.settings import RLSettings
 
 CPU = torch.device("cpu")
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")

@@ -21,14 +21,14 @@ from rl_steps import (
     relative,
 )
 
-from mifo_lightning.models import load_policy
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.policy import Policy
+from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.policy.loading import load_policy
+from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rl_settings import RLSettings
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import Completion, Sampling
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.settings import RLSettings
 
 
 def grpo_gradient(

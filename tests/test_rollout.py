@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.sampler import next_token, uniforms

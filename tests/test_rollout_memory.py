@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_cli import short
 
 from mifo_lightning.cli import main
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
-from mifo_lightning.schedule import Schedule
 
 TEXTS = ["123+456=", "9+9=", "s:40312=", "777x12=", "r:12345="]
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")

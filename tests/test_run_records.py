@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from monitoring import Records, answer, monitors, plain, summaries
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_policy
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.costs import Costs, multiplying
@@ -23,9 +23,9 @@ from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.rl_settings import RLSettings
+from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.rollout.engine import Completion
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.settings import RLSettings
 
 MakeTrainer = Callable[..., Trainer]
 VAL = Skills(["addition", "mirrored"], 12, split="val")

@@ -13,9 +13,9 @@ import torch
 from lightning import Trainer
 from torch.distributed.checkpoint import save
 
+from mifo_lightning.checkpoints.sharded import is_sharded, seal
+from mifo_lightning.cli.resume import choose, read
 from mifo_lightning.errors import InputError
-from mifo_lightning.resume import choose, read
-from mifo_lightning.sharded_checkpoint import is_sharded, seal
 
 
 class Evil:

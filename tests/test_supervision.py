@@ -12,16 +12,16 @@ from rl_steps import Coin, by_hand, norm
 from torch import Tensor
 
 from mifo_callbacks import EntropyTokenSelection, GradientFreezing
-from mifo_lightning import supervision
-from mifo_lightning.data.question import Question
+from mifo_lightning.data.loader import PhaseLoader
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
-from mifo_lightning.loader import PhaseLoader
 from mifo_lightning.losses.sft import SFTWeight
-from mifo_lightning.models import load_policy
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.policy import Policy
-from mifo_lightning.schedule import Schedule
-from mifo_lightning.supervision import Demonstrations, initial_losses
+from mifo_lightning.policy.loading import load_policy
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.question import Question
+from mifo_lightning.steps import supervision
+from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.supervision import Demonstrations, initial_losses
 
 MakeTrainer = Callable[..., Trainer]
 # prompts and demonstrations of different lengths, so that means over sequences are not means over tokens

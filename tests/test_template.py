@@ -14,9 +14,9 @@ from lightning import Trainer
 from test_questions import CHAT, build, make_tokenizer, one, row
 
 from mifo_lightning.data.template import read_template
-from mifo_lightning.ending import end_tokens
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import load_tokenizer
+from mifo_lightning.policy.ending import end_tokens
+from mifo_lightning.policy.loading import load_tokenizer
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -11,8 +11,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from monitoring import Records, Sums, additions
 
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
-from mifo_lightning.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -16,12 +16,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mifo_callbacks import GradientFreezing
 from mifo_callbacks.buffer_phase_switch import gather_groups
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.distributed import full
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary
-from mifo_lightning.optim import AdamWSettings
-from mifo_lightning.rl_settings import Mixing, RLSettings
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 
 class Watch(Callback):

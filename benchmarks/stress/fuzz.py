@@ -208,7 +208,7 @@ def try_configuration(chance: random.Random, place: Path) -> str:
 @cache
 def tokenizer() -> Any:
     """Of the embedded model."""
-    from mifo_lightning.models import load_tokenizer
+    from mifo_lightning.policy.loading import load_tokenizer
 
     return load_tokenizer("embedded")
 

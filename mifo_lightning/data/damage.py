@@ -3,8 +3,8 @@
 import random
 import re
 
-from mifo_lightning.data.question import Question
 from mifo_lightning.errors import InputError
+from mifo_lightning.question import Question
 from mifo_lightning.seeds import stable_key
 
 DIGITS = "0123456789"

@@ -12,18 +12,18 @@ from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.damage import damage_demonstrations
 from mifo_lightning.data.evaluation_loader import EvaluationLoader
-from mifo_lightning.data.question import Question
+from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.source import RowSource
 from mifo_lightning.data.template import ChatTemplate, kept_template, read_template
 from mifo_lightning.errors import InputError
-from mifo_lightning.loader import PhaseLoader
-from mifo_lightning.models import load_tokenizer
+from mifo_lightning.policy.loading import load_tokenizer
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import sum_up
 from mifo_lightning.rewards.isolation import release
-from mifo_lightning.schedule import Schedule
 from mifo_lightning.seeds import stable_key
 
 Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import

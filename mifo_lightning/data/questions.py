@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING
 
-from mifo_lightning.data.question import Question
 from mifo_lightning.data.source import Row
 from mifo_lightning.data.template import ChatTemplate, prompt_texts
-from mifo_lightning.ending import end_texts, end_tokens, response_texts, turn_end
 from mifo_lightning.errors import InputError
+from mifo_lightning.policy.ending import end_texts, end_tokens, response_texts, turn_end
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers
 from mifo_lightning.terminal import table_text

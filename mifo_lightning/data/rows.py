@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mifo_lightning.config_files import UNREADABLE, check_regular
 from mifo_lightning.data.columns import Columns, to_row, wrong
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.errors import InputError
+from mifo_lightning.files import UNREADABLE, check_regular
 from mifo_lightning.hub import check_hub
 
 Source = str | Path | RowSource

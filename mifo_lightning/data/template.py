@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.bounded import ends
+from mifo_lightning.data.bounded import ends
 from mifo_lightning.data.source import Row
 from mifo_lightning.errors import InputError
 

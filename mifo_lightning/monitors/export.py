@@ -8,8 +8,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mifo_lightning.errors import InputError
-from mifo_lightning.models import dtype_name, export_model, locate, stored_dtype
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
+from mifo_lightning.policy.loading import dtype_name, export_model, locate, stored_dtype
 
 
 class ExportModel(Callback):

@@ -12,9 +12,9 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mifo_lightning.models import locate
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary, comparison
+from mifo_lightning.policy.loading import locate
 from mifo_lightning.terminal import printable
 
 GROUPS = ("entropy", "importance", "freeze", "drop", "switch")  # of the method, as the command line names them

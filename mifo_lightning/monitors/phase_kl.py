@@ -7,15 +7,15 @@ from lightning import Trainer
 from torch import Tensor
 
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import sum_ranks
-from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.ending import padding
+from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.question import Question
 from mifo_lightning.rollout.batch import score_without_gradient
-from mifo_lightning.safe_points import draw
+from mifo_lightning.rollout.draw import draw
 from mifo_lightning.seeds import stable_key
 
 

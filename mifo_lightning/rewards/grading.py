@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mifo_lightning import interruption
-from mifo_lightning.data.question import Question
 from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.errors import InputError, Interrupted
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.stopping import interruption
 
 
 class Scores(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.policy import Policy, Sequences
 
 SCORING_TOKENS = 2**15  # tokens scored at once where no gradient is needed; bounds memory, does not change results
 

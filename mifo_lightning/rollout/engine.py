@@ -9,7 +9,7 @@ from mifo_lightning.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mifo_lightning.policy import Policy
+    from mifo_lightning.policy.policy import Policy
 
 
 @dataclass

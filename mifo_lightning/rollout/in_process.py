@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning import safe_points
-from mifo_lightning.ending import end_tokens, padding
 from mifo_lightning.errors import InputError, TrainingError
-from mifo_lightning.policy import Policy
+from mifo_lightning.policy.ending import end_tokens, padding
+from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
+from mifo_lightning.stopping import safe_points
 
 BLOCK = 16  # tokens between two looks at whether the run is to stop
 STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some tokens hold no text

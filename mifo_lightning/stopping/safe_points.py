@@ -1,6 +1,5 @@
 """Where a run may be interrupted: all ranks together, between whole pieces of work."""
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,13 +8,10 @@ from lightning import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed.distributed_c10d import _get_default_store
-from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning import interruption
 from mifo_lightning.distributed import ranks
 from mifo_lightning.errors import Interrupted
-from mifo_lightning.policy import Policy
-from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from mifo_lightning.stopping import interruption
 
 KEY = "mifo_lightning/interrupted"  # in the store of the process group: the signal that one of its ranks has got
 
@@ -79,27 +75,6 @@ def agree(device: torch.device) -> None:
         signum = int(told)
     if signum:
         raise Interrupted(signum, together=interruption.speaks_for_all(ranks()))
-
-
-def draw(
-    engine: RolloutEngine,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    keys: list[int],
-    samples: int,
-    sampling: Sampling,
-) -> list[list[Completion]]:
-    """`RolloutEngine.generate`, which an engine may leave by `poll`; collective.
-
-    Raises:
-        Interrupted: On all ranks, or on none.
-    """
-    drawn: list[list[Completion]] = []
-    with suppress(Interrupted):  # the others learn of it where all meet
-        drawn = engine.generate(policy, tokenizer, prompts, keys, samples, sampling)
-    agree(policy.device)
-    return drawn
 
 
 def whole_steps(loops: dict[str, Any], micro_batches: int) -> None:

@@ -24,9 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.logging import StepRows
-from mifo_lightning import interruption
-from mifo_lightning.checkpoint_io import with_checkpoint_io
-from mifo_lightning.config_files import check_characters, left_empty, with_place
+from mifo_lightning.checkpoints.files import with_checkpoint_io
+from mifo_lightning.checkpoints.restoring import CheckedRestore
+from mifo_lightning.cli.config_files import check_characters, left_empty, with_place
+from mifo_lightning.cli.parser import MODE, OneLineParser, check_groups
+from mifo_lightning.cli.preflight import check_run
+from mifo_lightning.cli.resume import Start, choose, prepare_files
+from mifo_lightning.cli.wandb_run import begin_runs, end_runs, prepare_runs
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
@@ -46,15 +50,11 @@ from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.parser import MODE, OneLineParser, check_groups
-from mifo_lightning.preflight import check_run
-from mifo_lightning.restoring import CheckedRestore
-from mifo_lightning.resume import Start, choose, prepare_files
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.in_process import out_of_memory
-from mifo_lightning.safe_points import take_over
+from mifo_lightning.stopping import interruption
+from mifo_lightning.stopping.safe_points import take_over
 from mifo_lightning.terminal import fail, quiet
-from mifo_lightning.wandb_run import begin_runs, end_runs, prepare_runs
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {

@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mifo_lightning.distributed import full
-from mifo_lightning.ending import read_ends, set_ends
 from mifo_lightning.errors import InputError
-from mifo_lightning.policy import Policy, Sequences
-from mifo_lightning.pretrained import (
+from mifo_lightning.policy.ending import read_ends, set_ends
+from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.policy.pretrained import (
     first_line,
     quiet_loading,
     read_blueprint,
@@ -38,7 +38,7 @@ def locate(model: str) -> str:
         InputError: If it looks like a path but is no Hugging Face model directory.
     """
     if model == EMBEDDED:
-        return str(Path(__file__).parent / "assets" / "base")
+        return str(Path(__file__).parents[1] / "assets" / "base")
     try:
         path = Path(model).expanduser()
         present = path.exists()

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from mifo_lightning.errors import InputError
 from mifo_lightning.hub import check_hub
-from mifo_lightning.tokenizer_file import PROBES, faithful
+from mifo_lightning.policy.tokenizer_file import PROBES, faithful
 
 SHOWN = 3  # names of weights in a message
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

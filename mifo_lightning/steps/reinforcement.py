@@ -12,22 +12,22 @@ from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
-from mifo_lightning.data.question import Question
+from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.distributed import gather_ranks, rank, ranks
-from mifo_lightning.ending import padding, response_texts
-from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.sft import mean_over, sft_loss, sft_weights
-from mifo_lightning.mixing import Rows, training_rows
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.ending import padding, response_texts
+from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import FailureWatch, check_solved_at, grade_answers
-from mifo_lightning.rl_settings import Mixing, RLSettings, check_rl
 from mifo_lightning.rollout.batch import Rollout, score_without_gradient
+from mifo_lightning.rollout.draw import draw
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
-from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
+from mifo_lightning.steps.mixing import Rows, training_rows
+from mifo_lightning.steps.settings import Mixing, RLSettings, check_rl
 
 
 class Reinforcement:

@@ -9,9 +9,9 @@ from torch.optim import AdamW
 
 from mifo_callbacks.phase import other_number
 from mifo_callbacks.sharding import local, shard_like
+from mifo_lightning.checkpoints.restoring import check_moment
 from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
-from mifo_lightning.restoring import check_moment
 
 Phase = Literal["rl", "sft"]
 

@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 
-from mifo_lightning.data.question import Question
+from mifo_lightning.checkpoints.restoring import restoring
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
-from mifo_lightning.restoring import restoring
-from mifo_lightning.schedule import Schedule
+from mifo_lightning.question import Question
 from mifo_lightning.seeds import stable_key
 
 

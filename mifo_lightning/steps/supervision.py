@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.sharding import sum_over, world_group
-from mifo_lightning.data.question import Question
+from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.distributed import rank, ranks, sum_ranks
-from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError
-from mifo_lightning.loader import WorkItem
 from mifo_lightning.losses.sft import SFTWeight, sft_loss, sft_weights
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.ending import padding
+from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.question import Question
 from mifo_lightning.rollout.batch import score_without_gradient
 
 INITIAL_ROWS = 64  # demonstrations packed together; bounds padding

@@ -1,7 +1,6 @@
 """What error lines must know of configuration files: that they are text, and where a key is left empty."""
 
 import re
-import stat
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +9,11 @@ import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
 from mifo_lightning.errors import InputError
+from mifo_lightning.files import UNREADABLE, read_regular
 
 NULL = "tag:yaml.org,2002:null"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 LARGEST, DEEPEST, MOST = 2**20, 100, 100_000  # characters, levels and values, aliases written out, of a configuration
-UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no path, tokenizer or file takes them
 
 
 def check_characters(arguments: list[str]) -> None:
@@ -88,31 +87,6 @@ def left_empty(arguments: list[str]) -> dict[str, str]:
             if value.tag == NULL:
                 found[key] = f"{path}, line {value.start_mark.line + 1}"
     return found
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """The bytes of a file, which is not opened unless it is a regular one: a pipe or device may never end.
-
-    Raises:
-        InputError: It is none, has more than `most` bytes or cannot be read.
-    """
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > most:
-        raise InputError(f"{path}: more than {most} bytes, which are allowed")
-    return content
-
-
-def check_regular(path: Path) -> None:
-    """Raise an InputError if `path`, which may be absent, is no regular file; OSError and ValueError as of `stat`."""
-    mode = path.stat().st_mode
-    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
 def with_place(message: str, empty: dict[str, str]) -> str:

@@ -9,15 +9,15 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from mifo_lightning.checkpoint_io import read_checkpoint
+from mifo_lightning.checkpoints.files import read_checkpoint
+from mifo_lightning.checkpoints.sharded import is_sharded, read_sharded
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import check_format
-from mifo_lightning.models import blueprint
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LAST, PREVIOUS, LastCheckpoint
 from mifo_lightning.monitors.kept_rows import METRICS, carry, keep_rows, metrics_before
 from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_aside
-from mifo_lightning.sharded_checkpoint import is_sharded, read_sharded
+from mifo_lightning.policy.loading import blueprint
 
 VERSION = "pytorch-lightning_version"
 # what training goes on from

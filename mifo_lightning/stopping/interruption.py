@@ -13,8 +13,8 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-from mifo_lightning.blocked import PATIENCE, SignalWatch, end_without
 from mifo_lightning.errors import Interrupted
+from mifo_lightning.stopping.blocked import PATIENCE, SignalWatch, end_without
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # `timeout`, schedulers and a terminal with forwarding parents send one request twice
@@ -41,7 +41,7 @@ class _Request:
     Attributes:
         signum: The signal; None: nothing.
         when: When it came, monotonic seconds.
-        deferred: Whether it waits for a safe point (`mifo_lightning.safe_points`); else it is raised where it arrives.
+        deferred: Whether it waits for a safe point (`safe_points`); else it is raised where it arrives.
         launcher: Lightning's, whose attribute `procs` holds the processes that this one has started, if it started any.
     """
 

@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mifo_lightning.config_files import check_text, with_place
+from mifo_lightning.cli.config_files import check_text, with_place
 from mifo_lightning.errors import InputError
 from mifo_lightning.terminal import fail
 

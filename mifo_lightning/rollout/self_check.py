@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mifo_lightning.distributed import gather_ranks
-from mifo_lightning.ending import padding
 from mifo_lightning.errors import InputError, TrainingError
-from mifo_lightning.policy import Policy, Sequences
+from mifo_lightning.policy.ending import padding
+from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.rollout.draw import draw
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
-from mifo_lightning.safe_points import draw
 from mifo_lightning.seeds import stable_key
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model

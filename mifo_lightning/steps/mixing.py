@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mifo_lightning.losses.advantages import group_advantages
-from mifo_lightning.rl_settings import Mixing, RLSettings
 from mifo_lightning.rollout.graded import Graded
+from mifo_lightning.steps.settings import Mixing, RLSettings
 
 
 class Rows(NamedTuple):

@@ -1,0 +1,1 @@
+"""Checkpoint files: written whole, read only whole, restored with one line for what does not fit."""

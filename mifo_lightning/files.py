@@ -1,0 +1,34 @@
+"""Files that may be opened, and names that a file can have."""
+
+import re
+import stat
+from pathlib import Path
+
+from mifo_lightning.errors import InputError
+
+UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no path, tokenizer or file takes them
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a file, which is not opened unless it is a regular one: a pipe or device may never end.
+
+    Raises:
+        InputError: It is none, has more than `most` bytes or cannot be read.
+    """
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > most:
+        raise InputError(f"{path}: more than {most} bytes, which are allowed")
+    return content
+
+
+def check_regular(path: Path) -> None:
+    """Raise an InputError if `path`, which may be absent, is no regular file; OSError and ValueError as of `stat`."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")

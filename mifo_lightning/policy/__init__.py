@@ -1,0 +1,1 @@
+"""The language model: loading it, scoring with it, decoding with it."""
