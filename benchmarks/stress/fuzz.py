@@ -162,7 +162,7 @@ def configuration() -> dict[str, Any]:
 @cache
 def prebuilt() -> Any:
     """A command line whose parser is made."""
-    from mifo_lightning import cli
+    from mifo_lightning.cli import command_line as cli
 
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "valid.yaml"
@@ -180,7 +180,7 @@ def parse_and_build(args: list[str] | None, run: bool = True) -> None:
 
 def try_configuration(chance: random.Random, place: Path) -> str:
     """One mutated configuration through `main`."""
-    from mifo_lightning import cli
+    from mifo_lightning.cli import command_line as cli
 
     valid = configuration()
     if chance.random() < 0.35:
