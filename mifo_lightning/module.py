@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
+from mifo_callbacks import Seed
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.checkpoints.restoring import restoring
@@ -77,7 +78,7 @@ class MifoModule(LightningModule):
             it AdamW's momentum and weight decay go on moving the weights. Steps and schedules advance either way.
         evaluation: How validation and test draw responses.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
-        seed: Seed of all rollouts.
+        seed: Seed of all rollouts; None follows `seed_everything`.
         trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
@@ -107,7 +108,7 @@ class MifoModule(LightningModule):
         skip_zero_gradient: bool = False,
         evaluation: Evaluation = Evaluation(),
         gradient_checkpointing: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
@@ -121,11 +122,20 @@ class MifoModule(LightningModule):
         self.skip_zero_gradient = skip_zero_gradient
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
+        self.seed = Seed(seed, "model.seed")
         self.reinforcement = Reinforcement(
-            engine or InProcessEngine(), self.tokenizer, reward, sampling, policy, group_size, solved_at, seed, mixing
+            engine or InProcessEngine(),
+            self.tokenizer,
+            reward,
+            sampling,
+            policy,
+            group_size,
+            solved_at,
+            self.seed,
+            mixing,
         )
         self.evaluator = Evaluator(
-            self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, seed, sampling
+            self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, self.seed, sampling
         )
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.own_demonstrations = demonstrations == "own"
@@ -369,6 +379,7 @@ class MifoModule(LightningModule):
             rollout = None if self._rollout is None else self._rollout.state_dict()
             checkpoint["mifo"] = {
                 "format": FORMAT,
+                "seed": self.seed.settled,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
                 "engines": gather_ranks(self._engine.state_dict() if self._engine else {}),
@@ -382,6 +393,7 @@ class MifoModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_format(checkpoint)
             self._restored = checkpoint["mifo"]
+            self.seed.restore(self._restored.get("seed"))
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._phase_optimizer.load_state_dict(state["optimizer"])

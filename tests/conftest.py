@@ -52,6 +52,7 @@ def make_module(**changes: Any) -> MifoModule:
     settings: dict[str, Any] = {
         "model": "embedded",
         "reward": LastAnswerReward(),
+        "seed": 0,
         "group_size": 4,
         "sampling": SAMPLING,
         "rl": AdamWSettings(lr=5e-4, weight_decay=0.1),
@@ -68,6 +69,7 @@ def make_data(**changes: Any) -> QuestionData:
         "train": Skills(["addition", "mirrored"], 64),
         "reward": LastAnswerReward(),
         "tokenizer": "embedded",
+        "seed": 0,
         "answer_after": ">",
         "max_prompt_tokens": 16,
         "max_response_tokens": 14,

@@ -10,6 +10,7 @@ import yaml
 from lightning import Callback
 from torch import Tensor
 
+from mifo_callbacks import Seed
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.losses.policy import token_weights
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -69,7 +70,7 @@ def reinforcement(tokenizer: Any, **changes: Any) -> Reinforcement:
         "settings": RLSettings(),
         "group_size": 4,
         "solved_at": 1.0,
-        "seed": 0,
+        "seed": Seed(0, "seed"),
     }
     return Reinforcement(**{**settings, **changes})
 

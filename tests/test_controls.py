@@ -69,7 +69,7 @@ def test_what_a_control_draws_differs_from_seed_to_seed(control: str) -> None:
         arguments = [*added, "--seed_everything", str(seed), "--trainer.logger", "false"]
         cli = make_cli(arguments, run=False)
         drawn = [getattr(cli.config_init, key) for key in ("entropy", "freeze", "drop")]
-        assert {callback.seed for callback in drawn if callback is not None} == {seed}
+        assert {callback.seed.value for callback in drawn if callback is not None} == {seed}
 
 
 @cache

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_questions import CHAT, build, make_tokenizer, one, row
 from transformers import AutoTokenizer
 
+from mifo_callbacks import Seed
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.export import ExportModel
@@ -185,7 +186,12 @@ def test_special_tokens_are_text_wherever_a_response_is_graded(policy: Policy) -
     assert right > 0 > wrong
 
     judge = Evaluator(
-        Answers(), tokenizer, reward, Evaluation(samples=2, greedy=False, demonstration_loss=False), 1.0, 0
+        Answers(),
+        tokenizer,
+        reward,
+        Evaluation(samples=2, greedy=False, demonstration_loss=False),
+        1.0,
+        Seed(0, "seed"),
     )
     judge.reset(["s"], torch.device("cpu"))
     (sample,) = judge.update(policy, [asked], 0)

@@ -8,6 +8,7 @@ import torch
 from conftest import SAMPLING, make_data, make_module
 from lightning import Trainer
 
+from mifo_callbacks import Seed
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.policy import Policy
@@ -76,7 +77,7 @@ def question(
 
 
 def evaluator(engine: Any, tokenizer: Any, reward: Reward | None = None, **changes: Any) -> Evaluator:
-    rest = {"solved_at": changes.pop("solved_at", 1.0), "seed": changes.pop("seed", 0)}
+    rest = {"solved_at": changes.pop("solved_at", 1.0), "seed": Seed(changes.pop("seed", 0), "seed")}
     settings = Evaluation(**{"samples": 4, "sampling": Sampling(0.6, max_new_tokens=14), **changes})
     return Evaluator(engine, tokenizer, reward or LastAnswerReward(), settings, **rest)
 

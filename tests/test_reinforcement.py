@@ -21,6 +21,7 @@ from rl_steps import (
     reinforcement,
 )
 
+from mifo_callbacks import Seed
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.policy.loading import load_policy
@@ -60,7 +61,7 @@ def test_every_rl_step_draws_anew_and_the_same_step_repeats(policy: Policy, toke
     first, again, second = (drawn_tokens(rl.draw(policy, qs, r)) for r in (0, 0, 1))
     assert first == again
     assert all(a != b for a, b in zip(first, second, strict=True))
-    other = reinforcement(tokenizer, sampling=Sampling(2.0, max_new_tokens=14), seed=1)
+    other = reinforcement(tokenizer, sampling=Sampling(2.0, max_new_tokens=14), seed=Seed(1, "seed"))
     assert all(a != b for a, b in zip(first, drawn_tokens(other.draw(policy, qs, 0)), strict=True))
     # a question that comes once more within an RL step is answered anew
     assert all(a != b for a, b in zip(first, drawn_tokens(rl.draw(policy, qs, 0, attempt=1)), strict=True))

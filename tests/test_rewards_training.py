@@ -14,6 +14,7 @@ from monitoring import Records
 from own_rewards import always_fails
 from rl_steps import completion, groups_of, item, prepare, questions, reinforcement, step_loss
 
+from mifo_callbacks import Seed
 from mifo_lightning.cli import main
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
@@ -169,7 +170,7 @@ def asked(tokenizer: Any, *texts: str) -> list[Question]:
 
 def evaluator(tokenizer: Any, reward: Reward, *texts: str) -> Evaluator:
     settings = Evaluation(samples=1, greedy=False, sampling=Sampling(0.6, max_new_tokens=14))
-    judge = Evaluator(Book(tokenizer, *texts), tokenizer, reward, settings, solved_at=1.0, seed=0)  # type: ignore[arg-type]
+    judge = Evaluator(Book(tokenizer, *texts), tokenizer, reward, settings, solved_at=1.0, seed=Seed(0, "seed"))  # type: ignore[arg-type]
     judge.reset(["a"], CPU)
     return judge
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.logging import log_metrics, profiled
 from mifo_callbacks.ownership import require_trainer
+from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import require_data_parallel, sum_over, world_group
 from mifo_callbacks.tokens import (
     Denominator,
@@ -47,6 +48,7 @@ class EntropyTokenSelection(Callback):
         force_keep: Name of a token mask the module hands over ("eos", "answer"); those tokens are always
             added.
         seed: Seed of selector "random"; the choice depends on it and on the optimizer step only.
+            None follows `seed_everything`.
 
     Raises:
         MisconfigurationException: If an argument is outside what is allowed, or ranks are not data-parallel.
@@ -67,7 +69,7 @@ class EntropyTokenSelection(Callback):
         threshold: float | None = None,
         denominator: Denominator = "selected",
         force_keep: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         require_fraction("EntropyTokenSelection.fraction", fraction)
@@ -85,7 +87,7 @@ class EntropyTokenSelection(Callback):
         self.threshold = threshold
         self.denominator = denominator
         self.force_keep = force_keep
-        self.seed = seed
+        self.seed = Seed(seed, "EntropyTokenSelection.seed")
         self._ends_seen: int | None = 0  # end tokens so far, none of them taken; None: no longer watched
         self._trainer: Trainer | None = None
         self._replaced: dict[str, Any] = {}
@@ -143,7 +145,7 @@ class EntropyTokenSelection(Callback):
                 selector=self.selector,
                 scope=self.scope,
                 threshold=self.threshold,
-                seed=(self.seed, *step_of(trainer)),
+                seed=(self._seed(), *step_of(trainer)),
                 group=group,
             )
             selection = with_forced(chosen, mask, forced, self.denominator, group)
@@ -157,6 +159,15 @@ class EntropyTokenSelection(Callback):
                     metrics |= threshold_metrics(entropy, mask, chosen, self.selector, group)
                 log_metrics(trainer, {f"entropy/{name}": value for name, value in metrics.items()})
         return selection
+
+    def _seed(self) -> int:
+        return self.seed.value if self.selector == "random" else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed.settled}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seed.restore(state_dict.get("seed"))
 
     def _watch_ends(self, ends: Tensor, selected: Tensor, group: dist.ProcessGroup | None) -> None:
         """Say once that end tokens are never learned from, if none of the first ones was; collective until known."""

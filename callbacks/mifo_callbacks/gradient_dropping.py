@@ -1,6 +1,7 @@
 """GradientDropping: leave out a random share of the gradient at every optimizer step of one phase."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +13,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import zero_
 from mifo_callbacks.ownership import distinct, set_up
 from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import local, require_visible_weights, shard_like
 from mifo_callbacks.thresholds import random_scores
 
@@ -29,7 +31,7 @@ class GradientDropping(PhaseCallback):
     Args:
         probability: Probability that a coordinate is dropped, in (0, 1].
         during: Label of the phase in which gradients are dropped.
-        seed: Seed of the masks.
+        seed: Seed of the masks; None follows `seed_everything`.
         phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
 
     Raises:
@@ -43,13 +45,13 @@ class GradientDropping(PhaseCallback):
     """
 
     def __init__(
-        self, probability: float = 0.5, during: str = "sft", seed: int = 0, phase: str | PhaseOf = "phase"
+        self, probability: float = 0.5, during: str = "sft", seed: int | None = None, phase: str | PhaseOf = "phase"
     ) -> None:
         super().__init__(phase, during)
         require_fraction("GradientDropping.probability", probability)
         self.probability = probability
         self.during = during
-        self.seed = seed
+        self.seed = Seed(seed, "GradientDropping.seed")
 
     @property
     def state_key(self) -> str:
@@ -70,11 +72,18 @@ class GradientDropping(PhaseCallback):
             if p.grad is None or p not in stepped:
                 continue
             # On the full shape and the CPU: the same mask for every strategy and device.
-            mask = dropping_mask(p.shape, self.probability, self.seed, step, position)
+            mask = dropping_mask(p.shape, self.probability, self.seed.value, step, position)
             dropped, total = dropped + int(mask.count_nonzero()), total + mask.numel()
             zero_(local(p.grad), local(shard_like(mask, p)))
         if total:
             log_metrics(trainer, {"drop/share": dropped / total})
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seed": self.seed.settled}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seed.restore(state_dict.get("seed"))
 
 
 def dropping_mask(shape: Sequence[int], probability: float, *seed: int) -> Tensor:

@@ -16,6 +16,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
 from mifo_callbacks.ownership import claim, distinct, renew, set_up
 from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import (
     local,
     require_visible_weights,
@@ -63,6 +64,7 @@ class GradientFreezing(PhaseCallback):
         selector: Freeze the most important "rl_topk", the least "rl_bottomk", as many at "random", or "none".
         scope: Rank the coordinates within each "tensor", or all of them together ("global").
         seed: Seed of selector "random"; each phase and parameter draws its own mask.
+            None follows `seed_everything`.
         during: Label of the phase in which coordinates are frozen.
         phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
         buffers: Whether all buffers of the module keep the values they have at the start of the phase: what a batch
@@ -84,7 +86,7 @@ class GradientFreezing(PhaseCallback):
         fraction: float = 0.5,
         selector: Selector = "rl_topk",
         scope: Scope = "tensor",
-        seed: int = 0,
+        seed: int | None = None,
         during: str = "sft",
         phase: str | PhaseOf = "phase",
         buffers: bool = False,
@@ -96,7 +98,7 @@ class GradientFreezing(PhaseCallback):
         self.fraction = fraction
         self.selector: Selector = selector
         self.scope: Scope = scope
-        self.seed = seed
+        self.seed = Seed(seed, "GradientFreezing.seed")
         self.during = during
         self.buffers = buffers
         self._frozen_phases = 0  # how many phases have been frozen: the mask of "random" depends on it
@@ -191,7 +193,7 @@ class GradientFreezing(PhaseCallback):
             return
         for position, (name, p) in enumerate(params.items()):
             # On the full shape and the CPU: the same mask for every strategy and device.
-            yield name, shard_like(random_scores(p.shape, self.seed, self._frozen_phases, position), p)
+            yield name, shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._masks:
@@ -250,12 +252,13 @@ class GradientFreezing(PhaseCallback):
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"number": self._frozen_phases}
+        return super().state_dict() | {"number": self._frozen_phases, "seed": self.seed.settled}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         renew(self)
         self._frozen_phases = state_dict["number"]
+        self.seed.restore(state_dict.get("seed"))
 
 
 def freezing_masks(

@@ -59,7 +59,7 @@ def test_checkpoints_hold_plain_types(tmp_path: Path) -> None:
     common = {"phase", "phase_number", "phases_seen", "uncounted_steps"}
     assert importance.keys() == common | {"updates", "importance", "start"}
     assert importance["start"].keys() == importance["importance"].keys()
-    assert freezing.keys() == common | {"number"}
+    assert freezing.keys() == common | {"number", "seed"}
     assert (freezing["phase"], freezing["phases_seen"], freezing["number"]) == ("rl", ["rl", "sft"], 1)
 
 

@@ -418,5 +418,5 @@ def report_places(trainer: Trainer) -> None:
             print(f"W&B run: {Path(logger.experiment.dir).parent}")
 
 
-def _seed(value: bool | int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+def _seed(value: bool | int) -> int | None:
+    return None if isinstance(value, bool) else value

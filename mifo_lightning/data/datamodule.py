@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mifo_callbacks import BufferPhaseSwitch
+from mifo_callbacks import BufferPhaseSwitch, Seed
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.damage import damage_demonstrations
 from mifo_lightning.data.evaluation_loader import EvaluationLoader
@@ -57,7 +57,7 @@ class QuestionData(LightningDataModule):
             smaller where the data cannot fill them, each with a warning; otherwise they are refused.
         group_size: Rollouts per question; the command line takes the model's.
         solved_at: Reward from which a demonstration is right; the command line takes the model's.
-        seed: Seed of order, holdout and damage.
+        seed: Seed of order, holdout and damage; None follows `seed_everything`.
         trust_remote_code: Whether code that the tokenizer brings may be run; the command line takes the model's.
     """
 
@@ -82,7 +82,7 @@ class QuestionData(LightningDataModule):
         fit_sizes: bool = True,
         group_size: int = 8,
         solved_at: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -103,7 +103,8 @@ class QuestionData(LightningDataModule):
         self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
         self.columns, self.fit_sizes = columns, fit_sizes
         self.fitted: dict[str, tuple[int, int]] = {}
-        self.group_size, self.seed, self.damaged_share = group_size, seed, damaged_share
+        self.group_size, self.damaged_share = group_size, damaged_share
+        self.seed = Seed(seed, "data.seed")
         self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
         self.options: dict[str, Any] = {
             "reward": reward,
@@ -170,7 +171,7 @@ class QuestionData(LightningDataModule):
     def _held_out(self, questions: list[Question]) -> list[Question]:
         few = self.fit_sizes and self.holdout >= len(questions)
         size = max(1, len(questions) // 5) if few else self.holdout
-        return sorted(questions, key=lambda q: stable_key(self.seed, "holdout", q.id))[:size]
+        return sorted(questions, key=lambda q: stable_key(self.seed.value, "holdout", q.id))[:size]
 
     def _fit_schedule(self) -> None:
         """Make what the schedule and the buffer ask for smaller where the training questions are too few."""
@@ -203,7 +204,7 @@ class QuestionData(LightningDataModule):
         """Damage demonstrations that will be trained on; what is held out measures, so it stays right."""
         held = {q.id for q in self._held_out([q for q, _ in pairs])}
         solutions = [(q, text) for q, text in pairs if text and text.strip() and q.id not in held]
-        return damage_demonstrations(solutions, self.damaged_share, self.seed, self.options["answer_after"])
+        return damage_demonstrations(solutions, self.damaged_share, self.seed.value, self.options["answer_after"])
 
     def kept_template(self) -> str | None:
         """The chat template that prompts were built with, to be kept with the model; None: the tokenizer's own."""
@@ -236,7 +237,7 @@ class QuestionData(LightningDataModule):
             phase_size=sizes[0] if sizes else None,
             own_demonstrations=getattr(module, "own_demonstrations", False),
             micro_batches=trainer.accumulate_grad_batches,
-            seed=self.seed,
+            seed=self.seed.value,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
@@ -249,7 +250,11 @@ class QuestionData(LightningDataModule):
         """The loader's state: Lightning restores a loader inside an epoch, but not when a finished run is extended."""
         if self._loader is None:
             return {}
-        return {"loader": self._loader.state_dict(), "today": self.options["today"].isoformat()}
+        return {
+            "loader": self._loader.state_dict(),
+            "today": self.options["today"].isoformat(),
+            "seed": self.seed.settled,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until there is a loader; prompts that show the date keep that of the run's beginning."""
@@ -259,10 +264,15 @@ class QuestionData(LightningDataModule):
         if began not in (None, today.isoformat()) and template.dated:
             rank_zero_warn(f"data.chat_template prints the date; it stays {began}, when the run began")
             self.options["today"] = date.fromisoformat(began)
-            splits = [split for split in self.sources if split in self._questions]
-            self._questions = {}
-            for split in splits:
-                self._load(split)
+            self._load_again()
+        if self.seed.restore(state_dict.get("seed")):
+            self._load_again()
+
+    def _load_again(self) -> None:
+        splits = [split for split in self.sources if split in self._questions]
+        self._questions = {}
+        for split in splits:
+            self._load(split)
 
     def val_dataloader(self) -> dict[str, EvaluationLoader]:
         """One loader per data source."""

@@ -49,14 +49,14 @@ class PhaseKL(PhaseMonitor):
         """Choose the questions."""
         super().on_train_start(trainer, pl_module)
         questions: list[Question] = trainer.train_dataloader.questions  # type: ignore[union-attr]
-        seed = pl_module.reinforcement.seed
+        seed = pl_module.seed.value
         ranked = sorted(questions, key=lambda q: stable_key(seed, "phase_kl", q.id))
         self._probe = self._mine(trainer, ranked[: self.prompts])
 
     def begin(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw and score one response to each prompt."""
         rl = pl_module.reinforcement
-        keys = [stable_key(rl.seed, "phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
+        keys = [stable_key(pl_module.seed.value, "phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
         prompts = [q.prompt for q in self._probe]
         drawn = draw(rl.engine, pl_module.policy, rl.tokenizer, prompts, keys, 1, rl.sampling)
         responses = [group[0].tokens for group in drawn]

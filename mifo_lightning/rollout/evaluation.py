@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from mifo_callbacks import Seed
 from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy.ending import padding, response_texts
@@ -126,7 +127,7 @@ class Evaluator:
         reward: Reward,
         settings: Evaluation,
         solved_at: float,
-        seed: int,
+        seed: Seed,
         rollouts: Sampling = Sampling(),
     ) -> None:
         self.sampling = beside(settings.sampling, rollouts)
@@ -232,7 +233,7 @@ class Evaluator:
         self, policy: Policy, questions: list[Question], n: int, sampling: Sampling
     ) -> tuple[list[Completion], list[str], Scores]:
         """n responses to each question, question by question, as tokens and as text, with their rewards."""
-        keys = [stable_key(self.seed, "evaluation", q.source, q.id) for q in questions]
+        keys = [stable_key(self.seed.value, "evaluation", q.source, q.id) for q in questions]
         prompts = [q.prompt for q in questions]
         completions = draw(self.engine, policy, self.tokenizer, prompts, keys, n, sampling)
         flat = [c for group in completions for c in group]

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mifo_callbacks import Seed
 from mifo_callbacks.sharding import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.data.loader import WorkItem
@@ -57,7 +58,7 @@ class Reinforcement:
         settings: RLSettings,
         group_size: int,
         solved_at: float,
-        seed: int,
+        seed: Seed,
         mixing: Mixing | None = None,
     ) -> None:
         check_rl(group_size, sampling, settings, mixing)
@@ -112,7 +113,7 @@ class Reinforcement:
     def draw(self, policy: Policy, questions: list[Question], rollout: int, attempt: int = 0) -> list[list[Completion]]:
         """Responses to each question, the same whatever the number of ranks; a demonstration may take one's place."""
         again = (attempt,) if attempt else ()
-        keys = [stable_key(self.seed, "rl", rollout, q.id, *again) for q in questions]
+        keys = [stable_key(self.seed.value, "rl", rollout, q.id, *again) for q in questions]
         prompts = [q.prompt for q in questions]
         n = self.group_size - (self.mixing is not None and self.mixing.in_group)
         return draw(self.engine, policy, self.tokenizer, prompts, keys, n, self.sampling)
