@@ -3,16 +3,18 @@
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_data, make_module
+from conftest import make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from monitoring import Records, Sums, additions
 
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.history import History
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -72,3 +74,16 @@ def test_flags_that_work(
     assert trainer.global_step == steps
     assert seen.steps == evaluations
     assert set(seen.batches) <= {batches}
+
+
+def test_a_checkpoint_goes_by_what_training_measures(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Without a logger and without a validation."""
+    records = History()
+    best = ModelCheckpoint(tmp_path, monitor="rollout/reward", mode="max", every_n_train_steps=1, filename="{step}")
+    trainer = make_trainer([*method_callbacks(size=8), records, best], enable_checkpointing=True)
+    trainer.fit(make_module(), make_data(schedule=Schedule(rl_steps=4, rl_questions=4, sft_batch=4)))
+    rewards = {row["step"]: row["rollout/reward"] for row in records.lines if "rollout/reward" in row}
+    assert len(set(rewards.values())) > 1
+    assert best.best_model_score == max(rewards.values())
+    first = min(step for step, reward in rewards.items() if reward == max(rewards.values()))
+    assert Path(best.best_model_path).name == f"step={first}.ckpt"

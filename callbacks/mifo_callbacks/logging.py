@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Write `metrics` to every logger of `trainer` at the step Lightning itself logs at.
+    """Write `metrics` to every logger of `trainer` at the step Lightning itself logs at, and to `callback_metrics`.
 
-    `Trainer.log` would repeat a value of one phase at every step of the other phases of the epoch, so the
-    callbacks do not use it. The loggers themselves keep all ranks but the first silent.
+    So `ModelCheckpoint(monitor=..., every_n_train_steps=...)` can go by them. `Trainer.log` would repeat a value of one
+    phase at every step of the other phases of the epoch, so the callbacks do not use it. The loggers themselves keep
+    all ranks but the first silent.
     """
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
     rows = next((c for c in getattr(trainer, "callbacks", ()) if isinstance(c, StepRows) and c.collecting), None)
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
