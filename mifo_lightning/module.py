@@ -36,6 +36,7 @@ from mifo_lightning.policy.loading import check_vocabulary, load_policy, load_to
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.function import as_reward
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
@@ -58,7 +59,7 @@ class MifoModule(LightningModule):
 
     Args:
         model: Hugging Face directory or hub name of the causal LM to train.
-        reward: Grades responses.
+        reward: Grades responses; from Python also a plain function (`FunctionReward`).
         engine: Draws responses; null decodes in the training process.
         group_size: G, rollouts per question.
         solved_at: Reward from which a rollout counts as correct.
@@ -123,10 +124,11 @@ class MifoModule(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.seed = Seed(seed, "model.seed")
+        self.reward, self.group_size, self.solved_at = as_reward(reward), group_size, solved_at
         self.reinforcement = Reinforcement(
             engine or InProcessEngine(),
             self.tokenizer,
-            reward,
+            self.reward,
             sampling,
             policy,
             group_size,
@@ -135,7 +137,7 @@ class MifoModule(LightningModule):
             mixing,
         )
         self.evaluator = Evaluator(
-            self.reinforcement.engine, self.tokenizer, reward, evaluation, solved_at, self.seed, sampling
+            self.reinforcement.engine, self.tokenizer, self.reward, evaluation, solved_at, self.seed, sampling
         )
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.own_demonstrations = demonstrations == "own"

@@ -74,6 +74,7 @@ def make_data(**changes: Any) -> QuestionData:
         "max_prompt_tokens": 16,
         "max_response_tokens": 14,
         "group_size": 4,
+        "solved_at": 1.0,
         "schedule": Schedule(rl_steps=6, rl_questions=4, sft_batch=4),
     }
     return QuestionData(**{**settings, **changes})

@@ -30,7 +30,8 @@ def test_a_template_is_a_text_or_a_file(tmp_path: Path, written: str) -> None:
     tokenizer = make_tokenizer()
     for given in (str(path), CHAT):
         assert read_template(given, tokenizer, "data.chat_template") == CHAT
-    data = make_data(chat_template=str(path))
+    data = make_data(chat_template=str(path), max_prompt_tokens=99)
+    data.setup("validate")
     assert data.options["chat_template"] == CHAT
     assert read_template(None, tokenizer, "data.chat_template") is None
 
@@ -61,7 +62,7 @@ def test_what_is_neither_template_nor_file_is_one_line(
     Path("latin.jinja").write_bytes(b"{{ x }} caf\xe9")
     Path("bare.jinja").write_text("Question:")
     with pytest.raises(InputError, match=rf"^data\.chat_template: .*{message}") as caught:
-        make_data(chat_template=given)
+        make_data(chat_template=given).setup("fit")
     assert len(str(caught.value)) < 300
 
 
@@ -137,6 +138,7 @@ def test_a_template_without_a_date_says_nothing_of_the_day(
 ) -> None:
     days(monkeypatch, 13)
     data = make_data()
+    data.setup("validate")
     data.load_state_dict({"loader": None, "today": "2026-01-12"})
     assert not [w for w in recwarn if "date" in str(w.message) and "template" in str(w.message)]
     assert data.options["today"] == date(2026, 1, 13)

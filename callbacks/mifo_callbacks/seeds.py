@@ -36,20 +36,17 @@ class Seed:
             self.settled = global_seed()
         return self.settled
 
-    def restore(self, number: int | None) -> bool:
-        """Take the seed of a checkpoint's run, if it has one; whether another had been used by then.
+    def restore(self, number: int | None) -> None:
+        """Take the seed of a checkpoint's run, if it has one.
 
         Raises:
             MisconfigurationException: If another one was given.
         """
-        if number is None or number == self.settled:
-            return False
-        if self.given is not None:
+        if number is not None and self.given not in (None, number):
             raise MisconfigurationException(
                 f"{self.name} is {self.given}, and {number} in the run of the checkpoint; allowed: the same, or none"
             )
-        used, self.settled = self.settled is not None, number
-        return used
+        self.settled = self.settled if number is None else number
 
 
 def global_seed() -> int:

@@ -135,11 +135,6 @@ class MifoCLI(LightningCLI):
         for split in ("train", "val", "test"):  # a file of data is data, not the configuration of a RowSource
             parser._option_string_actions[f"--data.{split}"]._enable_path = False  # type: ignore[attr-defined]
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
-        parser.link_arguments("reward", "data.reward", apply_on="instantiate")
-        parser.link_arguments("model.model", "data.tokenizer")
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
-        parser.link_arguments("model.group_size", "data.group_size")
-        parser.link_arguments("model.solved_at", "data.solved_at")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 

@@ -1,5 +1,6 @@
 """QuestionData: rows from files, hub or a generator become questions for the PhaseLoader and for evaluation."""
 
+import operator
 from datetime import date
 from typing import Any
 
@@ -7,6 +8,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks import BufferPhaseSwitch, Seed
 from mifo_lightning.data.columns import Columns
@@ -16,10 +18,10 @@ from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.data.settings import Settings, settle
 from mifo_lightning.data.source import RowSource
 from mifo_lightning.data.template import ChatTemplate, kept_template, read_template
 from mifo_lightning.errors import InputError
-from mifo_lightning.policy.loading import load_tokenizer
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import sum_up
@@ -38,8 +40,6 @@ class QuestionData(LightningDataModule):
     Args:
         train: Training rows: a parquet, jsonl, json or csv file, a hub name, a list of them, or the class_path of a
             RowSource.
-        reward: Checks that demonstrations are right.
-        tokenizer: Hugging Face directory or hub name; the command line takes the model's.
         val: Rows of validation, as `train`; null leaves only the holdout.
         test: Rows of test, as `train`.
         columns: Names of the columns of files and hub sets, where they are not those of the row format.
@@ -55,17 +55,17 @@ class QuestionData(LightningDataModule):
         eval_batch: Questions evaluated at once per rank.
         fit_sizes: Whether `holdout`, the schedule's `rl_questions` and `sft_batch` and the buffer's size are made
             smaller where the data cannot fill them, each with a warning; otherwise they are refused.
-        group_size: Rollouts per question; the command line takes the model's.
-        solved_at: Reward from which a demonstration is right; the command line takes the model's.
-        seed: Seed of order, holdout and damage; None follows `seed_everything`.
-        trust_remote_code: Whether code that the tokenizer brings may be run; the command line takes the model's.
+        seed: Seed of order, holdout and damage; None takes the module's, and without one follows `seed_everything`.
+        reward: Checks that demonstrations are right. This and what follows is the module's unless it is given, and
+            what is given must be the module's; without a `MifoModule` it must be given.
+        tokenizer: Hugging Face directory or hub name.
+        group_size: Rollouts per question.
+        solved_at: Reward from which a demonstration is right.
     """
 
     def __init__(
         self,
         train: Rows,
-        reward: Reward,
-        tokenizer: str,
         val: Rows | None = None,
         test: Rows | None = None,
         columns: Columns = Columns(),
@@ -80,10 +80,11 @@ class QuestionData(LightningDataModule):
         damaged_share: float = 0.0,
         eval_batch: int = 64,
         fit_sizes: bool = True,
-        group_size: int = 8,
-        solved_at: float = 1.0,
         seed: int | None = None,
-        trust_remote_code: bool = False,
+        reward: Reward | None = None,
+        tokenizer: str | None = None,
+        group_size: int | None = None,
+        solved_at: float | None = None,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
@@ -100,21 +101,21 @@ class QuestionData(LightningDataModule):
         if damaged_share and not answer_after:
             raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
-        self.reward, self.holdout, self.schedule, self.eval_batch = reward, holdout, schedule, eval_batch
+        self.holdout, self.schedule, self.eval_batch = holdout, schedule, eval_batch
         self.columns, self.fit_sizes = columns, fit_sizes
         self.fitted: dict[str, tuple[int, int]] = {}
-        self.group_size, self.damaged_share = group_size, damaged_share
+        self.damaged_share = damaged_share
+        self.given = {"reward": reward, "tokenizer": tokenizer, "group_size": group_size, "solved_at": solved_at}
+        self.settings: Settings | None = None  # those of the module, once there is one
+        self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self.seed = Seed(seed, "data.seed")
-        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code)
+        self.chat_template = chat_template
         self.options: dict[str, Any] = {
-            "reward": reward,
             "system_prompt": system_prompt,
-            "chat_template": read_template(chat_template, self.tokenizer, "data.chat_template"),
             "answer_after": answer_after,
             "max_prompt_tokens": max_prompt_tokens,
             "max_response_tokens": max_response_tokens,
             "verify_demonstrations": verify_demonstrations,
-            "solved_at": solved_at,
             "today": date.today(),
         }
         self._questions: dict[str, list[Question]] = {}
@@ -123,6 +124,7 @@ class QuestionData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and filter what the stage needs; the table of what was dropped is printed once."""
+        self._settle()
         if stage in ("fit", "validate"):
             if stage == "fit" or self.holdout:
                 self._load("train")
@@ -134,6 +136,16 @@ class QuestionData(LightningDataModule):
             if not self._questions["test"]:
                 raise InputError("data.test: null; `test` needs rows to evaluate")
 
+    def _settle(self) -> None:
+        """Take what was not given from the module; what was prepared for another one is prepared anew."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        settings, theirs = settle(self.given, module), getattr(module, "seed", None)
+        seed = theirs if self.seed.given is None and isinstance(theirs, Seed) else self.seed
+        if self.settings is None or seed is not self.seed or any(map(operator.is_not, settings, self.settings)):
+            self._questions, self.settings, self.seed = {}, settings, seed
+            template = read_template(self.chat_template, settings.tokenizer, "data.chat_template")
+            self.options["chat_template"] = template
+
     def _load(self, split: str) -> None:
         if split in self._questions:
             return
@@ -143,11 +155,18 @@ class QuestionData(LightningDataModule):
             where = f"data.{split}"
             damage = self._damage if split == "train" and self.damaged_share else None
             questions, drops = build_questions(
-                read_rows(source, where, self.columns), self.tokenizer, damage=damage, where=where, **self.options
+                read_rows(source, where, self.columns),
+                self.tokenizer,
+                reward=self._settled.reward,
+                solved_at=self._settled.solved_at,
+                damage=damage,
+                where=where,
+                **self.options,
             )
             self._questions[split] = questions
             rank_zero_only(drops.print)()
         if split == "train":
+            self._chosen_by = self.seed.value
             self._hold_out()
 
     def _hold_out(self) -> None:
@@ -183,7 +202,7 @@ class QuestionData(LightningDataModule):
         shown = sum(q.demonstration is not None for q in questions)
         lent = len(questions) if getattr(trainer.lightning_module, "own_demonstrations", False) else shown
         size = switch.size if switch else None
-        after = before.fit_rl(len(questions), self.group_size, *cut)
+        after = before.fit_rl(len(questions), self._settled.group_size, *cut)
         if switch or before.sft_before or before.sft_after:
             after, size = after.fit_sft(lent, size, *cut)
         what = f"the {len(questions)} training questions, {shown} with a demonstration"
@@ -233,7 +252,7 @@ class QuestionData(LightningDataModule):
         self._loader = PhaseLoader(
             self._questions["train"],
             self.schedule,
-            group_size=self.group_size,
+            group_size=self._settled.group_size,
             phase_size=sizes[0] if sizes else None,
             own_demonstrations=getattr(module, "own_demonstrations", False),
             micro_batches=trainer.accumulate_grad_batches,
@@ -265,7 +284,8 @@ class QuestionData(LightningDataModule):
             rank_zero_warn(f"data.chat_template prints the date; it stays {began}, when the run began")
             self.options["today"] = date.fromisoformat(began)
             self._load_again()
-        if self.seed.restore(state_dict.get("seed")):
+        self.seed.restore(state_dict.get("seed"))
+        if self._chosen_by not in (None, self.seed.value):  # held out and damaged by another seed
             self._load_again()
 
     def _load_again(self) -> None:
@@ -290,12 +310,23 @@ class QuestionData(LightningDataModule):
         return {source: EvaluationLoader(chosen, self.eval_batch, rank, ranks) for source, chosen in by_source.items()}
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the module, after `setup`."""
+        return self._settled.tokenizer
+
+    @property
+    def _settled(self) -> Settings:
+        assert self.settings is not None, "`setup` comes first"
+        return self.settings
+
+    @property
     def _trainer(self) -> Any:
         assert self.trainer is not None, "the Trainer attaches itself before it asks for loaders"
         return self.trainer
 
     def teardown(self, stage: str) -> None:
         """Say which checks of the reward failed, and stop its child process."""
-        for line in sum_up(self.reward, TrainerFn(stage).value):
-            rank_zero_warn(line)
-        release(self.reward)
+        if self.settings is not None:
+            for line in sum_up(self.settings.reward, TrainerFn(stage).value):
+                rank_zero_warn(line)
+            release(self.settings.reward)

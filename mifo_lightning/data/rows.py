@@ -8,6 +8,7 @@
 | `owner/name`, `owner/name:split` | a dataset of the hub, through `datasets`; split `train` unless named |
 | `owner/name:config:split` | the same of a dataset that has several configurations |
 | a `RowSource` | its `rows()` |
+| a list of dicts, a `datasets.Dataset` | its rows, from Python |
 | a list of these | one after the other |
 
 `Columns` say which columns hold what; a reward may use others. Rows are numbered from 1 in messages.
@@ -26,11 +27,11 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.files import UNREADABLE, check_regular
 from mifo_lightning.hub import check_hub
 
-Source = str | Path | RowSource
+Source = Any  # one of the above
 IN_DIRECTORY = (".parquet", ".jsonl", ".csv")  # a .json beside them describes the data set
 
 
-def read_rows(source: Source | Sequence[Source], where: str = "data", columns: Columns = Columns()) -> list[Row]:
+def read_rows(source: Source, where: str = "data", columns: Columns = Columns()) -> list[Row]:
     """All rows of `source` as plain Python values, `target` None where a row has no demonstration.
 
     Args:
@@ -42,7 +43,7 @@ def read_rows(source: Source | Sequence[Source], where: str = "data", columns: C
         InputError: The source is absent, unreadable, empty or not what its name says, or a row has the wrong
             format; the message begins with `where`, the key that names the source.
     """
-    sources = [source] if isinstance(source, str | Path | RowSource) else source
+    sources = [source] if isinstance(source, str | Path | RowSource) or _is_table(source) else source
     if not sources:
         raise InputError(f"{where}: no source; allowed are files, directories, hub names and row sources")
     try:
@@ -51,7 +52,16 @@ def read_rows(source: Source | Sequence[Source], where: str = "data", columns: C
         raise InputError(f"{where}: {error}") from error
 
 
+def _is_table(source: object) -> bool:
+    """Whether these are rows in memory: a list of dicts, or a `datasets.Dataset`."""
+    rows = isinstance(source, list) and bool(source) and isinstance(source[0], dict)
+    return rows or (hasattr(source, "column_names") and hasattr(source, "to_list"))
+
+
 def _read(source: Source, columns: Columns) -> list[Row]:
+    if _is_table(source):
+        rows = source if isinstance(source, list) else source.to_list()
+        return _checked(rows, columns, name="rows", where=type(source).__name__)
     if isinstance(source, RowSource):
         kind = type(source).__name__
         return _checked(source.rows(), Columns(), name=kind, where=kind)

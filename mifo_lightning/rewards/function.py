@@ -58,6 +58,19 @@ class FunctionReward(Reward):
             return pool.submit(asyncio.run, work).result()
 
 
+def as_reward(reward: Reward | Callable[..., Any]) -> Reward:
+    """A reward as it is, a function as a `FunctionReward`.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, type) or not callable(reward):
+        raise InputError(f"reward: {reward!r:.120} is not allowed; it must be an object of a Reward, or a function")
+    return FunctionReward(reward)
+
+
 async def _gather(
     function: Callable[..., Any],
     rows: list[dict[str, Any]],

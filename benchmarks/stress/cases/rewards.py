@@ -84,7 +84,7 @@ REWARDS: list[Case] = [
     function("os.abort", "os.abort()"),
     function("kills itself", "os.kill(os.getpid(), signal.SIGKILL)"),
     function("reads address 0", "import ctypes\nctypes.string_at(0)"),
-    function("hangs", "time.sleep(1e6)", limit=700),  # the limit of a call is 600 s unless set
+    function("hangs", "time.sleep(1e6)", limit=1300),  # twice the 600 s of a call unless set
     function("hangs with a limit", "time.sleep(1e6)", flags="--reward.timeout 1"),
     function("hangs in a loop with a limit", "while True: pass", flags="--reward.timeout 1"),
     function(
