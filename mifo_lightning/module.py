@@ -1,6 +1,7 @@
 """MifoModule: one LightningModule that switches between RL and SFT as the work items say."""
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from mifo_lightning.policy.policy import Policy
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import as_reward
+from mifo_lightning.rollout.answers import Prompt, answers
 from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
@@ -170,7 +172,7 @@ class MifoModule(LightningModule):
                 shard_policy(whole, self.device_mesh["data_parallel"])
 
     def load(self) -> None:
-        """Load the weights (fp32 master copy), once, and take the Trainer's precision.
+        """Load the weights (fp32 master copy), once, and take the Trainer's precision, if there is a Trainer.
 
         Raises:
             InputError: If the model cannot be loaded, or its tokenizer is another's.
@@ -180,9 +182,34 @@ class MifoModule(LightningModule):
             self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
             self.reinforcement.set_reference(load_policy(self.model_name, trust_remote_code=trust) if needed else None)
+        if self._trainer is None:  # `generate` before a fit
+            return
         for policy in (self._policy, *self.reinforcement.references):
             # hooks of callbacks run outside the Trainer's own context: they would measure another model
             policy.numerics = self.trainer.precision_plugin.forward_context
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int = 1, sampling: Sampling | None = None
+    ) -> list[list[str]]:
+        """Responses to prompts, before a fit and after it; not for sharded weights.
+
+        Args:
+            prompts: Texts of a user, or conversations of dicts with `role` and `content`.
+            samples: Responses to each.
+            sampling: How they are drawn; None draws as in RL.
+
+        Returns:
+            `samples` texts for each prompt. The same seed, prompt and weights give the same ones.
+
+        Raises:
+            InputError: If the model cannot be loaded, or a prompt is refused.
+        """
+        self.load()
+        rl = self.reinforcement
+        with torch.no_grad():
+            return answers(
+                rl.engine, self._policy, self.tokenizer, prompts, sampling or rl.sampling, samples, self.seed.value
+            )
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""

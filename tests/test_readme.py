@@ -1,15 +1,20 @@
-"""README's questions and reward of one's own, run as they stand there; the mappings that docs/data.md shows."""
+"""README's program, its questions and reward of one's own, run as they stand there; the mappings of docs/data.md."""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from ast import literal_eval
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mifo_lightning.cli import COMMAND, main
+from mifo_lightning.cli import main
+from mifo_lightning.cli.command_line import COMMAND
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.rows import read_rows
 
@@ -60,4 +65,16 @@ def test_the_mappings_of_the_page_are_mappings() -> None:
 
 def test_the_command_that_shells_complete_is_the_command_line() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert scripts == {COMMAND: f"{main.__module__}:{main.__name__}"}
+    assert [EntryPoint(name, path, "console_scripts").load() for name, path in scripts.items()] == [main]
+    assert list(scripts) == [COMMAND]
+
+
+def test_the_program_trains_and_answers(tmp_path: Path) -> None:
+    """In a process of its own, which nothing has seeded or imported before."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^\*\*From Python\*\*.*?```python\n(.*?)```", readme, re.S | re.M)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    ((*responses,),) = literal_eval(ended.stdout.splitlines()[-1])
+    assert len(responses) == 4
+    assert all(">" in response for response in responses)

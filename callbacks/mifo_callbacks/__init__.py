@@ -8,6 +8,7 @@ from mifo_callbacks.gradient_freezing import GradientFreezing, freezing_masks
 from mifo_callbacks.importance_ema import ImportanceEMA, update_importance
 from mifo_callbacks.masking import mask_gradients
 from mifo_callbacks.phase import PhaseCallback
+from mifo_callbacks.recipe import mifo
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.thresholds import kth_largest, top_mask
 from mifo_callbacks.tokens import Selection, select_tokens
@@ -26,6 +27,7 @@ __all__ = [
     "freezing_masks",
     "kth_largest",
     "mask_gradients",
+    "mifo",
     "select_tokens",
     "top_mask",
     "update_importance",

@@ -1,0 +1,114 @@
+"""The library from Python: public names, what data takes from the module, rows and rewards as objects, answers."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_data, make_module, weights
+from datasets import Dataset
+from lightning import Trainer
+from torch import nn
+
+import mifo_callbacks
+import mifo_lightning as mifo
+from mifo_lightning.data.settings import Settings, settle
+from mifo_lightning.errors import InputError
+from mifo_lightning.rewards.last_answer import LastAnswerReward
+
+MakeTrainer = Callable[..., Trainer]
+ROWS = [
+    {"question": f"{a}+{a}=", "answer": str(2 * a), "solution": f"{a}+{a}>{2 * a}"} for a in range(100, 120)
+]  # in the symbols of the embedded model
+COLUMNS = mifo.Columns(prompt="question", truth="answer", target="solution")
+ONE = mifo.Schedule(rl_steps=1, rl_questions=4, sft_batch=4)
+
+
+def test_every_public_name_is_there_and_none_is_loaded_before_it_is_used() -> None:
+    assert all(getattr(mifo, name).__name__ == name for name in mifo.__all__)
+    assert set(mifo.__all__) <= set(dir(mifo))
+    with pytest.raises(AttributeError, match="no attribute 'MifoModul'"):
+        mifo.MifoModul  # noqa: B018
+    light = (
+        "import sys, mifo_lightning; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", light]).returncode == 0
+
+
+@pytest.mark.parametrize("rows", [ROWS, Dataset.from_list(ROWS)], ids=["list", "Dataset"])
+def test_rows_may_be_objects(make_trainer: MakeTrainer, rows: Any) -> None:
+    module = make_module(reward=lambda responses, truths: [float(r.endswith(t)) for r, t in zip(responses, truths)])  # noqa: B905
+    before = weights(module) if module.policy else None
+    data = mifo.QuestionData(rows, columns=COLUMNS, answer_after=">", schedule=ONE, verify_demonstrations=False)
+    with pytest.warns(UserWarning, match="cannot run in a process of its own"):
+        make_trainer([]).fit(module, data)
+    assert before is None
+    assert [q.text for q in data.train_dataloader().questions] == [row["question"] for row in ROWS]
+
+
+@pytest.mark.parametrize("reward", [3, LastAnswerReward, None])
+def test_what_is_no_reward_is_refused(reward: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"^reward: .* is not allowed; it must be an object of a Reward, or a function"
+    ):
+        make_module(reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("group_size", 8, "data.group_size: 8 is not allowed; the module has 4"),
+        ("solved_at", 0.5, "data.solved_at: 0.5 is not allowed; the module has 1.0"),
+        (
+            "reward",
+            LastAnswerReward("!"),
+            r"data.reward: LastAnswerReward\(answer_after='!', .*\) is not allowed; the mod",
+        ),
+    ],
+)
+def test_what_data_is_given_must_be_the_module_s(make_trainer: MakeTrainer, name: str, value: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_trainer([]).fit(make_module(), make_data(schedule=ONE, **{name: value}))
+
+
+def test_data_without_a_module_says_what_it_needs() -> None:
+    data = mifo.QuestionData(mifo.Skills(["addition"], 8))
+    with pytest.raises(InputError, match=r"^data.reward: nothing says what it is: give it, or let a Trainer set"):
+        data.setup("fit")
+    with pytest.raises(InputError, match=r"^data.tokenizer: nothing says what it is"):
+        settle(dict.fromkeys(Settings._fields) | {"reward": LastAnswerReward()}, nn.Linear(1, 1))
+
+
+def test_data_that_another_module_was_trained_on_is_prepared_anew(make_trainer: MakeTrainer) -> None:
+    data = mifo.QuestionData(mifo.Skills(["addition", "mirrored"], 64), answer_after=">", schedule=ONE)
+    verified = []
+    for marker in (">", "!"):  # no demonstration pleases the second
+        make_trainer([]).fit(make_module(reward=LastAnswerReward(marker)), data)
+        verified.append(sum(q.demonstration is not None for q in data.train_dataloader().questions))
+    assert verified == [64, 0]
+
+
+def test_the_recipe_is_the_four_callbacks_in_an_order_that_works() -> None:
+    names = [type(callback).__name__ for callback in mifo_callbacks.mifo(size=8, frozen=0.25)]
+    assert names == ["EntropyTokenSelection", "ImportanceEMA", "GradientFreezing", "BufferPhaseSwitch"]
+
+
+def test_a_module_answers_before_a_fit_and_after_it(make_trainer: MakeTrainer) -> None:
+    module = make_module()
+    prompts: list[Any] = ["123+456=", [{"role": "user", "content": "s:40312="}]]
+    first = module.generate(prompts, samples=3)
+    assert [len(texts) for texts in first] == [3, 3]
+    assert module.generate(prompts[1:], samples=3) == first[1:], "in whatever company"
+    assert module.generate([]) == []
+    greedy = module.generate(prompts, sampling=mifo.Sampling(temperature=0.0, max_new_tokens=14))
+    assert greedy[1][0].endswith("01234")
+    before = weights(module)
+    make_trainer([]).fit(module, make_data(schedule=ONE))
+    assert any(not torch.equal(before[name], p) for name, p in weights(module).items())
+    assert module.generate(prompts, samples=3) != first
+    with pytest.raises(InputError, match="prompt 1: the chat template refuses it"):
+        module.generate([5])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="samples: 0 is not allowed"):
+        module.generate(prompts, samples=0)
