@@ -220,7 +220,7 @@ def compare(python: str, library: str) -> dict[str, dict[str, str]]:
                 raise SystemExit(f"{library}: was not killed: {(killed / 'log').read_text()[-1500:]}")
             if code := process(python, library, killed, case, dies=False, resume=True):
                 said = (killed / "log").read_text().strip().splitlines()[-1]
-                found[case] = {"goes on": f"no: {said[:90]} ({code})"}
+                found[case] = {"goes on": f"no: {said.replace(name, '…')[:90]} ({code})"}
                 continue
             expected, made = results(whole), results(killed)
             equal = {
