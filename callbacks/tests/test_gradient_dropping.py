@@ -158,7 +158,7 @@ def test_shards_drop_what_one_process_drops(tmp_path: Path) -> None:
                 p.grad = torch.ones_like(p)
             drop = GradientDropping()
             drop._names = {"weight", "bias"}
-            trainer: Any = type("Trainer", (), {"global_step": 3, "loggers": []})
+            trainer: Any = type("Trainer", (), {"global_step": 3, "loggers": [], "callback_metrics": {}})
             trainer.fit_loop = type("Loop", (), {"epoch_loop": type("Epoch", (), {"_batches_that_stepped": 3})})
             drop.on_gradients_ready(trainer, module, torch.optim.SGD(module.parameters()))  # type: ignore[arg-type]
         for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
