@@ -63,18 +63,25 @@ def make_module(**changes: Any) -> MifoModule:
     return MifoModule(**{**settings, **changes})
 
 
+# what data takes from the module, for data that has none; there demonstrations are verified
+ALONE: dict[str, Any] = {
+    "reward": LastAnswerReward(),
+    "tokenizer": "embedded",
+    "group_size": 4,
+    "solved_at": 1.0,
+    "verify_demonstrations": True,
+}
+
+
 def make_data(**changes: Any) -> QuestionData:
     """64 questions, half of them too hard; 4 of them per RL step, SFT in batches of 4."""
     settings: dict[str, Any] = {
         "train": Skills(["addition", "mirrored"], 64),
-        "reward": LastAnswerReward(),
-        "tokenizer": "embedded",
         "seed": 0,
         "answer_after": ">",
+        "verify_demonstrations": False,  # they are right, but a module may want more than 1
         "max_prompt_tokens": 16,
         "max_response_tokens": 14,
-        "group_size": 4,
-        "solved_at": 1.0,
         "schedule": Schedule(rl_steps=6, rl_questions=4, sft_batch=4),
     }
     return QuestionData(**{**settings, **changes})

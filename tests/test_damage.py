@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from conftest import make_data
+from conftest import ALONE, make_data
 from test_datamodule import attached
 
 from mifo_lightning.data.damage import damage, damage_demonstrations
@@ -101,11 +101,11 @@ def test_steps_without_digits_are_left_alone() -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_outside_what_is_allowed(share: float) -> None:
     with pytest.raises(InputError, match=r"data\.damaged_share: .* is not allowed; it must be between 0 and 1"):
-        make_data(damaged_share=share)
+        make_data(**ALONE, damaged_share=share)
 
 
 def test_it_needs_the_marker() -> None:
     with pytest.raises(InputError, match=r"data\.damaged_share: 0\.5 needs data\.answer_after"):
-        make_data(damaged_share=0.5, answer_after=None)
+        make_data(**ALONE, damaged_share=0.5, answer_after=None)
     with pytest.raises(InputError, match=r"question 0 of 'addition' lacks data\.answer_after '=>'"):
         skills(damaged_share=0.5, answer_after="=>")

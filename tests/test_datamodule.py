@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_data
+from conftest import ALONE, make_data
 
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.datamodule import QuestionData
@@ -43,7 +43,7 @@ class Numbered(RowSource):
 
 def attached(stage: str = "fit", rank: int = 0, ranks: int = 1, callbacks: Any = (), **changes: Any) -> QuestionData:
     """A QuestionData on `Numbered` rows, set up as a Trainer on this rank does it."""
-    data = make_data(**{"train": Numbered(30), **changes})
+    data = make_data(**{**ALONE, "train": Numbered(30), **changes})
     data.trainer = trainer_of(rank, ranks, callbacks)
     data.setup(stage)
     return data

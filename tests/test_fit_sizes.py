@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, method_callbacks, weights
+from conftest import ALONE, make_data, make_module, method_callbacks, weights
 from test_datamodule import Numbered, attached, trainer_of
 
 from mifo_callbacks import BufferPhaseSwitch
@@ -25,7 +25,7 @@ def fitted(
     """What is fitted to so many questions, two of three of them with a demonstration; the loader takes it."""
     switch = [BufferPhaseSwitch(size=size)] if size else []
     plan = Schedule(**{"rl_steps": 2, "rl_questions": 4, "sft_batch": 4, **schedule})
-    data = make_data(train=Numbered(count), holdout=holdout, schedule=plan)
+    data = make_data(**ALONE, train=Numbered(count), holdout=holdout, schedule=plan)
     data.trainer = trainer_of(0, ranks, switch, micro)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -153,7 +153,7 @@ def test_a_buffer_that_can_never_fill_or_does_not_divide_is_refused_where_nothin
 def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: Any, tmp_path: Path) -> None:
     def fit(path: Path | None, **changes: Any) -> tuple[MifoModule, QuestionData, Any]:
         schedule = Schedule(rl_steps=3, rl_questions=512, sft_batch=32, sft_epochs=2)
-        data = make_data(train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
+        data = make_data(**ALONE, train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
         module, trainer = (
             make_module(),
             make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], max_epochs=-1, **changes),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module
+from conftest import ALONE, make_data, make_module
 from lightning import Trainer
 from monitoring import Records
 from own_rewards import always_fails
@@ -128,7 +128,8 @@ def test_demonstrations_are_judged_by_a_reward_that_reads_columns() -> None:
         seen.append([info["index"] for info in extra_info])
         return [float(length > 0 and info["index"] % 2) for length, info in zip(lengths, extra_info, strict=True)]
 
-    data = make_data(train=Skills(["addition", "mirrored"], 16), reward=FunctionReward(wants, isolate=False))
+    train, reward = Skills(["addition", "mirrored"], 16), FunctionReward(wants, isolate=False)
+    data = make_data(**{**ALONE, "reward": reward}, train=train)
     data.setup("fit")
     assert seen == [list(range(16))]
     assert [bool(q.demonstration) for q in data._questions["train"]] == [False, True] * 8
@@ -136,12 +137,13 @@ def test_demonstrations_are_judged_by_a_reward_that_reads_columns() -> None:
 
 def test_demonstrations_that_no_check_survives_stop_the_run() -> None:
     with pytest.raises(InputError, match=r"every check of FunctionReward failed, 64 of demonstrations.*port 80"):
-        make_data(reward=FunctionReward(always_fails)).setup("fit")
+        make_data(**{**ALONE, "reward": FunctionReward(always_fails)}).setup("fit")
 
 
 def test_failed_checks_are_summed_up_when_a_stage_ends() -> None:
     reward = FunctionReward(lambda responses: [None if "7" in text else 1.0 for text in responses], isolate=False)
-    data = make_data(reward=reward)
+    data = make_data(**{**ALONE, "reward": reward})
+    data.setup("validate")
     score(reward, ["7", "8", "77"], ["", "", ""])
     with pytest.warns(UserWarning, match="^fit: 2 of 3 checks of FunctionReward failed and scored 0: 2 x not a finite"):
         data.teardown("fit")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, weights
+from conftest import ALONE, make_data, make_module, weights
 from lightning import Trainer
 from test_questions import CHAT, build, make_tokenizer, one, row
 
@@ -30,7 +30,7 @@ def test_a_template_is_a_text_or_a_file(tmp_path: Path, written: str) -> None:
     tokenizer = make_tokenizer()
     for given in (str(path), CHAT):
         assert read_template(given, tokenizer, "data.chat_template") == CHAT
-    data = make_data(chat_template=str(path), max_prompt_tokens=99)
+    data = make_data(**ALONE, chat_template=str(path), max_prompt_tokens=99)
     data.setup("validate")
     assert data.options["chat_template"] == CHAT
     assert read_template(None, tokenizer, "data.chat_template") is None
@@ -62,7 +62,7 @@ def test_what_is_neither_template_nor_file_is_one_line(
     Path("latin.jinja").write_bytes(b"{{ x }} caf\xe9")
     Path("bare.jinja").write_text("Question:")
     with pytest.raises(InputError, match=rf"^data\.chat_template: .*{message}") as caught:
-        make_data(chat_template=given).setup("fit")
+        make_data(**ALONE, chat_template=given).setup("fit")
     assert len(str(caught.value)) < 300
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_is_resumed_on_another_day_keeps_its_date(
     path, runs = tmp_path / "a.ckpt", []
     for number, (begin, end, template) in enumerate([(None, 4, DATED), (None, 2, DATED), (path, 4, DATED)]):
         days(monkeypatch, 13 + number // 2)
-        data = make_data(chat_template=template, max_prompt_tokens=20)
+        data = make_data(**ALONE, chat_template=template, max_prompt_tokens=20)
         module, trainer = make_module(), make_trainer(max_epochs=-1, max_steps=end)
         if begin:
             with pytest.warns(UserWarning, match=r"data\.chat_template prints the date; it stays 2026-01-13"):
@@ -137,7 +137,7 @@ def test_a_template_without_a_date_says_nothing_of_the_day(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     days(monkeypatch, 13)
-    data = make_data()
+    data = make_data(**ALONE)
     data.setup("validate")
     data.load_state_dict({"loader": None, "today": "2026-01-12"})
     assert not [w for w in recwarn if "date" in str(w.message) and "template" in str(w.message)]

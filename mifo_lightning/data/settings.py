@@ -59,8 +59,15 @@ def _same(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, PreTrainedTokenizerBase):
         return mine.get_vocab() == theirs.get_vocab() and mine.chat_template == theirs.chat_template
     if isinstance(mine, Reward):
-        return type(mine) is type(theirs) and Isolation._state(mine) == Isolation._state(theirs)
+        return bool(_state(mine) == _state(theirs))
     return bool(mine == theirs)
+
+
+def _state(value: Any) -> Any:
+    """What a reward is made of: those of a sum are rewards themselves."""
+    if isinstance(value, Reward):
+        return type(value), _state(Isolation._state(value))
+    return {key: _state(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _shown(value: Any) -> str:
