@@ -59,6 +59,8 @@ def test_one_row_of_jsonl_is_data(capsys: pytest.CaptureFixture[str], tmp_path: 
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(ROW) + "\n")
     cli = make_cli(short(tmp_path / "run", data__train=str(source))[1:], run=False)
+    cli.datamodule.trainer = cli.trainer
+    cli.trainer.strategy.connect(cli.model)
     cli.datamodule.setup("fit")
     assert cli.datamodule.sources["train"] == str(source)
 

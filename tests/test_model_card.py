@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_data
+from conftest import ALONE, make_data
 from huggingface_hub import ModelCard
 from test_cli import short
 from test_questions import CHAT, make_tokenizer, one, row
@@ -54,7 +54,7 @@ def test_a_run_leaves_a_model_with_its_template_and_card(tmp_path: Path, capsys:
     exported: Any = AutoTokenizer.from_pretrained(model)
     assert exported.chat_template == template
     rows = Skills(["addition"], 4)
-    data = make_data(train=rows, chat_template=template, max_prompt_tokens=20)
+    data = make_data(**ALONE, train=rows, chat_template=template, max_prompt_tokens=20)
     data.setup("fit")
     for asked, question in zip(rows.rows(), data._questions["train"], strict=True):
         conversation = asked["prompt"]

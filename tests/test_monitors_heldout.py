@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, method_callbacks
+from conftest import ALONE, make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
 from monitoring import Records, Sums, additions
 
@@ -73,7 +73,7 @@ class Edges(Callback):
 
 
 def test_the_held_out_loss_is_measured_at_every_edge(make_trainer: MakeTrainer) -> None:
-    data = make_data(val=Uneven(), eval_batch=2)
+    data = make_data(**ALONE, val=Uneven(), eval_batch=2)
     data.setup("validate")
     records, monitor = Records(), HeldOutLoss(questions=3)
     edges = Edges({})

@@ -109,7 +109,7 @@ def test_what_the_reward_refuses_stops_the_run(reward: FunctionReward) -> None:
 
 def test_printing_megabytes_disturbs_nothing(reward: FunctionReward, capfd: pytest.CaptureFixture[str]) -> None:
     assert graded(reward, "print", "0.5") == [1, 0.5]
-    assert len(capfd.readouterr().out) > 2**21, "it goes where the run prints"
+    assert len(capfd.readouterr().out) >= 2**21, "it goes where the run prints"
 
 
 def test_coroutines_that_block_or_vanish_cost_their_responses_alone() -> None:

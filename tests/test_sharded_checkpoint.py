@@ -28,6 +28,13 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
+class Reach:
+    """Asks for an attribute of a class that is no enum: some versions of Python write members of an enum so."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Path, "unlink")
+
+
 MODULE: Any = SimpleNamespace(model_name="embedded", trust_remote_code=False)
 
 
@@ -67,6 +74,10 @@ def test_no_code_in_it_runs(tmp_path: Path) -> None:
         read(write(tmp_path / "value", evil=Evil(marker)))
     directory = write(tmp_path / "table")
     (directory / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
+    seal_again(directory)
+    with pytest.raises(InputError, match="more than plain types"):
+        read(directory)
+    (directory / ".metadata").write_bytes(pickle.dumps(Reach()))
     seal_again(directory)
     with pytest.raises(InputError, match="more than plain types"):
         read(directory)
