@@ -134,6 +134,7 @@ def _process(words: list[str], log: Path) -> int:
 
 
 def _fork(words: list[str], log: Path) -> int:
+    """By itself: the commit before need not have the tools of `benchmarks.stress`."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     status: Any = 1
@@ -201,10 +202,12 @@ def report(before: dict[str, Record], after: dict[str, Record]) -> tuple[str, in
     unlike = {name: d for name in before if (d := difference(before[name], after[name])) != 0}
     fewer = sorted({key for n in before for line in before[n].logged for key in line} - _keys(after))
     seconds = [statistics.median(r.seconds for r in side.values()) for side in (before, after)]
+    from benchmarks.stress.table import markdown  # not where a commit that lacks it is recorded
+
+    head = ["cases", "the same bits", "not", "median seconds before", "after"]
+    row = [len(before), len(before) - len(unlike), len(unlike), *(f"{value:.2f}" for value in seconds)]
     lines = [
-        "| cases | the same bits | not | median seconds before | after |",
-        "| --- | --- | --- | --- | --- |",
-        f"| {len(before)} | {len(before) - len(unlike)} | {len(unlike)} | {seconds[0]:.2f} | {seconds[1]:.2f} |",
+        markdown(head, [row]),
         "",
         *(f"- {name}: {value}" for name, value in unlike.items()),
         *([f"- no longer logged: {', '.join(fewer)}"] if fewer else []),

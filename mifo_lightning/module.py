@@ -3,6 +3,8 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,9 @@ from mifo_callbacks import Seed
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import require_data_parallel
 from mifo_lightning.checkpoints.restoring import restoring
+from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
+from mifo_lightning.data.template import ChatTemplate
 from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import (
@@ -119,6 +123,7 @@ class MifoModule(LightningModule):
         rl.check("model.rl")
         sft.check("model.sft")
         evaluation.check("model.evaluation")
+        model = str(model) if isinstance(model, Path) else model
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
@@ -191,10 +196,11 @@ class MifoModule(LightningModule):
     def generate(
         self, prompts: Sequence[Prompt], samples: int = 1, sampling: Sampling | None = None
     ) -> list[list[str]]:
-        """Responses to prompts, before a fit and after it; not for sharded weights.
+        """Responses to prompts, before a fit and after it.
 
         Args:
-            prompts: Texts of a user, or conversations of dicts with `role` and `content`.
+            prompts: Texts of a user, or conversations of dicts with `role` and `content`. After a fit they become text
+                as its data's did (`chat_template`, `system_prompt`), before it as the tokenizer says.
             samples: Responses to each.
             sampling: How they are drawn; None draws as in RL.
 
@@ -202,13 +208,18 @@ class MifoModule(LightningModule):
             `samples` texts for each prompt. The same seed, prompt and weights give the same ones.
 
         Raises:
-            InputError: If the model cannot be loaded, or a prompt is refused.
+            InputError: If the model cannot be loaded, its weights are sharded, or a prompt is refused.
         """
         self.load()
+        if isinstance(self.policy, FSDPModule):
+            raise InputError("generate: the weights are sharded; load the exported model in a process of its own")
+        data = getattr(self._trainer, "datamodule", None)
+        own = ChatTemplate(self.tokenizer, None, date.today())
+        template = data.prompt_template() if isinstance(data, QuestionData) else own
         rl = self.reinforcement
         with torch.no_grad():
             return answers(
-                rl.engine, self._policy, self.tokenizer, prompts, sampling or rl.sampling, samples, self.seed.value
+                rl.engine, self._policy, template, prompts, sampling or rl.sampling, samples, self.seed.value
             )
 
     def configure_optimizers(self) -> AdamW:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch import nn
 
 import mifo_callbacks
 import mifo_lightning as mifo
+from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.settings import Settings, settle
 from mifo_lightning.errors import InputError
 from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rollout.in_process import InProcessEngine
 
 MakeTrainer = Callable[..., Trainer]
 ROWS = [
@@ -54,6 +57,19 @@ def test_what_is_no_reward_is_refused(reward: Any) -> None:
         InputError, match=r"^reward: .* is not allowed; it must be an object of a Reward, or a function"
     ):
         make_module(reward=reward)
+
+
+@pytest.mark.parametrize("rows", [{"question": ["1"]}, 3, iter(ROWS)], ids=["dict", "int", "iterator"])
+def test_what_is_no_rows_is_refused(rows: Any) -> None:
+    with pytest.raises(InputError, match=r"^data.train: a \w+ is not allowed; allowed are files"):
+        read_rows(rows, "data.train")
+
+
+def test_a_model_is_named_by_its_directory_and_an_object_is_refused() -> None:
+    base = Path(mifo.__file__).parent / "assets" / "base"
+    assert make_module(model=base).generate(["1+1="]) == make_module(model=str(base)).generate(["1+1="])
+    with pytest.raises(InputError, match=r"^model.model: a Linear is not allowed; give a Hugging Face model directory"):
+        make_module(model=nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +124,25 @@ def test_a_module_answers_before_a_fit_and_after_it(make_trainer: MakeTrainer) -
     make_trainer([]).fit(module, make_data(schedule=ONE))
     assert any(not torch.equal(before[name], p) for name, p in weights(module).items())
     assert module.generate(prompts, samples=3) != first
-    with pytest.raises(InputError, match="prompt 1: the chat template refuses it"):
+    with pytest.raises(InputError, match="prompt 1: the chat template refuses the prompt"):
         module.generate([5])  # type: ignore[list-item]
     with pytest.raises(InputError, match="samples: 0 is not allowed"):
         module.generate(prompts, samples=0)
+    with pytest.raises(InputError, match=r"prompts: '1[+]1=' is not allowed; it must be a list"):
+        module.generate("1+1=")
+
+
+def test_after_a_fit_prompts_become_text_as_those_of_its_data_did(make_trainer: MakeTrainer) -> None:
+    seen = []
+
+    class Engine(InProcessEngine):
+        def generate(self, policy: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+            seen.extend(tokenizer.batch_decode(prompts))
+            return super().generate(policy, tokenizer, prompts, *rest)
+
+    module = make_module(engine=Engine())
+    template = "{% for m in messages %}{{ m['content'] }}>{% endfor %}"
+    make_trainer([]).fit(module, make_data(schedule=ONE, chat_template=template, max_prompt_tokens=20))
+    seen.clear()
+    module.generate(["1+1="])
+    assert seen == ["1+1=>"]

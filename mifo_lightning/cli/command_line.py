@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.logging import StepRows
+from mifo_callbacks.seeds import LARGEST
 from mifo_lightning.checkpoints.files import with_checkpoint_io
 from mifo_lightning.checkpoints.restoring import CheckedRestore
 from mifo_lightning.cli.config_files import check_characters, left_empty, with_place
@@ -91,7 +92,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was 
 
 # whose random choices follow seed_everything
 SEEDED = ("entropy", "freeze", "drop")
-LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 class SaveConfig(SaveConfigCallback):
@@ -159,8 +159,8 @@ class MifoCLI(LightningCLI):
     def _set_seed(self) -> None:
         """Seed everything, with a number that all generators take."""
         seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
-            raise InputError(f"seed_everything: {seed} is not allowed; it must be between 0 and {LARGEST_SEED}")
+        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST:
+            raise InputError(f"seed_everything: {seed} is not allowed; it must be between 0 and {LARGEST}")
         super()._set_seed()
 
     def instantiate_classes(self) -> None:

@@ -232,6 +232,10 @@ class QuestionData(LightningDataModule):
             return None
         return kept_template(self.tokenizer.get_chat_template(given), system_prompt)
 
+    def prompt_template(self) -> ChatTemplate:
+        """How a conversation becomes a prompt of this data."""
+        return ChatTemplate(self.tokenizer, self.kept_template(), self.options["today"])
+
     def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Of each split and source how many questions there are, and how many of them have a demonstration."""
         found: dict[str, dict[str, tuple[int, int]]] = {}

@@ -44,6 +44,11 @@ def read_rows(source: Source, where: str = "data", columns: Columns = Columns())
             format; the message begins with `where`, the key that names the source.
     """
     sources = [source] if isinstance(source, str | Path | RowSource) or _is_table(source) else source
+    if not isinstance(sources, list | tuple):
+        raise InputError(
+            f"{where}: a {type(source).__name__} is not allowed; allowed are files, directories, hub names, row "
+            "sources, lists of dicts and `datasets.Dataset`s, or a list of these"
+        )
     if not sources:
         raise InputError(f"{where}: no source; allowed are files, directories, hub names and row sources")
     try:

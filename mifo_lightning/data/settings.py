@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.loading import load_tokenizer
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rewards.isolation import Isolation
+from mifo_lightning.rewards.isolation import state_of
 
 
 class Settings(NamedTuple):
@@ -66,12 +66,12 @@ def _same(mine: Any, theirs: Any) -> bool:
 def _state(value: Any) -> Any:
     """What a reward is made of: those of a sum are rewards themselves."""
     if isinstance(value, Reward):
-        return type(value), _state(Isolation._state(value))
+        return type(value), _state(state_of(value))
     return {key: _state(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, Reward):
-        settings = ", ".join(f"{name}={setting!r:.40}" for name, setting in Isolation._state(value).items())
+        settings = ", ".join(f"{name}={setting!r:.40}" for name, setting in state_of(value).items())
         return f"{type(value).__name__}({settings})"
     return str(getattr(value, "name_or_path", value))

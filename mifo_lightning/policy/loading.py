@@ -37,6 +37,10 @@ def locate(model: str) -> str:
     Raises:
         InputError: If it looks like a path but is no Hugging Face model directory.
     """
+    if not isinstance(model, str):
+        raise InputError(
+            f"model.model: a {type(model).__name__} is not allowed; give a Hugging Face model directory or hub name"
+        )
     if model == EMBEDDED:
         return str(Path(__file__).parents[1] / "assets" / "base")
     try:

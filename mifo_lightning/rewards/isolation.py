@@ -47,6 +47,11 @@ def release(reward: "Reward") -> None:
         isolation.child.close()  # before it ends it calls `close`
 
 
+def state_of(reward: "Reward") -> dict[str, Any]:
+    """What a reward was made with and has been assigned since, without what is counted of it."""
+    return {name: value for name, value in vars(reward).items() if name not in OURS}
+
+
 class Isolation:
     """The child process of one reward object.
 
@@ -72,7 +77,7 @@ class Isolation:
                 self._send(reward)
             if self.refused:
                 return attempt(reward, responses, truths, wanted)
-            changed = {k: v for k, v in self._state(reward).items() if self._sent.get(k, self) is not v}
+            changed = {k: v for k, v in state_of(reward).items() if self._sent.get(k, self) is not v}
             question = pickle.dumps((changed, responses, truths, wanted))
         except TimeoutError:
             return Failure(f"not imported by its process within {START_SECONDS:g} s", timeout=True)
@@ -96,7 +101,7 @@ class Isolation:
 
     def _send(self, reward: "Reward") -> None:
         """Start a child with a copy of the reward."""
-        self._sent = self._state(reward)
+        self._sent = state_of(reward)
         problem = self.child.ask(("load", pickle.dumps(reward), None), START_SECONDS)
         if problem is not None:
             self._refuse(reward, problem)
@@ -112,7 +117,3 @@ class Isolation:
             "for it, and what it does to its process it does to the run; put it into a module that can be imported, or "
             "set `isolate: false`"
         )
-
-    @staticmethod
-    def _state(reward: "Reward") -> dict[str, Any]:
-        return {name: value for name, value in vars(reward).items() if name not in OURS}

@@ -1,10 +1,8 @@
 """Responses to prompts outside of training, for a notebook or a look at a trained model."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from mifo_lightning.data.template import ChatTemplate
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.policy.policy import Policy
@@ -17,7 +15,7 @@ Prompt = str | list[dict[str, str]]
 def answers(
     engine: RolloutEngine,
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     samples: int,
@@ -28,9 +26,8 @@ def answers(
     Args:
         engine: Draws them.
         policy: The model.
-        tokenizer: Its.
-        prompts: Texts of a user, or conversations of dicts with `role` and `content`; both go through the tokenizer's
-            chat template.
+        template: How prompts become text, and the model's tokenizer.
+        prompts: Texts of a user, or conversations of dicts with `role` and `content`; both go through the template.
         sampling: How they are drawn.
         samples: Responses to each prompt.
         seed: Seed of the draws.
@@ -39,20 +36,16 @@ def answers(
         `samples` texts for each prompt, end tokens left out.
 
     Raises:
-        InputError: If `samples` is below 1 or the chat template refuses a prompt.
+        InputError: If `prompts` is one text, `samples` is below 1 or the chat template refuses a prompt.
     """
+    if isinstance(prompts, str):  # it would be taken for prompts of a letter each
+        raise InputError(f"prompts: {prompts!r:.80} is not allowed; it must be a list of prompts")
     if samples < 1:
         raise InputError(f"samples: {samples} is not allowed; it must be at least 1")
-    texts = [_rendered(tokenizer, prompt, number) for number, prompt in enumerate(prompts, 1)]
+    tokenizer = template.tokenizer
+    talks = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = [template.render(talk, f"prompt {number}") for number, talk in enumerate(talks, 1)]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     keys = [stable_key(seed, "answers", text) for text in texts]
     drawn = engine.generate(policy, tokenizer, ids, keys, samples, sampling)
     return [response_texts(tokenizer, [c.tokens for c in group], sampling.stop) for group in drawn]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, number: int) -> str:
-    messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise what they like
-        raise InputError(f"prompt {number}: the chat template refuses it: {error}") from error
