@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CLOCKS = re.compile(r"seconds|_per_s|memory|bytes")  # what no two runs share
 # options that have other names in the commit before: name here -> name there
-RENAMED: dict[str, str] = {}
+RENAMED = {"model.micro_batches": "trainer.accumulate_grad_batches"}
 SMALL: dict[str, Any] = {
     "trainer.logger": "false",
     "trainer.profiler": "null",
@@ -86,7 +86,7 @@ def cases(configs: Path) -> list[Case]:
             files = (f"methods/{method}.yaml", *([f"losses/{loss}.yaml"] if loss else []))
             name = f"{method} {loss}" if loss else method
             found.append(Case(name, files, options))
-            found.append(Case(f"{name}, 2 micro-batches", files, {**options, "trainer.accumulate_grad_batches": 2}))
+            found.append(Case(f"{name}, 2 micro-batches", files, {**options, "model.micro_batches": 2}))
         found.append(Case(f"{method}, 2 passes", files[:1], {**options, "data.schedule.passes": 2}))
     mifo: dict[str, Any] = {"switch.size": 16, "switch.p": 0.5, "data.schedule.passes": 2}
     found.append(Case("mifo, stopped inside a rollout", ("methods/mifo.yaml",), mifo, stop=3))

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mifo_lightning.data.schedule import Schedule
     from mifo_lightning.data.skills import Skills
     from mifo_lightning.data.source import RowSource
+    from mifo_lightning.losses.advantages import Advantage
+    from mifo_lightning.losses.sft_weights import SFTWeight
+    from mifo_lightning.losses.surrogates import Surrogate
+    from mifo_lightning.methods import HPT, SRFT, Chord, Luffy, Mixing
     from mifo_lightning.module import MifoModule
     from mifo_lightning.rewards.base import Reward
     from mifo_lightning.rewards.function import FunctionReward
@@ -25,37 +29,49 @@ if TYPE_CHECKING:
     from mifo_lightning.rollout.engine import Sampling
     from mifo_lightning.rollout.evaluation import Evaluation
     from mifo_lightning.steps.optimizer import AdamWSettings
-    from mifo_lightning.steps.settings import Mixing, RLSettings
+    from mifo_lightning.steps.settings import RLSettings
 
 __version__ = version("mifo_lightning")
 
 _HOMES = {
     "AdamWSettings": "steps.optimizer",
+    "Advantage": "losses.advantages",
+    "Chord": "methods",
     "Columns": "data.columns",
     "Evaluation": "rollout.evaluation",
     "FunctionReward": "rewards.function",
     "GeneralPoints": "data.general_points",
+    "HPT": "methods",
     "LastAnswerReward": "rewards.last_answer",
+    "Luffy": "methods",
     "MathReward": "rewards.math_reward",
     "MifoModule": "module",
-    "Mixing": "steps.settings",
+    "Mixing": "methods",
     "QuestionData": "data.datamodule",
     "RLSettings": "steps.settings",
     "Reward": "rewards.base",
     "RowSource": "data.source",
+    "SFTWeight": "losses.sft_weights",
+    "SRFT": "methods",
     "Sampling": "rollout.engine",
     "Schedule": "data.schedule",
     "Skills": "data.skills",
+    "Surrogate": "losses.surrogates",
     "WeightedRewards": "rewards.weighted",
 }
 
 __all__ = [
+    "HPT",
+    "SRFT",
     "AdamWSettings",
+    "Advantage",
+    "Chord",
     "Columns",
     "Evaluation",
     "FunctionReward",
     "GeneralPoints",
     "LastAnswerReward",
+    "Luffy",
     "MathReward",
     "MifoModule",
     "Mixing",
@@ -63,9 +79,11 @@ __all__ = [
     "RLSettings",
     "Reward",
     "RowSource",
+    "SFTWeight",
     "Sampling",
     "Schedule",
     "Skills",
+    "Surrogate",
     "WeightedRewards",
 ]
 

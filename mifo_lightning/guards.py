@@ -7,17 +7,16 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedConfig
 
-from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.loading import positions
 from mifo_lightning.question import Question
 
-FORMAT = 3  # of what MifoModule, its loader and its callbacks put into a checkpoint
+FORMAT = 4  # of what MifoModule, its loader and its callbacks put into a checkpoint
 PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise an InputError for half-precision weights, a second gradient clip, or a limit that cuts a step."""
+    """Raise an InputError for half-precision weights, a second gradient clip, or a step of several batches."""
     if trainer.precision not in PRECISIONS:
         raise InputError(
             f"trainer.precision: {trainer.precision} is not allowed; it must be one of {', '.join(PRECISIONS)}: master "
@@ -28,11 +27,12 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
             "model.sft.clip"
         )
+    if (accumulate := trainer.accumulate_grad_batches) != 1:
+        raise InputError(
+            f"trainer.accumulate_grad_batches: {accumulate} is not allowed; a batch is a whole optimizer step: "
+            "model.micro_batches cuts it into parts"
+        )
     check_flags(trainer)
-    limit, micro = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    if isinstance(limit, int) and limit % micro:
-        name = "fast_dev_run" if trainer.fast_dev_run else "limit_train_batches"  # type: ignore[attr-defined]
-        raise InputError(f"trainer.{name}: {limit} is not a multiple of accumulate_grad_batches = {micro}")
 
 
 def check_flags(trainer: Trainer) -> None:
@@ -44,14 +44,14 @@ def check_flags(trainer: Trainer) -> None:
         if isinstance(value, float) and value not in (0.0, 1.0):
             raise InputError(
                 f"trainer.{name}: {value} is not allowed; how many batches data.schedule makes is not known before: "
-                "give a whole number of micro-batches"
+                "give a whole number of optimizer steps"
             )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor.startswith("val/") and trainer.val_check_interval == 1.0:
             raise InputError(
                 f"trainer.callbacks: {type(callback).__name__} waits for {monitor} in vain; nothing is validated "
-                "inside fit unless trainer.val_check_interval is a number of micro-batches"
+                "inside fit unless trainer.val_check_interval is a number of optimizer steps"
             )
     if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise InputError(
@@ -110,32 +110,12 @@ def warn_of_long_demonstrations(questions: list[Question], max_new_tokens: int) 
         )
 
 
-def check_resume(trainer: Trainer) -> None:
-    """Raise an InputError if the checkpoint was written inside an optimizer step: accumulated gradients are in none."""
-    position = getattr(trainer.train_dataloader, "position", {})
-    if position.get("micro"):
-        raise InputError(
-            "ckpt_path: written between two micro-batches of one optimizer step, whose gradient it does not hold; take "
-            "another, such as last.ckpt"
-        )
-
-
 def check_ends(ends: list[int], before: list[int] | None) -> None:
     """Say once that a resumed run ends responses with other tokens than the checkpoint's; None: it names none."""
     if before is not None and before != ends:
         rank_zero_warn(
             f"ckpt_path: tokens {before} ended responses when the checkpoint was written, {ends} do now; "
             "set eos_token_id in the model's generation_config.json if that is not meant"
-        )
-
-
-def check_alignment(trainer: Trainer, batch: WorkItem, batch_idx: int) -> None:
-    """Raise an InputError if Lightning would step on another micro-batch than the loader's last one."""
-    micro = trainer.accumulate_grad_batches
-    if batch_idx % micro != batch["micro"] or micro != batch["micro_batches"]:
-        raise InputError(
-            f"trainer.accumulate_grad_batches: {micro} at batch {batch_idx} is out of step with the loader, which is "
-            f"at micro-batch {batch['micro'] + 1} of {batch['micro_batches']}; keep it the same for a whole run"
         )
 
 

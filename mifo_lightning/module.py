@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
@@ -22,46 +22,48 @@ from mifo_lightning.checkpoints.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.data.template import ChatTemplate
-from mifo_lightning.distributed import full, gather_ranks, mean_ranks, ranks
+from mifo_lightning.distributed import full, gather_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import (
     FORMAT,
-    check_alignment,
     check_ends,
     check_format,
     check_lengths,
-    check_resume,
     check_trainer,
     warn_of_long_demonstrations,
     warn_of_single_steps,
 )
-from mifo_lightning.losses.sft import SFTWeight
-from mifo_lightning.policy.ending import end_tokens
+from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
+from mifo_lightning.methods.mixing import Mixing
+from mifo_lightning.policy.ending import end_tokens, padding
 from mifo_lightning.policy.loading import check_vocabulary, load_policy, load_tokenizer, shard_policy
 from mifo_lightning.policy.policy import Policy
+from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import as_reward
 from mifo_lightning.rollout.answers import Prompt, answers
-from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.self_check import self_check
+from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.finite import FiniteSteps, check_weights
 from mifo_lightning.steps.metrics import StepMetrics
+from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import Mixing, RLSettings
-from mifo_lightning.steps.supervision import Supervision
+from mifo_lightning.steps.settings import RLSettings, check_sft
+from mifo_lightning.steps.supervision import initial_losses, selected, sft_batch
 from mifo_lightning.stopping import interruption, safe_points
 
 
 class MifoModule(LightningModule):
     """Trains a causal language model with RL and, when the loader hands out SFT work, with SFT.
 
-    Knows work items, losses and optimizers; nothing of files or prompts. Callbacks meet it in `batch["phase"]`, in
-    `select_tokens` (called once per SFT optimizer step if set) and in the `groups` of what `training_step` returns.
+    Every work item is one optimizer step: it becomes a `Batch`, which is cut into chunks and goes through one
+    `Objective`. Callbacks meet the module in `batch["phase"]`, in `select_tokens` (called once per SFT optimizer step
+    if set) and in the `groups` of what `training_step` returns.
 
     Args:
         model: Hugging Face directory or hub name of the causal LM to train.
@@ -71,11 +73,11 @@ class MifoModule(LightningModule):
         solved_at: Reward from which a rollout counts as correct.
         sampling: How RL rollouts are drawn.
         policy: The policy loss.
-        mixing: Demonstrations inside RL steps; null mixes none in.
+        mixing: A method that mixes demonstrations into RL steps; null mixes none in.
         demonstrations: What a buffered question is learned from in an SFT phase: the data's solution, or the model's
             own correct rollout.
         sft_weight: What multiplies each demonstration token's cross-entropy in SFT phases: uniform, dft, chord,
-            low_entropy, high_entropy or flow.
+            low_entropy, high_entropy, flow, or an `SFTWeight` by class_path.
         sft_entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the SFT loss
             (ReLIFT).
         rl: AdamW of RL phases.
@@ -84,6 +86,7 @@ class MifoModule(LightningModule):
         skip_zero_gradient: Whether an optimizer step whose gradient is exactly 0 over all ranks moves nothing; without
             it AdamW's momentum and weight decay go on moving the weights. Steps and schedules advance either way.
         evaluation: How validation and test draw responses.
+        micro_batches: Chunks that each rank cuts an optimizer step into; more need less memory, the step is the same.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         seed: Seed of all rollouts; None follows `seed_everything`.
         trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
@@ -107,13 +110,14 @@ class MifoModule(LightningModule):
         policy: RLSettings = RLSettings(),
         mixing: Mixing | None = None,
         demonstrations: Literal["data", "own"] = "data",
-        sft_weight: SFTWeight = "uniform",
+        sft_weight: SFTWeightName | SFTWeight = "uniform",
         sft_entropy_bonus: float = 0.0,
         rl: AdamWSettings = AdamWSettings(),
         sft: AdamWSettings = AdamWSettings(),
         moments: Literal["reset", "keep", "shared"] = "reset",
         skip_zero_gradient: bool = False,
         evaluation: Evaluation = Evaluation(),
+        micro_batches: int = 1,
         gradient_checkpointing: bool = False,
         seed: int | None = None,
         trust_remote_code: bool = False,
@@ -147,15 +151,14 @@ class MifoModule(LightningModule):
             self.reinforcement.engine, self.tokenizer, self.reward, evaluation, solved_at, self.seed, sampling
         )
         self.optimizer_of_phase: PhaseAdamW | None = None
+        self.micro_batches = micro_batches
         self.own_demonstrations = demonstrations == "own"
-        self.needs_demonstrations = mixing is not None or sft_weight == "flow"
-        if self.own_demonstrations and sft_weight == "flow":
-            raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
-        if not sft_entropy_bonus >= 0:
-            raise InputError(f"model.sft_entropy_bonus: {sft_entropy_bonus} is not allowed; it must be at least 0")
-        self.supervision = Supervision(self.tokenizer, sft_weight, sft_entropy_bonus)
-        self._rollout: Rollout | None = None
-        self._news: dict[str, Any] = {}  # of the rollout, for the callbacks, until its first optimizer step is done
+        self.sft_entropy_bonus = sft_entropy_bonus
+        self.sft_objective = Objective(sft_weight=as_sft_weight(sft_weight))
+        self.initial_losses: Tensor | None = None  # [N] by question id, for a weight that wants them
+        self.needs_demonstrations = mixing is not None or self._weighs_by_initial_losses
+        check_sft(sft_entropy_bonus, micro_batches, self.own_demonstrations and self._weighs_by_initial_losses)
+        self._rollout: Batch | None = None  # with updates to come
         self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
@@ -241,7 +244,6 @@ class MifoModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
-        check_resume(self.trainer)
         warn_of_single_steps(self.trainer, self.moments)
         with restoring("mifo.engines"):
             self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
@@ -254,80 +256,104 @@ class MifoModule(LightningModule):
             if self.trainer.fit_loop.done:  # what `on_train_epoch_end` asks: there is none to come
                 self._finite.end()
             self._restored = {}
-        else:
-            self.supervision.begin(self._policy, self.trainer.train_dataloader)
+        elif self._weighs_by_initial_losses:
+            loader: Any = self.trainer.train_dataloader
+            self.initial_losses = initial_losses(self._policy, loader.questions, padding(self.tokenizer))
 
     # --- one optimizer step -------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
-        check_alignment(self.trainer, batch, batch_idx)
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
         self._step = batch["step"]
-        if batch["micro"] == 0:
-            lr = self._phase_optimizer.enter(batch["phase"], batch["step"], batch.get("phase_number"))
-            self._metrics.put(batch["phase"], {"lr": lr})
+        lr = self._phase_optimizer.enter(batch["phase"], batch["step"], batch.get("phase_number"))
+        self._metrics.put(batch["phase"], {"lr": lr})
 
     def training_step(self, batch: WorkItem, batch_idx: int) -> dict[str, Any]:
-        """Loss of one micro-batch and `work` for accounts; `groups` and `samples` where a rollout's first step ends."""
-        output = self._rl_step(batch) if batch["phase"] == "rl" else self._sft_step(batch)
-        # undo Lightning's division by micro-batches and the strategy's mean over ranks: our denominators count all
-        output["loss"] = output["loss"] * (batch["micro_batches"] * self.trainer.world_size)
+        """One optimizer step up to its last backward: its `loss`, `work` for accounts, and news of a fresh rollout.
+
+        `groups` and `samples` tell callbacks of a rollout, in its first update.
+        """
+        output: dict[str, Any] = {"work": {"generated": 0, "scored": 0}}
+        part = batch["update"] % batch["minibatches"]
+        if batch["phase"] == "rl":
+            objective, chunks = (
+                self.reinforcement.objective,
+                self._rl_batch(batch, output).chunks(part, self.micro_batches),
+            )
+        else:
+            objective, chunks = self.sft_objective, self._sft_batch(batch, output).chunks(0, self.micro_batches)
+        output["loss"] = self._descend(chunks, objective, batch["phase"])
+        output["work"] |= {
+            "trained": sum(chunk.sequences.token_count() for chunk in chunks),
+            "demonstrations": [i for chunk in chunks for i in chunk.demonstrations],
+        }
         return output
 
-    def _rl_step(self, batch: WorkItem) -> dict[str, Any]:
-        work: dict[str, Any] = {"generated": 0, "scored": 0}
-        if batch["update"] == 0 and batch["micro"] == 0:
-            self._news = self._roll_out(batch, work)
-        assert self._rollout is not None, "the loader begins every rollout with its first update"
-        reinforcement = self.reinforcement
-        part = reinforcement.micro_batch(self._rollout, batch)
-        if batch["update"] + 1 == batch["updates"] and batch["micro"] + 1 == batch["micro_batches"]:
+    def _descend(self, chunks: list[Batch], objective: Objective, phase: str) -> Tensor:
+        """The loss of the whole step, with the graph of its last chunk; the gradients of the others are there already.
+
+        Only the last backward is Lightning's: its hooks see the whole gradient, once.
+        """
+        before = torch.zeros((), device=self.device)
+        synchronises_late = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        for number, chunk in enumerate(chunks, 1):
+            with_bonus = chunk.bonus is not None and chunk.bonus.scale > 0
+            with self._profile("forward"):
+                logp, entropy = self._policy(chunk.sequences, chunk.temperature, entropy_gradient=with_bonus)
+            if phase == "sft" and self.select_tokens is not None and len(chunks) == 1:
+                chunk = selected(chunk, self.select_tokens, entropy.detach())
+            loss, metrics = objective(chunk, logp, entropy)
+            self._metrics.add(phase, metrics)
+            loss = loss * self.trainer.world_size  # undo the strategy's mean over ranks: our denominators count all
+            if number == len(chunks):
+                return before + loss
+            # outside of the Trainer's autocast, as Lightning's own; its cache would keep casts with a used graph
+            with self._profile("backward"), synchronises_late(), torch.autocast(self.device.type, enabled=False):
+                loss.backward()
+            torch.clear_autocast_cache()
+            before += loss.detach()
+        raise AssertionError("an optimizer step has at least one chunk")
+
+    def _rl_batch(self, item: WorkItem, output: dict[str, Any]) -> Batch:
+        """What the rollout under way trains on; its first update draws and grades it, and says so in `output`."""
+        if item["update"] == 0:
+            self._rollout = None  # the old one is not needed while the new one is made
+            more: Any = getattr(self.trainer.train_dataloader, "more", None)
+            start = time.perf_counter()
+            drawn, chosen = self.reinforcement.roll_out(self._policy, item, more, self._profile)
+            seconds = time.perf_counter() - start
+            with self._profile("score"):
+                self._rollout = self.reinforcement.prepare(self._policy, item, drawn, chosen)
+            output |= {
+                "groups": drawn.groups(self.own_demonstrations),
+                "samples": drawn.samples(self.tokenizer, self.reinforcement.sampling.stop),
+                "work": self.reinforcement.work(drawn, self._rollout),
+            }
+            described = self.reinforcement.describe(drawn, self._rollout, seconds)
+            self._metrics.put("rollout", described)
+            self.last_reward = described["reward"]
+        rollout = self._rollout
+        assert rollout is not None, "the loader begins every rollout with its first update"
+        if item["update"] + 1 == item["updates"]:
             self._rollout = None  # used up: no checkpoint need hold it
-        with self._profile("forward"):
-            bonus = reinforcement.settings.entropy_bonus > 0
-            logp, entropy = self._policy(part.sequences, reinforcement.sampling.temperature, entropy_gradient=bonus)
-        loss, metrics = reinforcement.loss(part, logp, entropy, batch["rollout"])
-        self._metrics.add("rl", metrics)
-        shown = [] if part.demonstrated is None else part.question[part.demonstrated].tolist()
-        work |= {"trained": part.sequences.token_count(), "demonstrations": shown}
-        output = {"loss": loss, "work": work}
-        if batch["micro"] + 1 == batch["micro_batches"]:  # a step that is not done leaves no traces in callbacks
-            output, self._news = {**self._news, **output}, {}
-        return output
+        return rollout
 
-    def _roll_out(self, batch: WorkItem, work: dict[str, Any]) -> dict[str, Any]:
-        """Draw, grade and keep fresh rollouts; what the callbacks want to know of them."""
-        self._rollout = None  # the old one is not needed while the new one is made
-        start = time.perf_counter()
-        more: Any = getattr(self.trainer.train_dataloader, "more", None)
-        drawn, chosen = self.reinforcement.roll_out(self._policy, batch, more, self._profile)
-        seconds = time.perf_counter() - start
-        with self._profile("score"):
-            rollout = self._rollout = self.reinforcement.prepare(self._policy, batch, drawn, chosen)
-        scored = (batch["updates"] > 1 or rollout.keep is not None) + (rollout.logp_ref is not None)
-        work |= {"generated": drawn.tokens, "scored": scored * rollout.sequences.token_count()}
-        described = drawn.describe(self.device)
-        self.last_reward = described["reward"]
-        rest = {
-            "advantage_abs": float(rollout.advantages.abs().mean()),
-            "tokens_per_s": drawn.tokens / max(seconds, 1e-9) * ranks(),
-            "groups_trained": float(rollout.question[rollout.active].unique().numel() * ranks()),
-            "reward_errors": float(self.reinforcement.reward.errors * ranks()),
-            "reward_timeouts": float(self.reinforcement.reward.timeouts * ranks()),
-        }
-        self._metrics.put("rollout", described | mean_ranks(rest, self.device))
-        return {
-            "groups": drawn.groups(self.own_demonstrations),
-            "samples": drawn.samples(self.tokenizer, self.reinforcement.sampling.stop),
-        }
+    def _sft_batch(self, item: WorkItem, output: dict[str, Any]) -> Batch:
+        """The demonstrations of the step, and, if it is cut into chunks, which of their tokens it learns from."""
+        batch = sft_batch(item["questions"], self.tokenizer, self.device, self.sft_entropy_bonus, self.initial_losses)
+        if self.select_tokens is not None and self.micro_batches > 1:
+            # the threshold belongs to the optimizer step: all entropies are needed before the first backward
+            output["work"]["scored"] = batch.sequences.token_count()
+            with self._profile("entropies"):
+                entropy = score_without_gradient(self._policy, batch.sequences, temperature=1.0)[1]
+            batch = selected(batch, self.select_tokens, entropy)
+        return batch
 
-    def _sft_step(self, batch: WorkItem) -> dict[str, Any]:
-        loss, metrics, work = self.supervision.step(self._policy, batch, self.select_tokens, self._profile)
-        self._metrics.add("sft", metrics)
-        return {"loss": loss, "work": work}
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Nothing: Lightning would do it after `training_step`, which has gradients of all chunks but the last."""
 
     def configure_gradient_clipping(
         self,
@@ -365,9 +391,7 @@ class MifoModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
         """Let go of the optimizer step's gradients before the next rollout."""
-        if batch["micro"] + 1 == batch["micro_batches"]:
-            self.supervision.let_go()
-            self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
+        self._phase_optimizer.optimizer.zero_grad(set_to_none=True)
 
     def on_train_epoch_end(self) -> None:
         """The loader's schedule is one epoch, whatever `max_epochs` allows; nothing is exported after a broken end."""
@@ -412,7 +436,7 @@ class MifoModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add parked moments and every rank's rollout: plain types and tensors; leave out a step that is not done."""
-        safe_points.whole_steps(checkpoint["loops"], self.trainer.accumulate_grad_batches)
+        safe_points.whole_steps(checkpoint["loops"])
         if self.trainer.validating and interruption.pending() is not None:
             safe_points.whole_evaluation(checkpoint["loops"])
         if self.optimizer_of_phase is not None:
@@ -423,7 +447,7 @@ class MifoModule(LightningModule):
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
                 "engines": gather_ranks(self._engine.state_dict() if self._engine else {}),
-                "initial_losses": self.supervision.initial_losses,
+                "initial_losses": self.initial_losses,
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
             }
@@ -438,7 +462,11 @@ class MifoModule(LightningModule):
     def _restore(self, state: dict[str, Any]) -> None:
         self._phase_optimizer.load_state_dict(state["optimizer"])
         self._restore_rollout(state["rollouts"])
-        self.supervision.go_on(state["initial_losses"])
+        self.initial_losses = state["initial_losses"]
+        if (self.initial_losses is None) == self._weighs_by_initial_losses:
+            raise InputError(
+                "model.sft_weight: flow is not allowed here, nor its loss; with flow a run begins and ends"
+            )
         self._finite.load_state_dict(state["finite"])
         check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))
 
@@ -449,7 +477,7 @@ class MifoModule(LightningModule):
                 f"and cannot be resumed by {self.trainer.world_size}"
             )
         state = rollouts[self.trainer.global_rank] if any(rollouts) else None
-        self._rollout = None if state is None else Rollout.from_state_dict(state, self.device)
+        self._rollout = None if state is None else Batch.from_state_dict(state, self.device)
 
     def _restore_engine(self, engines: list[dict[str, int]]) -> None:
         """Decode in the batches of before; with another number of processes there is nothing to be equal to."""
@@ -497,6 +525,10 @@ class MifoModule(LightningModule):
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
         return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]
+
+    @property
+    def _weighs_by_initial_losses(self) -> bool:
+        return self.sft_objective.sft_weight.needs_initial_losses
 
     @property
     def _policy(self) -> Policy:

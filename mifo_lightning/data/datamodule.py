@@ -197,14 +197,13 @@ class QuestionData(LightningDataModule):
         trainer, before, questions = self._trainer, self.schedule, self._questions["train"]
         if not self.fit_sizes:
             return
-        cut = (trainer.accumulate_grad_batches, trainer.world_size)
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
         shown = sum(q.demonstration is not None for q in questions)
         lent = len(questions) if getattr(trainer.lightning_module, "own_demonstrations", False) else shown
         size = switch.size if switch else None
-        after = before.fit_rl(len(questions), self._settled.group_size, *cut)
+        after = before.fit_rl(len(questions), trainer.world_size)
         if switch or before.sft_before or before.sft_after:
-            after, size = after.fit_sft(lent, size, *cut)
+            after, size = after.fit_sft(lent, size, trainer.world_size)
         what = f"the {len(questions)} training questions, {shown} with a demonstration"
         for name in ("rl_questions", "sft_batch"):
             self._fit(f"data.schedule.{name}", getattr(before, name), getattr(after, name), what)
@@ -256,10 +255,8 @@ class QuestionData(LightningDataModule):
         self._loader = PhaseLoader(
             self._questions["train"],
             self.schedule,
-            group_size=self._settled.group_size,
             phase_size=sizes[0] if sizes else None,
             own_demonstrations=getattr(module, "own_demonstrations", False),
-            micro_batches=trainer.accumulate_grad_batches,
             seed=self.seed.value,
             rank=trainer.global_rank,
             world_size=trainer.world_size,

@@ -15,7 +15,7 @@ from mifo_lightning.seeds import stable_key
 
 
 class WorkItem(TypedDict):
-    """One micro-batch of one optimizer step, as the loader hands it out.
+    """One optimizer step, as the loader hands it out.
 
     Attributes:
         phase: `rl` or `sft`; the callbacks read this key and the next.
@@ -26,8 +26,6 @@ class WorkItem(TypedDict):
         updates: How many optimizer steps it has.
         minibatches: Parts that one RL pass over the rollout is divided into; update u works on part u % minibatches.
         step: Number of the optimizer step among all steps of its phase kind, from 0; learning rates follow it.
-        micro: Number of the micro-batch within the optimizer step.
-        micro_batches: How many micro-batches the optimizer step has.
     """
 
     phase: Literal["rl", "sft"]
@@ -38,8 +36,6 @@ class WorkItem(TypedDict):
     updates: int
     minibatches: int
     step: int
-    micro: int
-    micro_batches: int
 
 
 class Pushed(NamedTuple):
@@ -60,33 +56,30 @@ class _Position:
     after: int = 0  # optimizer steps done of `sft_after`
     rl_updates: int = 0  # RL optimizer steps done
     sft_updates: int = 0  # SFT optimizer steps done
-    micro: int = 0
     dropped: int = 0  # pushed SFT phases left out, since no RL step was to follow
 
 
 class PhaseLoader:
-    """Sized, stateful, rank-aware iterable of work items.
+    """Sized, stateful, rank-aware iterable of work items, one for each optimizer step.
 
-    An optimizer step is `micro_batches` items long. After each rollout's updates a pushed SFT phase comes first, then
+    After each rollout's updates a pushed SFT phase comes first, then
     the next rollout. Order and contents depend on `seed` and what was pushed, never on the number of ranks.
 
     Args:
         questions: All training questions; position equals `Question.id`.
         schedule: How much of which phase.
-        group_size: Rollouts per question; only to check that micro-batches divide.
         phase_size: Demonstrations that a buffer pushes for one SFT phase; only to check that batches divide.
         own_demonstrations: Whether pushed entries bring their demonstrations; only to check that there are enough.
-        micro_batches: Micro-batches per optimizer step, the Trainer's `accumulate_grad_batches`.
         seed: Seed of the order of questions and demonstrations.
         rank: This process.
         world_size: Number of data-parallel processes.
 
     Attributes:
-        under_way: Whether the optimizer step whose items are handed out is still to be done: whoever does it says so.
+        under_way: Whether the optimizer step that was handed out last is still to be done: whoever does it says so.
             The state is then that of its beginning, so that it is done anew as a whole.
 
     Raises:
-        InputError: If a batch cannot be divided over ranks, minibatches and micro-batches, or a phase has no data.
+        InputError: If a batch cannot be divided over ranks and minibatches, or a phase has no data.
     """
 
     def __init__(
@@ -94,28 +87,21 @@ class PhaseLoader:
         questions: list[Question],
         schedule: Schedule,
         *,
-        group_size: int = 1,
         phase_size: int | None = None,
         own_demonstrations: bool = False,
-        micro_batches: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.questions, self.schedule, self.micro_batches, self.seed = (
-            questions,
-            schedule,
-            micro_batches,
-            seed,
-        )
+        self.questions, self.schedule, self.seed = questions, schedule, seed
         self.rank, self.world_size = rank, world_size
         self.demonstrated = [q.id for q in questions if q.demonstration]
         schedule.check("data.schedule")
         if schedule.rl_steps != 0:
-            schedule.check_rl(len(questions), group_size, micro_batches, world_size)
+            schedule.check_rl(len(questions), world_size)
         if phase_size is not None or schedule.sft_before or schedule.sft_after:
             lending = len(questions) if own_demonstrations else len(self.demonstrated)
-            schedule.check_sft(lending, phase_size, micro_batches, world_size)
+            schedule.check_sft(lending, phase_size, world_size)
         self.sft_phase_steps = schedule.sft_phase_steps(phase_size)
         self.under_way = False
         self._at = _Position()
@@ -153,14 +139,11 @@ class PhaseLoader:
         return self
 
     def __next__(self) -> WorkItem:
-        if self._at.micro == 0:
-            self._before = self._state()
-        if self._at.micro == 0 and self._update == self._updates():
+        self._before = self._state()
+        if self._update == self._updates():
             self._begin()
         item = self._item()
-        self._at.micro = (self._at.micro + 1) % self.micro_batches
-        if self._at.micro == 0:
-            self._end_step()
+        self._end_step()
         return item
 
     @property
@@ -221,8 +204,6 @@ class PhaseLoader:
             updates=self._updates(),
             minibatches=self.schedule.minibatches if rl else 1,
             step=at.rl_updates if rl else at.sft_updates,
-            micro=at.micro,
-            micro_batches=self.micro_batches,
         )
 
     def _question(self, i: int) -> Question:
@@ -267,7 +248,7 @@ class PhaseLoader:
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the loader is: rollouts, phases and optimizer steps begun or done, and the next micro-batch."""
+        """Where the loader is: rollouts, phases and optimizer steps begun or done."""
         return vars(self._at).copy()
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,17 +71,14 @@ class Schedule:
         if self.rl_steps == 0 and not self.sft_before and not self.sft_after:
             raise InputError(f"{key}.rl_steps: 0, with no SFT steps either, leaves nothing to train")
 
-    def fit_rl(self, questions: int, group_size: int, micro_batches: int, ranks: int) -> "Schedule":
-        """With as many of too few `questions` as can be cut into ranks, minibatches and micro-batches, if any can."""
+    def fit_rl(self, questions: int, ranks: int) -> "Schedule":
+        """With as many of too few `questions` as can be cut into ranks and minibatches, if any can."""
         if self.rl_questions <= questions:
             return self
         parts = ranks * self.minibatches
-        cut = (n for n in range(questions // parts * parts, 0, -parts) if not n // parts * group_size % micro_batches)
-        return replace(self, rl_questions=next(cut, self.rl_questions))
+        return replace(self, rl_questions=questions // parts * parts or self.rl_questions)
 
-    def fit_sft(
-        self, demonstrated: int, phase_size: int | None, micro_batches: int, ranks: int
-    ) -> tuple["Schedule", int | None]:
+    def fit_sft(self, demonstrated: int, phase_size: int | None, ranks: int) -> tuple["Schedule", int | None]:
         """With sizes that too few demonstrations can fill and that divide, if there are any; and the size of a phase.
 
         A phase on fewer demonstrations keeps its number of optimizer steps: its batches become smaller with it. One
@@ -90,37 +87,30 @@ class Schedule:
         Args:
             demonstrated: Questions that have a demonstration.
             phase_size: Demonstrations that a buffer pushes for one phase; None if there is none.
-            micro_batches: Micro-batches per optimizer step.
             ranks: Data-parallel processes.
         """
-        unit, batch, size = ranks * micro_batches, self.sft_batch, phase_size
-        if batch % unit:
+        batch, size = self.sft_batch, phase_size
+        if batch % ranks:
             return self, phase_size
         if self.sft_before or self.sft_after:
             batch = min(batch, demonstrated)
         if size is None:
-            batch -= batch % unit
+            batch -= batch % ranks
             return (replace(self, sft_batch=batch) if batch else self), None
         steps = size * self.sft_epochs // batch or self.sft_epochs
         size = min(size, demonstrated)
-        batch = max(unit, min(batch, size * self.sft_epochs // steps))
-        cut = ((b, size - size % (b // gcd(b, self.sft_epochs))) for b in range(batch - batch % unit, 0, -unit))
+        batch = max(ranks, min(batch, size * self.sft_epochs // steps))
+        cut = ((b, size - size % (b // gcd(b, self.sft_epochs))) for b in range(batch - batch % ranks, 0, -ranks))
         batch, size = next(((b, s) for b, s in cut if s), (self.sft_batch, phase_size))
         return replace(self, sft_batch=batch), size
 
-    def check_rl(self, questions: int, group_size: int, micro_batches: int, ranks: int) -> None:
-        """Raise an InputError if a rollout cannot be drawn, or cut into ranks, minibatches and micro-batches."""
+    def check_rl(self, questions: int, ranks: int) -> None:
+        """Raise an InputError if a rollout cannot be drawn, or cut into ranks and minibatches."""
         parts = ranks * self.minibatches
-        rollouts = self.rl_questions * group_size // parts
         if self.rl_questions % parts:
             raise InputError(
                 f"data.schedule.rl_questions: {self.rl_questions} does not divide by {parts} "
                 f"({ranks} ranks x {self.minibatches} minibatches)"
-            )
-        if rollouts % micro_batches:
-            raise InputError(
-                f"trainer.accumulate_grad_batches: {micro_batches} does not divide the {rollouts} rollouts that each "
-                f"rank has per RL optimizer step"
             )
         if self.rl_questions > questions:
             raise InputError(
@@ -128,18 +118,13 @@ class Schedule:
                 f"after filters"
             )
 
-    def check_sft(self, demonstrated: int, phase_size: int | None, micro_batches: int, ranks: int) -> None:
-        """Raise an InputError if demonstrations are too few, or SFT cannot be cut into ranks and micro-batches."""
-        if self.sft_batch % (ranks * micro_batches):
-            raise InputError(
-                f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks * micro_batches} ({ranks} ranks "
-                f"x {micro_batches} micro-batches of trainer.accumulate_grad_batches)"
-            )
+    def check_sft(self, demonstrated: int, phase_size: int | None, ranks: int) -> None:
+        """Raise an InputError if demonstrations are too few, or SFT cannot be cut into ranks."""
+        if self.sft_batch % ranks:
+            raise InputError(f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks} ranks")
         hint = ""
         if not demonstrated:
             hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none"
-        elif demonstrated < ranks * micro_batches:
-            hint = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
             raise InputError(
                 f"data.schedule.sft_batch: {self.sft_batch} is more than the {demonstrated} questions that have a "

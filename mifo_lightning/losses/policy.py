@@ -11,12 +11,14 @@
 | ReLIFT, LUFFY, HPT | unclipped | token | sum | group_mean |
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Surrogate = Literal["clipped", "unclipped", "truncated", "reinforce"]
+from mifo_lightning.losses.surrogates import Surrogate
+
 Ratio = Literal["token", "sequence"]
 Aggregation = Literal["sequence", "token", "constant", "sum"]
 
@@ -65,36 +67,28 @@ def policy_loss(
     advantages: Tensor,
     weight: Tensor,
     *,
-    surrogate: Surrogate = "clipped",
+    surrogate: Surrogate,
     ratio: Ratio = "token",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    ratio_cap: float = 5.0,
     keep: Tensor | None = None,
     demonstrated: Tensor | None = None,
-    shape: float = 0.1,
+    lent: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`-sum(weight * objective)`, r = exp(logp - logp_old), with one of these objectives per token.
+    """`-sum(weight * objective)`, the objective of each token that of a `Surrogate` of r = exp(logp - logp_old).
 
-    `clipped`: `min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`. `unclipped`: `r A`. `truncated`:
-    `sg[min(r, ratio_cap)] A logp` (CISPO). `reinforce`: `A logp`. With `ratio` "sequence" r is
-    `exp(mean over the sequence of logp - logp_old)` (GSPO). Log-ratios are cut off at +-20. Tokens of demonstrations
-    have no sampling policy: theirs is `A f(p)`, f(x) = x / (x + shape), p the probability of the token (LUFFY).
+    With `ratio` "sequence" r is `exp(mean over the sequence of logp - logp_old)` (GSPO). Log-ratios are cut off at
+    +-20. Demonstrated tokens have no sampling policy: theirs is `A f(p)`, p the probability of the token (LUFFY).
 
     Args:
-        logp: [B, L] log-probabilities of the response tokens, with gradient.
+        logp: [B, L] log-probabilities of the response tokens in nats, with gradient.
         logp_old: [B, L] the same under the policy that sampled, without gradient.
         advantages: [B] advantage of each sequence.
         weight: [B, L] from `token_weights`; 0 outside the responses.
-        surrogate: The objective.
+        surrogate: The objective of the policy's own tokens.
         ratio: One ratio per token, or one per sequence.
-        clip_low: Lower clip range.
-        clip_high: Upper clip range.
-        ratio_cap: Largest ratio of `truncated`.
         keep: [B, L] bool entropy mask; tokens outside do not push the policy but still count in the denominator. A
             sequence's ratio then has the gradient of each token for itself (GSPO-token).
-        demonstrated: [B] bool, sequences that are demonstrations.
-        shape: The constant in f.
+        demonstrated: [B, L] bool, tokens of demonstrations.
+        lent: f of these; needed with `demonstrated`.
 
     Returns:
         The scalar loss, and as scalars `policy_loss`, `kl_old` and `clip_share` (of the policy's own tokens): means or
@@ -103,7 +97,7 @@ def policy_loss(
     valid = (weight > 0).float()
     log_ratio = (logp - logp_old) * valid
     if demonstrated is not None:
-        log_ratio = log_ratio.masked_fill(demonstrated[:, None], 0.0)
+        log_ratio = log_ratio.masked_fill(demonstrated, 0.0)
     if ratio == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp_min(1.0)
         if keep is not None:
@@ -112,20 +106,9 @@ def policy_loss(
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     r = log_ratio.exp()
     advantage = advantages[:, None]
-    clipped = r.clamp(1.0 - clip_low, 1.0 + clip_high)
-    limited = (clipped * advantage < r * advantage).float()
-    if surrogate == "clipped":
-        objective = torch.minimum(r * advantage, clipped * advantage)
-    elif surrogate == "unclipped":
-        objective, limited = r * advantage, torch.zeros_like(limited)
-    elif surrogate == "truncated":
-        objective = r.detach().clamp_max(ratio_cap) * advantage * logp
-        limited = (r > ratio_cap).float()
-    else:
-        objective, limited = advantage * logp, torch.zeros_like(limited)
-    if demonstrated is not None:
-        p = logp.exp()
-        objective = torch.where(demonstrated[:, None], advantage * p / (p + shape), objective)
+    objective, limited = surrogate(logp, r, advantage)
+    if demonstrated is not None and lent is not None:
+        objective = torch.where(demonstrated, advantage * lent(logp.exp()), objective)
     if keep is not None:
         objective = objective * keep
     loss = -(objective * weight).sum()

@@ -83,11 +83,10 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write when it is time; never within an optimizer step, whose gradients are in no checkpoint."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            every = self._every_n_train_steps
-            if (every and trainer.global_step % every == 0) or self._is_time(trainer):
-                self.write_now(trainer)
+        """Write when it is time."""
+        every = self._every_n_train_steps
+        if (every and trainer.global_step % every == 0) or self._is_time(trainer):
+            self.write_now(trainer)
 
     def write_now(self, trainer: Trainer) -> None:
         """Write the state of this step now, unless it is written; collective, between two optimizer steps."""

@@ -41,7 +41,6 @@ class Costs(Callback):
         self.demonstrations: set[int] = set()
         self._weights = 0  # N
         self._began = 0.0
-        self._step: list[dict[str, Any]] = []  # the work of this rank in the running optimizer step
         self._profiler: Any = None
         self._callbacks: list[Callback] = []
         self._earlier: dict[str, float] = {}  # seconds of callbacks before the run was resumed
@@ -50,7 +49,6 @@ class Costs(Callback):
         """Count the weights."""
         self._weights = multiplying(pl_module.policy.model)  # type: ignore[union-attr,arg-type]
         self._profiler, self._callbacks = trainer.profiler, trainer.callbacks  # type: ignore[attr-defined]
-        self._step = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -59,7 +57,7 @@ class Costs(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Enter a micro-batch; at the end of an optimizer step add up the ranks."""
+        """Enter an optimizer step of all ranks."""
         account = self.accounts[batch["phase"]]
         account["seconds"] += time.perf_counter() - _monitoring(trainer) - self._began
         if "work" not in outputs:
@@ -68,16 +66,13 @@ class Costs(Callback):
                 f"must be a dict of {', '.join(TOKENS)} and demonstrations"
             )
         # groups, not the batch: a step may draw more questions than it trains on
-        self._step.append({**outputs["work"], "questions": [group["id"] for group in outputs.get("groups", [])]})
-        if batch["micro"] + 1 < batch["micro_batches"]:
-            return
+        questions = [group["id"] for group in outputs.get("groups", [])]
         account["optimizer_steps"] += 1
-        work = [micro for rank in gather_ranks(self._step) for micro in rank]
-        self._step = []
+        work = gather_ranks({**outputs["work"], "questions": questions})
         for kind in TOKENS:
-            account[f"{kind}_tokens"] += sum(micro[kind] for micro in work)
+            account[f"{kind}_tokens"] += sum(each[kind] for each in work)
         for name, distinct in (("questions", self.questions), ("demonstrations", self.demonstrations)):
-            ids = [i for micro in work for i in micro[name]]
+            ids = [i for each in work for i in each[name]]
             account[name] += len(ids)
             distinct.update(ids)
         totals = {f"{kind}_tokens": sum(a[f"{kind}_tokens"] for a in self.accounts.values()) for kind in TOKENS}

@@ -62,7 +62,7 @@ class Forgetting(PhaseMonitor):
         """Measure at a change of phase and every few RL steps."""
         inside = batch["phase"] == self._current == "rl"
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        fresh = batch["update"] == batch["micro"] == 0
+        fresh = batch["update"] == 0
         anew = batch["rollout"] == self._measured  # the step was interrupted
         if self.every and inside and fresh and batch["rollout"] % self.every == 0 and not anew:
             with self.timed():

@@ -60,15 +60,13 @@ class History(Callback):
         self._where["step"] = trainer.global_step + 1
         if batch["phase"] == "rl":
             self._where["rl_step"] = batch["rollout"] + 1
-        if batch["micro"] == 0:  # what others have measured before the step stays; the step may be done anew
-            self._end = len(self.lines)
+        self._end = len(self.lines)  # what others have measured before the step stays; the step may be done anew
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The optimizer step is done."""
-        if batch["micro"] + 1 == batch["micro_batches"]:
-            self._end = None
+        self._end = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the monitors log from here on, at the end of training, a run that goes on logs at another place."""

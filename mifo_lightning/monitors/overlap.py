@@ -30,9 +30,9 @@ class FrozenOverlap(PhaseMonitor):
         self._due = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look for the micro-batch that completes the gradient of an SFT step."""
+        """Look for SFT steps."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._due = batch["phase"] == "sft" and batch["micro"] + 1 == batch["micro_batches"]
+        self._due = batch["phase"] == "sft"
 
     def begin(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget the last phase."""

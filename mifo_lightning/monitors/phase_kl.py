@@ -13,8 +13,8 @@ from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
-from mifo_lightning.rollout.batch import score_without_gradient
 from mifo_lightning.rollout.draw import draw
 from mifo_lightning.seeds import stable_key
 

@@ -15,11 +15,11 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
 from mifo_lightning.policy.ending import padding, response_texts
 from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import FailureWatch, Scores, check_solved_at, grade_answers
 from mifo_lightning.rewards.marker import MarkedReward
-from mifo_lightning.rollout.batch import score_without_gradient
 from mifo_lightning.rollout.draw import draw
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.seeds import stable_key

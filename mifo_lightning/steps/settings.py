@@ -1,14 +1,17 @@
-"""Settings of RL steps: the policy loss, and how demonstrations are mixed in."""
+"""Settings of the policy loss, and what of a module's RL settings fits together."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from mifo_lightning.errors import InputError
-from mifo_lightning.losses.advantages import Advantage
-from mifo_lightning.losses.policy import Aggregation, Ratio, Surrogate
-from mifo_lightning.losses.sft import SFTWeight
+from mifo_lightning.losses.advantages import Advantage, AdvantageName, as_advantage
+from mifo_lightning.losses.named import named
+from mifo_lightning.losses.policy import Aggregation, Ratio
+from mifo_lightning.losses.surrogates import Clipped, Reinforce, Surrogate, Truncated, Unclipped
+from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.rollout.engine import Sampling
+
+SurrogateName = Literal["clipped", "unclipped", "truncated", "reinforce"]
 
 
 @dataclass
@@ -16,8 +19,8 @@ class RLSettings:
     """The policy loss; the default is GRPO, `configs/losses/` has the others.
 
     Args:
-        advantage: group_std (GRPO), group_mean (Dr.GRPO) or leave_one_out (RLOO).
-        surrogate: clipped, unclipped, truncated (CISPO) or reinforce.
+        advantage: group_std (GRPO), group_mean (Dr.GRPO), leave_one_out (RLOO), or an `Advantage` by class_path.
+        surrogate: clipped, unclipped, truncated (CISPO), reinforce, or a `Surrogate` by class_path.
         ratio: One probability ratio per token, or one per sequence (GSPO).
         aggregation: Mean over sequences of their token means, over all tokens, the sum over a constant (Dr.GRPO), or
             the sum over the longest possible response alone (ReLIFT, LUFFY, HPT); see `token_weights`.
@@ -38,8 +41,8 @@ class RLSettings:
             stay in the mean of their group, and are in no denominator of the loss.
     """
 
-    advantage: Advantage = "group_std"
-    surrogate: Surrogate = "clipped"
+    advantage: AdvantageName | Advantage = "group_std"
+    surrogate: SurrogateName | Surrogate = "clipped"
     ratio: Ratio = "token"
     aggregation: Aggregation = "sequence"
     sum_sequences: float = 64.0
@@ -67,66 +70,18 @@ class RLSettings:
         for name, good, what in allowed:
             if not good:
                 raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
+        as_advantage(self.advantage)
+        self.objective()
 
-
-@dataclass
-class Mixing:
-    """Demonstrations inside RL steps: LUFFY, SRFT, CHORD and HPT are settings of it (docs/methods.md).
-
-    The SFT part is the mean over the demonstration tokens of the step; where all questions lend one, times the share of
-    those that have one.
-
-    Args:
-        questions: Which questions lend their demonstration: all, or only the failed ones, whose rollouts then do not
-            train (HPT).
-        gate: A question has failed if at most this many of its rollouts are correct.
-        in_group: Grade the demonstration like a rollout, in the place of one of the group; its tokens get the
-            objective `A f(p)`, f(x) = x / (x + shape) (LUFFY).
-        shape: The constant in f.
-        own: What pushes the policy's own rollouts: the advantage of their group, or the sign of their correctness:
-            `positive_weight exp(H)` if correct, else -1, H the mean entropy of the response (SRFT; take the reinforce
-            surrogate with it).
-        positive_weight: Factor of correct rollouts with `own: sign`.
-        sft: Weight of the SFT loss on the demonstrations.
-        sft_end: Weight to which `sft` goes along half a cosine (CHORD's mu).
-        sft_decay: RL steps that this takes; 0 keeps `sft`.
-        convex: Whether the policy loss weighs one minus the weight of the SFT loss (CHORD).
-        token_weight: What multiplies each demonstration token's cross-entropy, as `model.sft_weight`.
-    """
-
-    questions: Literal["all", "failed"] = "all"
-    gate: int = 0
-    in_group: bool = False
-    shape: float = 0.1
-    own: Literal["advantage", "sign"] = "advantage"
-    positive_weight: float = 0.1
-    sft: float = 0.0
-    sft_end: float = 0.0
-    sft_decay: int = 0
-    convex: bool = False
-    token_weight: SFTWeight = "uniform"
-
-    def check(self, key: str) -> None:
-        """Raise an InputError that names the key, its value and what is allowed."""
-        for name in ("gate", "positive_weight", "sft", "sft_end", "sft_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be at least 0")
-        if self.shape <= 0:
-            raise InputError(f"{key}.shape: {self.shape} is not allowed; it must be above 0")
-        if self.convex and max(self.sft, self.sft_end) > 1:
-            raise InputError(f"{key}.sft: {self.sft} to {self.sft_end} is not allowed; convex needs at most 1")
-        if self.in_group and self.questions == "failed":
-            raise InputError(
-                f"{key}.in_group: true is not allowed with questions failed; whether they failed is known "
-                f"only after the rollouts"
-            )
-        if self.token_weight == "flow":
-            raise InputError(f"{key}.token_weight: flow is not allowed; it is a weight of SFT phases")
-
-    def sft_at(self, step: int) -> float:
-        """Weight of the SFT loss in RL step number `step`, from 0."""
-        done = min(1.0, step / self.sft_decay) if self.sft_decay else 0.0
-        return self.sft_end + (self.sft - self.sft_end) * (1 + math.cos(math.pi * done)) / 2
+    def objective(self) -> Surrogate:
+        """The surrogate that is named, with the settings that it has here."""
+        table = {
+            "clipped": lambda: Clipped(self.clip_low, self.clip_high),
+            "unclipped": Unclipped,
+            "truncated": lambda: Truncated(self.ratio_cap),
+            "reinforce": Reinforce,
+        }
+        return named(self.surrogate, table, Surrogate, "model.policy.surrogate")
 
 
 MOST_ROLLOUTS = 2**16  # per question; a rollout's first tokens alone would fill the memory long before
@@ -136,10 +91,7 @@ def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: 
     """Raise an InputError unless these settings of a module fit together."""
     sampling.check("model.sampling")
     settings.check("model.policy")
-    least = 2
-    if mixing is not None:
-        mixing.check("model.mixing")
-        least = 3 if mixing.in_group else 2
+    least = 3 if mixing is not None and mixing.in_group else 2
     if group_size > MOST_ROLLOUTS:
         raise InputError(f"model.group_size: {group_size} is not allowed; it must be at most {MOST_ROLLOUTS}")
     if group_size < least:
@@ -157,3 +109,13 @@ def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: 
             f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is "
             f"not allowed in RL; temperature > 0, top_p 1, top_k 0 are: the loss sees the whole vocabulary"
         )
+
+
+def check_sft(entropy_bonus: float, micro_batches: int, own_by_initial_losses: bool) -> None:
+    """Raise an InputError for settings of SFT steps that are impossible."""
+    if own_by_initial_losses:
+        raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
+    if not entropy_bonus >= 0:
+        raise InputError(f"model.sft_entropy_bonus: {entropy_bonus} is not allowed; it must be at least 0")
+    if micro_batches < 1:
+        raise InputError(f"model.micro_batches: {micro_batches} is not allowed; it must be at least 1")

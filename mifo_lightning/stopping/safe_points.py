@@ -77,20 +77,16 @@ def agree(device: torch.device) -> None:
         raise Interrupted(signum, together=interruption.speaks_for_all(ranks()))
 
 
-def whole_steps(loops: dict[str, Any], micro_batches: int) -> None:
+def whole_steps(loops: dict[str, Any]) -> None:
     """Take an optimizer step that is not done out of the progress of Lightning's fit loop, in place.
 
     Args:
         loops: `checkpoint["loops"]`.
-        micro_batches: Per optimizer step.
     """
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    now = progress["current"]
-    begun = now["ready"] > now["processed"] or now["processed"] % micro_batches > 0
-    if begun:
-        undone = now["processed"] % micro_batches
-        for counts in (now, progress["total"]):
-            done = counts["processed"] - undone
+    if progress["current"]["ready"] > progress["current"]["processed"]:
+        for counts in (progress["current"], progress["total"]):
+            done = counts["processed"]
             counts.update(ready=done, started=done, processed=done, completed=done)
 
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mifo_lightning.losses.advantages import group_advantages
+from mifo_lightning.losses.advantages import as_advantage
+from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.rollout.graded import Graded
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import RLSettings
 
 
 class Rows(NamedTuple):
@@ -16,7 +17,7 @@ class Rows(NamedTuple):
     Attributes:
         question: [B] int64, index of the question.
         tokens: B lists of token ids, end-of-sequence token included.
-        advantages: [B] fp32; with `own: sign` +1 or -1 for the policy's own responses.
+        advantages: [B] fp32; a method may push its own responses otherwise (`Mixing.push`).
         demonstrated: [B] bool, which are demonstrations.
         in_policy: [B] bool, which count in the denominator of the policy loss.
         active: [B] bool, which can give a gradient.
@@ -31,7 +32,11 @@ class Rows(NamedTuple):
 
 
 def training_rows(
-    graded: Graded, settings: RLSettings, mixing: Mixing | None, demonstration_rewards: Tensor | None
+    graded: Graded,
+    settings: RLSettings,
+    mixing: Mixing | None = None,
+    demonstration_rewards: Tensor | None = None,
+    supervised: bool = False,
 ) -> Rows:
     """Lay out what an RL step trains on.
 
@@ -41,41 +46,35 @@ def training_rows(
         mixing: How demonstrations are mixed in; None mixes none in.
         demonstration_rewards: [Q] fp32 rewards of the demonstrations, 0 where there is none; needed if they are in
             groups.
+        supervised: Whether the step has an SFT loss.
     """
     q, r = graded.rewards.shape
-    shown = torch.tensor([mixing is not None and bool(x.demonstration) for x in graded.questions])
-    failed = torch.zeros(q, dtype=torch.bool)
-    if mixing is not None and mixing.questions == "failed":
-        failed = shown = shown & (graded.correct.sum(-1) <= mixing.gate)
-    in_group = mixing is not None and mixing.in_group
-    # the last column is the demonstration's, whether there is one or not
-    advantages = torch.zeros(q, r + 1)
-    together = shown & in_group
-    advantages[~together, :r] = _advantages(graded.rewards[~together], settings)
-    if demonstration_rewards is not None:
-        joined = torch.cat([graded.rewards, demonstration_rewards[:, None]], dim=1)
-        advantages[together] = _advantages(joined[together], settings)
+    lent = torch.zeros(q, dtype=torch.bool)
+    if mixing is not None:
+        lent = torch.tensor([bool(x.demonstration) for x in graded.questions]) & mixing.lends(graded)
+    trains = torch.ones_like(lent) if mixing is None else mixing.trains(lent)
+    advantages = _advantages(graded, settings, lent, demonstration_rewards)
     # dynamic sampling leaves a group without a signal out of everything
     counted = torch.ones(q, 1).bool()
     if settings.dynamic_sampling:
         counted = (advantages != 0).any(-1, keepdim=True) & graded.undecided[:, None]
-    if mixing is not None and mixing.own == "sign":
-        advantages[:, :r] = torch.where(graded.correct, 1.0, -1.0)
-    advantages[failed, :r] = 0.0
+    if mixing is not None:
+        advantages[:, :r] = mixing.push(advantages[:, :r], graded)
+    advantages[~trains, :r] = 0.0
 
-    exists = torch.cat([torch.ones(q, r).bool(), shown[:, None]], dim=1)
+    exists = torch.cat([torch.ones(q, r).bool(), lent[:, None]], dim=1)
     demonstrated = torch.zeros_like(exists)
     demonstrated[:, r] = True
-    in_policy = (exists & (~demonstrated | in_group)) & counted
+    in_policy = (exists & (~demonstrated | (demonstration_rewards is not None))) & counted
     if settings.mask_truncated:
         in_policy[:, :r] &= graded.finished
     always = settings.kl_coefficient > 0 or settings.entropy_bonus > 0
-    active = in_policy & ((advantages != 0) | (always & ~demonstrated & ~failed[:, None]))
-    if mixing is not None and max(mixing.sft, mixing.sft_end) > 0:
+    active = in_policy & ((advantages != 0) | (always & ~demonstrated & trains[:, None]))
+    if supervised:
         active |= exists & demonstrated
     tokens = [
         row
-        for question, group, has in zip(graded.questions, graded.completions, shown.tolist(), strict=True)
+        for question, group, has in zip(graded.questions, graded.completions, lent.tolist(), strict=True)
         for row in [*(c.tokens for c in group), *([question.demonstration or []] if has else [])]
     ]
     index = torch.arange(q)[:, None].expand_as(exists)
@@ -83,8 +82,14 @@ def training_rows(
     return Rows(index[exists], tokens, *(field[exists] for field in fields))
 
 
-def _advantages(rewards: Tensor, settings: RLSettings) -> Tensor:
-    """[N, G] advantages of N whole groups."""
-    if not len(rewards):
-        return rewards
-    return group_advantages(rewards.flatten(), rewards.shape[1], settings.advantage).view_as(rewards)
+def _advantages(graded: Graded, settings: RLSettings, lent: Tensor, demonstration_rewards: Tensor | None) -> Tensor:
+    """[Q, R + 1] advantages of whole groups, the last column the demonstration's, whether there is one or not."""
+    q, r = graded.rewards.shape
+    rule, advantages = as_advantage(settings.advantage), torch.zeros(q, r + 1)
+    together = lent & (demonstration_rewards is not None)
+    if not together.all():
+        advantages[~together, :r] = rule(graded.rewards[~together])
+    if demonstration_rewards is not None and together.any():
+        joined = torch.cat([graded.rewards, demonstration_rewards[:, None]], dim=1)
+        advantages[together] = rule(joined[together])
+    return advantages

@@ -1,0 +1,57 @@
+"""Surrogate objectives: what a policy-gradient step maximises per token, in place of the return."""
+
+import torch
+from torch import Tensor
+
+
+class Surrogate:
+    """The objective of each token; a subclass says which."""
+
+    def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective, and which tokens it limits.
+
+        Args:
+            logp: [B, L] log-probabilities in nats, with gradient.
+            ratio: [B, L] or [B, 1] r, probability now by probability when sampled, with gradient.
+            advantage: [B, 1].
+
+        Returns:
+            [B, L] or [B, 1] objective with gradient, and as fp32 of r's shape 1 where r is cut off.
+        """
+        raise NotImplementedError
+
+
+class Clipped(Surrogate):
+    """`min(r A, clip(r, 1 - low, 1 + high) A)` (PPO, GRPO)."""
+
+    def __init__(self, low: float = 0.2, high: float = 0.2) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        clipped = ratio.clamp(1.0 - self.low, 1.0 + self.high) * advantage
+        limited = (clipped < ratio * advantage).float()
+        return torch.minimum(ratio * advantage, clipped), limited
+
+
+class Unclipped(Surrogate):
+    """`r A` (ReLIFT, LUFFY, HPT)."""
+
+    def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        return ratio * advantage, torch.zeros_like(ratio)
+
+
+class Truncated(Surrogate):
+    """`sg[min(r, cap)] A logp` (CISPO)."""
+
+    def __init__(self, cap: float = 5.0) -> None:
+        self.cap = cap
+
+    def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        return ratio.detach().clamp_max(self.cap) * advantage * logp, (ratio > self.cap).float()
+
+
+class Reinforce(Surrogate):
+    """`A logp` (RLOO, SRFT)."""
+
+    def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        return advantage * logp, torch.zeros_like(ratio)

@@ -1,0 +1,9 @@
+"""Methods that mix demonstrations into RL steps, one a file; `configs/methods/` has these and those made of phases."""
+
+from mifo_lightning.methods.chord import Chord
+from mifo_lightning.methods.hpt import HPT
+from mifo_lightning.methods.luffy import Luffy
+from mifo_lightning.methods.mixing import Mixing
+from mifo_lightning.methods.srft import SRFT
+
+__all__ = ["HPT", "SRFT", "Chord", "Luffy", "Mixing"]

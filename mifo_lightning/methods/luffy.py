@@ -1,0 +1,25 @@
+"""LUFFY (arXiv 2504.14945)."""
+
+from torch import Tensor
+
+from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
+from mifo_lightning.methods.mixing import Mixing, require
+
+
+class Luffy(Mixing):
+    """The demonstration is one member of its group; its tokens get the objective `A f(p)`, f(x) = x / (x + shape).
+
+    Args:
+        shape: The constant in f.
+        token_weight: As in `Mixing`.
+    """
+
+    in_group = True
+
+    def __init__(self, shape: float = 0.1, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
+        super().__init__(token_weight)
+        require("shape", shape, shape > 0, "above 0")
+        self.shape = shape
+
+    def lent_objective(self, p: Tensor) -> Tensor:
+        return p / (p + self.shape)

@@ -1,0 +1,85 @@
+"""What a method that mixes demonstrations into RL steps may decide; the methods are its subclasses, one a file."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mifo_lightning.errors import InputError
+from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
+
+if TYPE_CHECKING:
+    from mifo_lightning.rollout.graded import Graded
+
+
+class Mixing:
+    """Demonstrations inside RL steps: here those of all questions stand beside their groups and weigh nothing.
+
+    A method overrides what it does otherwise. Q questions have R rollouts each; H are entropies in nats. The SFT loss
+    is the mean over the demonstration tokens of the optimizer step.
+
+    Args:
+        token_weight: What multiplies each demonstration token's cross-entropy, as `model.sft_weight`.
+
+    Attributes:
+        in_group: Whether a demonstration is graded like a rollout, in the place of one of its group, and trained on
+            with an advantage of its own.
+    """
+
+    in_group = False
+
+    def __init__(self, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
+        self.token_weight = as_sft_weight(token_weight, "model.mixing.token_weight")
+        if self.token_weight.needs_initial_losses:
+            raise InputError(
+                f"model.mixing.token_weight: {token_weight!r:.80} is not allowed; it is a weight of SFT phases"
+            )
+
+    def lends(self, graded: "Graded") -> Tensor:
+        """[Q] bool: which questions lend their demonstration, if they have one."""
+        return torch.ones(len(graded.questions), dtype=torch.bool)
+
+    def trains(self, lent: Tensor) -> Tensor:
+        """[Q] bool: whose own rollouts train.
+
+        Args:
+            lent: [Q] bool, which questions lend a demonstration.
+        """
+        return torch.ones_like(lent)
+
+    def push(self, advantages: Tensor, graded: "Graded") -> Tensor:
+        """[Q, R] fp32: what pushes own rollouts, given their `advantages` [Q, R]."""
+        return advantages
+
+    def share(self, lent: float, asked: float) -> float:
+        """What the mean over demonstration tokens counts in an optimizer step.
+
+        Args:
+            lent: Questions of the step that lend a demonstration.
+            asked: All its questions.
+        """
+        return lent / asked
+
+    def scales(self, step: int) -> tuple[float, float]:
+        """Weights of the policy loss and of the SFT loss in RL step number `step`, from 0."""
+        return 1.0, 0.0
+
+    def reweigh(self, advantages: Tensor, entropy: Tensor, own: Tensor) -> Tensor:
+        """[B] advantages at the running forward.
+
+        Args:
+            advantages: [B] fp32.
+            entropy: [B, L] entropies in nats, without gradient.
+            own: [B, L] bool, tokens of own rollouts that count.
+        """
+        return advantages
+
+    def lent_objective(self, p: Tensor) -> Tensor:
+        """f(p) in `A f(p)`, the objective of a demonstration's tokens in the group; p [B, L] their probabilities."""
+        return p
+
+
+def require(key: str, value: float, good: bool, what: str) -> None:
+    """Raise an InputError unless `model.mixing.<key>` is good."""
+    if not good:
+        raise InputError(f"model.mixing.{key}: {value} is not allowed; it must be {what}")

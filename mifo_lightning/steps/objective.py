@@ -1,0 +1,87 @@
+"""The loss of optimizer steps of either kind: one formula over the streams of a `Batch`."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mifo_lightning.losses.policy import Ratio, kl_k3, policy_loss
+from mifo_lightning.losses.sft import sft_loss
+from mifo_lightning.losses.sft_weights import SFTWeight, Uniform
+from mifo_lightning.losses.surrogates import Clipped, Surrogate
+from mifo_lightning.methods.mixing import Mixing
+from mifo_lightning.steps.batch import Batch
+
+
+@dataclass
+class Objective:
+    """`rl.scale (L_policy + kl.scale KL - bonus.scale H) + ce.scale L_SFT`, each a weighted sum over tokens.
+
+    What depends on the running forward is worked out here, once, from scores without a gradient: the weight of each
+    demonstration token, and SRFT's factor of the policy's own rollouts.
+
+    Args:
+        surrogate: Objective of the policy's own tokens.
+        ratio: One probability ratio per token, or one per sequence.
+        sft_weight: What multiplies each demonstration token's cross-entropy.
+        mixing: How demonstrations are mixed into the batch; None if they are not.
+    """
+
+    surrogate: Surrogate = field(default_factory=Clipped)
+    ratio: Ratio = "token"
+    sft_weight: SFTWeight = field(default_factory=Uniform)
+    mixing: Mixing | None = None
+
+    def __call__(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one chunk of an optimizer step, and what is logged of it.
+
+        Args:
+            batch: The chunk.
+            logp: [B, L] log-probabilities in nats, with gradient.
+            entropy: [B, L] entropies in nats, with gradient if `bonus.scale` is above 0.
+
+        Returns:
+            The scalar loss and scalars without gradient; both sum over chunks and ranks to those of the whole step.
+        """
+        loss, metrics = logp.new_zeros(()), dict[str, Tensor]()
+        if batch.rl is not None:
+            loss, metrics = self._policy_loss(batch, logp, entropy)
+        if batch.kl is not None and batch.logp_ref is not None:
+            kl = batch.kl.mean(kl_k3(logp, batch.logp_ref))
+            loss, metrics["kl_ref"] = loss + batch.kl.scale * kl, kl.detach()
+        if batch.bonus is not None:
+            bonus = batch.bonus.mean(entropy)
+            metrics["entropy"] = bonus.detach()
+            if batch.bonus.scale:
+                loss = loss - batch.bonus.scale * bonus
+            if batch.rl is None:
+                metrics["nll"] = -batch.bonus.mean(logp.detach())
+        if batch.ce is not None:
+            sft, described = self._sft_loss(batch, logp, entropy)
+            metrics["loss" if batch.rl is None else "sft_loss"] = described["loss"]
+            loss = (1.0 if batch.rl is None else batch.rl.scale) * loss + batch.ce.scale * sft
+        return loss, metrics
+
+    def _policy_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.rl is not None
+        assert batch.advantages is not None, "a policy loss needs advantages"
+        advantages = batch.advantages
+        if self.mixing is not None and batch.demonstrated is not None:
+            own = (batch.rl.weight > 0) & ~batch.demonstrated
+            advantages = self.mixing.reweigh(advantages, entropy.detach(), own)
+        return policy_loss(
+            logp,
+            logp.detach() if batch.logp_old is None else batch.logp_old,
+            advantages,
+            batch.rl.weight,
+            surrogate=self.surrogate,
+            ratio=self.ratio,
+            keep=batch.keep,
+            demonstrated=batch.demonstrated,
+            lent=None if self.mixing is None else self.mixing.lent_objective,
+        )
+
+    def _sft_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.ce is not None
+        mask = batch.ce.weight > 0 if batch.demonstrated is None else batch.demonstrated
+        weight = self.sft_weight(logp.detach(), entropy.detach(), mask, batch.initial)
+        return sft_loss(logp, batch.ce.weight, batch.ce.total, weight)
