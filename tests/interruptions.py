@@ -96,7 +96,6 @@ def fit(
         accelerator="cpu",
         devices=1 if strategy == "single" else 2,
         strategy=several.get(strategy, "auto"),
-        accumulate_grad_batches=2,
         **evaluations,
         max_epochs=-1,
         logger=False,
@@ -105,7 +104,7 @@ def fit(
         callbacks=[*method_callbacks(size=8), *kept, last],
         default_root_dir=directory,
     )
-    module = make_module(**changes)
+    module = make_module(micro_batches=2, **changes)
     data = make_data(schedule=schedule, val=Skills(["addition", "mirrored"], 8, split="val"), eval_batch=4)
     stopped = None
     points = Points(at, trainer)

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from torch import Tensor
 from mifo_callbacks import Seed
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.losses.policy import token_weights
+from mifo_lightning.methods import Mixing
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
-from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import RLSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = ["123+456=", "777x12=", "s:40312=", "9+9="]
@@ -96,8 +98,6 @@ def item(qs: list[Question], **changes: Any) -> WorkItem:
         "updates": 1,
         "minibatches": 1,
         "step": 0,
-        "micro": 0,
-        "micro_batches": 1,
     }
     return WorkItem(**{**plain, **changes})  # type: ignore[typeddict-item]
 
@@ -151,28 +151,40 @@ def configured(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
 
 
+def built(spec: dict[str, Any]) -> Any:
+    """The object of a `class_path` with its `init_args`."""
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**spec.get("init_args", {}))
+
+
 def rl_settings(name: str) -> tuple[RLSettings, Mixing | None]:
     """Policy loss and mixing of the tiny base with `configs/<name>.yaml` over it."""
     base, over = configured("tiny")["model"], configured(name).get("model", {})
-    mixing = Mixing(**over["mixing"]) if "mixing" in over else None
+    mixing = built(over["mixing"]) if "mixing" in over else None
     return RLSettings(**{**base["policy"], **over.get("policy", {})}), mixing
 
 
 def rollout_of(
     settings: RLSettings, mask: Tensor, advantages: Tensor, max_length: int, **scores: Tensor | None
-) -> Rollout:
+) -> Batch:
     """A rollout of which only the numbers that the loss reads matter."""
     b = len(mask)
     sizes: dict[str, Any] = {"sequences": b, "tokens": float(mask.sum()), "max_length": max_length}
     sizes["sum_sequences"] = settings.sum_sequences
-    return Rollout(
+    weight = token_weights(mask, settings.aggregation, **sizes)
+    demonstrated = scores.get("demonstrated")
+    own = weight if demonstrated is None else weight.masked_fill(demonstrated, 0.0)
+    kl, bonus = settings.kl_coefficient, settings.entropy_bonus
+    return Batch(
         sequences=Sequences(torch.zeros(b, 1), torch.zeros(b), mask.sum(-1)),
-        advantages=advantages,
-        weight=token_weights(mask, settings.aggregation, **sizes),
+        question=torch.arange(b),
         minibatch=torch.zeros(b, dtype=torch.long),
         active=torch.ones(b, dtype=torch.bool),
-        question=torch.arange(b),
-        **scores,
+        rl=Stream(weight),
+        kl=Stream(own, scale=kl) if kl else None,
+        bonus=Stream(own, scale=bonus) if bonus else None,
+        advantages=advantages,
+        **scores,  # type: ignore[arg-type]
     )
 
 
@@ -182,23 +194,22 @@ def evaluate(
     """Loss, gradient with respect to the log-probabilities, metrics."""
     logp = logp.clone().requires_grad_()
     rollout = rollout_of(rl.settings, mask, advantages, longest, **scores)
-    loss, metrics = rl.loss(rollout, logp, entropy, 0)
+    loss, metrics = rl.objective(rollout, logp, entropy)
     (grad,) = torch.autograd.grad(loss, logp)
     return loss.detach(), grad, metrics
 
 
-def prepare(rl: Reinforcement, policy: Policy, work: WorkItem, graded: Graded) -> Rollout:
+def prepare(rl: Reinforcement, policy: Policy, work: WorkItem, graded: Graded) -> Batch:
     """What the updates train on if every question does."""
     everything = list(range(len(graded.questions)))
     return rl.prepare(policy, work, graded, Chosen(everything, everything, len(everything)))
 
 
-def step_loss(rl: Reinforcement, policy: Policy, rollout: Rollout, work: WorkItem) -> Tensor:
-    """The loss of one RL optimizer step, summed over its micro-batches."""
+def step_loss(rl: Reinforcement, policy: Policy, rollout: Batch, update: int = 0, micro_batches: int = 1) -> Tensor:
+    """The loss of one RL optimizer step, summed over its chunks."""
     total = torch.zeros(())
-    for micro in range(work["micro_batches"]):
-        part = rl.micro_batch(rollout, {**work, "micro": micro})
+    for part in rollout.chunks(update, micro_batches):
         bonus = rl.settings.entropy_bonus > 0
         logp, entropy = policy(part.sequences, rl.sampling.temperature, entropy_gradient=bonus)
-        total = total + rl.loss(part, logp, entropy, work["rollout"])[0]
+        total = total + rl.objective(part, logp, entropy)[0]
     return total

@@ -211,7 +211,7 @@ def test_two_are_kept_where_three_fit_and_else_one_with_a_line(
     assert (tmp_path / "checkpoints" / "last.ckpt").stat().st_size < needed
 
 
-def test_the_clock_asks_for_one_too_but_never_within_an_optimizer_step(
+def test_the_clock_asks_for_one_too_at_the_end_of_an_optimizer_step(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     written: list[int] = []
@@ -225,15 +225,15 @@ def test_the_clock_asks_for_one_too_but_never_within_an_optimizer_step(
         monkeypatch.setattr(monitor, "SECONDS", seconds)
         monkeypatch.setattr(monitor, "SHARE", share)
         callbacks = [LastCheckpoint(every=0, dirpath=str(tmp_path / name)), Look()]
-        trainer = make_trainer(callbacks, enable_checkpointing=True, accumulate_grad_batches=2)
-        trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=3, rl_questions=4)))
+        trainer = make_trainer(callbacks, enable_checkpointing=True)
+        trainer.fit(make_module(micro_batches=2), datamodule=make_data(schedule=Schedule(rl_steps=3, rl_questions=4)))
 
     run("always", 0, 0)
-    assert written == [2, 4, 6]
+    assert written == [1, 2, 3]
     run("never", 600, 20)
-    assert written == [6]  # the end
+    assert written == [3]  # the end
     run("once", 0, 1e9)  # the first is due at once; what it took puts the next one off
-    assert written == [2, 6]
+    assert written == [1, 3]
 
 
 def checkpoint_file(path: Path) -> Path:

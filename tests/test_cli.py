@@ -126,8 +126,6 @@ def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base
     loader = PhaseLoader(
         questions,
         Schedule(**schedule),
-        group_size=config["model"]["group_size"],
-        micro_batches=trainer["accumulate_grad_batches"],
         world_size=trainer["devices"] * trainer["num_nodes"],
     )
     loader.push([{"id": i} for i in range(size)])
@@ -274,7 +272,7 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"importance": "null"}, ["GradientFreezing", "ImportanceEMA"]),
         ({"importance.alpha": "1.0"}, ["alpha is 1.0"]),
         ({"trainer.precision": "bf16-true"}, ["trainer.precision: bf16-true", "bf16-mixed"]),
-        ({"trainer.accumulate_grad_batches": "5"}, ["accumulate_grad_batches: 5"]),
+        ({"trainer.accumulate_grad_batches": "5"}, ["accumulate_grad_batches: 5", "model.micro_batches"]),
         ({"trainer.gradient_clip_val": "1.0"}, ["trainer.gradient_clip_val: 1.0", "model.rl.clip"]),
         ({"trainer.strategy": "nonsense"}, ["nonsense"]),
         ({"data.train": "absent.parquet"}, ["data.train", "absent.parquet"]),

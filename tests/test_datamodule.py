@@ -49,11 +49,10 @@ def attached(stage: str = "fit", rank: int = 0, ranks: int = 1, callbacks: Any =
     return data
 
 
-def trainer_of(rank: int, ranks: int, callbacks: Any = (), micro: int = 1) -> Any:
+def trainer_of(rank: int, ranks: int, callbacks: Any = ()) -> Any:
     """What a QuestionData asks a Trainer."""
     return SimpleNamespace(
         callbacks=list(callbacks),
-        accumulate_grad_batches=micro,
         global_rank=rank,
         world_size=ranks,
         lightning_module=None,

@@ -13,6 +13,7 @@ from rl_steps import completion, encode, gradient, item, moved, prepare, reinfor
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.methods import Chord
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.question import Question
@@ -21,7 +22,7 @@ from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.steps import reinforcement as rl_module
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import RLSettings
 
 
 class Scripted:
@@ -120,7 +121,7 @@ def test_dropped_groups_count_nowhere(policy: Policy, tokenizer: Any, aggregatio
     for one, graded in ((rl, kept), (plain, kept), (rl, drawn)):  # the last: groups without a signal left in
         rollout = prepare(one, policy, work, graded)
         new = moved(load_policy("embedded"))
-        found.append(gradient(new, step_loss(one, new, rollout, work)))
+        found.append(gradient(new, step_loss(one, new, rollout)))
     assert relative(found[0], found[1]) < 1e-5
     assert relative(found[2], found[1]) < 1e-5
 
@@ -131,7 +132,7 @@ def test_a_step_without_any_signal_changes_nothing(policy: Policy, tokenizer: An
     drawn, chosen, work = roll_out(rl, PhaseLoader(pool(tokenizer, "." * 16), Schedule(rl_questions=4, rl_steps=9)))
     assert len(drawn.questions) == 8
     rollout = rl.prepare(policy, work, drawn, chosen)
-    found = gradient(policy, step_loss(rl, moved(policy), rollout, work))
+    found = gradient(policy, step_loss(rl, moved(policy), rollout))
     assert all((g == 0).all() for g in found.values())
 
 
@@ -218,4 +219,4 @@ def test_a_negative_limit_is_refused(tokenizer: Any) -> None:
 
 def test_it_would_drop_the_groups_that_need_demonstrations(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"dynamic_sampling: 3 is not allowed with model.mixing"):
-        reinforcement(tokenizer, settings=RLSettings(dynamic_sampling=3), mixing=Mixing(sft=1.0))
+        reinforcement(tokenizer, settings=RLSettings(dynamic_sampling=3), mixing=Chord())

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from mifo_callbacks import Seed
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
+from mifo_lightning.methods import Luffy
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.policy.ending import end_tokens, read_ends, response_texts, set_ends
@@ -30,7 +31,6 @@ from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
-from mifo_lightning.steps.settings import Mixing
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
 MakeTrainer = Callable[..., Trainer]
@@ -174,16 +174,15 @@ def test_special_tokens_are_text_wherever_a_response_is_graded(policy: Policy) -
 
     asked = Question(0, "s", "how many?", [5, 6], "5", tokens[0])
     unsure = Question(1, "s", "how many?", [5, 6], "5", tokens[1])
-    rl = reinforcement(
-        tokenizer, reward=reward, group_size=3, engine=Answers(), mixing=Mixing(in_group=True, questions="all")
-    )
+    rl = reinforcement(tokenizer, reward=reward, group_size=3, engine=Answers(), mixing=Luffy())
     graded = rl.grade([asked], completions)
     assert graded.rewards.tolist() == [[1, 0]]
     assert [sample["response"] for sample in graded.samples(tokenizer, [])] == shown
     both = rl.grade([asked, unsure], completions * 2)
     rollout = rl.prepare(policy, item([asked, unsure]), both, rl.choose(both, 1, 2))  # type: ignore[arg-type]
     assert rollout.demonstrated is not None
-    right, wrong = rollout.advantages[rollout.demonstrated].tolist()
+    assert rollout.advantages is not None
+    right, wrong = rollout.advantages[rollout.demonstrated.any(-1)].tolist()
     assert right > 0 > wrong
 
     judge = Evaluator(

@@ -20,13 +20,13 @@ from mifo_lightning.module import MifoModule
 
 
 def fitted(
-    count: int, size: int | None = None, holdout: int = 0, micro: int = 1, ranks: int = 1, **schedule: Any
+    count: int, size: int | None = None, holdout: int = 0, ranks: int = 1, **schedule: Any
 ) -> dict[str, tuple[int, int]]:
     """What is fitted to so many questions, two of three of them with a demonstration; the loader takes it."""
     switch = [BufferPhaseSwitch(size=size)] if size else []
     plan = Schedule(**{"rl_steps": 2, "rl_questions": 4, "sft_batch": 4, **schedule})
     data = make_data(**ALONE, train=Numbered(count), holdout=holdout, schedule=plan)
-    data.trainer = trainer_of(0, ranks, switch, micro)
+    data.trainer = trainer_of(0, ranks, switch)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         data.setup("validate")
@@ -61,10 +61,9 @@ def fitted(
         ({"size": 7, "sft_batch": 64, "sft_epochs": 2}, {"data.schedule.sft_batch": 7}),  # a step an epoch
         ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "switch.size": 4}),
         ({"sft_batch": 64, "sft_before": 2}, {"data.schedule.sft_batch": 20}),
-        ({"sft_batch": 64, "sft_after": 2, "micro": 4, "ranks": 2}, {"data.schedule.sft_batch": 16}),
+        ({"sft_batch": 64, "sft_after": 2, "rl_questions": 8, "ranks": 8}, {"data.schedule.sft_batch": 16}),
         ({"rl_questions": 32}, {"data.schedule.rl_questions": 30}),
         ({"rl_questions": 32, "minibatches": 4}, {"data.schedule.rl_questions": 28}),
-        ({"rl_questions": 32, "micro": 16}, {"data.schedule.rl_questions": 28}),
         ({"rl_questions": 32, "rl_steps": 1, "holdout": 30}, {"data.holdout": 6, "data.schedule.rl_questions": 24}),
         ({"holdout": 29, "rl_questions": 2}, {"data.schedule.rl_questions": 1}),
         ({"sft_batch": 64}, {}),
@@ -80,8 +79,8 @@ def test_sizes_that_the_data_cannot_fill_are_fitted_and_each_is_said(
 def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_not_grown() -> None:
     def runs(plan: Schedule, shown: int, size: int | None, unit: int) -> bool:
         try:
-            plan.check_sft(shown, size, unit, 1)
-            plan.check_rl(shown, 2, 1, unit)
+            plan.check_sft(shown, size, unit)
+            plan.check_rl(shown, unit)
         except InputError:
             return False
         return True
@@ -90,7 +89,7 @@ def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_
     choices = (range(1, 10), range(1, 10), (1, 2, 3), (None, *range(1, 10)), (1, 2, 3), (0, 1))
     for shown, batch, epochs, size, unit, before in itertools.product(*choices):
         plan = Schedule(rl_steps=1, rl_questions=2 * unit, sft_batch=batch, sft_epochs=epochs, sft_before=before)
-        other, taken = plan.fit_rl(shown, 2, 1, unit).fit_sft(shown, size, unit, 1)
+        other, taken = plan.fit_rl(shown, unit).fit_sft(shown, size, unit)
         if runs(plan, shown, size, unit):
             assert (other, taken) == (plan, size)
             seen["as it is"] += 1
@@ -110,21 +109,15 @@ def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (
-            {"size": 128, "sft_batch": 64, "micro": 32, "rl_questions": 8},
-            r"switch\.size: 128 .*20.*lower trainer.accum",
-        ),
-        (
-            {"sft_batch": 64, "sft_before": 1, "micro": 32, "rl_questions": 8},
-            r"sft_batch: 64 .*20.*lower trainer.accum",
-        ),
+        ({"size": 128, "sft_batch": 64, "ranks": 32, "rl_questions": 32}, r"rl_questions: 32 is more than the 30"),
+        ({"sft_batch": 64, "sft_before": 1, "ranks": 32, "rl_questions": 32}, r"rl_questions: 32 is more than the 30"),
         ({"size": 6, "sft_batch": 3, "ranks": 2}, r"sft_batch: 3 does not divide by 2"),
         ({"rl_questions": 5, "ranks": 2}, r"rl_questions: 5 does not divide by 2"),
-        ({"rl_questions": 64, "micro": 256}, r"rl_questions: 64 .*30"),
+        ({"rl_questions": 64, "minibatches": 32}, r"rl_questions: 64 .*30"),
     ],
     ids=str,
 )
-def test_what_no_size_fits_and_what_ranks_and_micro_batches_ask_for_is_refused(
+def test_what_no_size_fits_and_what_ranks_and_minibatches_ask_for_is_refused(
     arguments: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(InputError, match=text):

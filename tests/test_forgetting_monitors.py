@@ -245,9 +245,8 @@ class Gradients(Callback):
         self.shares: list[list[list[float]]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.phase, last = batch["phase"], batch["micro"] + 1 == batch["micro_batches"]
-        self.due = self.phase == "sft" and last
-        if self.phase == "sft" and batch["update"] == batch["micro"] == 0:
+        self.due = batch["phase"] == "sft"
+        if self.due and batch["update"] == 0:
             self.shares.append([])
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -264,8 +263,8 @@ class Gradients(Callback):
 def test_overlap_is_that_of_the_unmasked_gradient(make_trainer: MakeTrainer, selector: Any) -> None:
     records, monitor, watch = Records(), FrozenOverlap(), Gradients()
     callbacks = [ImportanceEMA(), GradientFreezing(fraction=0.3, selector=selector), BufferPhaseSwitch(8, p=0.75)]
-    trainer = make_trainer([*callbacks, monitor, watch], accumulate_grad_batches=2, logger=records)
-    trainer.fit(make_module(), datamodule=make_data())
+    trainer = make_trainer([*callbacks, monitor, watch], logger=records)
+    trainer.fit(make_module(micro_batches=2), datamodule=make_data())
     keys = ("frozen", "gradient", "gradient_squared")
     expected = [torch.tensor(steps).mean(0).tolist() for steps in watch.shares]
     assert len(watch.shares[0]) == 2

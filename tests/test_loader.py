@@ -29,8 +29,8 @@ def entries(*ids: int) -> list[dict[str, Any]]:
     return [{"id": i, "n_correct": 0, "size": 8, "step": 1, "entries": 1} for i in ids]
 
 
-def brief(item: WorkItem) -> tuple[str, list[int], int, int, int]:
-    return item["phase"], [q.id for q in item["questions"]], item["rollout"], item["update"], item["micro"]
+def brief(item: WorkItem) -> tuple[str, list[int], int, int]:
+    return item["phase"], [q.id for q in item["questions"]], item["rollout"], item["update"]
 
 
 def test_every_question_comes_once_per_epoch_in_another_order() -> None:
@@ -46,29 +46,28 @@ def test_no_rollout_holds_a_question_twice() -> None:
 
 
 def test_a_pushed_phase_waits_for_all_updates_of_the_rollout() -> None:
-    it = loader(passes=2, minibatches=2, micro_batches=2, sft_epochs=2)
+    it = loader(passes=2, minibatches=2, sft_epochs=2)
     first = next(it)
     it.push(entries(3, 1))
     items = [first, *it]
     phases = [item["phase"] for item in items]
-    assert phases[:8] == ["rl"] * 8
-    assert phases[8:12] == ["sft"] * 4
-    assert phases[12:] == ["rl"] * 24
-    assert [item["update"] for item in items[:8]] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [item["micro"] for item in items[:8]] == [0, 1] * 4
-    assert {len(item["questions"]) for item in items[:8]} == {4}
-    for update in (items[8:10], items[10:12]):
-        assert {q.id for q in update[0]["questions"]} == {q.id for q in update[1]["questions"]} == {1, 3}
+    assert phases[:4] == ["rl"] * 4
+    assert phases[4:6] == ["sft"] * 2
+    assert phases[6:] == ["rl"] * 12
+    assert [item["update"] for item in items[:4]] == [0, 1, 2, 3]
+    assert {len(item["questions"]) for item in items[:4]} == {4}
+    for item in items[4:6]:
+        assert {q.id for q in item["questions"]} == {1, 3}
 
 
 def test_steps_count_optimizer_steps_of_each_kind() -> None:
-    it = loader(micro_batches=2, sft_before=1, sft_after=1, rl_steps=2)
+    it = loader(sft_before=1, sft_after=1, rl_steps=2)
     items = []
     for item in it:
         items.append(item)
-        if item["phase"] == "rl" and item["rollout"] == 0 and item["micro"] == 0:
+        if item["phase"] == "rl" and item["rollout"] == 0:
             it.push(entries(0, 1, 2, 3))
-    got = [(i["phase"], i["step"], i["rollout"]) for i in items if i["micro"] == 0]
+    got = [(i["phase"], i["step"], i["rollout"]) for i in items]
     assert got == [("sft", 0, 0), ("rl", 0, 0), ("sft", 1, 1), ("sft", 2, 1), ("rl", 1, 1), ("sft", 3, 2)]
 
 
@@ -167,7 +166,7 @@ def test_ranks_share_the_work_of_one_process() -> None:
                 it.push(entries(5, 6))
 
 
-@pytest.mark.parametrize("stop", range(1, 24))
+@pytest.mark.parametrize("stop", range(1, 13))
 def test_a_restored_loader_goes_on_exactly(stop: int) -> None:
     def run(it: PhaseLoader, begin: int, log: list[Any]) -> PhaseLoader:
         for i, item in enumerate(it, begin):
@@ -178,7 +177,7 @@ def test_a_restored_loader_goes_on_exactly(stop: int) -> None:
                 break
         return it
 
-    settings: dict[str, Any] = {"passes": 2, "micro_batches": 2, "sft_before": 1, "rl_questions": 4}
+    settings: dict[str, Any] = {"passes": 2, "sft_before": 1, "rl_questions": 4}
     undisturbed: list[Any] = []
     for i, item in enumerate(it := loader(**settings)):
         undisturbed.append(brief(item))
@@ -209,7 +208,6 @@ def test_share_done_reaches_one() -> None:
     ("changes", "key"),
     [
         ({"rl_questions": 3, "world_size": 2}, "rl_questions: 3"),
-        ({"micro_batches": 3, "group_size": 8}, "accumulate_grad_batches: 3"),
         ({"rl_questions": 24}, "rl_questions: 24"),
         ({"sft_before": 1, "demonstrated": 0}, "sft_batch: 2"),
         ({"sft_before": 1, "sft_batch": 3, "world_size": 2}, "sft_batch: 3 does not divide by 2"),
@@ -257,12 +255,11 @@ def test_rl_alone_does_not_care_about_sft_batches() -> None:
 
 
 def test_two_sft_phases_in_a_row_have_two_numbers_and_rollouts_in_a_row_have_one() -> None:
-    it = loader(sft_before=2, sft_after=2, rl_steps=3, micro_batches=2)
+    it = loader(sft_before=2, sft_after=2, rl_steps=3)
     seen = []
     for item in it:
-        if item["micro"] == 0:
-            seen.append((item["phase"][0], item["phase_number"]))
-        if item["phase"] == "rl" and item["rollout"] in (1, 2) and item["micro"] == 0:
+        seen.append((item["phase"][0], item["phase_number"]))
+        if item["phase"] == "rl" and item["rollout"] in (1, 2):
             it.push(entries(0, 1, 2, 3))
     before, pushed = [("s", 0)] * 2, [("s", 1)] * 2
     rl, last = [("r", 1)] * 2, [("r", 2)]

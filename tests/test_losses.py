@@ -8,14 +8,15 @@ import torch
 
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.losses import token_scores as scoring
-from mifo_lightning.losses.advantages import group_advantages
-from mifo_lightning.losses.sft import SFTWeight, mean_over, sft_loss, sft_weights
+from mifo_lightning.losses.advantages import ADVANTAGES, GroupMean, GroupStd, LeaveOneOut
+from mifo_lightning.losses.sft import mean_over, sft_loss
+from mifo_lightning.losses.sft_weights import SFTWeightName, as_sft_weight
 from mifo_lightning.losses.token_scores import token_scores
 
 
 def test_advantages_are_centred_and_scaled_within_each_group() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.2, 0.8, 0.2, 0.8])
-    got = group_advantages(rewards, 4)
+    got = GroupStd()(rewards.view(2, 4)).flatten()
     std = 0.5  # of (1, 0, 0, 0) over 3 degrees of freedom
     torch.testing.assert_close(got[:4], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (std + 1e-6))
     std = math.sqrt(4 * 0.09 / 3)
@@ -25,20 +26,20 @@ def test_advantages_are_centred_and_scaled_within_each_group() -> None:
 def test_the_other_kinds_of_advantage() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.2, 0.8, 0.3, 0.7])
     centred = torch.tensor([0.75, -0.25, -0.25, -0.25, -0.3, 0.3, -0.2, 0.2])
-    torch.testing.assert_close(group_advantages(rewards, 4, "group_mean"), centred)
+    torch.testing.assert_close(GroupMean()(rewards.view(2, 4)).flatten(), centred)
     others = [(4 * rewards.view(2, 4).mean(1)[i // 4] - rewards[i]) / 3 for i in range(8)]
-    torch.testing.assert_close(group_advantages(rewards, 4, "leave_one_out"), rewards - torch.stack(others))
+    torch.testing.assert_close(LeaveOneOut()(rewards.view(2, 4)).flatten(), rewards - torch.stack(others))
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group_mean", "leave_one_out"])
+@pytest.mark.parametrize("kind", ADVANTAGES)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
 def test_equal_rewards_give_exactly_no_advantage(value: float, kind: Any) -> None:
-    assert (group_advantages(torch.full((14,), value), 7, kind) == 0).all()
+    assert (ADVANTAGES[kind]()(torch.full((2, 7), value)) == 0).all()
 
 
 def test_groups_of_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        group_advantages(torch.zeros(4), 1)
+        GroupMean()(torch.zeros(4, 1))
 
 
 def test_sft_loss_sees_selected_tokens_only() -> None:
@@ -67,7 +68,7 @@ WEIGHTS: dict[str, list[list[float]]] = {
 
 
 @pytest.mark.parametrize("selected", ["all", "some", "highest"])
-@pytest.mark.parametrize("kind", get_args(SFTWeight))
+@pytest.mark.parametrize("kind", get_args(SFTWeightName))
 def test_weighted_sft_losses_and_gradients_by_hand(kind: Any, selected: str) -> None:
     logp, entropy = P.log().requires_grad_(), ENTROPY.clone().requires_grad_()
     if selected == "highest":
@@ -76,8 +77,7 @@ def test_weighted_sft_losses_and_gradients_by_hand(kind: Any, selected: str) -> 
     else:
         chosen = MASK if selected == "all" else torch.tensor([[True, False, True], [False] * 3])
         denominator = float(chosen.sum())
-    weights = sft_weights(kind, logp, entropy, MASK, RELATIVE if kind == "flow" else None)
-    assert not weights.requires_grad
+    weights = as_sft_weight(kind)(logp.detach(), entropy.detach(), MASK, RELATIVE if kind == "flow" else None)
     loss, _ = sft_loss(logp, chosen, denominator, weights)
     expected = torch.tensor([row + [0.0] * (3 - len(row)) for row in WEIGHTS[kind]]) * chosen
     assert loss.item() == pytest.approx(-float((expected * P.log()).sum()) / denominator, rel=1e-5)

@@ -27,10 +27,12 @@ from rl_steps import (
 )
 from torch import Tensor
 
+from mifo_lightning.losses.sft_weights import HighEntropy
+from mifo_lightning.methods import SRFT
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import RLSettings
 
 LONGEST = 14
 # mixed, all wrong, mixed and without a demonstration, all right; the truth is 7, what has no <eos> is wrong
@@ -237,9 +239,9 @@ def responses(tokenizer: Any, rl: Reinforcement) -> list[Any]:
 def assert_formula(tokenizer: Any, rl: Reinforcement, formula: Callable[[Hand], Tensor], step: int = 0) -> None:
     """Loss and gradient of one RL step are those of the formula."""
     qs, new = questions(tokenizer, SHOWN), moved(load_policy("embedded"))
-    work = item(qs, updates=2, rollout=step, micro_batches=3)
+    work = item(qs, updates=2, rollout=step)
     rollout = prepare(rl, load_policy("embedded"), work, rl.grade(qs, responses(tokenizer, rl)))
-    loss, expected = step_loss(rl, new, rollout, work), by_formula(tokenizer, rl, new, formula)
+    loss, expected = step_loss(rl, new, rollout, micro_batches=3), by_formula(tokenizer, rl, new, formula)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     found = gradient(new, loss)
     assert relative(found, gradient(new, expected)) < 1e-4
@@ -262,7 +264,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(tokenizer: Any, name
 def test_srft_with_the_sign_of_its_code(tokenizer: Any) -> None:
     settings, mixing = rl_settings("methods/srft")
     assert mixing is not None
-    mixing.token_weight = "high_entropy"
+    mixing.token_weight = HighEntropy()
     assert_formula(tokenizer, reinforcement(tokenizer, settings=settings, mixing=mixing), lambda h: srft(h, sign=1))
 
 
@@ -280,20 +282,22 @@ def configured_rl(tokenizer: Any, name: str) -> Reinforcement:
         settings, mixing = rl_settings(name)
         return reinforcement(tokenizer, settings=settings, mixing=mixing)
     settings = RLSettings(aggregation="token", kl_coefficient=0.3, entropy_bonus=0.2, entropy_fraction=0.5)
-    mixing = Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy")
+    mixing = SRFT()
     rl = reinforcement(tokenizer, settings=settings, mixing=mixing)
     rl.set_reference(moved(load_policy("embedded"), seed=7))
     return rl
 
 
-def gradients(tokenizer: Any, name: str, chosen: list[int], **cut: int) -> list[Gradient]:
+def gradients(
+    tokenizer: Any, name: str, chosen: list[int], micro_batches: int = 1, minibatches: int = 1
+) -> list[Gradient]:
     """The gradient of every update of a pass on the chosen questions."""
     rl, new = configured_rl(tokenizer, name), moved(load_policy("embedded"))
     qs, drawn = questions(tokenizer, SHOWN), responses(tokenizer, rl)
     qs, drawn = [qs[i] for i in chosen], [drawn[i] for i in chosen]
-    work = item(qs, updates=2, **cut)
+    work = item(qs, updates=2, minibatches=minibatches)
     rollout = prepare(rl, load_policy("embedded"), work, rl.grade(qs, drawn))
-    return [gradient(new, step_loss(rl, new, rollout, {**work, "update": u})) for u in range(work["minibatches"])]
+    return [gradient(new, step_loss(rl, new, rollout, u, micro_batches)) for u in range(minibatches)]
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, EVERYTHING])

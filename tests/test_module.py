@@ -16,13 +16,14 @@ from mifo_callbacks import GradientFreezing
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
-from mifo_lightning.losses.advantages import group_advantages
+from mifo_lightning.losses.advantages import GroupStd
+from mifo_lightning.methods import HPT, SRFT, Chord
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import RLSettings
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -36,9 +37,8 @@ class Watch(Callback):
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch["micro"] == 0:
-            self.phases.append(batch["phase"])
-            self.weights.append(weights(pl_module))
+        self.phases.append(batch["phase"])
+        self.weights.append(weights(pl_module))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters()})
@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "entropy mask": {"policy": RLSettings(entropy_fraction=0.2)},
     "mixed": {
         "policy": RLSettings(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
-        "mixing": Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy"),
+        "mixing": SRFT(),
         "sft_weight": "flow",
     },
     "dynamic sampling": {"policy": RLSettings(dynamic_sampling=3), "sft_weight": "dft"},
@@ -59,17 +59,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("micro_batches", [2, 8])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_accumulated_gradients_equal_those_of_one_batch(
+def test_gradients_of_chunks_add_up_to_those_of_one_batch(
     make_trainer: MakeTrainer, setting: str, micro_batches: int
 ) -> None:
     runs = []
     for micro in (1, micro_batches):
         watch = Watch()
         # learning rate 0 in both phases: each step's gradient is of the same weights
-        module = make_module(rl=AdamWSettings(lr=0.0), sft=AdamWSettings(lr=0.0), **SETTINGS[setting])
+        still = AdamWSettings(lr=0.0)
+        module = make_module(rl=still, sft=still, micro_batches=micro, **SETTINGS[setting])
         schedule = Schedule(rl_steps=3, rl_questions=8, sft_batch=8, passes=2)
         callbacks = [watch, *method_callbacks(size=8)[:1], method_callbacks(size=8)[3]]
-        make_trainer(callbacks, accumulate_grad_batches=micro).fit(module, datamodule=make_data(schedule=schedule))
+        make_trainer(callbacks).fit(module, datamodule=make_data(schedule=schedule))
         runs.append(watch)
     whole, parts = runs
     assert whole.phases == parts.phases
@@ -157,12 +158,12 @@ RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "mifo, two passes": ({"policy": RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)}, PASSES),
     "keep moments, minibatches": ({"moments": "keep"}, MINIBATCHES),
     "demonstrations inside a pass": (
-        {"mixing": Mixing(sft=0.9, sft_end=0.1, sft_decay=3, convex=True), "policy": RLSettings(entropy_bonus=0.1)},
+        {"mixing": Chord(0.9, 0.1, 3), "policy": RLSettings(entropy_bonus=0.1)},
         {**PASSES, "rl_steps": 2},
     ),
     "a sum, failed questions, bonuses": (
         {
-            "mixing": Mixing(questions="failed", sft=1.0),
+            "mixing": HPT(),
             "policy": RLSettings("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
             "sft_entropy_bonus": 0.1,
         },
@@ -180,17 +181,15 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(
     changes, plan = RESUMES[name]
     data = {"schedule": Schedule(**{"rl_steps": 4, "rl_questions": 4, "sft_batch": 4, **plan})}
     watch = Watch()
-    module = make_module(**changes)
-    trainer = make_trainer(
-        [*method_callbacks(), watch, SaveAll(tmp_path)], enable_checkpointing=True, accumulate_grad_batches=2
-    )
+    module = make_module(micro_batches=2, **changes)
+    trainer = make_trainer([*method_callbacks(), watch, SaveAll(tmp_path)], enable_checkpointing=True)
     trainer.fit(module, datamodule=make_data(**data))
     end, steps = weights(module), trainer.global_step
     assert watch.phases.count("sft") >= 2
     for step in range(1, steps):
-        resumed = make_module(**changes)
+        resumed = make_module(micro_batches=2, **changes)
         torch.manual_seed(step)  # no random state may matter
-        make_trainer(method_callbacks(), accumulate_grad_batches=2).fit(
+        make_trainer(method_callbacks()).fit(
             resumed, datamodule=make_data(**data), ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True
         )
         for key, value in weights(resumed).items():
@@ -227,19 +226,18 @@ def test_rollouts_without_signal_change_nothing_but_momentum(make_trainer: MakeT
     assert all((g == 0).all() for gradient in watch.gradients for g in gradient.values())
 
 
-def test_micro_batches_share_the_rows_with_signal_and_idle_ones_give_none() -> None:
-    module = make_module()
-    advantages = group_advantages(torch.tensor([1.0, 0, 0, 0] + [0.0] * 4 + [1.0] * 4), 4)
+def test_chunks_share_the_rows_with_signal_and_idle_ones_give_none() -> None:
+    advantages = GroupStd()(torch.tensor([[1.0, 0, 0, 0], [0.0] * 4, [1.0] * 4])).flatten()
     rollout = rollout_of(RLSettings(), torch.ones(12, 2, dtype=torch.bool), advantages, 14)
     rollout.active = advantages != 0
-    item = {"minibatches": 1, "update": 0, "micro_batches": 6}
-    parts = [module.reinforcement.micro_batch(rollout, {**item, "micro": m}) for m in range(6)]  # type: ignore[typeddict-item]
-    assert all(len(p.weight) for p in parts)
-    busy = [p for p in parts if p.weight.any()]
+    parts = [(part, part.rl.weight) for part in rollout.chunks(0, 6) if part.rl is not None]
+    assert len(parts) == 6
+    assert all(len(weight) for _, weight in parts)
+    busy = [part for part, weight in parts if weight.any()]
     assert torch.cat([p.question for p in busy]).tolist() == [0, 1, 2, 3]
-    assert torch.cat([p.advantages for p in busy]).tolist() == advantages[:4].tolist()
-    for p in busy:
-        torch.testing.assert_close(p.weight, torch.full_like(p.weight, 1 / 24))
+    assert torch.cat([p.advantages for p in busy if p.advantages is not None]).tolist() == advantages[:4].tolist()
+    for _, weight in parts:
+        torch.testing.assert_close(weight, torch.full_like(weight, float(weight.any()) / 24))
 
 
 def test_the_exported_model_is_the_trained_one(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -262,26 +260,11 @@ def test_clipping_twice_and_half_precision_weights_are_refused(make_trainer: Mak
         make_trainer(precision="bf16-true").fit(make_module(), datamodule=make_data())
 
 
-def test_a_step_cut_in_two_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(InputError, match=r"limit_train_batches: 3"):
-        make_trainer(limit_train_batches=3, accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
-
-
-def test_a_checkpoint_inside_an_optimizer_step_is_that_of_its_beginning(
-    make_trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    class SaveInside(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 2:
-                trainer.save_checkpoint(tmp_path / "inside.ckpt")
-
-    whole, resumed = make_module(), make_module()
-    make_trainer([SaveInside()], accumulate_grad_batches=2).fit(whole, datamodule=make_data())
-    trainer = make_trainer(accumulate_grad_batches=2)
-    trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "inside.ckpt")
-    assert trainer.global_step == whole.trainer.global_step
-    for (name, a), b in zip(weights(resumed).items(), weights(whole).values(), strict=True):
-        assert (a == b).all(), name
+def test_lightnings_own_accumulation_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.micro_batches"):
+        make_trainer(accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
+    with pytest.raises(InputError, match=r"model.micro_batches: 0"):
+        make_module(micro_batches=0)
 
 
 def test_a_finished_run_can_be_extended(make_trainer: MakeTrainer, tmp_path: Path) -> None:

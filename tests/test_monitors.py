@@ -82,9 +82,8 @@ class Weights(Callback):
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch["micro"] == 0:
-            self.phases.append(batch["phase"])
-            self.weights.append(weights(pl_module))
+        self.phases.append(batch["phase"])
+        self.weights.append(weights(pl_module))
 
 
 @pytest.mark.parametrize("moments", ["reset", "shared"])
@@ -94,10 +93,9 @@ def test_the_update_norm_is_that_of_the_change_of_the_weights(
 ) -> None:
     records, watch = Records(), Weights()
     # decay and old moments push frozen weights, which freezing then puts back: that is no update
-    module = make_module(rl=AdamWSettings(lr=1e-3), sft=AdamWSettings(lr=1e-3, weight_decay=5.0), moments=moments)
-    trainer = make_trainer(
-        [UpdateNorm(), *method_callbacks(size=8), watch], accumulate_grad_batches=micro_batches, logger=records
-    )
+    rates = {"rl": AdamWSettings(lr=1e-3), "sft": AdamWSettings(lr=1e-3, weight_decay=5.0)}
+    module = make_module(**rates, moments=moments, micro_batches=micro_batches)
+    trainer = make_trainer([UpdateNorm(), *method_callbacks(size=8), watch], logger=records)
     trainer.fit(module, datamodule=make_data())
     watch.weights.append(weights(module))
     expected = [
@@ -117,8 +115,8 @@ def test_every_optimizer_step_is_logged_once_and_whole(make_trainer: MakeTrainer
     records, watch = Records(), Weights()
     callbacks = [EntropyTokenSelection(fraction=0.25), BufferPhaseSwitch(size=8), watch]
     schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=8)
-    trainer = make_trainer(callbacks, accumulate_grad_batches=micro_batches, logger=records)
-    trainer.fit(make_module(engine=Sums(False), rl=AdamWSettings(lr=1e-4)), datamodule=additions(schedule=schedule))
+    module = make_module(engine=Sums(False), rl=AdamWSettings(lr=1e-4), micro_batches=micro_batches)
+    make_trainer(callbacks, logger=records).fit(module, datamodule=additions(schedule=schedule))
     assert watch.phases == ["rl", "rl", "sft", "rl", "rl", "sft"]
     steps = [values for values in records.metrics if "phase/is_sft" in values]
     assert [values["phase/is_sft"] for values in steps] == [0, 0, 1, 0, 0, 1]

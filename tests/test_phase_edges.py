@@ -63,12 +63,11 @@ class Watch(Callback):
         self.weights.append(weights(pl_module))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch["micro"] + 1 == batch["micro_batches"]:
-            state = next(iter(trainer.optimizers[0].state.values()), {"step": 0})
-            self.seen.append((batch["phase"][0], int(state["step"])))
-            freeze = next((c for c in trainer.callbacks if isinstance(c, GradientFreezing)), None)
-            self.masks.append({n: m.clone() for n, m in freeze.masks.items()} if freeze else {})
-            self.weights.append(weights(pl_module))
+        state = next(iter(trainer.optimizers[0].state.values()), {"step": 0})
+        self.seen.append((batch["phase"][0], int(state["step"])))
+        freeze = next((c for c in trainer.callbacks if isinstance(c, GradientFreezing)), None)
+        self.masks.append({n: m.clone() for n, m in freeze.masks.items()} if freeze else {})
+        self.weights.append(weights(pl_module))
 
 
 class SaveAll(ModelCheckpoint):
@@ -216,10 +215,9 @@ def test_a_step_without_gradient_moves_nothing_if_told_and_is_counted(
             [*callbacks, SaveAll(tmp_path / f"{skip}")],
             logger=log,
             enable_checkpointing=True,
-            accumulate_grad_batches=micro,
         )
         rl = AdamWSettings(lr=5e-4, weight_decay=0.1, schedule="linear", decay_steps=8)
-        module = make_module(reward=Coin(), rl=rl, skip_zero_gradient=skip)
+        module = make_module(reward=Coin(), rl=rl, skip_zero_gradient=skip, micro_batches=micro)
         schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4)
         trainer.fit(module, datamodule=make_data(schedule=schedule), ckpt_path=ckpt)
         assert trainer.global_step == 6

@@ -9,7 +9,9 @@ from rl_steps import CONFIGS, evaluate, reinforcement, rl_settings, rollout_of
 from torch import Tensor
 
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.losses.surrogates import Clipped
+from mifo_lightning.methods import Luffy
+from mifo_lightning.steps.settings import RLSettings
 
 LOSSES = sorted(path.stem for path in (CONFIGS / "losses").glob("*.yaml"))
 LONGEST = 4  # tokens that sampling allows
@@ -180,11 +182,12 @@ def test_the_entropy_bonus_is_taken_off_the_loss_and_weighs_tokens_alike() -> No
     ):
         settings = RLSettings(entropy_bonus=0.25, aggregation=aggregation)  # type: ignore[arg-type]
         rollout = rollout_of(settings, MASK, torch.zeros(2), LONGEST, logp_old=NOW.log())
-        loss, metrics = reinforcement(None, settings=settings).loss(rollout, NOW.log(), entropy, 0)
+        loss, metrics = reinforcement(None, settings=settings).objective(rollout, NOW.log(), entropy)
         assert loss.item() == pytest.approx(-0.25 * expected)
         assert metrics["entropy"].item() == pytest.approx(expected)
         (grad,) = torch.autograd.grad(loss, entropy)
-        torch.testing.assert_close(grad, -0.25 * rollout.weight)
+        assert rollout.rl is not None
+        torch.testing.assert_close(grad, -0.25 * rollout.rl.weight)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -216,9 +219,9 @@ def test_a_sequences_ratio_under_an_entropy_mask_is_that_of_each_token(clip: tup
 
 
 def test_a_demonstration_has_no_ratio_but_the_shaped_probability() -> None:
-    mixing = Mixing(in_group=True, shape=0.1)
+    mixing = Luffy(shape=0.1)
     rl = reinforcement(None, settings=RLSettings(), mixing=mixing)
-    scores = {"logp_old": THEN.log(), "demonstrated": torch.tensor([True, False]), "sft_weight": torch.zeros(2, 2)}
+    scores = {"logp_old": THEN.log(), "demonstrated": torch.tensor([[True, True], [False, False]])}
     loss, grad, metrics = evaluate(rl, NOW.log(), torch.zeros(2, 2), MASK, torch.tensor([1.0, -1.0]), LONGEST, **scores)
     f = [p / (p + 0.1) for p in (0.6, 0.1)]
     assert loss.item() == pytest.approx(-(sum(f) / 2 - 1.1) / 2, rel=1e-5)
@@ -231,8 +234,8 @@ def test_a_demonstration_has_no_ratio_but_the_shaped_probability() -> None:
 def test_kl_and_bonus_are_about_the_policys_own_tokens() -> None:
     settings = RLSettings(kl_coefficient=0.5, entropy_bonus=0.25)
     scores = {"logp_old": NOW.log(), "logp_ref": torch.tensor([[0.3, 0.1], [0.11, 0.1]]).log()}
-    shown = {"demonstrated": torch.tensor([True, False]), "sft_weight": torch.zeros(2, 2)}
-    rl = reinforcement(None, settings=settings, mixing=Mixing(in_group=True))
+    shown = {"demonstrated": torch.tensor([[True, True], [False, False]])}
+    rl = reinforcement(None, settings=settings, mixing=Luffy())
     entropy = torch.tensor([[2.0, 1.0], [0.5, 9.0]])
     loss, _, metrics = evaluate(rl, NOW.log(), entropy, MASK, torch.zeros(2), LONGEST, **scores, **shown)
     kl = (0.2 - math.log(0.2) - 1) / 2
@@ -255,8 +258,8 @@ def loss_of_rows(settings: RLSettings, batch: dict[str, Tensor], mask: Tensor, r
     logp, entropy, advantages = (rest.pop(name) for name in ("logp", "entropy", "advantages"))
     rollout = rollout_of(settings, mask, advantages, 7, **rest)
     part = rollout.rows(rows)
-    length = part.weight.shape[1]
-    loss, metrics = rl.loss(part, logp[rows, :length], entropy[rows, :length], 0)
+    length = part.sequences.mask().shape[1]
+    loss, metrics = rl.objective(part, logp[rows, :length], entropy[rows, :length])
     return {**metrics, "loss": loss}
 
 
@@ -299,6 +302,6 @@ def test_weights_of_tokens_by_hand() -> None:
 def test_the_default_settings_are_those_of_the_function() -> None:
     batch, mask = random_batch()
     weight = token_weights(mask, "sequence", sequences=6, tokens=20, max_length=7)
-    loss, _ = policy_loss(batch["logp"], batch["logp_old"], batch["advantages"], weight)
+    loss, _ = policy_loss(batch["logp"], batch["logp_old"], batch["advantages"], weight, surrogate=Clipped())
     rest = {k: v for k, v in batch.items() if k != "keep"}
     assert loss == loss_of_rows(RLSettings(), rest, mask, torch.arange(6))["loss"]

@@ -80,12 +80,12 @@ def test_every_forward_of_a_run_has_the_precision_of_the_run(
     trainer = make_trainer(
         [*method_callbacks(size=8), *monitors],
         precision=precision,
-        accumulate_grad_batches=2,  # entropies of the whole SFT step need a forward of their own
         limit_val_batches=1.0,
         num_sanity_val_steps=0,
     )
     module = make_module(
         policy=RLSettings(kl_coefficient=0.1),
+        micro_batches=2,  # entropies of the whole SFT step need a forward of their own
         sft_weight="flow",
         evaluation=Evaluation(samples=1, greedy=True, sampling=SAMPLING),
     )

@@ -20,13 +20,14 @@ from rl_steps import (
     reinforcement,
     relative,
 )
+from torch import Tensor
 
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rollout.batch import Rollout
 from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.steps.settings import RLSettings
 
@@ -74,9 +75,10 @@ def test_the_gradient_is_that_of_the_sampling_temperature(
         policy=settings,
         sampling=Sampling(0.7, max_new_tokens=14),
         rl=AdamWSettings(lr=0.0),
+        micro_batches=micro_batches,
     )
     schedule = Schedule(rl_steps=1, rl_questions=4, passes=passes)
-    make_trainer([watch], accumulate_grad_batches=micro_batches).fit(module, datamodule=make_data(schedule=schedule))
+    make_trainer([watch]).fit(module, datamodule=make_data(schedule=schedule))
     (drawn,) = engine.drawn
     bonus = settings.entropy_bonus
     expected, at_one = (grpo_gradient(drawn, Coin(), tokenizer, t, bonus) for t in (0.7, 1.0))
@@ -97,15 +99,17 @@ def test_micro_batches_hold_every_sequence_that_pushes_once(
     texts = ["3>7<eos>", "43>8<eos>", "543>8<eos>", "3>7", *["3>8<eos>"] * 4, *["3>7<eos>"] * 4]
     completions = groups_of(tokenizer, *texts)
     rollout = prepare(rl, policy, item(qs), rl.grade(qs, completions))
-    parts = [rl.micro_batch(rollout, item(qs, micro=m, micro_batches=6)) for m in range(6)]
+    parts = rollout.chunks(0, 6)
     for part in parts:
-        assert part.weight.shape == part.sequences.mask().shape
-        assert part.weight.any() == part.weight.any(-1).all()  # whole sequences, or one that weighs nothing
-        torch.testing.assert_close(part.weight.sum(-1), torch.full((len(part.weight),), float(part.weight.any()) / 12))
+        assert part.rl.weight.shape == part.sequences.mask().shape
+        assert part.rl.weight.any() == part.rl.weight.any(-1).all()  # whole sequences, or one that weighs nothing
+        torch.testing.assert_close(
+            part.rl.weight.sum(-1), torch.full((len(part.rl.weight),), float(part.rl.weight.any()) / 12)
+        )
     rows = [
         (tuple(tokens[p : p + n].tolist()), float(advantage))
         for part in parts
-        for tokens, p, n, advantage, weight in zip(*part.sequences, part.advantages, part.weight, strict=True)
+        for tokens, p, n, advantage, weight in zip(*part.sequences, part.advantages, part.rl.weight, strict=True)
         if weight.any()
     ]
     always = settings.kl_coefficient > 0 or settings.entropy_bonus > 0
@@ -113,8 +117,8 @@ def test_micro_batches_hold_every_sequence_that_pushes_once(
     flat = [c.tokens for group in completions for c in group]
     advantages = rollout.advantages.tolist()
     assert rows == [(tuple(t), a) for t, a in zip(flat, advantages, strict=True)][:pushing]
-    assert sum(int((part.weight > 0).sum()) for part in parts) == sum(map(len, flat[:pushing]))
-    assert sum(not part.weight.any() for part in parts) == (0 if always else 2)
+    assert sum(int((part.rl.weight > 0).sum()) for part in parts) == sum(map(len, flat[:pushing]))
+    assert sum(not part.rl.weight.any() for part in parts) == (0 if always else 2)
 
 
 def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, tokenizer: Any) -> None:
@@ -122,13 +126,12 @@ def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, token
     completions = groups_of(tokenizer, *[f"{i}>7<eos>" for i in range(8)], *["3>8<eos>"] * 8)
     rollout = prepare(rl, policy, item(qs, minibatches=2, updates=4), rl.grade(qs, completions))
     for update in range(4):
-        work = item(qs, update=update, updates=4, minibatches=2)
-        parts = [rl.micro_batch(rollout, {**work, "micro": m, "micro_batches": 2}) for m in range(2)]
+        parts = rollout.chunks(update % 2, 2)
         mine = torch.cat([part.question for part in parts])
         assert mine.tolist() == [2 * (update % 2) + i for i in (0, 1) for _ in range(4)]
         firsts = torch.cat([part.sequences.prompt_lengths for part in parts])
         assert firsts.tolist() == [len(q.prompt) for q in qs[2 * (update % 2) :][:2] for _ in range(4)]
-        weights = torch.cat([part.weight.sum(-1) for part in parts])
+        weights = torch.cat([part.rl.weight.sum(-1) for part in parts])
         torch.testing.assert_close(weights, torch.full((8,), 1 / 8))  # of this optimizer step alone
 
 
@@ -144,11 +147,15 @@ def test_a_rollout_survives_its_state(policy: Policy, tokenizer: Any, settings: 
     rl, qs = reinforcement(tokenizer, settings=settings), questions(tokenizer)
     rl.set_reference(load_policy("embedded") if settings.kl_coefficient else None)
     rollout = prepare(rl, policy, item(qs, updates=2), rl.grade(qs, rl.draw(policy, qs, 0)))
-    again = Rollout.from_state_dict(rollout.state_dict(), torch.device("cpu"))
+    again = Batch.from_state_dict(rollout.state_dict(), torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(rollout.sequences, again.sequences, strict=True))
     for name, value in vars(rollout).items():
         if name != "sequences":
             found = getattr(again, name)
-            assert found is None if value is None else torch.equal(value, found), name
+            if isinstance(value, Stream):
+                assert torch.equal(value.weight, found.weight), name
+                assert value[1:] == found[1:], name
+            else:
+                assert torch.equal(value, found) if isinstance(value, Tensor) else value == found, name
     assert (again.keep is None) == (again.logp_ref is None) == (settings.kl_coefficient == 0)
-    assert (again.bonus_weight is None) == (settings.entropy_bonus == 0)
+    assert (again.bonus is None) == (settings.entropy_bonus == 0)

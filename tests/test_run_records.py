@@ -52,14 +52,15 @@ def test_a_run_that_was_killed_ends_with_the_records_of_an_undisturbed_one(
         saver = SaveAll(tmp_path) if name == "whole" else LastCheckpoint(dirpath=str(directory))
         trainer = make_trainer(
             [*callbacks, saver],
-            accumulate_grad_batches=2,
             enable_checkpointing=True,
             max_epochs=-1,
             default_root_dir=directory,
             **changes,
         )
         schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)
-        trainer.fit(make_module(), datamodule=make_data(val=VAL, holdout=4, schedule=schedule), ckpt_path=ckpt)
+        trainer.fit(
+            make_module(micro_batches=2), datamodule=make_data(val=VAL, holdout=4, schedule=schedule), ckpt_path=ckpt
+        )
         return summaries(callbacks), (directory / "history.jsonl").read_text()
 
     records, history = fit("whole")
@@ -105,13 +106,8 @@ class Halves:
 def test_costs_are_those_counted_by_hand(make_trainer: MakeTrainer, micro_batches: int) -> None:
     costs, records, profiler = Costs(), Records(), ActivityProfiler()
     data = make_data(train=Skills(["addition"], 64), schedule=Schedule(rl_steps=1, rl_questions=4, sft_batch=4))
-    trainer = make_trainer(
-        [BufferPhaseSwitch(size=4, p=0.5), costs],
-        accumulate_grad_batches=micro_batches,
-        logger=records,
-        profiler=profiler,
-    )
-    module = make_module(engine=Halves())
+    trainer = make_trainer([BufferPhaseSwitch(size=4, p=0.5), costs], logger=records, profiler=profiler)
+    module = make_module(engine=Halves(), micro_batches=micro_batches)
     trainer.fit(module, datamodule=data)
     lengths = {len(q.prompt) + len(q.demonstration or []) for q in data.train_dataloader().questions}
     assert lengths == {8 + 12}
@@ -137,9 +133,8 @@ def test_repetitions_and_extra_forwards_count(make_trainer: MakeTrainer) -> None
     costs = Costs()
     schedule = Schedule(rl_steps=2, rl_questions=4, sft_batch=4, sft_epochs=3, passes=2)
     callbacks = [EntropyTokenSelection(), BufferPhaseSwitch(size=8, p=0.5), costs]
-    trainer = make_trainer(callbacks, accumulate_grad_batches=2)
     data = make_data(train=Skills(["addition"], 64), schedule=schedule)
-    trainer.fit(make_module(engine=Halves()), datamodule=data)
+    make_trainer(callbacks).fit(make_module(engine=Halves(), micro_batches=2), datamodule=data)
     rl, sft = costs.summary()["rl"], costs.summary()["sft"]
     assert (rl["optimizer_steps"], rl["questions"], rl["generated_tokens"]) == (4, 8, 2 * 128)
     assert (rl["scored_tokens"], rl["trained_tokens"]) == (2 * 224, 4 * 224)  # two passes: old scores, two gradients
@@ -185,8 +180,8 @@ def test_history_holds_what_other_loggers_see(make_trainer: MakeTrainer, tmp_pat
     records = Records()
     keys = ["rollout/reward", "forgetting/*", "?l/update_norm"]
     callbacks = [*method_callbacks(size=8), UpdateNorm(), Forgetting(4), History(keys)]
-    trainer = make_trainer(callbacks, logger=records, accumulate_grad_batches=2)
-    trainer.fit(make_module(), datamodule=make_data(val=VAL))
+    trainer = make_trainer(callbacks, logger=records)
+    trainer.fit(make_module(micro_batches=2), datamodule=make_data(val=VAL))
     assert trainer.loggers == [records]
     lines = [json.loads(line) for line in (run_dir(trainer) / "history.jsonl").read_text().splitlines()]
     assert [x for line in lines for x in line.values() if isinstance(x, float)] == [

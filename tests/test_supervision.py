@@ -15,13 +15,14 @@ from mifo_callbacks import EntropyTokenSelection, GradientFreezing
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.errors import InputError
-from mifo_lightning.losses.sft import SFTWeight
+from mifo_lightning.losses.sft_weights import SFTWeightName
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.question import Question
 from mifo_lightning.steps import supervision
+from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.supervision import Demonstrations, initial_losses
+from mifo_lightning.steps.supervision import initial_losses, selected, sft_batch
 
 MakeTrainer = Callable[..., Trainer]
 # prompts and demonstrations of different lengths, so that means over sequences are not means over tokens
@@ -49,7 +50,7 @@ def questions(tokenizer: Any, answer_starts: list[int | None] | None = None) -> 
 
 def test_demonstrations_are_packed_with_masks_of_their_end_and_answer(tokenizer: Any) -> None:
     qs = questions(tokenizer, [0, 7, None, 2])  # the last one: the answer is no more than the end
-    demos = Demonstrations.pack(qs, tokenizer, torch.device("cpu"))
+    demos = sft_batch(qs, tokenizer, torch.device("cpu"))
     lengths = [2, 12, 12, 3]
     assert demos.sequences.response_lengths.tolist() == lengths
     for row, q in enumerate(qs):
@@ -61,36 +62,38 @@ def test_demonstrations_are_packed_with_masks_of_their_end_and_answer(tokenizer:
         "eos": [range(1, 2), range(11, 12), range(11, 12), range(2, 3)],
         "answer": [range(2), range(7, 12), range(0), range(2, 3)],
     }
-    found = {"all": demos.mask, **demos.named}
+    assert demos.ce is not None
+    found = {"all": demos.ce.weight, **demos.named}
     assert found.keys() == expected.keys()
     for name, rows in expected.items():
         assert found[name].dtype == torch.bool
         assert found[name].tolist() == [[column in row for column in range(12)] for row in rows], name
-    assert demos.tokens == sum(lengths)
+    assert demos.ce.total == sum(lengths)
 
 
 def test_the_loss_sees_all_tokens_unless_something_selects(tokenizer: Any) -> None:
-    demos = Demonstrations.pack(questions(tokenizer), tokenizer, torch.device("cpu"))
-    demos.select(None, None)
-    assert torch.equal(demos.selected, demos.mask)
-    assert demos.denominator == demos.tokens == sum(len(q.demonstration or []) for q in questions(tokenizer))
+    demos = sft_batch(questions(tokenizer), tokenizer, torch.device("cpu"))
+    assert demos.ce is not None
+    assert torch.equal(demos.ce.weight, demos.sequences.mask())
+    assert demos.ce.total == sum(len(q.demonstration or []) for q in questions(tokenizer))
 
 
 def test_a_selection_is_asked_once_with_everything_and_obeyed(tokenizer: Any) -> None:
-    demos = Demonstrations.pack(questions(tokenizer, [0, 7, None, 2]), tokenizer, torch.device("cpu"))
-    asked, entropy = [], torch.rand(demos.mask.shape)
+    demos = sft_batch(questions(tokenizer, [0, 7, None, 2]), tokenizer, torch.device("cpu"))
+    asked, entropy = [], torch.rand(demos.sequences.mask().shape)
 
     def select(entropy: Tensor, mask: Tensor, named: dict[str, Tensor]) -> tuple[Tensor, float]:
         asked.append((entropy, mask, named))
         return named["eos"], 17.0
 
-    demos.select(select, entropy)
+    chosen = selected(demos, select, entropy)
     ((seen, mask, named),) = asked
     assert seen is entropy
-    assert torch.equal(mask, demos.mask)
+    assert torch.equal(mask, demos.sequences.mask())
     assert named.keys() == {"eos", "answer"}
-    assert torch.equal(demos.selected, demos.named["eos"])
-    assert demos.denominator == 17.0
+    assert chosen.ce is not None
+    assert torch.equal(chosen.ce.weight, demos.named["eos"])
+    assert chosen.ce.total == 17.0
 
 
 class Steps(Callback):
@@ -112,8 +115,7 @@ class Steps(Callback):
         trainer.optimizers[0].register_step_post_hook(after_step)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch["micro"] == 0:
-            self.phases.append(batch["phase"])
+        self.phases.append(batch["phase"])
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.raw.append(gradient(pl_module))
@@ -132,10 +134,10 @@ def mean_losses(policy: Policy, qs: list[Question]) -> list[Tensor]:
 
 def test_nll_and_entropy_are_means_over_all_tokens_whatever_is_selected(policy: Policy, tokenizer: Any) -> None:
     qs = questions(tokenizer)
-    demos = Demonstrations.pack(qs, tokenizer, torch.device("cpu"))
+    demos = sft_batch(qs, tokenizer, torch.device("cpu"))
     logp, entropy = (x.detach() for x in policy(demos.sequences))
-    demos.select(lambda entropy, mask, named: (named["eos"], float(len(qs))), entropy)
-    _, metrics = demos.loss(torch.arange(len(qs)), logp, entropy, "uniform")
+    chosen = selected(demos, lambda entropy, mask, named: (named["eos"], float(len(qs))), entropy)
+    _, metrics = Objective()(chosen, logp, entropy)
     scores = [[x.detach() for x in by_hand(policy, q.prompt, q.demonstration or [])] for q in qs]
     assert float(metrics["nll"]) == pytest.approx(-float(torch.cat([s[0] for s in scores]).mean()), rel=1e-4)
     assert float(metrics["entropy"]) == pytest.approx(float(torch.cat([s[1] for s in scores]).mean()), rel=1e-4)
@@ -188,7 +190,7 @@ def weights_by_hand(kind: str, policy: Policy, qs: list[Question]) -> list[Tenso
     ]
 
 
-WEIGHTED: list[tuple[SFTWeight, int]] = [("uniform", n) for n in (1, 2, 4)]
+WEIGHTED: list[tuple[SFTWeightName, int]] = [("uniform", n) for n in (1, 2, 4)]
 WEIGHTED += [(kind, n) for kind in ("dft", "low_entropy", "flow") for n in (1, 4)]  # type: ignore[misc]
 
 
@@ -199,11 +201,12 @@ def test_the_entropy_bonus_is_the_mean_over_all_demonstration_tokens(
     make_trainer: MakeTrainer, tokenizer: Any, micro_batches: int, selection: float | None
 ) -> None:
     qs = questions(tokenizer)
-    loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8), micro_batches=micro_batches)
+    loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8))
     steps = Steps()
     chosen = [] if selection is None else [EntropyTokenSelection(fraction=selection)]
-    trainer = make_trainer([*chosen, steps], accumulate_grad_batches=micro_batches)
-    trainer.fit(make_module(sft=AdamWSettings(lr=0.0), sft_entropy_bonus=0.25), train_dataloaders=loader)
+    trainer = make_trainer([*chosen, steps])
+    module = make_module(sft=AdamWSettings(lr=0.0), sft_entropy_bonus=0.25, micro_batches=micro_batches)
+    trainer.fit(module, train_dataloaders=loader)
     policy = load_policy("embedded")
     scores = [by_hand(policy, q.prompt, q.demonstration or []) for q in qs]
     logp, entropy = (torch.cat([pair[i] for pair in scores]) for i in (0, 1))
@@ -222,13 +225,14 @@ def test_an_entropy_bonus_below_zero_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
 @pytest.mark.parametrize(("kind", "micro_batches"), WEIGHTED)
 def test_without_a_selection_the_gradient_is_that_of_the_mean_weighted_cross_entropy_over_tokens(
-    make_trainer: MakeTrainer, tokenizer: Any, kind: SFTWeight, micro_batches: int
+    make_trainer: MakeTrainer, tokenizer: Any, kind: SFTWeightName, micro_batches: int
 ) -> None:
     qs = questions(tokenizer)
-    loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8), micro_batches=micro_batches)
+    loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8))
     steps = Steps()
-    trainer = make_trainer([steps], accumulate_grad_batches=micro_batches)
-    trainer.fit(make_module(sft=AdamWSettings(lr=0.0), sft_weight=kind), train_dataloaders=loader)
+    trainer = make_trainer([steps])
+    module = make_module(sft=AdamWSettings(lr=0.0), sft_weight=kind, micro_batches=micro_batches)
+    trainer.fit(module, train_dataloaders=loader)
     policy = load_policy("embedded")
     pairs = zip(weights_by_hand(kind, policy, qs), mean_losses(policy, qs), strict=True)
     torch.cat([weight * loss for weight, loss in pairs]).mean().backward()
@@ -245,11 +249,10 @@ def test_a_gradient_is_clipped_to_its_phase_and_frozen_coordinates_do_not_count(
 ) -> None:
     limits = dict(zip(("rl", "sft"), clip, strict=True))
     steps = Steps()
-    module = make_module(
-        reward=Coin(), rl=AdamWSettings(lr=5e-4, clip=limits["rl"]), sft=AdamWSettings(lr=1e-3, clip=limits["sft"])
-    )
+    rl, sft = AdamWSettings(lr=5e-4, clip=limits["rl"]), AdamWSettings(lr=1e-3, clip=limits["sft"])
+    module = make_module(reward=Coin(), rl=rl, sft=sft, micro_batches=2)
     schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4)
-    trainer = make_trainer([*method_callbacks(size=8), steps], accumulate_grad_batches=2)
+    trainer = make_trainer([*method_callbacks(size=8), steps])
     trainer.fit(module, datamodule=make_data(schedule=schedule))
     assert len(steps.phases) == len(steps.raw) == len(steps.clipped) == trainer.global_step
     assert {"rl", "sft"} == set(steps.phases)
@@ -273,8 +276,8 @@ def test_learning_rates_and_settings_follow_the_steps_of_their_own_phase_kind(
     sft = AdamWSettings(lr=1e-3, schedule="linear", decay_steps=50, min_ratio=0.5)
     steps = Steps()
     schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4, passes=2, sft_before=3, sft_after=2)
-    trainer = make_trainer([method_callbacks(size=8)[3], steps], accumulate_grad_batches=2)
-    module = make_module(reward=Coin(), rl=rl, sft=sft, moments=moments)
+    trainer = make_trainer([method_callbacks(size=8)[3], steps])
+    module = make_module(reward=Coin(), rl=rl, sft=sft, moments=moments, micro_batches=2)
     trainer.fit(module, datamodule=make_data(schedule=schedule))
     text = "".join(phase[0] for phase in steps.phases)
     assert text.startswith("sss" + "rr")

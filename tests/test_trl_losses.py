@@ -11,7 +11,7 @@ from rl_steps import CONFIGS, evaluate, reinforcement, rl_settings
 from torch import Tensor
 
 from mifo_callbacks.tokens import select_tokens
-from mifo_lightning.losses.advantages import group_advantages
+from mifo_lightning.losses.advantages import GroupStd, as_advantage
 
 TRL = json.loads(Path(__file__).with_name("data").joinpath("trl_losses.json").read_text())
 
@@ -35,7 +35,8 @@ def test_shipped_losses_and_their_gradients_are_those_of_trl(name: str) -> None:
     logp, entropy, reference = (torch.tensor(TRL[key]) for key in ("logp", "entropy", "logp_ref"))
     mask = torch.arange(logp.shape[1]) < torch.tensor(TRL["lengths"])[:, None]
     # TRL adds 1e-4 to the standard deviation, and we 1e-6
-    advantages = group_advantages(torch.tensor(TRL["rewards"]), TRL["group_size"], settings.advantage, eps=1e-4)
+    rule = GroupStd(eps=1e-4) if settings.advantage == "group_std" else as_advantage(settings.advantage)
+    advantages = rule(torch.tensor(TRL["rewards"]).view(-1, TRL["group_size"])).flatten()
     torch.testing.assert_close(advantages, torch.tensor(case["advantages"]), atol=1e-6, rtol=0)
     scores: dict[str, Tensor] = {"logp_old": torch.tensor(TRL[case["logp_old"]])}
     if settings.kl_coefficient:

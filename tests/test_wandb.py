@@ -51,8 +51,10 @@ def test_all_of_an_optimizer_step_is_one_row(make_trainer: MakeTrainer, micro_ba
     def fit(*more: Any) -> tuple[Records, History, int]:
         records, history = Records(), History(["*"])
         callbacks = [*method_callbacks(size=8), UpdateNorm(), Forgetting(4), *more, history]
-        trainer = make_trainer(callbacks, logger=records, accumulate_grad_batches=micro_batches)
-        trainer.fit(make_module(), datamodule=make_data(val=Skills(["addition"], 16, split="val")))
+        trainer = make_trainer(callbacks, logger=records)
+        trainer.fit(
+            make_module(micro_batches=micro_batches), datamodule=make_data(val=Skills(["addition"], 16, split="val"))
+        )
         return records, history, trainer.global_step
 
     apart, lines, _ = fit()

@@ -18,10 +18,11 @@ from mifo_callbacks import GradientFreezing
 from mifo_callbacks.buffer_phase_switch import gather_groups
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.distributed import full
+from mifo_lightning.methods import HPT, SRFT
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import Mixing, RLSettings
+from mifo_lightning.steps.settings import RLSettings
 
 
 class Watch(Callback):
@@ -74,13 +75,13 @@ CASES: dict[str, dict[str, Any]] = {
     "phases": {"policy": RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)},
     "mixed": {
         "policy": RLSettings(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
-        "mixing": Mixing(in_group=True, own="sign", sft=0.5, token_weight="low_entropy"),
+        "mixing": SRFT(),
         "sft_weight": "flow",
     },
     # ranks drop different numbers of rollouts, and a sum must not grow with the number of ranks (HPT; ReLIFT's SFT)
     "summed": {
         "policy": RLSettings("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
-        "mixing": Mixing(questions="failed", gate=0, sft=1.0),
+        "mixing": HPT(),
         "sft_entropy_bonus": 0.1,
     },
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;

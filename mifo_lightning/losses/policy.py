@@ -71,12 +71,12 @@ def policy_loss(
     ratio: Ratio = "token",
     keep: Tensor | None = None,
     demonstrated: Tensor | None = None,
-    lent: Callable[[Tensor], Tensor] | None = None,
+    lent: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`-sum(weight * objective)`, the objective of each token that of a `Surrogate` of r = exp(logp - logp_old).
 
     With `ratio` "sequence" r is `exp(mean over the sequence of logp - logp_old)` (GSPO). Log-ratios are cut off at
-    +-20. Demonstrated tokens have no sampling policy: theirs is `A f(p)`, p the probability of the token (LUFFY).
+    +-20. Demonstrated tokens have no sampling policy: their objective is one of A and their probability p (LUFFY).
 
     Args:
         logp: [B, L] log-probabilities of the response tokens in nats, with gradient.
@@ -88,7 +88,7 @@ def policy_loss(
         keep: [B, L] bool entropy mask; tokens outside do not push the policy but still count in the denominator. A
             sequence's ratio then has the gradient of each token for itself (GSPO-token).
         demonstrated: [B, L] bool, tokens of demonstrations.
-        lent: f of these; needed with `demonstrated`.
+        lent: Their objective [B, L] by A [B, 1] and p [B, L]; needed with `demonstrated`.
 
     Returns:
         The scalar loss, and as scalars `policy_loss`, `kl_old` and `clip_share` (of the policy's own tokens): means or
@@ -108,7 +108,7 @@ def policy_loss(
     advantage = advantages[:, None]
     objective, limited = surrogate(logp, r, advantage)
     if demonstrated is not None and lent is not None:
-        objective = torch.where(demonstrated, advantage * lent(logp.exp()), objective)
+        objective = torch.where(demonstrated, lent(advantage, logp.exp()), objective)
     if keep is not None:
         objective = objective * keep
     loss = -(objective * weight).sum()

@@ -21,5 +21,5 @@ class Luffy(Mixing):
         require("shape", shape, shape > 0, "above 0")
         self.shape = shape
 
-    def lent_objective(self, p: Tensor) -> Tensor:
-        return p / (p + self.shape)
+    def lent_objective(self, advantage: Tensor, p: Tensor) -> Tensor:
+        return advantage * p / (p + self.shape)

@@ -31,9 +31,7 @@ class Mixing:
     def __init__(self, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
         self.token_weight = as_sft_weight(token_weight, "model.mixing.token_weight")
         if self.token_weight.needs_initial_losses:
-            raise InputError(
-                f"model.mixing.token_weight: {token_weight!r:.80} is not allowed; it is a weight of SFT phases"
-            )
+            raise InputError(f"model.mixing.token_weight: {token_weight!s:.80} is not allowed; it is one of SFT phases")
 
     def lends(self, graded: "Graded") -> Tensor:
         """[Q] bool: which questions lend their demonstration, if they have one."""
@@ -74,9 +72,14 @@ class Mixing:
         """
         return advantages
 
-    def lent_objective(self, p: Tensor) -> Tensor:
-        """f(p) in `A f(p)`, the objective of a demonstration's tokens in the group; p [B, L] their probabilities."""
-        return p
+    def lent_objective(self, advantage: Tensor, p: Tensor) -> Tensor:
+        """[B, L] objective of the tokens of demonstrations in a group, which no policy has drawn.
+
+        Args:
+            advantage: [B, 1].
+            p: [B, L] probabilities of the tokens, with gradient.
+        """
+        return advantage * p
 
 
 def require(key: str, value: float, good: bool, what: str) -> None:
