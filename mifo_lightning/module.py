@@ -46,6 +46,7 @@ from mifo_lightning.rollout.answers import Prompt, answers
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.self_check import self_check
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.finite import FiniteSteps, check_weights
@@ -136,20 +137,9 @@ class MifoModule(LightningModule):
         self.policy: Policy | None = None
         self.seed = Seed(seed, "model.seed")
         self.reward, self.group_size, self.solved_at = as_reward(reward), group_size, solved_at
-        self.reinforcement = Reinforcement(
-            engine or InProcessEngine(),
-            self.tokenizer,
-            self.reward,
-            sampling,
-            policy,
-            group_size,
-            solved_at,
-            self.seed,
-            mixing,
-        )
-        self.evaluator = Evaluator(
-            self.reinforcement.engine, self.tokenizer, self.reward, evaluation, solved_at, self.seed, sampling
-        )
+        self.responder = Responder(engine or InProcessEngine(), self.tokenizer, self.reward, solved_at, self.seed)
+        self.reinforcement = Reinforcement(self.responder, sampling, policy, group_size, mixing)
+        self.evaluator = Evaluator(self.responder, evaluation, sampling)
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.micro_batches = micro_batches
         self.own_demonstrations = demonstrations == "own"
@@ -219,11 +209,9 @@ class MifoModule(LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         own = ChatTemplate(self.tokenizer, None, date.today())
         template = data.prompt_template() if isinstance(data, QuestionData) else own
-        rl = self.reinforcement
+        drawn_by = sampling or self.reinforcement.sampling
         with torch.no_grad():
-            return answers(
-                rl.engine, self._policy, template, prompts, sampling or rl.sampling, samples, self.seed.value
-            )
+            return answers(self.responder, self._policy, template, prompts, drawn_by, samples)
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
@@ -259,6 +247,10 @@ class MifoModule(LightningModule):
         elif self._weighs_by_initial_losses:
             loader: Any = self.trainer.train_dataloader
             self.initial_losses = initial_losses(self._policy, loader.questions, padding(self.tokenizer))
+
+    def teardown(self, stage: str) -> None:
+        """Let the engine end what it has begun."""
+        self.responder.close()
 
     # --- one optimizer step -------------------------------------------------------------------------------------
 
@@ -329,7 +321,7 @@ class MifoModule(LightningModule):
                 self._rollout = self.reinforcement.prepare(self._policy, item, drawn, chosen)
             output |= {
                 "groups": drawn.groups(self.own_demonstrations),
-                "samples": drawn.samples(self.tokenizer, self.reinforcement.sampling.stop),
+                "samples": drawn.samples(),
                 "work": self.reinforcement.work(drawn, self._rollout),
             }
             described = self.reinforcement.describe(drawn, self._rollout, seconds)
@@ -374,6 +366,7 @@ class MifoModule(LightningModule):
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
+        self._policy.version += 1
         self._phase_optimizer.look()
         self._say_under_way(False)
         check_weights(self._policy, self._where())
@@ -486,7 +479,7 @@ class MifoModule(LightningModule):
 
     @property
     def _engine(self) -> InProcessEngine | None:
-        engine = self.reinforcement.engine
+        engine = self.responder.engine
         return engine if isinstance(engine, InProcessEngine) else None
 
     def check_questions(self, loaders: Any, evaluated: bool, engine: bool = True) -> None:
@@ -508,7 +501,7 @@ class MifoModule(LightningModule):
         if engine and self.self_check and questions and self._checked != self.trainer.precision:
             self._checked = str(self.trainer.precision)
             self._found = self_check(
-                self.reinforcement.engine,
+                self.responder.engine,
                 self._policy,
                 self.tokenizer,
                 [q.prompt for q in questions],

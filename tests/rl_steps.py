@@ -22,6 +22,7 @@ from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.reinforcement import Reinforcement
 from mifo_lightning.steps.settings import RLSettings
@@ -64,17 +65,16 @@ class Coin(Reward):
 
 
 def reinforcement(tokenizer: Any, **changes: Any) -> Reinforcement:
-    settings = {
+    answering = {
         "engine": InProcessEngine(),
         "tokenizer": tokenizer,
         "reward": LastAnswerReward(),
-        "sampling": Sampling(max_new_tokens=14),
-        "settings": RLSettings(),
-        "group_size": 4,
         "solved_at": 1.0,
         "seed": Seed(0, "seed"),
     }
-    return Reinforcement(**{**settings, **changes})
+    responder = Responder(**{name: changes.pop(name, default) for name, default in answering.items()})
+    settings = {"sampling": Sampling(max_new_tokens=14), "settings": RLSettings(), "group_size": 4}
+    return Reinforcement(responder, **{**settings, **changes})
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -73,7 +73,7 @@ def test_further_questions_are_drawn_until_there_are_enough_or_the_limit_is_reac
     drawn, chosen, _ = roll_out(rl, loader)
     with_signal = [i for i, q in enumerate(drawn.questions) if q.text[0] == "1"]
     batches = len(drawn.questions) // 4
-    assert len(rl.engine.asked) == batches  # type: ignore[attr-defined]
+    assert len(rl.responder.engine.asked) == batches  # type: ignore[attr-defined]
     order = [q.id for work in PhaseLoader(qs, Schedule(rl_questions=4, rl_steps=4)) for q in work["questions"]]
     enough = next(n for n in (1, 2, 3, 4) if sum(qs[i].text[0] == "1" for i in order[: 4 * n]) >= 4)
     assert enough > 2

@@ -31,6 +31,7 @@ from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.rollout.respond import Responder
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
 MakeTrainer = Callable[..., Trainer]
@@ -177,7 +178,7 @@ def test_special_tokens_are_text_wherever_a_response_is_graded(policy: Policy) -
     rl = reinforcement(tokenizer, reward=reward, group_size=3, engine=Answers(), mixing=Luffy())
     graded = rl.grade([asked], completions)
     assert graded.rewards.tolist() == [[1, 0]]
-    assert [sample["response"] for sample in graded.samples(tokenizer, [])] == shown
+    assert [sample["response"] for sample in graded.samples()] == shown
     both = rl.grade([asked, unsure], completions * 2)
     rollout = rl.prepare(policy, item([asked, unsure]), both, rl.choose(both, 1, 2))  # type: ignore[arg-type]
     assert rollout.demonstrated is not None
@@ -185,14 +186,8 @@ def test_special_tokens_are_text_wherever_a_response_is_graded(policy: Policy) -
     right, wrong = rollout.advantages[rollout.demonstrated.any(-1)].tolist()
     assert right > 0 > wrong
 
-    judge = Evaluator(
-        Answers(),
-        tokenizer,
-        reward,
-        Evaluation(samples=2, greedy=False, demonstration_loss=False),
-        1.0,
-        Seed(0, "seed"),
-    )
+    responder = Responder(Answers(), tokenizer, reward, 1.0, Seed(0, "seed"))  # type: ignore[arg-type]
+    judge = Evaluator(responder, Evaluation(samples=2, greedy=False, demonstration_loss=False))
     judge.reset(["s"], torch.device("cpu"))
     (sample,) = judge.update(policy, [asked], 0)
     assert (sample["response"], float(judge.compute("val")["val/avg@2"])) == (shown[0], 0.5)

@@ -18,6 +18,7 @@ from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, EvaluationSampling, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.rollout.respond import Responder
 
 RIGHT, WRONG, CUT, BARE = "1>7<eos>", "1>8<eos>", "1>7", "8<eos>"  # CUT is right but never ends
 SAMPLED = {
@@ -77,9 +78,9 @@ def question(
 
 
 def evaluator(engine: Any, tokenizer: Any, reward: Reward | None = None, **changes: Any) -> Evaluator:
-    rest = {"solved_at": changes.pop("solved_at", 1.0), "seed": Seed(changes.pop("seed", 0), "seed")}
+    solved_at, seed = changes.pop("solved_at", 1.0), Seed(changes.pop("seed", 0), "seed")
     settings = Evaluation(**{"samples": 4, "sampling": Sampling(0.6, max_new_tokens=14), **changes})
-    return Evaluator(engine, tokenizer, reward or LastAnswerReward(), settings, **rest)
+    return Evaluator(Responder(engine, tokenizer, reward or LastAnswerReward(), solved_at, seed), settings)
 
 
 def nll(policy: Policy, q: Question) -> list[float]:

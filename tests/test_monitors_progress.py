@@ -104,7 +104,7 @@ def test_rollouts_and_evaluations_that_last_are_lines_with_their_speed(
     trainer.fit(module, datamodule=data)
     lines = decoding_lines(capsys)
     assert any(line.startswith("rollout: 0 of 16 responses, token 3 of at most 14, ") for line in lines)
-    assert module.reinforcement.engine.listener is None
+    assert module.responder.engine.listener is None
 
 
 def test_short_rollouts_print_nothing_of_their_decoding(

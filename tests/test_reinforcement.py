@@ -119,7 +119,7 @@ def test_groups_say_how_many_were_correct_and_who_has_a_demonstration(tokenizer:
         {"id": 1, "n_correct": 1, "size": 4, "has_demonstration": False},
         {"id": 9, "n_correct": 4, "size": 4, "has_demonstration": True},
     ]
-    assert graded.samples(tokenizer, []) == [
+    assert graded.samples() == [
         {
             "source": "s0",
             "prompt": PROMPTS[0],

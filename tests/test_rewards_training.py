@@ -27,6 +27,7 @@ from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.weighted import OverlongPenalty, WeightedRewards
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.settings import RLSettings
 
 CPU = torch.device("cpu")
@@ -83,8 +84,10 @@ def test_truncated_answers_push_nothing_and_count_in_no_denominator(
         qs = questions(tokenizer)[:1]
         graded = rl.grade(qs, groups_of(tokenizer, *TEXTS))
         rollout = prepare(rl, policy, item(qs), graded)
-        assert rollout.weight[:, 0].tolist() == pytest.approx(masked if mask else whole)
+        assert rollout.rl is not None
+        assert rollout.rl.weight[:, 0].tolist() == pytest.approx(masked if mask else whole)
         assert rollout.active.tolist() == [True, True, True, not mask]
+        assert rollout.advantages is not None
         found[mask] = rollout.advantages, graded.groups(own=False)
     assert torch.equal(found[False][0], found[True][0]), "they stay in the mean of their group"
     assert found[False][1] == found[True][1]
@@ -95,7 +98,7 @@ def test_a_step_of_nothing_but_truncated_answers_has_no_gradient(policy: Policy,
     qs = questions(tokenizer)[:1]
     work = item(qs)
     rollout = prepare(rl, policy, work, rl.grade(qs, groups_of(tokenizer, "3>7", "4", "5", "6>7")))
-    step_loss(rl, policy, rollout, work).backward()
+    step_loss(rl, policy, rollout).backward()
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
 
 
@@ -172,7 +175,8 @@ def asked(tokenizer: Any, *texts: str) -> list[Question]:
 
 def evaluator(tokenizer: Any, reward: Reward, *texts: str) -> Evaluator:
     settings = Evaluation(samples=1, greedy=False, sampling=Sampling(0.6, max_new_tokens=14))
-    judge = Evaluator(Book(tokenizer, *texts), tokenizer, reward, settings, solved_at=1.0, seed=Seed(0, "seed"))  # type: ignore[arg-type]
+    book: Any = Book(tokenizer, *texts)
+    judge = Evaluator(Responder(book, tokenizer, reward, 1.0, Seed(0, "seed")), settings)
     judge.reset(["a"], CPU)
     return judge
 

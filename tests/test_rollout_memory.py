@@ -97,7 +97,7 @@ def test_a_run_that_halved_resumes_to_the_same_bits(
 
     def run(steps: int, start: Path | None = None) -> tuple[Any, InProcessEngine]:
         module, engine = make_module(), InProcessEngine(64)
-        module.reinforcement.engine = module.evaluator.engine = engine
+        module.responder.engine = engine
         saver = ModelCheckpoint(tmp_path / f"{steps}", save_last=True, every_n_train_steps=1)
         trainer = make_trainer([saver], enable_checkpointing=True, max_steps=steps)
         data = make_data(schedule=Schedule(rl_steps=3, rl_questions=4))

@@ -73,7 +73,7 @@ ONE_PROCESS = [
     Variant("mifo", [SWITCH]),
     Variant(
         "mifo, 2 micro-batches, 2 passes",
-        [SWITCH, {"trainer": {"accumulate_grad_batches": 2}, "data": {"schedule": {"passes": 2, "rl_steps": 15}}}],
+        [SWITCH, {"model": {"micro_batches": 2}, "data": {"schedule": {"passes": 2, "rl_steps": 15}}}],
     ),
     Variant("luffy", [], ("methods/luffy.yaml",)),
     Variant("mifo, dynamic sampling", [SWITCH], ("losses/dapo.yaml",)),

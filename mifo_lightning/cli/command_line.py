@@ -180,8 +180,6 @@ class MifoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
         config = with_checkpoint_io({**self._get(self.config_init, "trainer", default={}), **kwargs})
-        if (accumulate := config.get("accumulate_grad_batches", 1)) < 1:
-            raise InputError(f"trainer.accumulate_grad_batches: {accumulate} is not allowed; it must be at least 1")
         named = [self._get(self.config_init, key) for key in (*METHOD, *MONITORS)]
         # Lightning refuses a bar or a checkpoint callback together with the flag that switches it off
         off = [(ProgressBar, "enable_progress_bar"), (Checkpoint, "enable_checkpointing")]
@@ -323,7 +321,7 @@ def main(args: list[str] | None = None) -> None:
         if not out_of_memory(error):
             raise
         fail(
-            f"memory ran out: {str(error).splitlines()[0]}; raise trainer.accumulate_grad_batches, set "
+            f"memory ran out: {str(error).splitlines()[0]}; raise model.micro_batches, set "
             "model.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
             status=1,
         )

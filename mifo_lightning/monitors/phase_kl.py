@@ -15,7 +15,6 @@ from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
-from mifo_lightning.rollout.draw import draw
 from mifo_lightning.seeds import stable_key
 
 
@@ -55,10 +54,9 @@ class PhaseKL(PhaseMonitor):
 
     def begin(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw and score one response to each prompt."""
-        rl = pl_module.reinforcement
-        keys = [stable_key(pl_module.seed.value, "phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
-        prompts = [q.prompt for q in self._probe]
-        drawn = draw(rl.engine, pl_module.policy, rl.tokenizer, prompts, keys, 1, rl.sampling)
+        responder, sampling = pl_module.responder, pl_module.reinforcement.sampling
+        keys = [responder.key("phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
+        drawn = responder.draw(pl_module.policy, [q.prompt for q in self._probe], keys, 1, sampling)
         responses = [group[0].tokens for group in drawn]
         # scored as at the end, not with the engine's own numbers: what has not moved gives exactly 0
         scores = self._score(pl_module, responses)
@@ -80,13 +78,12 @@ class PhaseKL(PhaseMonitor):
     def _score(self, pl_module: Any, responses: list[list[int]]) -> Tensor:
         """Log-probabilities [B, L] in nats of this rank's responses; collective under FSDP2."""
         policy: Policy = pl_module.policy
-        rl = pl_module.reinforcement
         with policy.sampling():
             if not responses:
                 return torch.zeros(0, 0, device=policy.device)
-            pad = padding(rl.tokenizer)
+            pad = padding(pl_module.tokenizer)
             sequences = Sequences.pack([q.prompt for q in self._probe], responses, pad).to(policy.device)
-            return score_without_gradient(policy, sequences, rl.sampling.temperature)[0]
+            return score_without_gradient(policy, sequences, pl_module.reinforcement.sampling.temperature)[0]
 
     def _mine(self, trainer: Trainer, items: list[Any]) -> list[Any]:
         return items[trainer.global_rank :: trainer.world_size]

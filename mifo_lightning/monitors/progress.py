@@ -190,7 +190,7 @@ class DecodingView:
 
 
 def _listen(pl_module: Any, listener: Listener | None) -> None:
-    engine = getattr(getattr(pl_module, "reinforcement", None), "engine", None)
+    engine = getattr(getattr(pl_module, "responder", None), "engine", None)
     if engine is not None and hasattr(engine, "listener"):
         engine.listener = listener
 

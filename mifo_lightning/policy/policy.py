@@ -63,6 +63,7 @@ class Policy(nn.Module):
     Attributes:
         numerics: The context that every forward runs in, whoever asks for it and from wherever; MifoModule puts the
             Trainer's precision here.
+        version: Rises whenever the weights are others: after each optimizer step, and where they are loaded.
     """
 
     numerics: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -73,6 +74,8 @@ class Policy(nn.Module):
         with torch.no_grad():
             self.decoding = Decoding.of(model)
         self.split_head = _head_is_last(model)
+        self.version = 0
+        self.register_load_state_dict_post_hook(_loaded)
 
     def forward(
         self, sequences: Sequences, temperature: float = 1.0, entropy_gradient: bool = False
@@ -166,6 +169,11 @@ class Policy(nn.Module):
                 shard.reshard()
             # frees the casts of the weights; older torch would reuse them, made without a graph, and lose gradients
             torch.clear_autocast_cache()
+
+
+def _loaded(policy: nn.Module, _: Any) -> None:
+    assert isinstance(policy, Policy)
+    policy.version += 1
 
 
 def _run(model: nn.Module, tokens: Tensor) -> Any:

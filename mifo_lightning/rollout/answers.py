@@ -6,31 +6,29 @@ from mifo_lightning.data.template import ChatTemplate
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.rollout.engine import RolloutEngine, Sampling
-from mifo_lightning.seeds import stable_key
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.respond import Responder
 
 Prompt = str | list[dict[str, str]]
 
 
 def answers(
-    engine: RolloutEngine,
+    responder: Responder,
     policy: Policy,
     template: ChatTemplate,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     samples: int,
-    seed: int,
 ) -> list[list[str]]:
     """Draw responses; the same seed, prompt and weights give the same ones, in whatever company.
 
     Args:
-        engine: Draws them.
+        responder: Draws them.
         policy: The model.
         template: How prompts become text, and the model's tokenizer.
         prompts: Texts of a user, or conversations of dicts with `role` and `content`; both go through the template.
         sampling: How they are drawn.
         samples: Responses to each prompt.
-        seed: Seed of the draws.
 
     Returns:
         `samples` texts for each prompt, end tokens left out.
@@ -46,6 +44,6 @@ def answers(
     talks = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = [template.render(talk, f"prompt {number}") for number, talk in enumerate(talks, 1)]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    keys = [stable_key(seed, "answers", text) for text in texts]
-    drawn = engine.generate(policy, tokenizer, ids, keys, samples, sampling)
+    keys = [responder.key("answers", text) for text in texts]
+    drawn = responder.draw(policy, ids, keys, samples, sampling)
     return [response_texts(tokenizer, [c.tokens for c in group], sampling.stop) for group in drawn]

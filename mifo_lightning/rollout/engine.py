@@ -90,8 +90,10 @@ class RolloutEngine(Protocol):
 
     One that decodes for long calls `safe_points.poll` now and then, whose exception it lets pass.
 
-    An engine in another process synchronises its weights at the start of `generate`; the in-process engine has nothing
-    to do there. Calls are collective: every rank calls with its own prompts, which may be none.
+    One with weights of its own takes them over at the start of `generate` if `policy.version` is another than when it
+    last did. One that has a `close()` is closed when a fit or an evaluation is over, and may be asked again after it.
+
+    Calls are collective: every rank calls with its own prompts, which may be none.
     """
 
     def generate(

@@ -8,21 +8,18 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import PreTrainedTokenizerBase
 
-from mifo_callbacks import Seed
 from mifo_lightning.errors import InputError
 from mifo_lightning.metrics import AverageAtK, PassAtK
-from mifo_lightning.policy.ending import padding, response_texts
+from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
-from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rewards.grading import FailureWatch, Scores, check_solved_at, grade_answers
+from mifo_lightning.rewards.grading import FailureWatch, grade_answers
 from mifo_lightning.rewards.marker import MarkedReward
-from mifo_lightning.rollout.draw import draw
-from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from mifo_lightning.seeds import stable_key
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.graded import Graded
+from mifo_lightning.rollout.respond import Responder
 
 WITHOUT_MARKER, STRICT, WHOLE_TEXT = MARKER_METRICS = ("without_marker", "strict", "whole_text")
 
@@ -111,30 +108,16 @@ class Evaluator:
     """Draws and grades responses to evaluation questions and keeps score per source and overall.
 
     Args:
-        engine: Draws responses.
-        tokenizer: The model's.
-        reward: Grades responses.
+        responder: Draws and grades responses; every evaluation of a run draws with the same randomness.
         settings: How to draw.
-        solved_at: Reward from which a response counts as correct.
-        seed: Seed of the sampled responses: every evaluation of a run draws with the same randomness.
         rollouts: How rollouts are drawn, which evaluation follows in what its own settings leave open.
     """
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: Reward,
-        settings: Evaluation,
-        solved_at: float,
-        seed: Seed,
-        rollouts: Sampling = Sampling(),
-    ) -> None:
+    def __init__(self, responder: Responder, settings: Evaluation, rollouts: Sampling = Sampling()) -> None:
         self.sampling = beside(settings.sampling, rollouts)
-        self.engine, self.tokenizer, self.reward, self.settings = engine, tokenizer, reward, settings
-        check_solved_at(solved_at, reward)
-        self.solved_at, self.seed = solved_at, seed
-        self.watch, self.checked, self.warned = FailureWatch(reward), 0, False
+        self.responder, self.settings = responder, settings
+        self.reward, self.solved_at = responder.reward, responder.solved_at
+        self.watch, self.checked, self.warned = FailureWatch(self.reward), 0, False
         self.sources: list[str] = []
         self.scores: list[SourceScores] = []
 
@@ -190,14 +173,15 @@ class Evaluator:
         self, policy: Policy, questions: list[Question], source: int, n: int, *, greedy: bool
     ) -> list[dict[str, Any]]:
         sampling = self._greedy_sampling() if greedy else self.sampling
-        flat, texts, graded = self._graded(policy, questions, n, sampling)
+        graded = self._graded(policy, questions, n, sampling)
+        flat = [c for group in graded.completions for c in group]
         if not flat:
             return []
         self.checked += len(flat)
-        correct = (torch.tensor(graded.judged, device=policy.device) >= self.solved_at).view(-1, n).sum(-1)
-        means = {f"reward/{name}": values for name, values in graded.components.items()}
+        correct = graded.correct.to(policy.device).sum(-1)
+        means = {f"reward/{name}": values.flatten() for name, values in graded.components.items()}
         if not greedy or not self.settings.samples:
-            means |= self._marker(flat, texts, [q for q in questions for _ in range(n)], graded.judged)
+            means |= self._marker(graded)
         for scores in (self.scores[source], self.scores[-1]):
             for name, metric in scores.at_k.items():
                 if (name == "greedy") == greedy:
@@ -206,54 +190,36 @@ class Evaluator:
                 scores.means["length"].update(torch.tensor([float(len(c.tokens)) for c in flat]))
                 scores.means["truncated"].update(torch.tensor([float(not c.finished) for c in flat]))
                 for name, values in means.items():
-                    scores.means[name].update(torch.tensor(values))
-        return [
-            {
-                "source": q.source,
-                "prompt": q.text,
-                "response": texts[i * n],
-                "truth": q.truth,
-                "reward": graded.rewards[i * n],
-            }
-            for i, q in enumerate(questions)
-        ]
+                    scores.means[name].update(values)
+        return [graded.samples(i)[0] for i in range(len(questions))]
 
     def greedy_correct(self, policy: Policy, questions: list[Question]) -> Tensor:
         """Whether the greedy response to each of this rank's questions is correct, [n] bool; collective.
 
         Adds nothing to the scores.
         """
-        _, _, graded = self._graded(policy, questions, 1, self._greedy_sampling())
-        return torch.tensor(graded.judged) >= self.solved_at
+        return self._graded(policy, questions, 1, self._greedy_sampling()).correct.flatten()
 
     def _greedy_sampling(self) -> Sampling:
         return Sampling(0.0, max_new_tokens=self.sampling.max_new_tokens, stop=self.sampling.stop)
 
-    def _graded(
-        self, policy: Policy, questions: list[Question], n: int, sampling: Sampling
-    ) -> tuple[list[Completion], list[str], Scores]:
-        """n responses to each question, question by question, as tokens and as text, with their rewards."""
-        keys = [stable_key(self.seed.value, "evaluation", q.source, q.id) for q in questions]
-        prompts = [q.prompt for q in questions]
-        completions = draw(self.engine, policy, self.tokenizer, prompts, keys, n, sampling)
-        flat = [c for group in completions for c in group]
-        if not flat:
-            return [], [], Scores([], [], {})
-        texts = response_texts(self.tokenizer, [c.tokens for c in flat], sampling.stop)
-        asked = [q for q in questions for _ in range(n)]
-        lengths, finished = [len(c.tokens) for c in flat], [c.finished for c in flat]
-        return flat, texts, grade_answers(self.reward, asked, texts, lengths, finished)
+    def _graded(self, policy: Policy, questions: list[Question], n: int, sampling: Sampling) -> Graded:
+        """n responses to each question."""
+        keys = [self.responder.key("evaluation", q.source, q.id) for q in questions]
+        return self.responder.respond(policy, questions, keys, n, sampling)
 
-    def _marker(
-        self, flat: list[Completion], texts: list[str], questions: list[Question], judged: list[float]
-    ) -> dict[str, list[float]]:
+    def _marker(self, graded: Graded) -> dict[str, Tensor]:
         """Of each response, as 0 or 1: its thought never ended; it is correct strictly; it is by its whole text."""
         judge = self.reward.judge
         if not (isinstance(judge, MarkedReward) and judge.opener):
             return {}
+        texts = [text for group in graded.texts for text in group]
+        flat = [c for group in graded.completions for c in group]
+        questions = [q for q, group in zip(graded.questions, graded.texts, strict=True) for _ in group]
         unended = judge.unended(texts, [q.text for q in questions])
         strict = [
-            0.0 if no_end else float(value >= self.solved_at) for value, no_end in zip(judged, unended, strict=True)
+            float(right and not no_end)
+            for right, no_end in zip(graded.correct.flatten().tolist(), unended, strict=True)
         ]
         whole = list(strict)
         if lost := [i for i, no_end in enumerate(unended) if no_end]:
@@ -262,7 +228,8 @@ class Evaluator:
                 again = grade_answers(judge, [questions[i] for i in lost], [texts[i] for i in lost], lengths, finished)
             for i, value in zip(lost, again.judged, strict=True):
                 whole[i] = float(value >= self.solved_at)
-        return {WITHOUT_MARKER: [float(no_end) for no_end in unended], STRICT: strict, WHOLE_TEXT: whole}
+        found = {WITHOUT_MARKER: [float(no_end) for no_end in unended], STRICT: strict, WHOLE_TEXT: whole}
+        return {name: torch.tensor(values) for name, values in found.items()}
 
     def _warn(self, values: dict[str, Tensor]) -> None:
         """Say once if most thoughts never end: then the score, and the buffer, are about the marker."""
@@ -289,7 +256,7 @@ class Evaluator:
         with policy.sampling():
             if not shown:
                 return torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
-            pad = padding(self.tokenizer)
+            pad = padding(self.responder.tokenizer)
             sequences = Sequences.pack([q.prompt for q in shown], [q.demonstration or [] for q in shown], pad)
             logp, _ = score_without_gradient(policy, sequences.to(policy.device), temperature=1.0)
             return -logp.sum(), sequences.response_lengths.sum().to(policy.device).float()

@@ -5,10 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mifo_lightning.distributed import sum_ranks
-from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.question import Question
 from mifo_lightning.rollout.engine import Completion
 
@@ -24,6 +22,7 @@ class Graded:
         solved_at: Reward from which a response is correct.
         judged: [Q, R] fp32, what `solved_at` is compared with; None: `rewards`.
         components: [Q, R] fp32 scores by name, where the reward is a sum.
+        texts: For each question its R responses as they were graded.
     """
 
     questions: list[Question]
@@ -32,6 +31,7 @@ class Graded:
     solved_at: float
     judged: Tensor | None = None
     components: dict[str, Tensor] = field(default_factory=dict)
+    texts: list[list[str]] = field(default_factory=list)
 
     @property
     def correct(self) -> Tensor:
@@ -62,6 +62,7 @@ class Graded:
             self.solved_at,
             None if self.judged is None or other.judged is None else torch.cat([self.judged, other.judged]),
             {name: torch.cat([values, other.components[name]]) for name, values in self.components.items()},
+            self.texts + other.texts,
         )
 
     def select(self, chosen: list[int]) -> "Graded":
@@ -73,6 +74,7 @@ class Graded:
             self.solved_at,
             None if self.judged is None else self.judged[chosen],
             {name: values[chosen] for name, values in self.components.items()},
+            [self.texts[i] for i in chosen] if self.texts else [],
         )
 
     @property
@@ -100,13 +102,12 @@ class Graded:
             entries.append(entry)
         return entries
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase, stop: list[str]) -> list[dict[str, Any]]:
-        """The first question's responses, as the text that was graded, with their rewards."""
-        q = self.questions[0]
-        texts = response_texts(tokenizer, [c.tokens for c in self.completions[0]], stop)
+    def samples(self, question: int = 0) -> list[dict[str, Any]]:
+        """One question's responses, as the text that was graded, with their rewards to six digits."""
+        q = self.questions[question]
         return [
-            {"source": q.source, "prompt": q.text, "response": text, "truth": q.truth, "reward": reward}
-            for text, reward in zip(texts, self.rewards[0].tolist(), strict=True)
+            {"source": q.source, "prompt": q.text, "response": text, "truth": q.truth, "reward": round(reward, 6)}
+            for text, reward in zip(self.texts[question], self.rewards[question].tolist(), strict=True)
         ]
 
     def describe(self, device: torch.device) -> dict[str, float]:

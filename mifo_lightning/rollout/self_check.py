@@ -11,8 +11,8 @@ from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
-from mifo_lightning.rollout.draw import draw
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.rollout.respond import draw
 from mifo_lightning.seeds import stable_key
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model

@@ -6,22 +6,18 @@ from contextlib import AbstractContextManager
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from mifo_callbacks import Seed
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.distributed import gather_ranks, mean_ranks, rank, ranks
 from mifo_lightning.methods.mixing import Mixing
-from mifo_lightning.policy.ending import padding, response_texts
+from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
-from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rewards.grading import FailureWatch, check_solved_at, grade_answers
-from mifo_lightning.rollout.draw import draw
-from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from mifo_lightning.rewards.grading import FailureWatch
+from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
-from mifo_lightning.seeds import stable_key
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.rl_batch import forking_tokens, rl_batch
@@ -33,14 +29,10 @@ class Reinforcement:
     """Everything of an RL step but the forward pass with a gradient.
 
     Args:
-        engine: Draws responses.
-        tokenizer: The model's.
-        reward: Grades responses.
+        responder: Draws and grades responses.
         sampling: How rollouts are drawn.
         settings: The policy loss.
         group_size: G, rollouts per question.
-        solved_at: Reward from which a rollout counts as correct.
-        seed: Seed of all rollouts.
         mixing: How demonstrations are mixed into RL steps; None mixes none in.
 
     Raises:
@@ -49,21 +41,15 @@ class Reinforcement:
 
     def __init__(
         self,
-        engine: RolloutEngine,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: Reward,
+        responder: Responder,
         sampling: Sampling,
         settings: RLSettings,
         group_size: int,
-        solved_at: float,
-        seed: Seed,
         mixing: Mixing | None = None,
     ) -> None:
         check_rl(group_size, sampling, settings, mixing)
-        check_solved_at(solved_at, reward)
-        self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
-        self.sampling, self.settings, self.mixing = sampling, settings, mixing
-        self.group_size, self.solved_at, self.seed = group_size, solved_at, seed
+        self.responder, self.sampling, self.settings = responder, sampling, settings
+        self.group_size, self.mixing = group_size, mixing
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
         self.references: list[Policy] = []
         weight = {} if mixing is None else {"sft_weight": mixing.token_weight}
@@ -113,10 +99,9 @@ class Reinforcement:
     def draw(self, policy: Policy, questions: list[Question], rollout: int, attempt: int = 0) -> list[list[Completion]]:
         """Responses to each question, the same whatever the number of ranks; a demonstration may take one's place."""
         again = (attempt,) if attempt else ()
-        keys = [stable_key(self.seed.value, "rl", rollout, q.id, *again) for q in questions]
-        prompts = [q.prompt for q in questions]
+        keys = [self.responder.key("rl", rollout, q.id, *again) for q in questions]
         n = self.group_size - (self.mixing is not None and self.mixing.in_group)
-        return draw(self.engine, policy, self.tokenizer, prompts, keys, n, self.sampling)
+        return self.responder.draw(policy, [q.prompt for q in questions], keys, n, self.sampling)
 
     def grade(self, questions: list[Question], completions: list[list[Completion]]) -> Graded:
         """Grade responses; one that did not end by itself gets at most 0 (MIFO, buffer rule); collective.
@@ -124,19 +109,10 @@ class Reinforcement:
         Raises:
             InputError: Every check of all ranks failed.
         """
-        flat = [c for group in completions for c in group]
-        texts = response_texts(self.tokenizer, [c.tokens for c in flat], self.sampling.stop)
-        asked = [q for q, group in zip(questions, completions, strict=True) for _ in group]
-        watch = FailureWatch(self.reward)
-        scores = grade_answers(self.reward, asked, texts, [len(c.tokens) for c in flat], [c.finished for c in flat])
-        watch.end(len(flat), "the responses of an RL step")
-        rewards, judged, *parts = (
-            torch.tensor(values).view(len(questions), -1)
-            for values in (scores.rewards, scores.judged, *scores.components.values())
-        )
-        components = dict(zip(scores.components, parts, strict=True))
-        own_judge = judged if self.reward.solved_by is not None else None
-        return Graded(questions, completions, rewards, self.solved_at, own_judge, components)
+        watch = FailureWatch(self.responder.reward)
+        graded = self.responder.grade(questions, completions, self.sampling.stop)
+        watch.end(graded.rewards.numel(), "the responses of an RL step")
+        return graded
 
     def choose(self, graded: Graded, attempts: int, wanted: int) -> Chosen | None:
         """Which of this rank's questions train; None if dynamic sampling wants further questions; collective.
@@ -173,7 +149,7 @@ class Reinforcement:
         scales = (1.0, 0.0) if self.mixing is None else self.mixing.scales(item["rollout"])
         rows = training_rows(graded, settings, self.mixing, self._demonstration_rewards(graded), scales[1] > 0)
         questions = [graded.questions[i] for i in rows.question.tolist()]
-        sequences = Sequences.pack([q.prompt for q in questions], rows.tokens, padding(self.tokenizer))
+        sequences = Sequences.pack([q.prompt for q in questions], rows.tokens, padding(self.responder.tokenizer))
         minibatch = torch.tensor(chosen.place)[rows.question] * minibatches // chosen.total
         sequences, minibatch = sequences.to(policy.device), minibatch.to(policy.device)
         longest = self.sampling.max_new_tokens
@@ -195,14 +171,12 @@ class Reinforcement:
         """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""
         if self.mixing is None or not self.mixing.in_group:
             return None
-        shown = [i for i, q in enumerate(graded.questions) if q.demonstration]
-        responses = [graded.questions[i].demonstration or [] for i in shown]
-        texts = response_texts(self.tokenizer, responses)
+        shown = [q for q in graded.questions if q.demonstration]
+        lent = [[Completion(q.demonstration or [], [], True)] for q in shown]
         rewards = torch.zeros(len(graded.questions))
         if shown:
-            questions = [graded.questions[i] for i in shown]
-            scores = grade_answers(self.reward, questions, texts, [len(r) for r in responses])
-            rewards[shown] = torch.tensor(scores.rewards)
+            where = torch.tensor([bool(q.demonstration) for q in graded.questions])
+            rewards[where] = self.responder.grade(shown, lent, []).rewards[:, 0]
         return rewards
 
     def describe(self, drawn: Graded, batch: Batch, seconds: float) -> dict[str, float]:
@@ -218,8 +192,8 @@ class Reinforcement:
             "advantage_abs": float(batch.advantages.abs().mean()),
             "tokens_per_s": drawn.tokens / max(seconds, 1e-9) * ranks(),
             "groups_trained": float(batch.question[batch.active].unique().numel() * ranks()),
-            "reward_errors": float(self.reward.errors * ranks()),
-            "reward_timeouts": float(self.reward.timeouts * ranks()),
+            "reward_errors": float(self.responder.reward.errors * ranks()),
+            "reward_timeouts": float(self.responder.reward.timeouts * ranks()),
         }
         device = batch.question.device
         return drawn.describe(device) | mean_ranks(rest, device)

@@ -207,7 +207,7 @@ CHECKPOINTS: list[Case] = [
     resume("into other data", lambda path: None, "either", "--data.train.init_args.count", "8"),
     resume("into fewer steps", lambda path: None, "either", "--data.schedule.rl_steps", "1"),
     resume("into another method", lambda path: None, "either", "--freeze", "null", "--switch", "null"),
-    resume("with accumulation", lambda path: None, "either", "--trainer.accumulate_grad_batches", "2"),
+    resume("in other chunks", lambda path: None, "either", "--model.micro_batches", "2"),
     given("nowhere.ckpt"),
     given(""),
     given(" "),
