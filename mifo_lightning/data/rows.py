@@ -69,7 +69,7 @@ def _read(source: Source, columns: Columns) -> list[Row]:
         return _checked(rows, columns, name="rows", where=type(source).__name__)
     if isinstance(source, RowSource):
         kind = type(source).__name__
-        return _checked(source.rows(), Columns(), name=kind, where=kind)
+        return _checked(list(source.rows()), Columns(), name=kind, where=kind)
     if UNREADABLE.search(str(source)):
         raise InputError(f"{str(source)!r}: is no path")
     try:

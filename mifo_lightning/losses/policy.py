@@ -81,7 +81,7 @@ def policy_loss(
     Args:
         logp: [B, L] log-probabilities of the response tokens in nats, with gradient.
         logp_old: [B, L] the same under the policy that sampled, without gradient.
-        advantages: [B] advantage of each sequence.
+        advantages: [B] advantage of each sequence, or [B, L] of each token.
         weight: [B, L] from `token_weights`; 0 outside the responses.
         surrogate: The objective of the policy's own tokens.
         ratio: One ratio per token, or one per sequence.
@@ -105,7 +105,7 @@ def policy_loss(
             log_ratio = log_ratio.detach() + logp - logp.detach()
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     r = log_ratio.exp()
-    advantage = advantages[:, None]
+    advantage = advantages if advantages.dim() == 2 else advantages[:, None]
     objective, limited = surrogate(logp, r, advantage)
     if demonstrated is not None and lent is not None:
         objective = torch.where(demonstrated, lent(advantage, logp.exp()), objective)

@@ -13,7 +13,7 @@ class Surrogate:
         Args:
             logp: [B, L] log-probabilities in nats, with gradient.
             ratio: [B, L] or [B, 1] r, probability now by probability when sampled, with gradient.
-            advantage: [B, 1].
+            advantage: [B, 1] or [B, L].
 
         Returns:
             [B, L] or [B, 1] objective with gradient, and as fp32 of r's shape 1 where r is cut off.

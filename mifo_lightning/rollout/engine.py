@@ -1,8 +1,9 @@
 """What a rollout engine is asked and what it answers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from mifo_lightning.errors import InputError
 
@@ -83,8 +84,8 @@ class Decoded(NamedTuple):
 Listener = Callable[[Decoded], None]
 
 
-class RolloutEngine(Protocol):
-    """Draws responses from the current policy.
+class RolloutEngine(ABC):
+    """Draws responses from the current policy; an engine of one's own is a subclass.
 
     One that has an attribute `listener` tells it, where it is not None, how far a call is, so that long decoding shows.
 
@@ -96,6 +97,7 @@ class RolloutEngine(Protocol):
     Calls are collective: every rank calls with its own prompts, which may be none.
     """
 
+    @abstractmethod
     def generate(
         self,
         policy: "Policy",
@@ -119,4 +121,3 @@ class RolloutEngine(Protocol):
         Returns:
             For each prompt its responses, in order.
         """
-        ...

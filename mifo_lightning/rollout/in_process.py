@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy.ending import end_tokens, padding
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.rollout.engine import Completion, Decoded, Listener, Sampling
+from mifo_lightning.rollout.engine import Completion, Decoded, Listener, RolloutEngine, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
 from mifo_lightning.stopping import safe_points
 
@@ -21,7 +21,7 @@ STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some 
 NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-class InProcessEngine:
+class InProcessEngine(RolloutEngine):
     """Decodes with the model's cache: one prefill per question, finished rows leave the batch.
 
     A model whose cache cannot do that prefills every row and keeps all of them; one that cannot be padded decodes

@@ -48,6 +48,7 @@ class Batch:
         advantages: [B] fp32; None without `rl`.
         logp_old: [B, L] log-probabilities in nats under the policy that sampled; None with one on-policy update.
         logp_ref: [B, L] the same under the reference; None without a KL term.
+        logp_sampler: [B, L] the same as the engine had them where it drew; None where nothing corrects for it.
         keep: [B, L] bool, tokens that push the policy; None without an entropy mask.
         initial: [B] fp32 loss of each demonstration before training, in units of the median; None where no weight
             wants it.
@@ -68,6 +69,7 @@ class Batch:
     advantages: Tensor | None = None
     logp_old: Tensor | None = None
     logp_ref: Tensor | None = None
+    logp_sampler: Tensor | None = None
     keep: Tensor | None = None
     initial: Tensor | None = None
     named: dict[str, Tensor] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mifo_lightning.losses.corrections import Correction
 from mifo_lightning.losses.policy import Ratio, kl_k3, policy_loss
 from mifo_lightning.losses.sft import sft_loss
 from mifo_lightning.losses.sft_weights import SFTWeight, Uniform
@@ -23,12 +24,14 @@ class Objective:
         surrogate: Objective of the policy's own tokens.
         ratio: One probability ratio per token, or one per sequence.
         sft_weight: What multiplies each demonstration token's cross-entropy.
+        correction: For an engine whose numerics are not the policy's; None where they are.
         mixing: How demonstrations are mixed into the batch; None if they are not.
     """
 
     surrogate: Surrogate = field(default_factory=Clipped)
     ratio: Ratio = "token"
     sft_weight: SFTWeight = field(default_factory=Uniform)
+    correction: Correction | None = None
     mixing: Mixing | None = None
 
     def __call__(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,21 +67,29 @@ class Objective:
     def _policy_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.rl is not None
         assert batch.advantages is not None, "a policy loss needs advantages"
-        advantages = batch.advantages
-        if self.mixing is not None and batch.demonstrated is not None:
-            own = (batch.rl.weight > 0) & ~batch.demonstrated
+        advantages, weight = batch.advantages, batch.rl.weight
+        own = weight > 0 if batch.demonstrated is None else (weight > 0) & ~batch.demonstrated
+        logp_old = logp.detach() if batch.logp_old is None else batch.logp_old
+        if self.mixing is not None:
             advantages = self.mixing.reweigh(advantages, entropy.detach(), own)
-        return policy_loss(
+        corrected = {}
+        if self.correction is not None and batch.logp_sampler is not None:
+            factor, cut = self.correction(logp_old, batch.logp_sampler, own)
+            advantages = advantages[:, None] * factor
+            counted = weight * own
+            corrected = {"sampler_gap": ((factor - 1).abs() * counted).sum(), "sampler_cut": (cut * counted).sum()}
+        loss, metrics = policy_loss(
             logp,
-            logp.detach() if batch.logp_old is None else batch.logp_old,
+            logp_old,
             advantages,
-            batch.rl.weight,
+            weight,
             surrogate=self.surrogate,
             ratio=self.ratio,
             keep=batch.keep,
             demonstrated=batch.demonstrated,
             lent=None if self.mixing is None else self.mixing.lent_objective,
         )
+        return loss, metrics | corrected
 
     def _sft_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.ce is not None

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.distributed import gather_ranks, mean_ranks, rank, ranks
@@ -53,7 +54,9 @@ class Reinforcement:
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
         self.references: list[Policy] = []
         weight = {} if mixing is None else {"sft_weight": mixing.token_weight}
-        self.objective = Objective(settings.objective(), settings.ratio, mixing=mixing, **weight)
+        self.objective = Objective(
+            settings.objective(), settings.ratio, correction=settings.correction, mixing=mixing, **weight
+        )
         self._warned = False  # of dynamic sampling that came to its end
 
     @property
@@ -156,6 +159,9 @@ class Reinforcement:
         batch = rl_batch(rows, sequences, minibatch, minibatches, scales, settings, self.mixing, longest)
         batch.question = torch.tensor([q.id for q in questions], device=policy.device)
         batch.temperature = self.sampling.temperature
+        if settings.correction is not None:
+            padded = pad_sequence([torch.tensor(logp) for logp in rows.logp], batch_first=True)
+            batch.logp_sampler = padded.to(policy.device)
         masked = settings.entropy_fraction < 1
         if item["updates"] > 1 or masked:
             logp, entropy = score_without_gradient(policy, sequences, batch.temperature)

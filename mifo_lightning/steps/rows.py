@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mifo_lightning.losses.advantages import as_advantage
 from mifo_lightning.methods.mixing import Mixing
+from mifo_lightning.question import Question
+from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.steps.settings import RLSettings
 
@@ -17,6 +19,7 @@ class Rows(NamedTuple):
     Attributes:
         question: [B] int64, index of the question.
         tokens: B lists of token ids, end-of-sequence token included.
+        logp: B lists of log-probabilities in nats as the engine had them; 0 for demonstrations, which it did not draw.
         advantages: [B] fp32; a method may push its own responses otherwise (`Mixing.push`).
         demonstrated: [B] bool, which are demonstrations.
         in_policy: [B] bool, which count in the denominator of the policy loss.
@@ -25,6 +28,7 @@ class Rows(NamedTuple):
 
     question: Tensor
     tokens: list[list[int]]
+    logp: list[list[float]]
     advantages: Tensor
     demonstrated: Tensor
     in_policy: Tensor
@@ -72,14 +76,20 @@ def training_rows(
     active = in_policy & ((advantages != 0) | (always & ~demonstrated & trains[:, None]))
     if supervised:
         active |= exists & demonstrated
-    tokens = [
-        row
+    drawn = [
+        completion
         for question, group, has in zip(graded.questions, graded.completions, lent.tolist(), strict=True)
-        for row in [*(c.tokens for c in group), *([question.demonstration or []] if has else [])]
+        for completion in [*group, *([_lent(question)] if has else [])]
     ]
     index = torch.arange(q)[:, None].expand_as(exists)
     fields = (advantages, demonstrated, in_policy, active)
-    return Rows(index[exists], tokens, *(field[exists] for field in fields))
+    tokens, logp = [c.tokens for c in drawn], [c.logp for c in drawn]
+    return Rows(index[exists], tokens, logp, *(field[exists] for field in fields))
+
+
+def _lent(question: Question) -> Completion:
+    tokens = question.demonstration or []
+    return Completion(tokens, [0.0] * len(tokens), True)
 
 
 def _advantages(graded: Graded, settings: RLSettings, lent: Tensor, demonstration_rewards: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.advantages import Advantage, AdvantageName, as_advantage
+from mifo_lightning.losses.corrections import Correction
 from mifo_lightning.losses.named import named
 from mifo_lightning.losses.policy import Aggregation, Ratio
 from mifo_lightning.losses.surrogates import Clipped, Reinforce, Surrogate, Truncated, Unclipped
@@ -39,6 +40,8 @@ class RLSettings:
             first, until `rl_questions` groups are left (DAPO).
         mask_truncated: Whether responses that did not end by themselves push nothing (DAPO's overlong filtering): they
             stay in the mean of their group, and are in no denominator of the loss.
+        correction: For an engine whose numerics are not those that train, a `Correction` by class_path, such as
+            mifo_lightning.losses.corrections.TruncatedImportance; null where they are the same.
     """
 
     advantage: AdvantageName | Advantage = "group_std"
@@ -54,6 +57,7 @@ class RLSettings:
     entropy_fraction: float = 1.0
     dynamic_sampling: int = 0
     mask_truncated: bool = False
+    correction: Correction | None = None
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""

@@ -1,0 +1,47 @@
+"""Corrections for an engine that draws from other numerics than those that train, such as another dtype or kernel."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from mifo_lightning.errors import InputError
+
+
+class Correction:
+    """What multiplies the advantage of each token that an engine drew; a subclass says how."""
+
+    def __call__(self, logp_old: Tensor, logp_sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors, and which of them are cut off.
+
+        Args:
+            logp_old: [B, L] log-probabilities in nats under the policy that trains, before its updates.
+            logp_sampler: [B, L] the same as the engine had them where it drew.
+            mask: [B, L] bool, tokens that the engine drew.
+
+        Returns:
+            [B, L] or [B, 1] factors without gradient, and bool of the same shape.
+        """
+        raise NotImplementedError
+
+
+class TruncatedImportance(Correction):
+    """`min(exp(logp_old - logp_sampler), cap)`, of each token or of the whole response (truncated importance sampling).
+
+    Args:
+        level: One factor a token, or one a response, the product over its tokens.
+        cap: Largest factor.
+    """
+
+    def __init__(self, level: Literal["token", "sequence"] = "token", cap: float = 2.0) -> None:
+        if level not in ("token", "sequence"):
+            raise InputError(f"model.policy.correction.level: {level!r} is not allowed; it must be token or sequence")
+        if not cap > 0:
+            raise InputError(f"model.policy.correction.cap: {cap} is not allowed; it must be above 0")
+        self.level, self.cap = level, cap
+
+    def __call__(self, logp_old: Tensor, logp_sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        difference = (logp_old - logp_sampler) * mask
+        if self.level == "sequence":
+            difference = difference.sum(-1, keepdim=True)
+        factor = difference.exp()
+        return factor.clamp_max(self.cap), factor > self.cap

@@ -1,0 +1,148 @@
+"""What a user adds without editing the library: a file of their own, named by class_path on the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mifo_lightning.cli import main
+from mifo_lightning.losses.corrections import TruncatedImportance
+
+OWN = '''
+"""Six lines or so each: what a user's own file looks like."""
+
+import torch
+from mifo_lightning import Advantage, Mixing, RowSource, SFTWeight, Surrogate
+from mifo_lightning.rollout.in_process import InProcessEngine
+
+
+class Focal(SFTWeight):
+    """(1 - p) ** gamma: what is known already weighs less."""
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        self.gamma = gamma
+
+    def __call__(self, logp, entropy, mask, initial=None):
+        return (1 - logp.exp()) ** self.gamma
+
+
+class Hardest(Mixing):
+    """Only the question with the fewest correct rollouts lends its demonstration, which weighs `sft`."""
+
+    def __init__(self, sft: float = 0.5) -> None:
+        super().__init__()
+        self.sft = sft
+
+    def lends(self, graded):
+        solved = graded.correct.sum(-1)
+        return torch.arange(len(solved)) == solved.argmin()
+
+    def scales(self, step: int):
+        return 1.0, self.sft
+
+
+class Cubed(Surrogate):
+    """r**3 A / 3: a surrogate that nobody needs."""
+
+    def __call__(self, logp, ratio, advantage):
+        return ratio**3 * advantage / 3, torch.zeros_like(ratio)
+
+
+class Ranks(Advantage):
+    """The place of a reward in its group, centred."""
+
+    def scale(self, centred, groups):
+        places = groups.argsort(-1).argsort(-1).float()
+        return places - places.mean(-1, keepdim=True)
+
+
+class Half(InProcessEngine):
+    """Draws in bf16, whatever the precision of training."""
+
+    def generate(self, policy, tokenizer, prompts, keys, samples, sampling):
+        with torch.autocast(policy.device.type, dtype=torch.bfloat16):
+            return super().generate(policy, tokenizer, prompts, keys, samples, sampling)
+
+
+class Doubles(RowSource):
+    """The sum of a number and itself."""
+
+    def __init__(self, count: int = 32) -> None:
+        self.count = count
+
+    def rows(self):
+        for i in range(self.count):
+            yield {
+                "data_source": "doubles",
+                "prompt": [{"role": "user", "content": f"{i}+{i}="}],
+                "target": [{"role": "assistant", "content": f">{2 * i}"}],
+                "reward_model": {"ground_truth": f"{2 * i}"},
+            }
+'''
+TINY = [
+    *("fit", "--config", "configs/tiny.yaml", "--trainer.logger", "false", "--trainer.profiler", "null"),
+    *("--progress", "null", "--export", "null", "--data.val", "null", "--history", "{}", "--seed_everything", "1"),
+    *("--data.train.init_args.count", "64", "--data.schedule.rl_steps", "4", "--data.schedule.rl_questions", "8"),
+    *("--data.schedule.sft_before", "2", "--data.schedule.sft_batch", "8", "--entropy", "null", "--importance", "null"),
+    *("--freeze", "null", "--switch", "null"),
+]
+EXTENSIONS = {
+    "an SFT weight with a setting": ["--model.sft_weight", "own.Focal", "--model.sft_weight.gamma", "3"],
+    "a method of mixing": ["--model.mixing", "own.Hardest", "--model.mixing.sft", "0.25"],
+    "a surrogate": ["--model.policy.surrogate", "own.Cubed"],
+    "an advantage": ["--model.policy.advantage", "own.Ranks"],
+    "an engine of other numerics, corrected": [
+        *("--model.engine", "own.Half", "--model.self_check", "false"),
+        *("--model.policy.correction", "mifo_lightning.losses.corrections.TruncatedImportance"),
+        *("--model.policy.correction.level", "sequence"),
+    ],
+    "a task": ["--data.train", "own.Doubles", "--data.train.count", "16"],
+}
+
+
+def history(capsys: Any, place: Path, extra: list[str]) -> list[dict[str, Any]]:
+    """What a small run logs."""
+    main([*TINY, "--trainer.default_root_dir", str(place), *extra])
+    capsys.readouterr()
+    return [json.loads(line) for line in (place / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_a_file_of_ones_own_is_enough(own: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    plain, extended = (history(capsys, tmp_path / str(i), extra) for i, extra in enumerate(([], EXTENSIONS[name])))
+    keys = ("sft/loss", "rl/policy_loss", "rl/grad_norm", "rollout/reward")
+    seen = [[tuple(line.get(key) for key in keys) for line in lines] for lines in (plain, extended)]
+    assert seen[0] != seen[1], "it changes what is trained"
+    assert all("rl/sft_loss" in line for line in extended if "rollout/reward" in line) == (name == "a method of mixing")
+    if "engine" in name:
+        gaps = [line["rl/sampler_gap"] for line in extended if "rl/sampler_gap" in line]
+        assert len(gaps) == 4
+        assert all(0 < gap < 0.2 for gap in gaps), gaps
+
+
+def test_a_name_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, "--trainer.default_root_dir", str(tmp_path), "--model.sft_weight", "focal"])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(error) == 1
+    assert "sft_weight" in error[0]
+    assert "low_entropy" in error[0]
+
+
+@pytest.mark.parametrize(("level", "factors"), [("token", [[2.0, 0.5, 1.0]]), ("sequence", [[1.5]])])
+def test_truncated_importance_by_hand(level: Any, factors: list[list[float]]) -> None:
+    old = torch.tensor([[0.6, 0.2, 0.9]]).log()
+    sampler = torch.tensor([[0.2, 0.4, 0.1]]).log()
+    mask = torch.tensor([[True, True, False]])
+    found, cut = TruncatedImportance(level, cap=2.0)(old, sampler, mask)
+    torch.testing.assert_close(found, torch.tensor(factors))
+    assert cut.tolist() == [[True, False, False]] if level == "token" else [[False]]
