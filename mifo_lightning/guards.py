@@ -71,6 +71,22 @@ def check_format(checkpoint: dict[str, Any]) -> None:
         )
 
 
+def own_rollout(rollouts: list[Any], rank: int, ranks: int) -> Any:
+    """This rank's of the rollouts that a checkpoint holds, or None if it was written between two.
+
+    Raises:
+        InputError: It was written inside a rollout by another number of processes.
+    """
+    if not any(rollouts):
+        return None
+    if len(rollouts) != ranks:
+        raise InputError(
+            f"ckpt_path: the checkpoint was written in the middle of a rollout by {len(rollouts)} processes and cannot "
+            f"be resumed by {ranks}"
+        )
+    return rollouts[rank]
+
+
 def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str, max_new_tokens: int) -> None:
     """Refuse sequences beyond the model's positions.
 

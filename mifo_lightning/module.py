@@ -1,5 +1,7 @@
 """MifoModule: one LightningModule that switches between RL and SFT as the work items say."""
 
+import copy
+import inspect
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +15,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mifo_callbacks import Seed
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import require_data_parallel
+from mifo_lightning.checkpoints.files import read_checkpoint
+from mifo_lightning.checkpoints.hyperparameters import plain_settings, settings_again
 from mifo_lightning.checkpoints.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
@@ -30,13 +34,14 @@ from mifo_lightning.guards import (
     check_format,
     check_lengths,
     check_trainer,
+    own_rollout,
     warn_of_long_demonstrations,
     warn_of_single_steps,
 )
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import end_tokens, padding
-from mifo_lightning.policy.loading import check_vocabulary, load_policy, load_tokenizer, shard_policy
+from mifo_lightning.policy.loading import Loaded, check_vocabulary, load_policy, load_tokenizer, shard_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
@@ -47,7 +52,7 @@ from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.respond import Responder
-from mifo_lightning.rollout.self_check import self_check
+from mifo_lightning.rollout.self_check import SelfCheck
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.finite import FiniteSteps, check_weights
 from mifo_lightning.steps.metrics import StepMetrics
@@ -67,7 +72,7 @@ class MifoModule(LightningModule):
     if set) and in the `groups` of what `training_step` returns.
 
     Args:
-        model: Hugging Face directory or hub name of the causal LM to train.
+        model: Hugging Face directory or hub name of the causal LM to train; `from_model` takes a loaded one.
         reward: Grades responses; from Python also a plain function (`FunctionReward`).
         engine: Draws responses; null decodes in the training process.
         group_size: G, rollouts per question.
@@ -124,7 +129,9 @@ class MifoModule(LightningModule):
         trust_remote_code: bool = False,
         self_check: bool = True,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.save_hyperparameters(plain_settings(given), logger=False)
         rl.check("model.rl")
         sft.check("model.sft")
         evaluation.check("model.evaluation")
@@ -154,16 +161,44 @@ class MifoModule(LightningModule):
         self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
         self._finite = FiniteSteps()
-        self.self_check = self_check
-        self._checked: str | None = None  # the precision in which the engine was compared with the model
-        self._found: dict[str, float] = {}  # what that gave, until it is logged
+        self.self_check = SelfCheck(self.responder.engine, sampling) if self_check else None
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> "MifoModule":
+        """A module that trains a model which is in memory already; its weights become fp32 and change in place."""
+        return cls(Loaded(model, tokenizer), **settings)  # type: ignore[arg-type]  # the parser reads annotations
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # a plain class method: Lightning's is a descriptor
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **settings: Any
+    ) -> "MifoModule":
+        """The module of a run's checkpoint with its trained weights, without a Trainer.
+
+        Args:
+            checkpoint_path: Such as `last.ckpt`.
+            map_location: Where the weights go.
+            settings: Arguments of the constructor, in place of the checkpoint's. Objects, such as a reward, are in no
+                checkpoint: they are given again.
+
+        Raises:
+            InputError: The file is no checkpoint of this module, or an object is missing.
+        """
+        checkpoint = read_checkpoint(Path(checkpoint_path), map_location)
+        if "hyper_parameters" not in checkpoint:
+            raise InputError(f"load_from_checkpoint: {checkpoint_path} is no checkpoint of a {cls.__name__}")
+        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+        module = cls(**settings_again(checkpoint["hyper_parameters"], defaults, settings))
+        module.load()
+        module.load_state_dict(checkpoint["state_dict"])
+        return module
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Load the weights, if that is not done, and, under FSDP2, shard them."""
-        require_data_parallel(self.trainer, "MifoModule")
-        check_trainer(self.trainer)
+        if self._trainer is not None:
+            require_data_parallel(self.trainer, "MifoModule")
+            check_trainer(self.trainer)
         self.load()
         for whole in (self._policy, *self.reinforcement.references):
             if self.device_mesh is not None and not isinstance(whole, FSDPModule):
@@ -179,7 +214,8 @@ class MifoModule(LightningModule):
             trust, needed = self.trust_remote_code, self.reinforcement.needs_reference
             self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
-            self.reinforcement.set_reference(load_policy(self.model_name, trust_remote_code=trust) if needed else None)
+            initial = copy.deepcopy(self.model_name) if needed else None  # of a loaded model, before it is trained
+            self.reinforcement.set_reference(load_policy(initial, trust_remote_code=trust) if initial else None)
         if self._trainer is None:  # `generate` before a fit
             return
         for policy in (self._policy, *self.reinforcement.references):
@@ -234,7 +270,9 @@ class MifoModule(LightningModule):
         """Put what a checkpoint held where it belongs; parameters are final only now."""
         warn_of_single_steps(self.trainer, self.moments)
         with restoring("mifo.engines"):
-            self._restore_engine(self._restored.get("engines", []))  # before the engine is checked
+            engines = self._restored.get("engines", [])
+            if len(engines) == self.trainer.world_size:  # with another number there is nothing to be equal to
+                self.responder.load_state_dict(engines[self.trainer.global_rank])  # before the engine is checked
         sampling = self.reinforcement.sampling
         self._check(self.trainer.train_dataloader, evaluated=False)
         warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
@@ -439,7 +477,7 @@ class MifoModule(LightningModule):
                 "seed": self.seed.settled,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(rollout),
-                "engines": gather_ranks(self._engine.state_dict() if self._engine else {}),
+                "engines": gather_ranks(self.responder.state_dict()),
                 "initial_losses": self.initial_losses,
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
@@ -447,14 +485,15 @@ class MifoModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until `on_train_start`; evaluation needs the weights alone."""
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_format(checkpoint)
             self._restored = checkpoint["mifo"]
             self.seed.restore(self._restored.get("seed"))
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._phase_optimizer.load_state_dict(state["optimizer"])
-        self._restore_rollout(state["rollouts"])
+        rollout = own_rollout(state["rollouts"], self.trainer.global_rank, self.trainer.world_size)
+        self._rollout = None if rollout is None else Batch.from_state_dict(rollout, self.device)
         self.initial_losses = state["initial_losses"]
         if (self.initial_losses is None) == self._weighs_by_initial_losses:
             raise InputError(
@@ -462,25 +501,6 @@ class MifoModule(LightningModule):
             )
         self._finite.load_state_dict(state["finite"])
         check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))
-
-    def _restore_rollout(self, rollouts: list[dict[str, Any] | None]) -> None:
-        if len(rollouts) != self.trainer.world_size and any(rollouts):
-            raise InputError(
-                f"ckpt_path: the checkpoint was written in the middle of a rollout by {len(rollouts)} processes "
-                f"and cannot be resumed by {self.trainer.world_size}"
-            )
-        state = rollouts[self.trainer.global_rank] if any(rollouts) else None
-        self._rollout = None if state is None else Batch.from_state_dict(state, self.device)
-
-    def _restore_engine(self, engines: list[dict[str, int]]) -> None:
-        """Decode in the batches of before; with another number of processes there is nothing to be equal to."""
-        if len(engines) == self.trainer.world_size and self._engine:
-            self._engine.load_state_dict(engines[self.trainer.global_rank])
-
-    @property
-    def _engine(self) -> InProcessEngine | None:
-        engine = self.responder.engine
-        return engine if isinstance(engine, InProcessEngine) else None
 
     def check_questions(self, loaders: Any, evaluated: bool, engine: bool = True) -> None:
         """Refuse what would be wrong without a word: too long sequences, and an engine that computes another model.
@@ -498,23 +518,15 @@ class MifoModule(LightningModule):
         own = evaluated and self.evaluator.settings.sampling.max_new_tokens is not None
         key = "model.evaluation.sampling" if own else "model.sampling"
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
-        if engine and self.self_check and questions and self._checked != self.trainer.precision:
-            self._checked = str(self.trainer.precision)
-            self._found = self_check(
-                self.responder.engine,
-                self._policy,
-                self.tokenizer,
-                [q.prompt for q in questions],
-                self.reinforcement.sampling,
-                mixed=self.trainer.precision != "32-true",
-            )
+        if engine and self.self_check is not None:
+            prompts = [q.prompt for q in questions]
+            self.self_check.run(self._policy, self.tokenizer, prompts, self.trainer.precision)
 
     def _check(self, loaders: Any, evaluated: bool) -> None:
         """The same where no one has checked before, and log what the comparison found."""
         self.check_questions(loaders, evaluated)
-        if self._found:
-            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in self._found.items()})
-            self._found = {}
+        if self.self_check is not None and (found := self.self_check.take()):
+            log_metrics(self.trainer, found)
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
         return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""What a user adds without editing the library: a file of their own, named by class_path on the command line."""
+"""What a user adds without editing the library: the examples of CONTRIBUTING.md as one file, named on the command line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,77 +11,10 @@ import torch
 from mifo_lightning.cli import main
 from mifo_lightning.losses.corrections import TruncatedImportance
 
-OWN = '''
-"""Six lines or so each: what a user's own file looks like."""
-
-import torch
-from mifo_lightning import Advantage, Mixing, RowSource, SFTWeight, Surrogate
-from mifo_lightning.rollout.in_process import InProcessEngine
-
-
-class Focal(SFTWeight):
-    """(1 - p) ** gamma: what is known already weighs less."""
-
-    def __init__(self, gamma: float = 2.0) -> None:
-        self.gamma = gamma
-
-    def __call__(self, logp, entropy, mask, initial=None):
-        return (1 - logp.exp()) ** self.gamma
-
-
-class Hardest(Mixing):
-    """Only the question with the fewest correct rollouts lends its demonstration, which weighs `sft`."""
-
-    def __init__(self, sft: float = 0.5) -> None:
-        super().__init__()
-        self.sft = sft
-
-    def lends(self, graded):
-        solved = graded.correct.sum(-1)
-        return torch.arange(len(solved)) == solved.argmin()
-
-    def scales(self, step: int):
-        return 1.0, self.sft
-
-
-class Cubed(Surrogate):
-    """r**3 A / 3: a surrogate that nobody needs."""
-
-    def __call__(self, logp, ratio, advantage):
-        return ratio**3 * advantage / 3, torch.zeros_like(ratio)
-
-
-class Ranks(Advantage):
-    """The place of a reward in its group, centred."""
-
-    def scale(self, centred, groups):
-        places = groups.argsort(-1).argsort(-1).float()
-        return places - places.mean(-1, keepdim=True)
-
-
-class Half(InProcessEngine):
-    """Draws in bf16, whatever the precision of training."""
-
-    def generate(self, policy, tokenizer, prompts, keys, samples, sampling):
-        with torch.autocast(policy.device.type, dtype=torch.bfloat16):
-            return super().generate(policy, tokenizer, prompts, keys, samples, sampling)
-
-
-class Doubles(RowSource):
-    """The sum of a number and itself."""
-
-    def __init__(self, count: int = 32) -> None:
-        self.count = count
-
-    def rows(self):
-        for i in range(self.count):
-            yield {
-                "data_source": "doubles",
-                "prompt": [{"role": "user", "content": f"{i}+{i}="}],
-                "target": [{"role": "assistant", "content": f">{2 * i}"}],
-                "reward_model": {"ground_truth": f"{2 * i}"},
-            }
-'''
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+OWN = "\n".join(
+    re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+)
 TINY = [
     *("fit", "--config", "configs/tiny.yaml", "--trainer.logger", "false", "--trainer.profiler", "null"),
     *("--progress", "null", "--export", "null", "--data.val", "null", "--history", "{}", "--seed_everything", "1"),

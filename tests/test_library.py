@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_data, make_module, weights
+from conftest import SAMPLING, make_data, make_module, weights
 from datasets import Dataset
 from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from rl_steps import Coin
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mifo_callbacks
 import mifo_lightning as mifo
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.settings import Settings, settle
 from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.in_process import InProcessEngine
 
@@ -26,6 +30,7 @@ ROWS = [
     {"question": f"{a}+{a}=", "answer": str(2 * a), "solution": f"{a}+{a}>{2 * a}"} for a in range(100, 120)
 ]  # in the symbols of the embedded model
 COLUMNS = mifo.Columns(prompt="question", truth="answer", target="solution")
+BASE = Path(mifo.__file__).parent / "assets" / "base"
 ONE = mifo.Schedule(rl_steps=1, rl_questions=4, sft_batch=4)
 
 
@@ -146,3 +151,63 @@ def test_after_a_fit_prompts_become_text_as_those_of_its_data_did(make_trainer: 
     seen.clear()
     module.generate(["1+1="])
     assert seen == ["1+1=>"]
+
+
+# --- a model in memory, a checkpoint without a Trainer, Lightning's own callbacks -----------------------------------
+
+
+def test_a_model_in_memory_is_trained_in_place(make_trainer: MakeTrainer) -> None:
+    named = make_module(reward=Coin())
+    module = mifo.MifoModule.from_model(
+        AutoModelForCausalLM.from_pretrained(BASE),
+        AutoTokenizer.from_pretrained(BASE),
+        reward=Coin(),
+        seed=0,
+        group_size=4,
+        sampling=SAMPLING,
+        rl=mifo.AdamWSettings(lr=5e-4, weight_decay=0.1),
+    )
+    mine = module.model_name.model  # type: ignore[union-attr]
+    assert module.generate(["1+1="]) == named.generate(["1+1="])
+    for each in (named, module):
+        make_trainer([]).fit(each, make_data(schedule=ONE))
+    trained = weights(named)
+    assert all(torch.equal(trained[f"policy.model.{name}"], p) for name, p in mine.named_parameters())
+
+
+def test_a_checkpoint_gives_the_module_back_without_a_trainer(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    settings = {"policy": mifo.RLSettings(kl_coefficient=0.1), "sft": mifo.AdamWSettings(lr=3e-3, betas=(0.8, 0.9))}
+    module = make_module(reward=Coin(), **settings)
+    make_trainer([LastCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True, max_epochs=-1).fit(
+        module, make_data(schedule=ONE)
+    )
+    with pytest.raises(InputError, match=r"load_from_checkpoint: reward: an object that no checkpoint holds; give"):
+        mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    again = mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin())
+    assert again.generate(["1+1=", "s:132="], samples=2) == module.generate(["1+1=", "s:132="], samples=2)
+    assert again.group_size == module.group_size == 4
+    assert again.sft_settings == settings["sft"]
+    assert again.reinforcement.settings == settings["policy"]
+    other = mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin(), group_size=6)
+    assert other.group_size == 6
+    torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+    with pytest.raises(InputError, match=r"load_from_checkpoint: .*bare.ckpt is no checkpoint of a MifoModule"):
+        mifo.MifoModule.load_from_checkpoint(tmp_path / "bare.ckpt")
+
+
+def test_early_stopping_acts_at_validations(make_trainer: MakeTrainer) -> None:
+    stop = EarlyStopping("val/avg@1", mode="max", patience=2, stopping_threshold=2.0)
+    data = make_data(schedule=mifo.Schedule(rl_steps=20, rl_questions=4), val=mifo.Skills(["sorting"], 8, split="val"))
+    module = make_module(reward=Coin(), rl=mifo.AdamWSettings(lr=0.0))  # nothing can become better
+    trainer = make_trainer([stop], val_check_interval=2, limit_val_batches=1.0)
+    trainer.fit(module, data)
+    assert (stop.stopped_epoch, trainer.global_step) == (0, 6)
+
+
+def test_the_best_checkpoint_by_what_training_logs(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="rollout/reward", mode="max", every_n_train_steps=1, save_top_k=1)
+    data = make_data(schedule=mifo.Schedule(rl_steps=4, rl_questions=4))
+    make_trainer([best], enable_checkpointing=True).fit(make_module(reward=Coin()), data)
+    assert best.best_model_score is not None
+    assert Path(best.best_model_path).is_file()
+    assert "/" not in Path(best.best_model_path).name

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from mifo_lightning.errors import InputError
@@ -32,6 +32,13 @@ def read_ends(model: str) -> frozenset[int]:
                 )
             return frozenset(ids)
     return frozenset()
+
+
+def ends_of(model: PreTrainedModel) -> frozenset[int]:
+    """The same of a model that is in memory."""
+    generation = getattr(model, "generation_config", None)
+    listed = getattr(generation, "eos_token_id", None) or model.config.eos_token_id
+    return frozenset(listed if isinstance(listed, list) else [] if listed is None else [listed])
 
 
 def set_ends(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> None:

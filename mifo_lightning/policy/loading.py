@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
-from mifo_lightning.policy.ending import read_ends, set_ends
+from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.pretrained import (
     first_line,
@@ -28,18 +28,33 @@ from mifo_lightning.policy.pretrained import (
 )
 
 _without_padding: set[str] = set()  # models whose tokenizers a line has told of: data and module load one each
+
+
+class Loaded(NamedTuple):
+    """A model that is in memory already, with its tokenizer; it is trained in place."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __str__(self) -> str:
+        return self.model.name_or_path or type(self.model).__name__
+
+
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
 
 
-def locate(model: str) -> str:
+def locate(model: str | Loaded) -> str:
     """The directory or hub name that `model` stands for.
 
     Raises:
         InputError: If it looks like a path but is no Hugging Face model directory.
     """
+    if isinstance(model, Loaded):
+        return str(model)
     if not isinstance(model, str):
         raise InputError(
-            f"model.model: a {type(model).__name__} is not allowed; give a Hugging Face model directory or hub name"
+            f"model.model: a {type(model).__name__} is not allowed; give a Hugging Face model directory or hub name, "
+            "or MifoModule.from_model(model, tokenizer, ...)"
         )
     if model == EMBEDDED:
         return str(Path(__file__).parents[1] / "assets" / "base")
@@ -60,36 +75,36 @@ def locate(model: str) -> str:
     return model
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | Loaded, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the model's end tokens (`ending.end_tokens`).
 
     Raises:
         InputError: If there is none, it has no end-of-sequence token, or the end tokens cannot be read.
     """
-    directory = locate(model)
-    tokenizer = read_tokenizer(model, directory, trust_remote_code)
+    directory, name = locate(model), str(model)
+    tokenizer = model.tokenizer if isinstance(model, Loaded) else read_tokenizer(model, directory, trust_remote_code)
     if tokenizer.eos_token is None:
-        raise InputError(f"model.model: the tokenizer of {model!r} has no eos_token; set it in tokenizer_config.json")
-    if tokenizer.pad_token is None and model not in _without_padding:
-        _without_padding.add(model)
+        raise InputError(f"model.model: the tokenizer of {name!r} has no eos_token; set it in tokenizer_config.json")
+    if tokenizer.pad_token is None and name not in _without_padding:
+        _without_padding.add(name)
         rank_zero_warn(
-            f"model.model: the tokenizer of {model!r} has no pad_token; rows are filled up with its end token "
+            f"model.model: the tokenizer of {name!r} has no pad_token; rows are filled up with its end token "
             f"{tokenizer.eos_token!r}, told apart by their lengths"
         )
-    set_ends(tokenizer, read_ends(directory))
+    set_ends(tokenizer, ends_of(model.model) if isinstance(model, Loaded) else read_ends(directory))
     return tokenizer
 
 
-def load_policy(model: str, gradient_checkpointing: bool = False, trust_remote_code: bool = False) -> Policy:
+def load_policy(model: str | Loaded, gradient_checkpointing: bool = False, trust_remote_code: bool = False) -> Policy:
     """The model with fp32 weights, ready for training.
 
     Raises:
         InputError: If it cannot be loaded as a causal LM, or a weight is missing or not finite.
     """
-    loaded = read_model(model, locate(model), trust_remote_code)
+    loaded = model.model.float() if isinstance(model, Loaded) else read_model(model, locate(model), trust_remote_code)
     broken = [name for name, p in loaded.named_parameters() if not p.isfinite().all()]
     if broken:
-        raise InputError(f"model.model: {model!r} has weights that are not finite, in {', '.join(broken[:3])}")
+        raise InputError(f"model.model: {str(model)!r} has weights that are not finite, in {', '.join(broken[:3])}")
     try:
         policy = Policy(loaded)
         check_causal(policy)
@@ -112,13 +127,13 @@ def load_policy(model: str, gradient_checkpointing: bool = False, trust_remote_c
 
 
 @cache
-def blueprint(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def blueprint(model: str | Loaded, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights: names and shapes alone, on the meta device.
 
     Raises:
         InputError: If it is none.
     """
-    return read_blueprint(model, locate(model), trust_remote_code)
+    return model.model if isinstance(model, Loaded) else read_blueprint(model, locate(model), trust_remote_code)
 
 
 @torch.no_grad()
@@ -220,9 +235,10 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(policy, "decode")
 
 
-def stored_dtype(model: str, trust_remote_code: bool = False) -> torch.dtype:
+def stored_dtype(model: str | Loaded, trust_remote_code: bool = False) -> torch.dtype:
     """The floating dtype that the configuration of a model names for its weights; float32 where it names none."""
-    dtype = getattr(read_config(model, locate(model), trust_remote_code), "dtype", None)
+    config = model.model.config if isinstance(model, Loaded) else read_config(model, locate(model), trust_remote_code)
+    dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 

@@ -83,6 +83,16 @@ class Responder:
         prompts = [q.prompt for q in questions]
         return self.grade(questions, self.draw(policy, prompts, keys, samples, sampling), sampling.stop)
 
+    def state_dict(self) -> dict[str, int]:
+        """What the engine keeps for a run that goes on; nothing if it keeps nothing."""
+        found: dict[str, int] = getattr(self.engine, "state_dict", dict)()
+        return found
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the engine go on from there."""
+        if load := getattr(self.engine, "load_state_dict", None):
+            load(state)
+
     def close(self) -> None:
         """Let an engine end what it has begun, such as a server."""
         if close := getattr(self.engine, "close", None):

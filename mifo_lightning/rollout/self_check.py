@@ -20,6 +20,34 @@ EXACT = 1e-3  # nats: largest difference in fp32
 WARN, REFUSE = 0.01, 0.05  # nats: typical difference at the run's precision; bf16 is right at a mean of .001
 
 
+class SelfCheck:
+    """Compares a run's engine with its model, once in each precision, and keeps what it found until it is logged.
+
+    Args:
+        engine: The run's engine.
+        sampling: How the run draws rollouts.
+    """
+
+    def __init__(self, engine: RolloutEngine, sampling: Sampling) -> None:
+        self.engine, self.sampling = engine, sampling
+        self._precision: str | None = None  # in which they were compared last
+        self._found: dict[str, float] = {}
+
+    def run(
+        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], precision: str | int
+    ) -> None:
+        """As `self_check`, unless that was done in this precision, or there is nothing to ask."""
+        if prompts and self._precision != str(precision):
+            self._precision = str(precision)
+            mixed = precision != "32-true"
+            self._found = self_check(self.engine, policy, tokenizer, prompts, self.sampling, mixed)
+
+    def take(self) -> dict[str, float]:
+        """What it found and nobody has taken, as `self_check/<name>`."""
+        found, self._found = self._found, {}
+        return {f"self_check/{name}": value for name, value in found.items()}
+
+
 def self_check(
     engine: RolloutEngine,
     policy: Policy,
