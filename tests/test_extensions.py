@@ -1,4 +1,4 @@
-"""What a user adds without editing the library: the examples of CONTRIBUTING.md as one file, named on the command line."""
+"""What a user adds without editing the library: the examples of CONTRIBUTING.md, named on the command line."""
 
 import json
 import re
