@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from mifo_callbacks.checks import require_choice, require_fraction
+from mifo_callbacks.contracts import SelectTokens
 from mifo_callbacks.logging import log_metrics, profiled
 from mifo_callbacks.ownership import require_trainer
 from mifo_callbacks.seeds import Seed
@@ -102,7 +103,8 @@ class EntropyTokenSelection(Callback):
         def select_tokens(entropy: Tensor, mask: Tensor, named: Mapping[str, Tensor] | None = None) -> Selection:
             return self.select(entropy, mask, named)
 
-        pl_module.select_tokens = select_tokens  # type: ignore[assignment]
+        shared: SelectTokens = select_tokens
+        vars(pl_module)["select_tokens"] = shared
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -1,17 +1,18 @@
 """GradientFreezing: hold the most important coordinates still during one phase."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice, require_fraction
+from mifo_callbacks.contracts import Importance, PhaseOf, map_of
 from mifo_callbacks.freezing_rules import (
     Coordinates,
     FreezingRule,
@@ -22,11 +23,10 @@ from mifo_callbacks.freezing_rules import (
     freezing_masks,
     rule_of,
 )
-from mifo_callbacks.importance_ema import ImportanceEMA
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
 from mifo_callbacks.ownership import claim, distinct, renew, set_up
-from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import (
     local,
@@ -48,8 +48,8 @@ class GradientFreezing(PhaseCallback):
     and weight decay move a weight without a gradient. Frozen coordinates are bit-identical over the phase and
     free again after it; a module that moves them otherwise is refused. Buffers, such as BatchNorm's running
     statistics, are no coordinates and go on moving, unless `buffers` holds them. A rule that goes by importance needs
-    an `ImportanceEMA` earlier in the trainer's list of callbacks; before it has a map nothing is frozen and one
-    warning says so.
+    a callback that has some (`contracts.Importance`, such as `ImportanceEMA`) earlier in the trainer's list; before it
+    has a map nothing is frozen and a warning says so.
 
     Args:
         fraction: Share of the coordinates to freeze, in (0, 1]; floor(fraction * n) of n, so never more than
@@ -66,8 +66,8 @@ class GradientFreezing(PhaseCallback):
 
     Raises:
         MisconfigurationException: If an argument is outside what is allowed; when training starts, if
-            importance is needed and there is no `ImportanceEMA` before this callback, or the strategy hides
-            the weights; in the phase, if something else than a torch optimizer moves a frozen weight.
+            importance is needed and no callback before this one has it, or the strategy hides the weights; in the
+            phase, if something else than a torch optimizer moves a frozen weight, or a score cannot be ranked.
 
     Example::
 
@@ -97,7 +97,7 @@ class GradientFreezing(PhaseCallback):
         self.buffers = buffers
         self._frozen_phases = 0  # how many phases have been frozen: the mask of "random" depends on it
         self._warned = False
-        self._importance: ImportanceEMA | None = None
+        self._importance: Importance | None = None
         self._masks: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}  # buffers by name
@@ -125,22 +125,24 @@ class GradientFreezing(PhaseCallback):
             self._freeze(trainer, pl_module)
 
     def preflight(self, trainer: Trainer, *rest: Any) -> None:
-        """Raise what `on_train_start` would for a missing or late ImportanceEMA; needs nothing but the callbacks."""
+        """Raise what `on_train_start` would for missing or late importance; needs nothing but the callbacks."""
         if self.rule is not None and self.rule.needs_importance:
             self._find_importance(trainer)
 
-    def _find_importance(self, trainer: Trainer) -> ImportanceEMA:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, ImportanceEMA) and c.measure != self.during]
+    def _find_importance(self, trainer: Trainer) -> Importance:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [c for c in callbacks if isinstance(c, Importance) and getattr(c, "measure", None) != self.during]
         if len(found) != 1:
+            rule = self.selector if isinstance(self.selector, str) else type(self.selector).__name__
             raise MisconfigurationException(
-                f"GradientFreezing.selector {self.selector!r} needs one ImportanceEMA that measures another "
-                f"phase than {self.during!r}; there are {len(found)}; allowed: one, or selector random, none"
+                f"GradientFreezing.selector {rule!r} needs one callback with an importance map, such as ImportanceEMA, "
+                f"that measures another phase than {self.during!r}; there are {len(found)}; allowed: one, or selector "
+                "random, none"
             )
         if callbacks.index(found[0]) > callbacks.index(self):
             raise MisconfigurationException(
-                "ImportanceEMA stands after GradientFreezing in the list of callbacks; allowed: before it, "
-                "so that the map is complete when the mask is drawn"
+                f"{type(found[0]).__name__} stands after GradientFreezing in the list of callbacks; allowed: before "
+                "it, so that the map is complete when the mask is drawn"
             )
         return found[0]
 
@@ -156,11 +158,12 @@ class GradientFreezing(PhaseCallback):
             self._held = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
         if self.rule is None:
             return
-        if self._importance is not None and self._importance.importance is None:
+        known = None if self._importance is None else map_of(self._importance, pl_module)
+        if known is not None and not known:
             rank_zero_warn(f"phase {self.during!r} begins before there is an importance map: nothing is frozen")
             return
         params = self.trained(pl_module)
-        frozen = freezing_masks(self._scores(self.rule, params), self.fraction, self.scope, self.rule.order)
+        frozen = freezing_masks(self._scores(self.rule, params, known), self.fraction, self.scope, self.rule.order)
         self._masks = frozen.masks
         self._reference = {name: zero_(local(params[name]).clone(), ~m) for name, m in frozen.masks.items()}
         metrics = {"freeze/share": frozen.frozen / max(frozen.total, 1), "freeze/ties": frozen.tied}
@@ -180,16 +183,18 @@ class GradientFreezing(PhaseCallback):
             "it several optimizer steps long or its learning rate higher, or take selector random"
         )
 
-    def _scores(self, rule: FreezingRule, params: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        scores = None if self._importance is None else self._importance.importance or {}
+    def _scores(
+        self, rule: FreezingRule, params: Mapping[str, nn.Parameter], known: Mapping[str, Tensor] | None
+    ) -> Iterator[tuple[str, Tensor]]:
         for position, (name, p) in enumerate(params.items()):
-            known = None if scores is None else scores.get(name)
-            if scores is None or known is not None:
-                score = rule.score(Coordinates(name, p.shape, partial(self._draw, p, position), known))
-                if score is not None:
-                    yield name, checked_score(score, name, p)
+            if known is not None and name not in known:
+                continue  # no optimizer stepped it in the measured phase
+            importance = None if known is None else shard_like(known[name], p)
+            score = rule.score(Coordinates(name, p.shape, partial(self._draw, p, position), importance))
+            if score is not None:
+                yield name, checked_score(score, name, p)
 
-    def _draw(self, p: torch.nn.Parameter, position: int) -> Tensor:
+    def _draw(self, p: nn.Parameter, position: int) -> Tensor:
         # On the full shape and the CPU: the same mask for every strategy and device.
         return shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
 
@@ -239,7 +244,7 @@ class GradientFreezing(PhaseCallback):
                     "training_step"
                 )
 
-    def _frozen_weights(self, pl_module: LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def _frozen_weights(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in pl_module.named_parameters() if name in self._masks)
 
     def _let_go(self) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice
+from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import claim, distinct, renew, set_up
-from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.sharding import (
     full_on_first_rank,
     local,
