@@ -3,16 +3,16 @@
 from itertools import zip_longest
 from typing import Any, Literal
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
+from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.contracts import Group, groups_of, phase_loader_of
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import claim, distinct, renew, require_trainer, set_up
-from mifo_callbacks.sharding import require_data_parallel, world_group
+from mifo_callbacks.sharding import require_data_parallel
 
 Leftovers = Literal["keep", "clear"]
 
@@ -126,9 +126,4 @@ def gather_groups(groups: list[Group]) -> list[Group]:
     They are dealt back as a DistributedSampler deals questions out (rank r has every R-th), so that the order, and with
     it the buffer, is that of a single process.
     """
-    group = world_group()
-    if group is None:
-        return groups
-    gathered: list[list[Group]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, groups, group=group)
-    return [entry for row in zip_longest(*gathered) for entry in row if entry is not None]
+    return [entry for row in zip_longest(*gather_ranks(groups)) for entry in row if entry is not None]

@@ -11,11 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from mifo_callbacks.checks import require_choice, require_fraction
+from mifo_callbacks.collectives import sum_over, world_group
 from mifo_callbacks.contracts import SelectTokens
 from mifo_callbacks.logging import log_metrics, profiled
 from mifo_callbacks.ownership import require_trainer
 from mifo_callbacks.seeds import Seed
-from mifo_callbacks.sharding import require_data_parallel, sum_over, world_group
+from mifo_callbacks.sharding import require_data_parallel
 from mifo_callbacks.tokens import (
     Denominator,
     Scope,

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from mifo_callbacks.checks import require_choice
-from mifo_callbacks.sharding import local, shard_group, shard_like, sum_over
+from mifo_callbacks.collectives import sum_over
+from mifo_callbacks.sharding import local, shard_group, shard_like
 from mifo_callbacks.thresholds import Cut, cut_mask, find_cut, floor_share
 
 RuleName = Literal["rl_topk", "rl_bottomk", "random", "none"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice, require_fraction
+from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.contracts import Importance, PhaseOf, map_of
 from mifo_callbacks.freezing_rules import (
     Coordinates,
@@ -28,13 +29,7 @@ from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
 from mifo_callbacks.ownership import claim, distinct, renew, set_up
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
-from mifo_callbacks.sharding import (
-    local,
-    require_visible_weights,
-    shard_group,
-    shard_like,
-    sum_over,
-)
+from mifo_callbacks.sharding import local, require_visible_weights, shard_group, shard_like
 from mifo_callbacks.thresholds import random_scores
 
 TIED = 0.1  # ties per frozen coordinate from which on importance says little

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mifo_callbacks.sharding import gather_over, rank_in, sum_over
+from mifo_callbacks.collectives import gather_over, rank_in, sum_over
 
 Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.distributed import sum_ranks
+from mifo_callbacks.collectives import sum_ranks
 from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.question import Question
 from mifo_lightning.rollout.engine import Completion
