@@ -3,8 +3,8 @@
 from itertools import zip_longest
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice

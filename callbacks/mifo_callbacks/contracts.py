@@ -1,10 +1,10 @@
 """What module, batches, loader and callbacks owe one another; the README lists all of it in one table."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NotRequired, Protocol, TypedDict, cast, runtime_checkable
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from mifo_callbacks.tokens import Selection
@@ -20,13 +20,6 @@ class Group(TypedDict):
     n_correct: int
     size: int
     has_demonstration: bool
-
-
-class StepOutput(TypedDict):
-    """What a `training_step` returns: `groups` where fresh rollouts were made, on every rank in the same batch."""
-
-    loss: Tensor
-    groups: NotRequired[list[Group]]
 
 
 class SelectTokens(Protocol):
@@ -56,13 +49,7 @@ class Importance(Protocol):
 
 
 def require_offer(contract: type, thing: object, who: str, what: str) -> None:
-    """Raise unless `thing` has all that the Protocol `contract` names.
-
-    Args:
-        contract: A Protocol; what begins with `_` is not looked for.
-        thing: What should fulfil it.
-        who: Who asks, for the message.
-        what: What `thing` is to who asks, for the message.
+    """Raise unless `thing`, which is `what` to `who`, has all public names of the Protocol `contract`.
 
     Raises:
         MisconfigurationException: If something is missing, by its name.
@@ -104,7 +91,7 @@ def map_of(source: Importance, module: nn.Module) -> Mapping[str, Tensor]:
 
 
 def groups_of(outputs: object) -> list[Group] | None:
-    """`groups` of what a `training_step` returned; None where no rollouts were made.
+    """`groups` of what a `training_step` returned, on every rank in the same batch; None where no rollouts were made.
 
     Raises:
         MisconfigurationException: If they are no list.

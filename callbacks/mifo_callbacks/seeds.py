@@ -3,8 +3,8 @@
 import os
 import secrets
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 
 from mifo_callbacks.collectives import from_first_rank
 

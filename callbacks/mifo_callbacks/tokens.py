@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from mifo_callbacks.collectives import gather_over, rank_in, sum_over
