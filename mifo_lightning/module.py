@@ -18,15 +18,15 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mifo_callbacks import Seed
+from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.sharding import require_data_parallel
+from mifo_callbacks.sharding import full, require_data_parallel
 from mifo_lightning.checkpoints.files import read_checkpoint
 from mifo_lightning.checkpoints.hyperparameters import plain_settings, settings_again
 from mifo_lightning.checkpoints.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.data.template import ChatTemplate
-from mifo_lightning.distributed import full, gather_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import (
     FORMAT,

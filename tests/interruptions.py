@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import monitors, summaries
 from torch.distributed.distributed_c10d import _get_default_store
 
+from mifo_callbacks.collectives import gather_ranks, rank, ranks
+from mifo_callbacks.sharding import full
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.distributed import full, gather_ranks, rank, ranks
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.history import History

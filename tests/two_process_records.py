@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import Records, monitors, summaries
 
+from mifo_callbacks.collectives import gather_ranks
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.distributed import gather_ranks
 
 
 def fit(strategy: str, out: Path, ckpt: Path | None = None) -> dict[str, Any] | None:

@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mifo_callbacks import GradientFreezing
 from mifo_callbacks.buffer_phase_switch import gather_groups
+from mifo_callbacks.sharding import full
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.distributed import full
 from mifo_lightning.methods import HPT, SRFT
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary

@@ -3,8 +3,9 @@
 from mifo_callbacks.buffer import DemonstrationBuffer
 from mifo_callbacks.buffer_phase_switch import BufferPhaseSwitch
 from mifo_callbacks.entropy_token_selection import EntropyTokenSelection
+from mifo_callbacks.freezing_rules import Coordinates, FreezingRule, freezing_masks
 from mifo_callbacks.gradient_dropping import GradientDropping, dropping_mask
-from mifo_callbacks.gradient_freezing import GradientFreezing, freezing_masks
+from mifo_callbacks.gradient_freezing import GradientFreezing
 from mifo_callbacks.importance_ema import ImportanceEMA, update_importance
 from mifo_callbacks.masking import mask_gradients
 from mifo_callbacks.phase import PhaseCallback
@@ -15,8 +16,10 @@ from mifo_callbacks.tokens import Selection, select_tokens
 
 __all__ = [
     "BufferPhaseSwitch",
+    "Coordinates",
     "DemonstrationBuffer",
     "EntropyTokenSelection",
+    "FreezingRule",
     "GradientDropping",
     "GradientFreezing",
     "ImportanceEMA",

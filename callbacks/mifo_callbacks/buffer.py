@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.checks import require_choice
+from mifo_callbacks.contracts import Group
 
 BufferOrder = Literal["fifo", "newest_first"]
-GROUP_KEYS = ("id", "n_correct", "size", "has_demonstration")
+GROUP_KEYS = tuple(Group.__annotations__)
 
 
 class DemonstrationBuffer:

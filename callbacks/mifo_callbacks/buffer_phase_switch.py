@@ -1,18 +1,18 @@
 """BufferPhaseSwitch: hand what reinforcement learning cannot solve to supervised learning."""
 
-from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, Literal
 
-import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
+from mifo_callbacks.collectives import gather_ranks
+from mifo_callbacks.contracts import Group, groups_of, phase_loader_of
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import claim, distinct, renew, require_trainer, set_up
-from mifo_callbacks.sharding import require_data_parallel, world_group
+from mifo_callbacks.sharding import require_data_parallel
 
 Leftovers = Literal["keep", "clear"]
 
@@ -77,20 +77,17 @@ class BufferPhaseSwitch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_data_parallel(trainer, "BufferPhaseSwitch")
-        if not callable(getattr(trainer.train_dataloader, "push", None)):
-            raise MisconfigurationException(
-                f"BufferPhaseSwitch: the train dataloader is a {type(trainer.train_dataloader).__name__}; "
-                "needed: a loader with push(entries) that takes the questions of a supervised phase"
-            )
+        phase_loader_of(trainer, "BufferPhaseSwitch")
         claim(self, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(outputs, Mapping) or "groups" not in outputs or trainer.fit_loop._skip_backward:
+        groups = groups_of(outputs)
+        if groups is None or trainer.fit_loop._skip_backward:
             return  # no rollout, or StochasticWeightAveraging's last pass over the data, which trains nothing
         self.rollouts += 1
-        metrics = self.buffer.add(gather_groups(outputs["groups"]), self.rollouts)
+        metrics = self.buffer.add(gather_groups(groups), self.rollouts)
         ages = [self.rollouts - entry["step"] for entry in self.buffer.entries]
         metrics |= {
             "size": len(self.buffer),
@@ -99,7 +96,7 @@ class BufferPhaseSwitch(Callback):
             "dropped": self.buffer.dropped,
         }
         if len(self.buffer) >= self.size:
-            trainer.train_dataloader.push(self.buffer.take(self.size))  # type: ignore[union-attr]
+            phase_loader_of(trainer, "BufferPhaseSwitch").push(self.buffer.take(self.size))
             self.switches += 1
             if self.leftovers == "clear":
                 self.buffer.clear()
@@ -123,15 +120,10 @@ class BufferPhaseSwitch(Callback):
         self.switches = state_dict["switches"]
 
 
-def gather_groups(groups: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def gather_groups(groups: list[Group]) -> list[Group]:
     """The groups of all ranks, on every rank; collective when there are several ranks.
 
     They are dealt back as a DistributedSampler deals questions out (rank r has every R-th), so that the order, and with
     it the buffer, is that of a single process.
     """
-    group = world_group()
-    if group is None:
-        return groups
-    gathered: list[list[Mapping[str, Any]]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(gathered, groups, group=group)
-    return [entry for row in zip_longest(*gathered) for entry in row if entry is not None]
+    return [entry for row in zip_longest(*gather_ranks(groups)) for entry in row if entry is not None]

@@ -2,7 +2,7 @@
 
 from typing import Any, get_args
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 def require_fraction(name: str, value: float) -> None:

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mifo_callbacks.checks import require_choice, require_fraction
+from mifo_callbacks.collectives import sum_over, world_group
+from mifo_callbacks.contracts import SelectTokens
 from mifo_callbacks.logging import log_metrics, profiled
 from mifo_callbacks.ownership import require_trainer
 from mifo_callbacks.seeds import Seed
-from mifo_callbacks.sharding import require_data_parallel, sum_over, world_group
+from mifo_callbacks.sharding import require_data_parallel
 from mifo_callbacks.tokens import (
     Denominator,
     Scope,
@@ -102,7 +104,8 @@ class EntropyTokenSelection(Callback):
         def select_tokens(entropy: Tensor, mask: Tensor, named: Mapping[str, Tensor] | None = None) -> Selection:
             return self.select(entropy, mask, named)
 
-        pl_module.select_tokens = select_tokens  # type: ignore[assignment]
+        shared: SelectTokens = select_tokens
+        vars(pl_module)["select_tokens"] = shared
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_fraction
+from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import zero_
 from mifo_callbacks.ownership import distinct, set_up
-from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import local, require_visible_weights, shard_like
 from mifo_callbacks.thresholds import random_scores

@@ -1,50 +1,38 @@
 """GradientFreezing: hold the most important coordinates still during one phase."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice, require_fraction
-from mifo_callbacks.importance_ema import ImportanceEMA
+from mifo_callbacks.collectives import sum_over
+from mifo_callbacks.contracts import Importance, PhaseOf, map_of
+from mifo_callbacks.freezing_rules import (
+    Coordinates,
+    FreezingRule,
+    Frozen,
+    RuleName,
+    Scope,
+    checked_score,
+    freezing_masks,
+    rule_of,
+)
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
 from mifo_callbacks.ownership import claim, distinct, renew, set_up
-from mifo_callbacks.phase import PhaseCallback, PhaseOf
+from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
-from mifo_callbacks.sharding import (
-    local,
-    require_visible_weights,
-    shard_group,
-    shard_like,
-    sum_over,
-)
-from mifo_callbacks.thresholds import Cut, Order, cut_mask, find_cut, floor_share, random_scores
+from mifo_callbacks.sharding import local, require_visible_weights, shard_group, shard_like
+from mifo_callbacks.thresholds import random_scores
 
-Selector = Literal["rl_topk", "rl_bottomk", "random", "none"]
-Scope = Literal["tensor", "global"]
 TIED = 0.1  # ties per frozen coordinate from which on importance says little
-ORDERS: dict[str, Order] = {"rl_topk": "largest", "rl_bottomk": "smallest_zero_last", "random": "largest"}
-
-
-class Frozen(NamedTuple):
-    """This rank's part of a freezing mask, and what it froze over all shards.
-
-    `masks` are bool by parameter name, True where frozen. `frozen` of `total` coordinates are frozen; `tied`
-    of all coordinates lay at a threshold where position decided; `zero` of the frozen ones have a score of
-    exactly 0.
-    """
-
-    masks: dict[str, Tensor]
-    frozen: int
-    total: int
-    tied: int
-    zero: int
 
 
 class GradientFreezing(PhaseCallback):
@@ -54,16 +42,17 @@ class GradientFreezing(PhaseCallback):
     coordinates is set to zero, ahead of clipping; after the step their weights are put back, because momentum
     and weight decay move a weight without a gradient. Frozen coordinates are bit-identical over the phase and
     free again after it; a module that moves them otherwise is refused. Buffers, such as BatchNorm's running
-    statistics, are no coordinates and go on moving, unless `buffers` holds them. The selectors "rl_topk" and
-    "rl_bottomk" need an `ImportanceEMA` earlier in the trainer's list of callbacks; before it has a map nothing
-    is frozen and one warning says so.
+    statistics, are no coordinates and go on moving, unless `buffers` holds them. A rule that goes by importance needs
+    a callback that has some (`contracts.Importance`, such as `ImportanceEMA`) earlier in the trainer's list; before it
+    has a map nothing is frozen and a warning says so.
 
     Args:
         fraction: Share of the coordinates to freeze, in (0, 1]; floor(fraction * n) of n, so never more than
             asked.
-        selector: Freeze the most important "rl_topk", the least "rl_bottomk", as many at "random", or "none".
+        selector: Freeze the most important "rl_topk", the least "rl_bottomk", as many at "random", "none", or what a
+            `FreezingRule` of your own says.
         scope: Rank the coordinates within each "tensor", or all of them together ("global").
-        seed: Seed of selector "random"; each phase and parameter draws its own mask.
+        seed: Seed of "random" and of rules that draw; each phase and parameter draws anew.
             None follows `seed_everything`.
         during: Label of the phase in which coordinates are frozen.
         phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
@@ -72,8 +61,8 @@ class GradientFreezing(PhaseCallback):
 
     Raises:
         MisconfigurationException: If an argument is outside what is allowed; when training starts, if
-            importance is needed and there is no `ImportanceEMA` before this callback, or the strategy hides
-            the weights; in the phase, if something else than a torch optimizer moves a frozen weight.
+            importance is needed and no callback before this one has it, or the strategy hides the weights; in the
+            phase, if something else than a torch optimizer moves a frozen weight, or a score cannot be ranked.
 
     Example::
 
@@ -84,26 +73,26 @@ class GradientFreezing(PhaseCallback):
     def __init__(
         self,
         fraction: float = 0.5,
-        selector: Selector = "rl_topk",
+        selector: RuleName | FreezingRule = "rl_topk",
         scope: Scope = "tensor",
         seed: int | None = None,
         during: str = "sft",
         phase: str | PhaseOf = "phase",
         buffers: bool = False,
     ) -> None:
-        super().__init__(phase, None if selector == "none" and not buffers else during)
+        self.rule = rule_of("GradientFreezing.selector", selector)
+        super().__init__(phase, None if self.rule is None and not buffers else during)
         require_fraction("GradientFreezing.fraction", fraction)
-        require_choice("GradientFreezing.selector", selector, Selector)
         require_choice("GradientFreezing.scope", scope, Scope)
         self.fraction = fraction
-        self.selector: Selector = selector
+        self.selector = selector
         self.scope: Scope = scope
         self.seed = Seed(seed, "GradientFreezing.seed")
         self.during = during
         self.buffers = buffers
         self._frozen_phases = 0  # how many phases have been frozen: the mask of "random" depends on it
         self._warned = False
-        self._importance: ImportanceEMA | None = None
+        self._importance: Importance | None = None
         self._masks: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}  # buffers by name
@@ -124,29 +113,31 @@ class GradientFreezing(PhaseCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         require_visible_weights(trainer, pl_module, "GradientFreezing")
-        if self.selector in ("rl_topk", "rl_bottomk"):
+        if self.rule is not None and self.rule.needs_importance:
             self._importance = self._find_importance(trainer)
         claim(self, pl_module)
         if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
             self._freeze(trainer, pl_module)
 
     def preflight(self, trainer: Trainer, *rest: Any) -> None:
-        """Raise what `on_train_start` would for a missing or late ImportanceEMA; needs nothing but the callbacks."""
-        if self.selector in ("rl_topk", "rl_bottomk"):
+        """Raise what `on_train_start` would for missing or late importance; needs nothing but the callbacks."""
+        if self.rule is not None and self.rule.needs_importance:
             self._find_importance(trainer)
 
-    def _find_importance(self, trainer: Trainer) -> ImportanceEMA:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, ImportanceEMA) and c.measure != self.during]
+    def _find_importance(self, trainer: Trainer) -> Importance:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [c for c in callbacks if isinstance(c, Importance) and getattr(c, "measure", None) != self.during]
         if len(found) != 1:
+            rule = self.selector if isinstance(self.selector, str) else type(self.selector).__name__
             raise MisconfigurationException(
-                f"GradientFreezing.selector {self.selector!r} needs one ImportanceEMA that measures another "
-                f"phase than {self.during!r}; there are {len(found)}; allowed: one, or selector random, none"
+                f"GradientFreezing.selector {rule!r} needs one callback with an importance map, such as ImportanceEMA, "
+                f"that measures another phase than {self.during!r}; there are {len(found)}; allowed: one, or selector "
+                "random, none"
             )
         if callbacks.index(found[0]) > callbacks.index(self):
             raise MisconfigurationException(
-                "ImportanceEMA stands after GradientFreezing in the list of callbacks; allowed: before it, "
-                "so that the map is complete when the mask is drawn"
+                f"{type(found[0]).__name__} stands after GradientFreezing in the list of callbacks; allowed: before "
+                "it, so that the map is complete when the mask is drawn"
             )
         return found[0]
 
@@ -160,17 +151,18 @@ class GradientFreezing(PhaseCallback):
     def _freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.buffers:
             self._held = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
-        if self.selector == "none":
+        if self.rule is None:
             return
-        if self._importance is not None and self._importance.importance is None:
+        known = None if self._importance is None else map_of(self._importance, pl_module)
+        if known is not None and not known:
             rank_zero_warn(f"phase {self.during!r} begins before there is an importance map: nothing is frozen")
             return
         params = self.trained(pl_module)
-        frozen = freezing_masks(self._scores(params), self.fraction, self.scope, ORDERS[self.selector])
+        frozen = freezing_masks(self._scores(self.rule, params, known), self.fraction, self.scope, self.rule.order)
         self._masks = frozen.masks
         self._reference = {name: zero_(local(params[name]).clone(), ~m) for name, m in frozen.masks.items()}
-        metrics = {"freeze/share": frozen.frozen / frozen.total, "freeze/ties": frozen.tied}
-        if self.selector != "random":
+        metrics = {"freeze/share": frozen.frozen / max(frozen.total, 1), "freeze/ties": frozen.tied}
+        if self.rule.needs_importance:
             metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)
             self._warn_of_ties(frozen)
         log_metrics(trainer, metrics)
@@ -186,14 +178,20 @@ class GradientFreezing(PhaseCallback):
             "it several optimizer steps long or its learning rate higher, or take selector random"
         )
 
-    def _scores(self, params: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        if self._importance is not None:
-            scores = self._importance.importance or {}
-            yield from ((name, scores[name]) for name in params if name in scores)
-            return
+    def _scores(
+        self, rule: FreezingRule, params: Mapping[str, nn.Parameter], known: Mapping[str, Tensor] | None
+    ) -> Iterator[tuple[str, Tensor]]:
         for position, (name, p) in enumerate(params.items()):
-            # On the full shape and the CPU: the same mask for every strategy and device.
-            yield name, shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
+            if known is not None and name not in known:
+                continue  # no optimizer stepped it in the measured phase
+            importance = None if known is None else shard_like(known[name], p)
+            score = rule.score(Coordinates(name, p.shape, partial(self._draw, p, position), importance))
+            if score is not None:
+                yield name, checked_score(score, name, p)
+
+    def _draw(self, p: nn.Parameter, position: int) -> Tensor:
+        # On the full shape and the CPU: the same mask for every strategy and device.
+        return shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._masks:
@@ -241,7 +239,7 @@ class GradientFreezing(PhaseCallback):
                     "training_step"
                 )
 
-    def _frozen_weights(self, pl_module: LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def _frozen_weights(self, pl_module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in pl_module.named_parameters() if name in self._masks)
 
     def _let_go(self) -> None:
@@ -259,39 +257,3 @@ class GradientFreezing(PhaseCallback):
         renew(self)
         self._frozen_phases = state_dict["number"]
         self.seed.restore(state_dict.get("seed"))
-
-
-def freezing_masks(
-    scores: Iterable[tuple[str, Tensor]],
-    fraction: float = 0.5,
-    scope: Scope = "tensor",
-    order: Order = "largest",
-) -> Frozen:
-    """Freeze exactly floor(fraction * n) coordinates: the first in `order`, ties by position.
-
-    Args:
-        scores: Name and non-negative fp32 score of every parameter, sharded or not; with scope "tensor" only
-            one of them needs to exist at a time.
-        fraction: Share of the coordinates to freeze, in (0, 1].
-        scope: n is the size of each "tensor", or of all of them together ("global").
-        order: "largest" scores first, or "smallest_zero_last": smallest first, zeros at the end.
-    """
-    blocks = ([named] for named in scores) if scope == "tensor" else [list(scores)]
-    masks: dict[str, Tensor] = {}
-    cuts: list[Cut] = []
-    total = count = 0
-    for block in blocks:
-        group = shard_group(score for _, score in block)
-        parts = [local(score) for _, score in block]
-        n = sum(score.numel() for _, score in block)
-        if (k := floor_share(fraction, n)) == 0:
-            drawn = [torch.zeros(part.shape, dtype=torch.bool, device=part.device) for part in parts]
-        else:
-            cuts.append(find_cut(parts, k, group, order))
-            drawn = cut_mask(parts, cuts[-1], group, order)
-        masks |= {name: mask for (name, _), mask in zip(block, drawn, strict=True)}
-        total += n
-        count += int(sum_over(torch.stack([mask.count_nonzero() for mask in drawn]).sum(), group))
-    tied = sum(cut.ties for cut in cuts if cut.take < cut.ties)
-    zero = sum(cut.take for cut in cuts if cut.value == 0)  # zeros come last, so they are the ones at the cut
-    return Frozen(masks, count, total, tied, zero)

@@ -4,24 +4,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice
+from mifo_callbacks.collectives import sum_over
+from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import claim, distinct, renew, set_up
-from mifo_callbacks.phase import PhaseCallback, PhaseOf
-from mifo_callbacks.sharding import (
-    full_on_first_rank,
-    local,
-    require_visible_weights,
-    shard_group,
-    shard_like,
-    sum_over,
-)
+from mifo_callbacks.phase import PhaseCallback
+from mifo_callbacks.sharding import full_on_first_rank, local, require_visible_weights, shard_group, shard_like
 from mifo_callbacks.thresholds import ceil_share, kth_largest
 
 Movement = Literal["square", "abs"]

@@ -85,4 +85,5 @@ class StepRows(Callback):
 def profiled(trainer: Trainer, callback: object, what: str) -> AbstractContextManager[None]:
     """Account for work outside Lightning's hooks in the trainer's profiler, named as hooks are."""
     name = f"[Callback]{type(callback).__name__}.{what}"
-    return trainer.profiler.profile(name)  # type: ignore[attr-defined]
+    account: AbstractContextManager[None] = trainer.profiler.profile(name)  # type: ignore[attr-defined]
+    return account

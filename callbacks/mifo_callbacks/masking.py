@@ -7,7 +7,7 @@ times faster than `masked_fill_` or `torch.where` and needs no temporary larger 
 from collections.abc import Iterator, Sequence
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -73,6 +73,6 @@ def _bits(tensor: Tensor) -> Tensor:
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of the same elements of each of `tensors`, which have one shape: flat chunks where memory allows."""
     if all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True)
+        yield from zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True)
     else:
         yield tensors

@@ -3,8 +3,8 @@
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 _set_up: WeakSet[Callback] = WeakSet()
 _trained: WeakKeyDictionary[Callback, "ref[LightningModule]"] = WeakKeyDictionary()  # beside the callbacks: a

@@ -1,21 +1,18 @@
 """How a callback learns which phase a batch belongs to, and when the phase changes."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from mifo_callbacks.contracts import NUMBER, PhaseOf, phase_number, phase_of
 from mifo_callbacks.logging import profiled
 from mifo_callbacks.ownership import require_trainer
 from mifo_callbacks.sharding import trainable
 from mifo_callbacks.steps import StepListener
-
-PhaseOf = Callable[[Trainer, LightningModule, Any], str]
-NUMBER = "phase_number"  # optional key of a batch: tells two phases of one label in a row apart
 
 
 class PhaseCallback(Callback):
@@ -171,39 +168,6 @@ class PhaseCallback(Callback):
         self._seen = set(state_dict.get("phases_seen", filter(None, [self._acts_on])))
         self._uncounted = state_dict.get("uncounted_steps", 0)
         self._stepped = True
-
-
-def phase_of(phase: str | PhaseOf, trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
-    """The label of the phase that `batch` belongs to: `batch[phase]`, or what the callable `phase` returns.
-
-    Raises:
-        MisconfigurationException: If the batch has no such key or the label is not a string.
-    """
-    if callable(phase):
-        label = phase(trainer, pl_module, batch)
-    elif isinstance(batch, Mapping) and phase in batch:
-        label = batch[phase]
-    else:
-        has = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
-        raise MisconfigurationException(
-            f"the batch ({has}) has no key {phase!r}; allowed: a batch with that key, another key, or "
-            "phase=callable(trainer, pl_module, batch) -> str"
-        )
-    if not isinstance(label, str):
-        raise MisconfigurationException(f"the phase {phase!r} of the batch is {label!r}; allowed: a string")
-    return label
-
-
-def phase_number(batch: Any) -> int | None:
-    """The number of the phase that `batch` belongs to, `batch["phase_number"]`; None where it has no such key.
-
-    Raises:
-        MisconfigurationException: If the number is not an int.
-    """
-    number = batch.get(NUMBER) if isinstance(batch, Mapping) else None
-    if number is not None and not isinstance(number, int):
-        raise MisconfigurationException(f"batch[{NUMBER!r}] is {number!r}; allowed: an int, or no such key")
-    return number
 
 
 def other_number(before: int | None, now: int | None) -> bool:

@@ -3,9 +3,10 @@
 import os
 import secrets
 
-import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+
+from mifo_callbacks.collectives import from_first_rank
 
 GLOBAL = "PL_GLOBAL_SEED"  # where `lightning.seed_everything` leaves its seed
 LARGEST = 2**32 - 1  # NumPy's
@@ -55,9 +56,7 @@ def global_seed() -> int:
     The random state of torch and other libraries is left alone.
     """
     if GLOBAL not in os.environ:
-        drawn = [secrets.randbelow(LARGEST + 1)]
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast_object_list(drawn)
-        os.environ[GLOBAL] = str(drawn[0])
-        rank_zero_info(f"seed: {drawn[0]}, drawn at random; seed_everything({drawn[0]}) repeats this run")
+        drawn = from_first_rank(secrets.randbelow(LARGEST + 1))
+        os.environ[GLOBAL] = str(drawn)
+        rank_zero_info(f"seed: {drawn}, drawn at random; seed_everything({drawn}) repeats this run")
     return int(os.environ[GLOBAL])

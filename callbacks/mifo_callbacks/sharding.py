@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+
+from mifo_callbacks.collectives import rank
+from mifo_callbacks.collectives import sum_over as sum_over  # where mifo_lightning.steps looks for them
+from mifo_callbacks.collectives import world_group as world_group
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -20,6 +23,11 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of `tensor`, detached, in the same memory; all of it when it is not sharded."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank; collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_group(tensors: Iterable[Tensor]) -> dist.ProcessGroup | None:
@@ -53,12 +61,11 @@ def full_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     gathered = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            full = tensor.full_tensor()
-            if dist.get_rank() == 0:
-                gathered[name] = full.cpu()
-        else:
+        whole = full(tensor)
+        if whole is tensor:
             gathered[name] = tensor
+        elif rank() == 0:
+            gathered[name] = whole.cpu()
     return gathered
 
 
@@ -80,8 +87,8 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     for dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):
             pieces = part.chunk(parameter.device_mesh.size(dim), dim=placement.dim)
-            rank = parameter.device_mesh.get_local_rank(dim)
-            part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)
+            place = parameter.device_mesh.get_local_rank(dim)
+            part = pieces[place] if place < len(pieces) else part.narrow(placement.dim, 0, 0)
     return DTensor.from_local(
         part.to(parameter.device, copy=True),
         parameter.device_mesh,
@@ -90,34 +97,6 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def world_group() -> dist.ProcessGroup | None:
-    """The group of all ranks, or None in a single process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
-
-
-def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`tensor` summed in place over `group`; unchanged without a group."""
-    if group is not None:
-        dist.all_reduce(tensor, group=group)
-    return tensor
-
-
-def gather_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`tensor` [...] of every rank of `group`, in rank order: [R, ...]; R = 1 without a group."""
-    if group is None:
-        return tensor[None]
-    rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, tensor.contiguous(), group=group)
-    return torch.stack(rows)
-
-
-def rank_in(group: dist.ProcessGroup | None) -> int:
-    """This process's rank in `group`; 0 without a group."""
-    return 0 if group is None else dist.get_rank(group)
 
 
 def require_data_parallel(trainer: Trainer, who: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mifo_callbacks.sharding import gather_over, rank_in, sum_over
+from mifo_callbacks.collectives import gather_over, rank_in, sum_over
 
 Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)
@@ -116,7 +116,7 @@ def _keys(scores: Tensor, order: Order) -> Iterator[Tensor]:
     """Chunks of int32 keys, in flat order, that are larger for scores that come earlier in `order`."""
     if scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32")
-    for chunk in scores.reshape(-1).split(CHUNK):
+    for chunk in torch.split(scores.reshape(-1), CHUNK):
         bits = chunk.view(torch.int32)
         if order == "largest":
             yield bits
@@ -154,7 +154,7 @@ def _mask(scores: Tensor, key: int, quota: int | None, order: Order) -> Tensor:
     """Everything before `key`, and the first `quota` of those equal to it (None: all of them)."""
     mask = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device)
     seen = torch.zeros((), dtype=torch.int64, device=scores.device)  # on the device: no wait per chunk
-    for out, keys in zip(mask.split(CHUNK), _keys(scores, order), strict=True):
+    for out, keys in zip(torch.split(mask, CHUNK), _keys(scores, order), strict=True):
         torch.ge(keys, key, out=out) if quota is None else torch.gt(keys, key, out=out)
         if quota is not None and quota > 0:
             tied = keys == key

@@ -4,10 +4,10 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from mifo_callbacks.sharding import gather_over, rank_in, sum_over
+from mifo_callbacks.collectives import gather_over, rank_in, sum_over
 from mifo_callbacks.thresholds import Order, ceil_share, random_scores, top_mask
 
 Selector = Literal["top", "bottom", "random"]

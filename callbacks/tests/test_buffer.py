@@ -214,5 +214,5 @@ def test_leftovers_can_be_cleared() -> None:
 
 
 def test_a_loader_without_push_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"is a DataLoader; needed: a loader with push"):
+    with pytest.raises(MisconfigurationException, match=r"is a DataLoader without push; needed: PhaseLoader with push"):
         fit([BufferPhaseSwitch(size=1)], torch.utils.data.DataLoader([1, 2]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from two_ranks import SCHEDULE, VARIANTS, run
 
 import mifo_callbacks
-from mifo_callbacks import select_tokens, top_mask
+from mifo_callbacks import collectives, select_tokens, top_mask
 from mifo_callbacks.buffer_phase_switch import gather_groups
 from mifo_callbacks.tokens import selection_metrics, threshold_metrics
 
@@ -102,6 +102,21 @@ def test_groups_are_gathered_in_the_order_of_one_process(tmp_path: Path) -> None
         assert gather_groups(everything[rank::2]) == everything
 
     in_two_processes(work, tmp_path)
+
+
+def test_collectives_of_two_ranks_and_of_one(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        assert (collectives.rank(), collectives.ranks()) == (rank, 2)
+        assert collectives.gather_ranks({"a": rank}) == [{"a": 0}, {"a": 1}]
+        assert collectives.from_first_rank(rank + 5) == 5
+        sums = collectives.sum_ranks([torch.tensor(float(rank)), torch.tensor(3)])
+        assert [float(value) for value in sums] == [1.0, 6.0]
+        assert collectives.mean_ranks({"x": 2.0 * rank, "y": 1.0}, torch.device("cpu")) == {"x": 1.0, "y": 1.0}
+
+    in_two_processes(work, tmp_path)
+    assert (collectives.rank(), collectives.ranks(), collectives.world_group()) == (0, 1, None)
+    assert (collectives.gather_ranks(3), collectives.from_first_rank(3)) == ([3], 3)
+    assert collectives.mean_ranks({"x": 2.0}, torch.device("cpu")) == {"x": 2.0}
 
 
 def launch(strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:

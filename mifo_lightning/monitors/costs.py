@@ -7,8 +7,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor

@@ -4,8 +4,8 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.distributed import sum_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.question import Question

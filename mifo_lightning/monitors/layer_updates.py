@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import (
     full_on_first_rank,
@@ -15,7 +16,6 @@ from mifo_callbacks.sharding import (
     require_visible_weights,
     shard_group,
     shard_like,
-    sum_over,
     trainable,
 )
 from mifo_lightning.errors import InputError

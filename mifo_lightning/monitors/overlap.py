@@ -8,8 +8,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from mifo_callbacks import GradientFreezing
+from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.sharding import local, shard_group, sum_over
+from mifo_callbacks.sharding import local, shard_group
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 

@@ -6,8 +6,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.distributed import sum_ranks
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from lightning import LightningModule, Trainer
 
+from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.distributed import gather_ranks
 from mifo_lightning.errors import Interrupted
 
 

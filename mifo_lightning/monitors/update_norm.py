@@ -7,9 +7,10 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.phase import PhaseCallback
-from mifo_callbacks.sharding import local, shard_group, sum_over, trainable
+from mifo_callbacks.sharding import local, shard_group, trainable
 
 
 class UpdateNorm(PhaseCallback):

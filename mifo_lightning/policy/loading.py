@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mifo_lightning.distributed import full
+from mifo_callbacks.sharding import full
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
 from mifo_lightning.policy.policy import Policy, Sequences

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mifo_lightning.distributed import gather_ranks
+from mifo_callbacks.collectives import gather_ranks
 from mifo_lightning.errors import InputError, Interrupted
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward, score

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mifo_lightning.distributed import sum_ranks
+from mifo_callbacks.collectives import sum_ranks
 from mifo_lightning.question import Question
 from mifo_lightning.rollout.engine import Completion
 

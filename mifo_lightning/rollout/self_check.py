@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from mifo_lightning.distributed import gather_ranks
+from mifo_callbacks.collectives import gather_ranks
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences

@@ -5,7 +5,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mifo_lightning.distributed import sum_ranks
+from mifo_callbacks.collectives import sum_ranks
 from mifo_lightning.errors import TrainingError
 
 STOPS = "the run stops and writes no more, what it wrote before stays; a smaller learning rate may help"

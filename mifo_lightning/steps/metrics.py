@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mifo_lightning.distributed import sum_ranks
+from mifo_callbacks.collectives import sum_ranks
 
 
 class StepMetrics:

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mifo_callbacks.phase import other_number
-from mifo_callbacks.sharding import local, shard_like
+from mifo_callbacks.sharding import full, local, shard_like
 from mifo_lightning.checkpoints.restoring import check_moment
-from mifo_lightning.distributed import full
 from mifo_lightning.errors import InputError
 
 Phase = Literal["rl", "sft"]

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mifo_callbacks.collectives import gather_ranks, mean_ranks, rank, ranks
 from mifo_lightning.data.loader import WorkItem
-from mifo_lightning.distributed import gather_ranks, mean_ranks, rank, ranks
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences

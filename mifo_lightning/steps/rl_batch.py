@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mifo_callbacks.sharding import sum_over, world_group
+from mifo_callbacks.collectives import sum_over, world_group
 from mifo_callbacks.tokens import select_tokens
 from mifo_lightning.losses.policy import token_weights
 from mifo_lightning.methods.mixing import Mixing

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_callbacks.sharding import sum_over, world_group
-from mifo_lightning.distributed import rank, ranks, sum_ranks
+from mifo_callbacks.collectives import rank, ranks, sum_over, sum_ranks, world_group
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient

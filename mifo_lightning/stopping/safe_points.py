@@ -9,7 +9,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch.distributed.distributed_c10d import _get_default_store
 
-from mifo_lightning.distributed import ranks
+from mifo_callbacks.collectives import ranks
 from mifo_lightning.errors import Interrupted
 from mifo_lightning.stopping import interruption
 

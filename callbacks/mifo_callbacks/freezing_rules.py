@@ -1,0 +1,178 @@
+"""Which coordinates a phase freezes: a rule scores them, and those that come first in its order are frozen."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from mifo_callbacks.checks import require_choice
+from mifo_callbacks.collectives import sum_over
+from mifo_callbacks.sharding import local, shard_group, shard_like
+from mifo_callbacks.thresholds import Cut, cut_mask, find_cut, floor_share
+
+RuleName = Literal["rl_topk", "rl_bottomk", "random", "none"]
+Scope = Literal["tensor", "global"]
+Order = Literal["largest", "smallest_zero_last"]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The coordinates of one parameter, for a rule to score.
+
+    `name` and the full `shape` are the parameter's; tensors are laid out like it. `draw()` gives uniform fp32 numbers
+    in [0, 1) that depend on the seed, the phase and the parameter alone. `known` is the importance, None where the rule
+    needs none.
+    """
+
+    name: str
+    shape: torch.Size
+    draw: Callable[[], Tensor]
+    known: Tensor | None = None
+
+    @property
+    def importance(self) -> Tensor:
+        """Importance of every coordinate, fp32, not to be changed.
+
+        Raises:
+            MisconfigurationException: If the rule says that it needs none.
+        """
+        if self.known is None:
+            raise MisconfigurationException("a freezing rule with needs_importance = False asks for importance")
+        return self.known
+
+
+class FreezingRule(ABC):
+    """Scores coordinates; of n, the floor(fraction * n) that come first in `order` are frozen, ties by position.
+
+    A score follows from what `score` is given and from nothing else: a resumed run asks again. `order` is "largest"
+    scores first or "smallest_zero_last". A rule that does not look at importance says so in `needs_importance`; then
+    none has to be measured.
+    """
+
+    needs_importance: bool = True
+    order: Order = "largest"
+
+    @abstractmethod
+    def score(self, at: Coordinates) -> Tensor | None:
+        """Scores of one parameter's coordinates, fp32 and not negative, in its shape; None leaves all of them free."""
+
+
+class MostImportant(FreezingRule):
+    """Freeze what matters most ("rl_topk", the method's)."""
+
+    def score(self, at: Coordinates) -> Tensor:
+        return at.importance
+
+
+class LeastImportant(MostImportant):
+    """Freeze what matters least, but something ("rl_bottomk", a control)."""
+
+    order = "smallest_zero_last"
+
+
+class AtRandom(FreezingRule):
+    """Freeze as many at random, others in each phase ("random", a control)."""
+
+    needs_importance = False
+
+    def score(self, at: Coordinates) -> Tensor:
+        return at.draw()
+
+
+RULES: dict[RuleName, FreezingRule | None] = {
+    "rl_topk": MostImportant(),
+    "rl_bottomk": LeastImportant(),
+    "random": AtRandom(),
+    "none": None,
+}
+
+
+def rule_of(name: str, selector: RuleName | FreezingRule) -> FreezingRule | None:
+    """The rule that `selector` is or names; None for "none".
+
+    Raises:
+        MisconfigurationException: If it is neither, or its order is none; `name` is what the message calls it.
+    """
+    if isinstance(selector, FreezingRule):
+        require_choice(f"{type(selector).__name__}.order", selector.order, Order)
+        return selector
+    if selector not in get_args(RuleName):
+        names = ", ".join(get_args(RuleName))
+        raise MisconfigurationException(f"{name} is {selector!r}; allowed: {names}, or an object of a FreezingRule")
+    return RULES[selector]
+
+
+def checked_score(score: Tensor, name: str, parameter: Tensor) -> Tensor:
+    """`score` laid out like its parameter; collective if that is sharded.
+
+    Raises:
+        MisconfigurationException: If it has another shape or dtype, or a number is negative or NaN.
+    """
+    score = score.detach()
+    if score.shape != parameter.shape or score.dtype != torch.float32:
+        raise MisconfigurationException(
+            f"the freezing score of {name!r} is {tuple(score.shape)}, {score.dtype}; allowed: its shape "
+            f"{tuple(parameter.shape)}, torch.float32"
+        )
+    score = shard_like(score, parameter)
+    if bad := int(sum_over((~(local(score) >= 0)).count_nonzero(), shard_group([score]))):
+        raise MisconfigurationException(
+            f"the freezing score of {name!r} is negative or NaN at {bad} of {score.numel()} coordinates; "
+            "allowed: numbers of at least 0"
+        )
+    return score + 0.0 if local(score).signbit().any() else score  # -0.0: its bits would rank above everything
+
+
+class Frozen(NamedTuple):
+    """This rank's part of a freezing mask, and what it froze over all shards.
+
+    `masks` are bool by parameter name, True where frozen. `frozen` of `total` coordinates are frozen; `tied`
+    of all coordinates lay at a threshold where position decided; `zero` of the frozen ones have a score of
+    exactly 0.
+    """
+
+    masks: dict[str, Tensor]
+    frozen: int
+    total: int
+    tied: int
+    zero: int
+
+
+def freezing_masks(
+    scores: Iterable[tuple[str, Tensor]],
+    fraction: float = 0.5,
+    scope: Scope = "tensor",
+    order: Order = "largest",
+) -> Frozen:
+    """Freeze exactly floor(fraction * n) coordinates: the first in `order`, ties by position.
+
+    Args:
+        scores: Name and non-negative fp32 score of every parameter, sharded or not; with scope "tensor" only
+            one of them needs to exist at a time.
+        fraction: Share of the coordinates to freeze, in (0, 1].
+        scope: n is the size of each "tensor", or of all of them together ("global").
+        order: "largest" scores first, or "smallest_zero_last": smallest first, zeros at the end.
+    """
+    blocks = ([named] for named in scores) if scope == "tensor" else [list(scores)]
+    masks: dict[str, Tensor] = {}
+    cuts: list[Cut] = []
+    total = count = 0
+    for block in filter(None, blocks):
+        group = shard_group(score for _, score in block)
+        parts = [local(score) for _, score in block]
+        n = sum(score.numel() for _, score in block)
+        if (k := floor_share(fraction, n)) == 0:
+            drawn = [torch.zeros(part.shape, dtype=torch.bool, device=part.device) for part in parts]
+        else:
+            cuts.append(find_cut(parts, k, group, order))
+            drawn = cut_mask(parts, cuts[-1], group, order)
+        masks |= {name: mask for (name, _), mask in zip(block, drawn, strict=True)}
+        total += n
+        count += int(sum_over(torch.stack([mask.count_nonzero() for mask in drawn]).sum(), group))
+    tied = sum(cut.ties for cut in cuts if cut.take < cut.ties)
+    zero = sum(cut.take for cut in cuts if cut.value == 0)  # zeros come last, so they are the ones at the cut
+    return Frozen(masks, count, total, tied, zero)
