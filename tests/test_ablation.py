@@ -15,10 +15,11 @@ import pytest
 import torch
 from small_grid import BASE, GRID, ROOT, write
 
-from experiments import ablation
-from experiments.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
-from experiments.grid import cells, choose, read_ablation
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab import ablation
+from mifo_lightning.lab.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
+from mifo_lightning.lab.grid import cells, choose
+from mifo_lightning.lab.reading import read_ablation
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     """The runner in a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "callbacks"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.ablation", "--config", str(config), *arguments],
+        [sys.executable, "-m", "mifo_lightning.lab", "ablation", "--config", str(config), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -144,7 +145,7 @@ def test_a_fit_that_ends_well_without_finite_scores_has_failed(
         (cell.directory / "summary.json").write_text(json.dumps({"after": after}), encoding="utf-8")
         return 0
 
-    monkeypatch.setattr("experiments.cell._call", call)
+    monkeypatch.setattr("mifo_lightning.lab.cell._call", call)
     fit(cell, fingerprint(cell))
     assert (outcome(cell.directory).status, outcome(cell.directory).error) == ("failed" if error else "done", error)
 

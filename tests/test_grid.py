@@ -10,10 +10,11 @@ import pytest
 import yaml
 from small_grid import BASE, GRID, ROOT, write
 
-from experiments import ablation
-from experiments.grid import cells, choose, read_ablation
 from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab import ablation
+from mifo_lightning.lab.grid import cells, choose
+from mifo_lightning.lab.reading import read_ablation
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,7 @@ def test_a_sweep_names_every_cell_by_one_value(tmp_path: Path) -> None:
     assert written["method"] == "grid"
     assert [choose(grid, [value]) for value in written["parameters"]["only"]["values"]] == [[cell] for cell in grid]
     assert written["command"][-1] == "${args}"
-    arguments = [*written["command"][4:-1], "--only=mifo/shipped/0", "--dry_run"]
+    arguments = [*written["command"][5:-1], "--only=mifo/shipped/0", "--dry_run"]
     assert ablation.main(arguments) == 0
 
 

@@ -18,10 +18,11 @@ import torch
 from interruptions import CASES, compare
 from small_grid import GRID, write
 
-from experiments.cell import outcome, prepare
-from experiments.grid import cells, read_ablation
 from mifo_lightning.cli import main
 from mifo_lightning.errors import Interrupted
+from mifo_lightning.lab.cell import outcome, prepare
+from mifo_lightning.lab.grid import cells
+from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch
@@ -246,7 +247,7 @@ def test_what_is_stopped_after_the_last_step_is_completed(tmp_path: Path, monkey
 def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_path: Path) -> None:
     ablation = write(tmp_path, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 100000})
     runner = subprocess.Popen(
-        [sys.executable, "-m", "experiments.ablation", "--config", str(ablation)],
+        [sys.executable, "-m", "mifo_lightning.lab", "ablation", "--config", str(ablation)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -21,8 +21,8 @@ from typing import Any
 
 import yaml
 
-from experiments.grid import Cell
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab.grid import Cell
 
 FINGERPRINT, OUTCOME, SUMMARY, LOG, LOCK = "fingerprint.json", "outcome.json", "summary.json", "log.txt", "lock"
 Fingerprint = dict[str, Any]
