@@ -36,9 +36,7 @@ def find(value: str) -> Path | None:
         return path
     if not NAME.fullmatch(value):
         return None
-    raise InputError(
-        f"--config {value}: there is no such file and no packaged configuration of that name; {_near(name)}"
-    )
+    raise InputError(f"--config {value}: neither a file nor the name of a packaged configuration; {_near(name)}")
 
 
 def _near(name: str) -> str:

@@ -35,7 +35,11 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seeds": []}, ["seeds: none given"]),
         ({"seeds": "all"}, ["seeds", "all"]),
         ({"arms": {"mifo": {}, "MIFO!": {}}, "primary_contrast": ["MIFO!", "mifo"]}, ["arms: mifo given"]),
-        ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml"]),
+        ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml", "packaged are "]),
+        (
+            {"arms": {**GRID["arms"], "mifo": {"configs": ["method/mifo"]}}},
+            ["arms.mifo.configs: method/mifo", "methods/mifo"],
+        ),
         ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
         ({"set": {"data.fit_sizes": True}}, ["set.data.fit_sizes", "an arm runs what it says"]),
         (
@@ -97,7 +101,13 @@ def test_in_a_nested_grid_no_two_bases_share_a_seed(tmp_path: Path) -> None:
 
 
 def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(tmp_path, arms={**GRID["arms"], "mifo": {"set": {"data.schedule.rl_steps": 9, "freeze": None}}})
+    config = write(
+        tmp_path,
+        arms={
+            **GRID["arms"],
+            "mifo": {"configs": ["methods/mifo"], "set": {"data.schedule.rl_steps": 9, "freeze": None}},
+        },
+    )
     assert ablation.main(["--config", str(config), "--only", "mifo/shipped/1", "--dry_run"]) == 0
     program, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
     assert (program, arguments[0]) == ("-m", "mifo_lightning")

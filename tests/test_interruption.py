@@ -32,7 +32,18 @@ from mifo_lightning.stopping.safe_points import agree
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    *("--config", "configs/tiny.yaml", "--model.self_check", "false", "--switch.size", "8", "--switch.p", "0.75"),
+    *(
+        "--config",
+        "tiny",
+        "--config",
+        "methods/mifo",
+        "--model.self_check",
+        "false",
+        "--buffer_size",
+        "8",
+        "--switch.p",
+        "0.75",
+    ),
     *("--data.train.init_args.count", "64", "--data.schedule.rl_questions", "8", "--data.schedule.sft_batch", "8"),
     *("--data.val.init_args.count", "16", "--progress.lines", "100000"),
 ]
@@ -128,7 +139,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
     assert found, line
     step, path, command = found.groups()
     assert torch.load(path, weights_only=True)["global_step"] == int(step) >= 3
-    assert command.startswith("python -m mifo_lightning fit --config configs/tiny.yaml ")
+    assert command.startswith("python -m mifo_lightning fit --config tiny --config methods/mifo ")
     assert command.endswith(f"--ckpt_path {path}")
     assert not list(tmp_path.rglob("model.safetensors"))
     assert not list(tmp_path.rglob("summary.json"))

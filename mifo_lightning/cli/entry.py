@@ -96,8 +96,8 @@ def check_configured(arguments: list[str]) -> None:
     """
     if len(arguments) == 1 and arguments[0] in MifoCLI.subcommands():
         raise InputError(
-            f"{arguments[0]}: needs a configuration, such as --config tiny --config methods/mifo, or files of your own; "
-            "`--help` lists all keys"
+            f"{arguments[0]}: needs a configuration, such as --config tiny --config methods/mifo, or files of your "
+            "own; `--help` lists all keys"
         )
 
 

@@ -18,7 +18,7 @@ class Arm:
     """What one arm adds to the settings of all."""
 
     configs: list[str] = field(default_factory=list)
-    """Configuration files, laid over those of all arms in this order."""
+    """Configuration files or packaged names, laid over those of all arms in this order."""
     set: dict[str, Any] = field(default_factory=dict)
     """Command-line keys and values, laid over those of all arms."""
 
@@ -48,7 +48,7 @@ class Ablation:
     primary_contrast: list[str]
     """The one pair of arms, first minus second, whose difference is tested as it is; all others are exploratory."""
     config: list[str]
-    """Configuration files of all arms, the base first."""
+    """Configuration files or packaged names of all arms, the base first."""
     bases: dict[str, Path]
     """Name of each base model -> its directory."""
     seeds: list[int]
@@ -101,7 +101,7 @@ class Cell:
     places: tuple[str, ...]
     """The arguments that say where files and records go, and that nothing is fitted to small data."""
     configs: tuple[str, ...]
-    """Files that decide the result too."""
+    """Configurations that decide the result too."""
     model: Path
     """Directory of the base model."""
     primary: str

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from mifo_lightning.errors import InputError
 from mifo_lightning.lab.grid import Ablation, Arm, slug
+from mifo_lightning.packaged import find
 
 # what the grid itself puts on the command line of a fit -> where it comes from
 GIVEN = {
@@ -88,9 +89,11 @@ def _check(ablation: Ablation, path: Path) -> None:
     parts |= {f"arms.{name}.": arm for name, arm in ablation.arms.items()}
     for prefix, part in parts.items():
         for file in part.configs:
-            if not Path(file).is_file():
+            try:
+                find(file)
+            except InputError as error:
                 where = f"{prefix}configs" if prefix else "config"
-                raise InputError(f"{path}: {where}: {file} is no file; paths are those of the working directory")
+                raise InputError(f"{path}: {where}: {str(error).removeprefix('--config ')}") from None
         for key in part.set:
             if source := next((GIVEN[own] for own in GIVEN if f"{key}.".startswith(f"{own}.")), None):
                 raise InputError(f"{path}: {prefix}set.{key}: the grid gives it, from {source}; leave it out")
