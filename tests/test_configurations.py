@@ -226,6 +226,23 @@ def test_what_adjusts_a_part_that_is_off_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("control", "part"),
+    [
+        ("drop_sft_gradients", "drop.during: sft"),
+        ("half_sft_lr", "model.sft.lr_factor: 0.5"),
+        ("damaged_demonstrations", "data.damaged_share: 0.5"),
+    ],
+)
+def test_a_control_of_sft_is_refused_where_there_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, control: str, part: str
+) -> None:
+    flags = ["--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path)]
+    flags += ["--data.train.init_args.count", "64", "--data.val", "null"]
+    line = refused(capsys, "fit", "--config", "tiny", "--config", f"controls/{control}", *flags)
+    assert f"error: {part} changes nothing in a run without SFT" in line
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         ["--freeze.selector", "random", "--freeze.fraction", "0.3"],

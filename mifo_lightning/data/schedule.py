@@ -137,7 +137,7 @@ class Schedule:
             )
         hint = ""
         if not demonstrated:
-            hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none"
+            hint = "; data.columns.target names their column, and plain RL, a base without a method, needs none"
         elif demonstrated < ranks * micro_batches:
             hint = f"; lower trainer.accumulate_grad_batches, an SFT step has {ranks * micro_batches} micro-batches"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
