@@ -10,7 +10,7 @@ RUN = $(abspath $(VENV))/bin/python
 READY = $(VENV)/.ready
 # tests: so many processes at once, a file to each; the longest tests run two processes themselves
 WORKERS ?= 2
-DEMO = $(RUN) -m mifo_lightning fit --config configs/tiny.yaml $(if $(SHORT),--data.schedule.rl_steps 30)
+DEMO = $(RUN) -m mifo_lightning fit --config tiny --config methods/mifo $(if $(SHORT),--data.schedule.rl_steps 30)
 
 .PHONY: help demo test stress lint clean
 

@@ -80,7 +80,8 @@ def cases(configs: Path) -> list[Case]:
     found = []
     losses = [None, *sorted(path.stem for path in (configs / "losses").glob("*.yaml"))]
     for method in sorted(path.stem for path in (configs / "methods").glob("*.yaml")):
-        buffered = "switch: null" not in (configs / "methods" / f"{method}.yaml").read_text(encoding="utf-8")
+        text = (configs / "methods" / f"{method}.yaml").read_text(encoding="utf-8")
+        buffered = "\nswitch:" in text and "switch: null" not in text  # methods of older trees switch it off
         options = SCHEDULES.get(method, {}) | ({"switch.size": 16, "switch.p": 0.5} if buffered else {})
         for loss in losses if method != "sft" else [None]:
             files = (f"methods/{method}.yaml", *([f"losses/{loss}.yaml"] if loss else []))

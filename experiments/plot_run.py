@@ -1,6 +1,6 @@
 """What does a run look like? Draws reward, skills and buffer over RL steps, with the SFT phases marked.
 
-    python -m mifo_lightning fit --config configs/tiny.yaml --config configs/logger/csv.yaml \\
+    python -m mifo_lightning fit --config tiny --config methods/mifo --config logger/csv \\
         --trainer.val_check_interval 15 --trainer.check_val_every_n_epoch null
     python -m experiments.plot_run runs/csv/version_0/metrics.csv --out docs/run.svg
 """

@@ -1,10 +1,10 @@
 """How much of a fine-tuning update is needed? Evaluates it with a growing share set to zero (MIFO, section 3.1).
 
-    python -m mifo_lightning fit --config configs/tiny.yaml --config configs/methods/rl.yaml \\
+    python -m mifo_lightning fit --config tiny --config methods/rl \\
         --trainer.logger false --trainer.default_root_dir runs/rl
-    python -m mifo_lightning fit --config configs/tiny.yaml --config configs/methods/sft.yaml \\
+    python -m mifo_lightning fit --config tiny --config methods/sft \\
         --trainer.logger false --trainer.default_root_dir runs/sft
-    python -m experiments.prune_update --config configs/tiny.yaml --base mifo_lightning/assets/base \\
+    python -m experiments.prune_update --config tiny --base mifo_lightning/assets/base \\
         --tuned rl=runs/rl/model sft=runs/sft/model --by magnitude --out runs/prune
 
 The weights are base + pruned (tuned - base): of all coordinates of the update the smallest, or random ones, are zero.

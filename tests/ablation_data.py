@@ -99,7 +99,7 @@ def make(
         "metrics": [f"{s}/avg@1" for s in SOURCES], "reference": next(a for a in arms if a in ("sft_then_rl", "ref")),
         "trade_off": {"learned": ["addition/avg@1", "mirrored/avg@1"], "kept": ["sorting/avg@1", "reversal/avg@1"]},
         "setting": "A small model.\nFour skills.", "contrasts": [list(arms)[:2]],
-        "design": design, "command": "python -m experiments.ablation --config x.yaml", "commit": "0123abc",
+        "design": design, "command": "python -m mifo_lightning.lab ablation --config x.yaml", "commit": "0123abc",
         "arms": [{"name": a, "directory": f"arm{i}", "configs": ["configs/tiny.yaml"], "set": {"model.lr": 0.1}}
                  for i, a in enumerate(arms)],
         "bases": base_names, "seeds": seed_names,

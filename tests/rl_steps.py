@@ -158,8 +158,8 @@ def built(spec: dict[str, Any]) -> Any:
 
 
 def rl_settings(name: str) -> tuple[RLSettings, Mixing | None]:
-    """Policy loss and mixing of the tiny base with `configs/<name>.yaml` over it."""
-    base, over = configured("tiny")["model"], configured(name).get("model", {})
+    """Policy loss and mixing of the defaults with `configs/<name>.yaml` over them."""
+    base, over = configured("defaults")["model"], configured(name).get("model", {})
     mixing = built(over["mixing"]) if "mixing" in over else None
     return RLSettings(**{**base["policy"], **over.get("policy", {})}), mixing
 

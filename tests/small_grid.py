@@ -14,7 +14,7 @@ GRID: dict[str, Any] = {
     "metrics": ["addition/avg@1"],
     "reference": "mifo",
     "primary_contrast": ["interleave, half + lr", "mifo"],
-    "config": ["configs/tiny.yaml"],
+    "config": ["tiny"],
     "bases": {"shipped": BASE},
     "seeds": [0, 1],
     "jobs": 2,
@@ -29,8 +29,8 @@ GRID: dict[str, Any] = {
         "checkpoint.every": 1,
     },
     "arms": {
-        "mifo": {},
-        "interleave, half + lr": {"configs": ["configs/methods/interleave.yaml"], "set": {"model.sft.lr": 5.0e-4}},
+        "mifo": {"configs": ["methods/mifo"]},
+        "interleave, half + lr": {"configs": ["methods/interleave"], "set": {"model.sft.lr": 5.0e-4}},
     },
 }
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from small_grid import BASE, GRID, ROOT, write
 
-from experiments import ablation
-from experiments.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
-from experiments.grid import cells, choose, read_ablation
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab import ablation, plan
+from mifo_lightning.lab.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
+from mifo_lightning.lab.grid import cells, choose
+from mifo_lightning.lab.reading import read_ablation
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     """The runner in a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "callbacks"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.ablation", "--config", str(config), *arguments],
+        [sys.executable, "-m", "mifo_lightning.lab", "ablation", "--config", str(config), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -144,7 +145,7 @@ def test_a_fit_that_ends_well_without_finite_scores_has_failed(
         (cell.directory / "summary.json").write_text(json.dumps({"after": after}), encoding="utf-8")
         return 0
 
-    monkeypatch.setattr("experiments.cell._call", call)
+    monkeypatch.setattr("mifo_lightning.lab.cell._call", call)
     fit(cell, fingerprint(cell))
     assert (outcome(cell.directory).status, outcome(cell.directory).error) == ("failed" if error else "done", error)
 
@@ -153,11 +154,11 @@ def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = read_ablation(write(tmp_path, margin=0.02))
-    ablation.write_plan(first, "command", fits=True)
+    plan.write_plan(first, "command", fits=True)
     turned = {"arms": {**GRID["arms"], "third": {}}, "primary_contrast": ["third", "mifo"], "margin": 0.02}
-    ablation.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nothing had been seen yet
+    plan.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nothing had been seen yet
     record_outcome(cells(first)[0].directory, "it broke", 1.0)
-    ablation.check_named_before(first, cells(first))
+    plan.check_named_before(first, cells(first))
     for changes, key in ((turned, "primary_contrast: "), ({"margin": 0.1}, "margin: 0.1: was 0.02")):
         assert ablation.main(["--config", str(write(tmp_path, **changes))]) == 2
         line = capsys.readouterr().err
@@ -188,8 +189,8 @@ def test_commit_and_command_are_those_of_the_calls_that_ran_fits(
     small = read_ablation(path)
 
     def call(commit: str, command: str, fits: bool) -> tuple[str | None, str | None]:
-        monkeypatch.setattr(ablation, "commit", lambda: commit)
-        ablation.write_plan(small, command, fits)
+        monkeypatch.setattr(plan, "commit", lambda: commit)
+        plan.write_plan(small, command, fits)
         record = json.loads((tmp_path / "out" / "ablation.json").read_text(encoding="utf-8"))
         assert (record["contrasts"], record["setting"]) == (small.contrasts, "Two arms.")
         return record["commit"], record["command"]
@@ -255,10 +256,10 @@ def test_the_cluster_runs_what_is_unfinished(tmp_path: Path, capfd: pytest.Captu
     cell = choose(cells(read_ablation(config)), ["mifo/shipped/0"])[0]
     assert outcome(cell.directory).status == "done"
     stamp = (cell.directory / "summary.json").stat().st_mtime_ns
-    plan = (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8")
+    before = (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8")
     assert "--slurm" in json.loads(plan)["command"]
     assert ablation.main(["--config", str(config), "--only", "mifo/shipped/0"]) == 0
-    assert (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8") == plan  # no fit ran: not a new command
+    assert (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8") == before  # no fit ran: not a new command
     assert (cell.directory / "summary.json").stat().st_mtime_ns == stamp
 
 

@@ -21,7 +21,8 @@ from mifo_lightning.terminal import quiet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
-BASES = sorted(p.name for p in CONFIGS.glob("*.yaml") if p.name != "monitors.yaml")
+MIFO = ["--config", TINY, "--config", str(CONFIGS / "methods" / "mifo.yaml")]
+BASES = sorted(p.name for p in CONFIGS.glob("*.yaml") if p.stem not in ("defaults", "monitors"))
 SHORT = {
     "trainer.logger": "false",
     "trainer.enable_checkpointing": "false",
@@ -36,9 +37,9 @@ SHORT = {
 
 
 def short(root: Path, **changes: str) -> list[str]:
-    """Arguments of a run of 3 RL steps with SFT phases."""
+    """Arguments of a run of MIFO of 3 RL steps with SFT phases."""
     pairs = {**SHORT, "trainer.default_root_dir": str(root), **{k.replace("__", "."): v for k, v in changes.items()}}
-    return ["fit", "--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
+    return ["fit", *MIFO, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -95,19 +96,16 @@ OVERLAYS = [path for folder in ("methods", "losses", "controls") for path in sor
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_overlay_trains(tmp_path: Path, path: Path) -> None:
     over = yaml.safe_load(path.read_text())
-    small = {"data.schedule.sft_batch": "4", "data.schedule.sft_epochs": "1", "data.val.init_args.count": "8"}
+    pairs = {**SHORT, "trainer.default_root_dir": str(tmp_path), "data.val.init_args.count": "8"}
+    pairs |= {"data.schedule.sft_batch": "4", "data.schedule.sft_epochs": "1"}
     stages = [key for key in ("sft_before", "sft_after") if key in over.get("data", {}).get("schedule", {})]
-    small |= {f"data.schedule.{key}": "2" for key in stages}
-    buffered = over.get("switch", True) is not None
-    if buffered:  # the flag would switch it on again
-        small["switch.size"] = "4"
-    arguments = [text for key, value in small.items() for text in (f"--{key}", value)]
-    plain = short(tmp_path)
-    if not buffered:
-        at = plain.index("--switch.size")
-        assert plain[at + 2] == "--switch.p"
-        del plain[at : at + 4]
-    main([*plain[:3], "--config", str(path), *plain[3:], *arguments])
+    pairs |= {f"data.schedule.{key}": "2" for key in stages}
+    layers = (
+        ["--config", TINY, "--config", str(path)] if path.parent.name == "methods" else [*MIFO, "--config", str(path)]
+    )
+    buffered = "switch" in over or path.parent.name != "methods"
+    pairs = {**pairs, "switch.size": "4"} if buffered else {k: v for k, v in pairs.items() if k[:6] != "switch"}
+    main(["fit", *layers, *(text for key, value in pairs.items() for text in (f"--{key}", value))])
     summary = json.loads((tmp_path / "summary.json").read_text())
     phases = summary["sft_phases"]
     assert (phases > 0) == buffered
@@ -120,7 +118,7 @@ def test_every_overlay_trains(tmp_path: Path, path: Path) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base: str) -> None:
-    config = printed(capsys, "fit", "--config", str(CONFIGS / base))
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base), *MIFO[2:])
     trainer, schedule, size = config["trainer"], config["data"]["schedule"], config["switch"]["init_args"]["size"]
     questions = [Question(i, "s", "", [1], "", [2]) for i in range(256)]
     loader = PhaseLoader(
@@ -134,9 +132,9 @@ def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_key_has_a_comment(path: Path) -> None:
-    groups = ("trainer", "model", "data", "init_args", "sampling", "logger", "schedule", "drop")
-    if path.parent.name in ("methods", "losses", "controls"):  # the base says what these groups are
-        groups = (*groups, "policy", "mixing", "sft")
+    groups = ("trainer", "model", "data", "init_args", "logger", "drop")
+    if path.name != "defaults.yaml":  # it says what these groups are
+        groups = (*groups, "policy", "mixing", "rl", "sft", "sampling", "evaluation", "schedule")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         text = line.split("#")[0].strip()
         is_key = ":" in text and not text.startswith(("-", "class_path:"))
@@ -171,7 +169,7 @@ def test_the_hint_of_an_interpolation_can_be_followed(
 
 
 def test_a_subcommand_alone_asks_for_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--config configs/tiny.yaml" in refused(capsys, "fit")
+    assert "--config tiny --config methods/mifo" in refused(capsys, "fit")
 
 
 def test_a_printed_configuration_runs_and_leaves_model_summary_and_samples(
@@ -337,7 +335,7 @@ def test_a_key_left_empty_and_a_file_that_is_no_text_are_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, parts: list[str]
 ) -> None:
     (tmp_path / "over.yaml").write_bytes(content)
-    plain = ["fit", "--config", TINY, "--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path)]
+    plain = ["fit", *MIFO, "--trainer.logger", "false", "--trainer.default_root_dir", str(tmp_path)]
     for flag in (["--config", str(tmp_path / "over.yaml")], [f"--config={tmp_path / 'over.yaml'}"]):
         line = refused(capsys, *plain, *flag)
         assert all(part in line for part in parts), line

@@ -52,16 +52,6 @@ def test_a_control_changes_what_it_says_and_nothing_else(
     assert differs == CHANGES[control]
 
 
-@pytest.mark.parametrize(("control", "group"), [("random_freeze", "freeze"), ("random_tokens", "entropy")])
-def test_a_control_switches_on_what_the_method_had_off(
-    capsys: pytest.CaptureFixture[str], control: str, group: str
-) -> None:
-    """Random freezing needs no importance, so it can stand over plain interleaving too."""
-    config = printed(capsys, "fit", *layers("tiny", "methods/interleave", f"controls/{control}"))
-    assert config[group]["init_args"]["selector"] == "random"
-    assert config["importance"] is None
-
-
 @pytest.mark.parametrize("control", ["random_freeze", "random_tokens", "drop_sft_gradients"])
 def test_what_a_control_draws_differs_from_seed_to_seed(control: str) -> None:
     added = layers("tiny", "methods/mifo", f"controls/{control}")

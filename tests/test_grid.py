@@ -10,10 +10,11 @@ import pytest
 import yaml
 from small_grid import BASE, GRID, ROOT, write
 
-from experiments import ablation
-from experiments.grid import cells, choose, read_ablation
 from mifo_lightning.cli import main
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab import ablation
+from mifo_lightning.lab.grid import cells, choose
+from mifo_lightning.lab.reading import read_ablation
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,11 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seeds": []}, ["seeds: none given"]),
         ({"seeds": "all"}, ["seeds", "all"]),
         ({"arms": {"mifo": {}, "MIFO!": {}}, "primary_contrast": ["MIFO!", "mifo"]}, ["arms: mifo given"]),
-        ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml"]),
+        ({"config": ["configs/none.yaml"]}, ["config: configs/none.yaml", "packaged are "]),
+        (
+            {"arms": {**GRID["arms"], "mifo": {"configs": ["method/mifo"]}}},
+            ["arms.mifo.configs: method/mifo", "methods/mifo"],
+        ),
         ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
         ({"set": {"data.fit_sizes": True}}, ["set.data.fit_sizes", "an arm runs what it says"]),
         (
@@ -96,7 +101,13 @@ def test_in_a_nested_grid_no_two_bases_share_a_seed(tmp_path: Path) -> None:
 
 
 def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(tmp_path, arms={**GRID["arms"], "mifo": {"set": {"data.schedule.rl_steps": 9, "freeze": None}}})
+    config = write(
+        tmp_path,
+        arms={
+            **GRID["arms"],
+            "mifo": {"configs": ["methods/mifo"], "set": {"data.schedule.rl_steps": 9, "freeze": None}},
+        },
+    )
     assert ablation.main(["--config", str(config), "--only", "mifo/shipped/1", "--dry_run"]) == 0
     program, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
     assert (program, arguments[0]) == ("-m", "mifo_lightning")
@@ -144,7 +155,7 @@ def test_a_sweep_names_every_cell_by_one_value(tmp_path: Path) -> None:
     assert written["method"] == "grid"
     assert [choose(grid, [value]) for value in written["parameters"]["only"]["values"]] == [[cell] for cell in grid]
     assert written["command"][-1] == "${args}"
-    arguments = [*written["command"][4:-1], "--only=mifo/shipped/0", "--dry_run"]
+    arguments = [*written["command"][5:-1], "--only=mifo/shipped/0", "--dry_run"]
     assert ablation.main(arguments) == 0
 
 

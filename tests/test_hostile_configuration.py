@@ -43,7 +43,7 @@ def test_data_names_no_class_to_import(
     assert shown["data"]["train"] == name
     over = tmp_path / "over.yaml"
     over.write_text(f"data: {{train: {name}, val: [{name}]}}")
-    shown = printed(capsys, *short(tmp_path)[:3], "--config", str(over))
+    shown = printed(capsys, "fit", "--config", TINY, "--config", str(over))
     assert (shown["data"]["train"], shown["data"]["val"]) == (name, [name])
     assert not imported.exists()
 

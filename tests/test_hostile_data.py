@@ -14,12 +14,12 @@ import pytest
 from huggingface_hub import constants
 from rich.console import Console
 
-from experiments.report.page import _plain
 from mifo_lightning import hub
 from mifo_lightning.data.questions import Drops
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.template import ChatTemplate, prompt_texts
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab.report.page import _plain
 from mifo_lightning.monitors.summary import before_and_after
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
 from mifo_lightning.terminal import fail, one_line_warning, printable

@@ -18,10 +18,11 @@ import torch
 from interruptions import CASES, compare
 from small_grid import GRID, write
 
-from experiments.cell import outcome, prepare
-from experiments.grid import cells, read_ablation
 from mifo_lightning.cli import main
 from mifo_lightning.errors import Interrupted
+from mifo_lightning.lab.cell import outcome, prepare
+from mifo_lightning.lab.grid import cells
+from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch
@@ -31,7 +32,18 @@ from mifo_lightning.stopping.safe_points import agree
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    *("--config", "configs/tiny.yaml", "--model.self_check", "false", "--switch.size", "8", "--switch.p", "0.75"),
+    *(
+        "--config",
+        "tiny",
+        "--config",
+        "methods/mifo",
+        "--model.self_check",
+        "false",
+        "--buffer_size",
+        "8",
+        "--switch.p",
+        "0.75",
+    ),
     *("--data.train.init_args.count", "64", "--data.schedule.rl_questions", "8", "--data.schedule.sft_batch", "8"),
     *("--data.val.init_args.count", "16", "--progress.lines", "100000"),
 ]
@@ -127,7 +139,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
     assert found, line
     step, path, command = found.groups()
     assert torch.load(path, weights_only=True)["global_step"] == int(step) >= 3
-    assert command.startswith("python -m mifo_lightning fit --config configs/tiny.yaml ")
+    assert command.startswith("python -m mifo_lightning fit --config tiny --config methods/mifo ")
     assert command.endswith(f"--ckpt_path {path}")
     assert not list(tmp_path.rglob("model.safetensors"))
     assert not list(tmp_path.rglob("summary.json"))
@@ -246,7 +258,7 @@ def test_what_is_stopped_after_the_last_step_is_completed(tmp_path: Path, monkey
 def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_path: Path) -> None:
     ablation = write(tmp_path, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 100000})
     runner = subprocess.Popen(
-        [sys.executable, "-m", "experiments.ablation", "--config", str(ablation)],
+        [sys.executable, "-m", "mifo_lightning.lab", "ablation", "--config", str(ablation)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_cli import CONFIGS, SHORT, TINY, refused
+from test_cli import CONFIGS, MIFO, SHORT, TINY, refused
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
 LOGGERS: dict[str, list[str]] = {
@@ -42,7 +42,7 @@ def test_what_is_refused_leaves_nothing(
         (model / path.name).write_bytes(path.read_bytes())
     (model / "model.safetensors").write_bytes(b"not a model")
     pairs = {name: value for name, value in SHORT.items() if name != "trainer.logger"}
-    base = ["fit", "--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
+    base = ["fit", *MIFO, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
     places = [*LOGGERS[logger], str(tmp_path / "logs"), "--trainer.default_root_dir", str(tmp_path / "run")]
     assert says in refused(capsys, *base, *places, *[str(model) if flag == "broken" else flag for flag in flags])
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]

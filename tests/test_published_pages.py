@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from small_grid import ROOT
 
-from experiments.report.comparisons import compare
-from experiments.report.document import bracketed, difference, intervals
-from experiments.report.results import load
-from experiments.report.verdict import verdict
+from mifo_lightning.lab.report.comparisons import compare
+from mifo_lightning.lab.report.document import bracketed, difference, intervals
+from mifo_lightning.lab.report.results import load
+from mifo_lightning.lab.report.verdict import verdict
 
 PAGES = sorted(path.parent for path in ROOT.glob("docs/results/*/runs.csv"))
 

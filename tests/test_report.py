@@ -1,7 +1,6 @@
 """The report of an ablation: what it says first, that nothing from data becomes markup, what is left out or missing."""
 
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 from ablation_data import EVIL, PAPER, bare, edit, make, write
 
-from experiments.report import write_report
-from experiments.report.__main__ import main
-from experiments.report.figures import beside
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab.__main__ import main
+from mifo_lightning.lab.report import write_report
+from mifo_lightning.lab.report.figures import beside
 
 
 class Page(HTMLParser):
@@ -273,14 +272,13 @@ def test_command_reports_into_out_and_names_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = bare(make(tmp_path / "runs", {"ref": 0.5, "a": 0.6}, bases=1, seeds=2))
-    monkeypatch.setattr(sys, "argv", ["report", str(root), "--out", str(tmp_path / "docs")])
-    main()
+    command = ["report", str(root), "--out", str(tmp_path / "docs")]
+    assert main(command) == 0
     assert (tmp_path / "docs" / "report.html").is_file()
-    assert "python -m experiments.ablation --config x.yaml" in (tmp_path / "docs" / "report.md").read_text()
+    text = (tmp_path / "docs" / "report.md").read_text()
+    assert "python -m mifo_lightning.lab ablation --config x.yaml" in text.replace("\\", "")
     edit(root / "ablation.json", lambda record: record.update(reference="rlx"))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
+    assert main(command) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "'rlx'" in line

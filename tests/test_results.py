@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.report.reductions import learning_curves, retention, retention_by_phase
-from experiments.report.results import Cell
+from mifo_lightning.lab.report.reductions import learning_curves, retention, retention_by_phase
+from mifo_lightning.lab.report.results import Cell
 
 Record = dict[str, Any]
 

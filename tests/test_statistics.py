@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.report.rates import DESIGNS, MEASURED
-from experiments.report.simulation import Case, ranges, simulate
-from experiments.report.statistics import (
+from mifo_lightning.lab.report.rates import DESIGNS, MEASURED
+from mifo_lightning.lab.report.simulation import Case, ranges, simulate
+from mifo_lightning.lab.report.statistics import (
     ALPHA,
     Design,
     Interval,

@@ -16,7 +16,7 @@ from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from monitoring import Records
-from test_cli import SHORT, TINY, refused, short
+from test_cli import MIFO, SHORT, refused, short
 
 from mifo_callbacks.logging import StepRows
 from mifo_lightning.cli import main
@@ -33,7 +33,7 @@ def arguments(root: Path, **changes: str) -> list[str]:
     pairs = {**SHORT, "trainer.default_root_dir": str(root), "trainer.enable_checkpointing": "true", **changes}
     del pairs["trainer.logger"]
     pairs = {**pairs, "trainer.logger.init_args.save_dir": str(root)}
-    return ["fit", "--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
+    return ["fit", *MIFO, *(text for key, value in pairs.items() for text in (f"--{key}", value))]
 
 
 def rows_of(root: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ from benchmarks.stress.table import finish, markdown
 from mifo_lightning import cli
 from mifo_lightning.terminal import quiet
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 MIB = 2**20
 WARM_UP = 300
 ALLOWED = 0.02  # growth of memory after it
@@ -101,7 +100,7 @@ def run(steps: int) -> Gauge:
         settings = {**SETTINGS, "trainer.max_steps": str(steps), "trainer.default_root_dir": place}
         flags = [text for key, value in settings.items() for text in (f"--{key}", value)]
         quiet()
-        built = cli.make_cli(["--config", str(CONFIG), *flags], run=False)
+        built = cli.make_cli(["--config", "tiny", "--config", "methods/mifo", *flags], run=False)
         built.trainer.callbacks.append(gauge)  # type: ignore[attr-defined]
         built.trainer.fit(built.model, built.datamodule)
     return gauge

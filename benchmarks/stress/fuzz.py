@@ -29,8 +29,9 @@ from typing import Any
 
 import yaml
 
-from benchmarks.stress.cases.case import SMALL, TINY
+from benchmarks.stress.cases.case import MIFO, SMALL, TINY
 from benchmarks.stress.table import finish, markdown
+from mifo_lightning.packaged import DEFAULTS
 from mifo_lightning.terminal import quiet
 
 SECONDS = 20  # until a try counts as hanging
@@ -145,8 +146,8 @@ def scramble(text: str, chance: random.Random) -> bytes:
 
 @cache
 def configuration() -> dict[str, Any]:
-    """A valid one: the small run of the input cases, every key of configs/tiny.yaml written out."""
-    whole = yaml.safe_load(TINY.read_text(encoding="utf-8"))
+    """A valid one: the small run of the input cases, every key written out."""
+    whole = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
 
     def lay(over: dict[str, Any], under: dict[str, Any]) -> None:
         for key, value in over.items():
@@ -155,6 +156,8 @@ def configuration() -> dict[str, Any]:
             else:
                 under[key] = value
 
+    for path in (TINY, MIFO):
+        lay(yaml.safe_load(path.read_text(encoding="utf-8")), whole)
     lay(SMALL, whole)
     return dict(whole)
 
@@ -162,7 +165,7 @@ def configuration() -> dict[str, Any]:
 @cache
 def prebuilt() -> Any:
     """A command line whose parser is made."""
-    from mifo_lightning.cli import command_line as cli
+    from mifo_lightning.cli import entry as cli
 
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "valid.yaml"
@@ -180,7 +183,7 @@ def parse_and_build(args: list[str] | None, run: bool = True) -> None:
 
 def try_configuration(chance: random.Random, place: Path) -> str:
     """One mutated configuration through `main`."""
-    from mifo_lightning.cli import command_line as cli
+    from mifo_lightning.cli import entry as cli
 
     valid = configuration()
     if chance.random() < 0.35:

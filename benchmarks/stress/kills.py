@@ -65,7 +65,7 @@ class Variant:
 
     name: str
     over: list[dict[str, Any]]
-    configs: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ("methods/mifo.yaml",)
     ranks: int = 1
 
 
@@ -76,7 +76,7 @@ ONE_PROCESS = [
         [SWITCH, {"model": {"micro_batches": 2}, "data": {"schedule": {"passes": 2, "rl_steps": 15}}}],
     ),
     Variant("luffy", [], ("methods/luffy.yaml",)),
-    Variant("mifo, dynamic sampling", [SWITCH], ("losses/dapo.yaml",)),
+    Variant("mifo, dynamic sampling", [SWITCH], ("methods/mifo.yaml", "losses/dapo.yaml")),
     Variant(
         "own demonstrations, SFT after",
         [SWITCH, {"data": {"schedule": {"sft_after": 6}}}],

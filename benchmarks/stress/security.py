@@ -271,7 +271,7 @@ def hostile_page() -> dict[str, str]:
     """A table of the report, its cells hostile."""
     from markupsafe import escape
 
-    from experiments.report.page import _plain
+    from mifo_lightning.lab.report.page import _plain
 
     evil = "</td><script>alert(1)</script>"
     return {

@@ -1,97 +1,44 @@
 """The command line: LightningCLI with named, nullable method callbacks and our monitors."""
 
-import errno
-import os
 import re
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ActionYesNo
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf.errors import OmegaConfBaseException
 
-from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.logging import StepRows
 from mifo_callbacks.seeds import LARGEST
 from mifo_lightning.checkpoints.files import with_checkpoint_io
 from mifo_lightning.checkpoints.restoring import CheckedRestore
-from mifo_lightning.cli.config_files import check_characters, left_empty, with_place
+from mifo_lightning.cli.config_files import given
 from mifo_lightning.cli.parser import MODE, OneLineParser, check_groups
+from mifo_lightning.cli.parts import ALWAYS, METHOD, MONITORS, SEEDED, check_parts
 from mifo_lightning.cli.preflight import check_run
 from mifo_lightning.cli.resume import Start, choose, prepare_files
 from mifo_lightning.cli.wandb_run import begin_runs, end_runs, prepare_runs
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
-from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
-from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.export import ExportModel
-from mifo_lightning.monitors.forgetting import Forgetting
-from mifo_lightning.monitors.heldout import HeldOutLoss
-from mifo_lightning.monitors.history import History
-from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.model_card import write_card
-from mifo_lightning.monitors.overlap import FrozenOverlap
-from mifo_lightning.monitors.phase_kl import PhaseKL
-from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.run_dir import run_dir
-from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
-from mifo_lightning.monitors.update_norm import UpdateNorm
+from mifo_lightning.packaged import DEFAULTS
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rollout.in_process import out_of_memory
 from mifo_lightning.stopping import interruption
 from mifo_lightning.stopping.safe_points import take_over
-from mifo_lightning.terminal import fail, quiet
-
-# name of the group -> callback; the order is the order in which their hooks run
-METHOD = {
-    "entropy": EntropyTokenSelection,
-    "importance": ImportanceEMA,
-    "freeze": GradientFreezing,
-    "drop": GradientDropping,
-    "switch": BufferPhaseSwitch,
-}
-MONITORS: dict[str, type[Callback]] = {
-    "updates": UpdateNorm,
-    "heldout": HeldOutLoss,
-    "forgetting": Forgetting,
-    "phase_kl": PhaseKL,
-    "layer_updates": LayerUpdates,
-    "overlap": FrozenOverlap,
-    "seconds": SecondsByActivity,
-    "summary": RunSummary,
-    "costs": Costs,  # after those that measure before a batch: its clock starts then
-    "history": History,  # after all that log
-    "samples": SampleTable,
-    "export": ExportModel,
-    "checkpoint": LastCheckpoint,
-    "progress": PhaseProgress,
-}
-
-
-# on unless set to null; every other group is on where a configuration names it
-ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
-
-# whose random choices follow seed_everything
-SEEDED = ("entropy", "freeze", "drop")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -128,6 +75,9 @@ class MifoCLI(LightningCLI):
         parser.add_subclass_arguments(
             Reward, "reward", required=True, help="Grades responses and checks demonstrations."
         )
+        parser.add_argument(
+            "--buffer_size", type=int, default=128, help="S: what methods with a buffer take for switch.size."
+        )
         for key, cls in {**METHOD, **MONITORS}.items():
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)
             path = f"{cls.__module__}.{cls.__name__}"
@@ -137,6 +87,11 @@ class MifoCLI(LightningCLI):
         parser.link_arguments("reward", "model.reward", apply_on="instantiate")
         for target in ("model.seed", "data.seed", *(f"{key}.init_args.seed" for key in SEEDED)):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse them, unless they only adjust a part of a method that nothing has switched on."""
+        check_parts(given(sys.argv[1:] if args is None else args))
+        super().parse_arguments(parser, args)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's own table of all metrics, a column for each source, only on request: ours follows."""
@@ -274,6 +229,7 @@ def as_script() -> bool:
 
 def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
     """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
+    defaults = {"default_config_files": [DEFAULTS]}
     return MifoCLI(
         MifoModule,
         QuestionData,
@@ -285,103 +241,13 @@ def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
             "parser_mode": MODE,
             "prog": COMMAND if as_script() else "python -m mifo_lightning",
             "description": "Supervised fine-tuning inside reinforcement learning without forgetting (MIFO).",
+            **(dict.fromkeys(MifoCLI.subcommands(), defaults) if run else defaults),
         },
         trainer_defaults={"max_epochs": -1, "logger": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=args,
     )
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run the command line; what ends it early prints one line.
-
-    The exit status is 2 for bad input, 1 where training broke down, 128 + n for signal number n.
-    """
-    # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    quiet()
-    OneLineParser.arguments = sys.argv[1:] if args is None else args
-    if as_script():
-        sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
-    try:
-        with interruption.handled(OneLineParser.arguments):
-            check_characters(OneLineParser.arguments)
-            OneLineParser.empty = left_empty(OneLineParser.arguments)
-            check_seeds(OneLineParser.arguments)
-            check_configured(OneLineParser.arguments)
-            with to_its_end():
-                make_cli(args)
-    except (InputError, MisconfigurationException) as error:
-        fail(with_place(str(error), OneLineParser.empty))
-    except TrainingError as error:
-        fail(str(error), status=1)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        fail(
-            f"memory ran out: {str(error).splitlines()[0]}; raise model.micro_batches, set "
-            "model.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
-            status=1,
-        )
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        fail(f"{error.filename or 'the disk'} cannot be written: {error.strerror}; what was saved stays", status=1)
-    except OmegaConfBaseException as error:
-        what = str(error).split("\n")[0]
-        up = "." * str(error.full_key).count(".")  # one dot is the group that holds the key; the first part is `fit`
-        fail(
-            f"{error.full_key}: {what}; write ${{{up}group.key}} for another group here, ${{oc.env:NAME,default}} "
-            "for a variable"
-        )
-
-
-@contextmanager
-def to_its_end() -> Iterator[None]:
-    """Refuse a `sys.exit()` of code that the configuration names: the status would be that of a whole run.
-
-    Raises:
-        InputError: Something other than the parser has ended the program without a status of its own.
-    """
-    OneLineParser.done = False
-    try:
-        yield
-    except SystemExit as end:
-        if (isinstance(end.code, int) and end.code != 0) or OneLineParser.done:
-            raise
-        last = traceback.extract_tb(end.__traceback__)[-1]
-        raise InputError(
-            f"{last.filename}, line {last.lineno}: ended the program with sys.exit({end.code!r:.80}); code that a "
-            "configuration names must return or raise"
-        ) from end
-
-
-def check_configured(arguments: list[str]) -> None:
-    """Refuse a subcommand alone: the parser would name the first key that it misses.
-
-    Raises:
-        InputError: A subcommand stands alone.
-    """
-    if len(arguments) == 1 and arguments[0] in MifoCLI.subcommands():
-        raise InputError(
-            f"{arguments[0]}: needs a configuration, such as --config configs/tiny.yaml; `--help` lists all"
-        )
-
-
-def check_seeds(arguments: list[str]) -> None:
-    """Refuse a flag for a linked seed, which the parser would overwrite without a word.
-
-    A file may hold such a seed: the printed configuration does.
-
-    Raises:
-        InputError: A flag names the seed of a callback.
-    """
-    linked = {f"--{key}.{path}seed" for key in SEEDED for path in ("", "init_args.")}
-    for flag in (argument.partition("=")[0] for argument in arguments):
-        if flag in linked:
-            raise InputError(f"{flag}: it follows seed_everything; give --seed_everything instead")
 
 
 def _meant(error: BaseException) -> str:

@@ -1,15 +1,17 @@
-"""What error lines must know of configuration files: that they are text, and where a key is left empty."""
+"""What error lines must know of configuration files: that they are text, what they give and where."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
 from mifo_lightning.errors import InputError
 from mifo_lightning.files import UNREADABLE, read_regular
+from mifo_lightning.packaged import find
 
 NULL = "tag:yaml.org,2002:null"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -63,29 +65,44 @@ def _problem(event: yaml.Event, opened: list[tuple[str | None, int]], count: int
     return None
 
 
-def left_empty(arguments: list[str]) -> dict[str, str]:
-    """Dotted keys that the configuration files of a command line set to null, with file and line; later files win.
+class Given(NamedTuple):
+    """One value that a configuration file or a flag gives."""
+
+    key: str
+    """Dotted."""
+    tag: str
+    """Of YAML."""
+    place: str
+    """File and line, or the flag."""
+
+
+def given(arguments: list[str]) -> list[Given]:
+    """What the files and flags of a command line give, in their order; later ones win.
 
     Raises:
-        InputError: A file is no regular one, cannot be read, is not UTF-8 text, or `check_text` refuses it.
+        InputError: A file is no regular one, cannot be read, is not UTF-8 text, or `check_text` refuses it; no file or
+            packaged configuration has the name.
     """
+    found: list[Given] = []
+    for text, following in pairwise([*arguments, ""]):
+        flag, equals, value = text.partition("=")
+        value = value if equals else following
+        if flag not in ("--config", "-c"):
+            found += _of_flag(flag, value)
+        elif path := find(value):
+            found += _of_file(path)
+        else:
+            found += _of_flag("", value)
+    return found
+
+
+def left_empty(values: Iterable[Given]) -> dict[str, str]:
+    """Dotted keys that configuration files leave null, with file and line."""
     found: dict[str, str] = {}
-    for path in _config_files(arguments):
-        try:
-            text = read_regular(path, LARGEST).decode("utf-8-sig")
-            check_text(text)
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise InputError(f"{path}, line {line}: not UTF-8 text (byte {error.object[error.start]:#x})") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f"{path}, line {mark.line + 1}" if mark else str(path)
-            raise InputError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
-        for key, value in _leaves(root, ""):
-            found.pop(key, None)
-            if value.tag == NULL:
-                found[key] = f"{path}, line {value.start_mark.line + 1}"
+    for one in values:
+        found.pop(one.key, None)
+        if one.tag == NULL and ", line " in one.place:
+            found[one.key] = one.place
     return found
 
 
@@ -101,26 +118,39 @@ def with_place(message: str, empty: dict[str, str]) -> str:
     return message
 
 
-def _config_files(arguments: list[str]) -> list[Path]:
-    named = []
-    for text, following in pairwise([*arguments, ""]):
-        flag, equals, value = text.partition("=")
-        if flag in ("--config", "-c"):
-            named.append(Path(value if equals else following))
-    return [path for path in named if _exists(path)]
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such a path; what is none may be configuration itself."""
+def _of_file(path: Path) -> Iterator[Given]:
     try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+        text = read_regular(path, LARGEST).decode("utf-8-sig")
+        check_text(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text (byte {error.object[error.start]:#x})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise InputError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    for key, value in _leaves(root, ""):
+        yield Given(key, value.tag, f"{path}, line {value.start_mark.line + 1}")
 
 
-def _leaves(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    if isinstance(node, yaml.ScalarNode):
-        yield key, node
-    elif isinstance(node, yaml.MappingNode):
+def _of_flag(flag: str, text: str) -> Iterator[Given]:
+    """What one flag gives, or without one configuration itself; what cannot be read is for the parser to refuse."""
+    if flag and not flag.startswith("--"):
+        return
+    try:
+        check_text(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return
+    for key, value in _leaves(root, flag.removeprefix("--")):
+        yield Given(key, value.tag, flag or "--config")
+
+
+def _leaves(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.Node]]:
+    """Scalars, and mappings that are empty, by dotted key."""
+    if isinstance(node, yaml.MappingNode) and node.value:
         for name, value in node.value:
             yield from _leaves(value, f"{key}.{name.value}".lstrip("."))
+    elif isinstance(node, (yaml.ScalarNode, yaml.MappingNode)):
+        yield key, node

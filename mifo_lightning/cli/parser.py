@@ -6,14 +6,23 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mifo_lightning.cli.config_files import check_text, with_place
 from mifo_lightning.errors import InputError
+from mifo_lightning.packaged import find
 from mifo_lightning.terminal import fail
 
 MODE = "omegaconf+"  # interpolation that follows the command line
+
+
+class NamedConfig(ActionConfigFile):
+    """`--config`: a file, or the name of a packaged configuration."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Lay it over what came before."""
+        super().__call__(parser, cfg, str(find(values) or values), option_string)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -45,6 +54,12 @@ class OneLineParser(LightningArgumentParser):
         """End the program as `--help` does."""
         OneLineParser.done = True
         super().exit(status, message)
+
+    def add_argument(self, *arguments: Any, **named: Any) -> Any:
+        """As of argparse; configuration files may be named."""
+        if named.get("action") is ActionConfigFile:
+            named |= {"action": NamedConfig, "help": "A YAML file, or a packaged name: tiny, methods/mifo, ..."}
+        return super().add_argument(*arguments, **named)
 
     def _add_signature_parameter(self, *arguments: Any, **named: Any) -> Any:
         return super()._add_signature_parameter(*arguments, **{**named, "sub_configs": False})

@@ -2,10 +2,12 @@
 
 from typing import Literal
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from mifo_callbacks import BufferPhaseSwitch, GradientDropping
 from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.errors import InputError
 from mifo_lightning.guards import check_trainer
 from mifo_lightning.module import MifoModule
 
@@ -37,7 +39,33 @@ def check_run(
     engine = here and module.policy is not None and module.policy.device == trainer.strategy.root_device
     module.check_questions(loaders, True, engine)
     if train is not None:
+        check_controls(trainer, module, data)
         module.check_questions(train, False, engine)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "preflight"):
                 callback.preflight(trainer, loaders)
+
+
+def check_controls(trainer: Trainer, module: MifoModule, data: QuestionData) -> None:
+    """Refuse a control of SFT in a run without SFT: it would be its own reference, without a word.
+
+    Raises:
+        InputError: Such a control is set; the line names it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    phases = any(isinstance(callback, BufferPhaseSwitch) for callback in callbacks)
+    if phases or data.schedule.sft_before or data.schedule.sft_after:
+        return
+    dropped = any(isinstance(callback, GradientDropping) and callback.during == "sft" for callback in callbacks)
+    factor, damaged = module.sft_settings.lr_factor, data.damaged_share
+    controls = {
+        "drop.during: sft": dropped,
+        f"model.sft.lr_factor: {factor}": factor != 1,
+        f"data.damaged_share: {damaged}": damaged > 0 and not module.needs_demonstrations,
+    }
+    for control, given in controls.items():
+        if given:
+            raise InputError(
+                f"{control} changes nothing in a run without SFT (switch is null, sft_before and sft_after are 0); lay "
+                "it over a method that learns from demonstrations, such as --config methods/mifo"
+            )

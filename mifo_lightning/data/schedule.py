@@ -124,7 +124,7 @@ class Schedule:
             raise InputError(f"data.schedule.sft_batch: {self.sft_batch} does not divide by {ranks} ranks")
         hint = ""
         if not demonstrated:
-            hint = "; data.columns.target names their column, and configs/methods/rl.yaml needs none"
+            hint = "; data.columns.target names their column, and plain RL, a base without a method, needs none"
         if (self.sft_before or self.sft_after) and demonstrated < self.sft_batch:
             raise InputError(
                 f"data.schedule.sft_batch: {self.sft_batch} is more than the {demonstrated} questions that have a "

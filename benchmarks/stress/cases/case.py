@@ -11,9 +11,10 @@ import yaml
 
 Expected = Literal["refused", "accepted", "either"]
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
+MIFO = TINY.parent / "methods" / "mifo.yaml"
 BASE = Path(__file__).parents[3] / "mifo_lightning" / "assets" / "base"
 
-# configs/tiny.yaml cut down to two RL steps and their SFT phase: a second and a half
+# MIFO on configs/tiny.yaml, cut down to two RL steps and their SFT phase: a second and a half
 SMALL = {
     "trainer": {"logger": False, "profiler": None, "enable_progress_bar": False},
     "progress": None,
@@ -38,7 +39,7 @@ class Pantry:
 
     @property
     def small(self) -> Path:
-        """The configuration laid over configs/tiny.yaml."""
+        """The configuration laid over MIFO on configs/tiny.yaml."""
         return self.root / "small.yaml"
 
     @property
@@ -48,7 +49,7 @@ class Pantry:
 
     def fit(self, place: Path, *flags: str | Path) -> list[str]:
         """The command line of a tiny fit that writes under `place`."""
-        configs = ["--config", TINY, "--config", self.small]
+        configs = ["--config", TINY, "--config", MIFO, "--config", self.small]
         return [str(part) for part in ("fit", *configs, "--trainer.default_root_dir", place / "out", *flags)]
 
     def fill(self) -> list[str]:

@@ -1,8 +1,8 @@
-"""How often do the report's intervals and tests err? What `experiments.report.simulation` measured, for the page."""
+"""How often do the report's intervals and tests err? What `simulation` measured, for the page."""
 
 from typing import NamedTuple
 
-from experiments.report.statistics import Design
+from mifo_lightning.lab.report.statistics import Design
 
 VARIANCES = (0, 1, 4)
 """Of what base, seed and run do to an arm, each."""

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.drawing import (
+from mifo_lightning.lab.report.drawing import (
     DASHES,
     INK,
     PALETTE,
@@ -25,9 +25,9 @@ from experiments.report.drawing import (
     short,
     unit_axis,
 )
-from experiments.report.reductions import Curves, PhaseChange
-from experiments.report.results import Kind
-from experiments.report.statistics import Interval, Scores
+from mifo_lightning.lab.report.reductions import Curves, PhaseChange
+from mifo_lightning.lab.report.results import Kind
+from mifo_lightning.lab.report.statistics import Interval, Scores
 
 LayerUpdates = Mapping[Kind, Mapping[str, tuple[float, float]]]
 """By kind of phase and layer group: L2 norm and changed share."""

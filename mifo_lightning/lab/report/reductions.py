@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.report.results import Cell, Kind, Record
-from experiments.report.statistics import Scores
+from mifo_lightning.lab.report.results import Cell, Kind, Record
+from mifo_lightning.lab.report.statistics import Scores
 
 Axis = Literal["rl_step", "step"]
 REWARD = "rollout/reward"

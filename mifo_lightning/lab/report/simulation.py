@@ -1,6 +1,6 @@
 """How often do the report's intervals and tests err? Simulated grids in which no arm differs from another.
 
-    python -m experiments.report.simulation
+    python -m mifo_lightning.lab.report.simulation
 
 A score is the sum of what base, seed and run do to its arm, normal with variances 0, 1 or 4; with failures, one run in
 seven ends 5 lower. The 13 arms are compared with one reference, as on the largest page.
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.report.rates import ARMS, DEPTH, DESIGNS, FAILED, VARIANCES, Range
-from experiments.report.statistics import ALPHA, Design, Scores, holm, mean_error, probability, t_probability
+from mifo_lightning.lab.report.rates import ARMS, DEPTH, DESIGNS, FAILED, VARIANCES, Range
+from mifo_lightning.lab.report.statistics import ALPHA, Design, Scores, holm, mean_error, probability, t_probability
 
 TRIALS = 400
 CHUNK = 100

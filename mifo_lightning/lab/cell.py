@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from experiments.grid import Cell
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab.grid import Cell
+from mifo_lightning.packaged import DEFAULTS, find
 
 FINGERPRINT, OUTCOME, SUMMARY, LOG, LOCK = "fingerprint.json", "outcome.json", "summary.json", "log.txt", "lock"
 Fingerprint = dict[str, Any]
@@ -41,7 +42,7 @@ def fingerprint(cell: Cell) -> Fingerprint:
     """What decides a cell's result, our code aside: arguments, contents of configurations, files of the base model."""
     return {
         "arguments": list(cell.settings),
-        "configurations": [_digest_config(Path(file)) for file in cell.configs],
+        "configurations": [_digest_config(find(file) or Path(file)) for file in (str(DEFAULTS), *cell.configs)],
         "base model": _digest_model(cell.model),
     }
 

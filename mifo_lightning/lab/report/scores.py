@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.report import figures
-from experiments.report.comparisons import Comparisons, compare
-from experiments.report.document import (
+from mifo_lightning.lab.report import figures
+from mifo_lightning.lab.report.comparisons import Comparisons, compare
+from mifo_lightning.lab.report.document import (
     MARKS,
     Figure,
     Gallery,
@@ -22,9 +22,9 @@ from experiments.report.document import (
     number,
     probability,
 )
-from experiments.report.drawing import INK, PALETTE, Key, base_keys
-from experiments.report.results import KINDS, Ablation, evaluation
-from experiments.report.statistics import Interval, Scores
+from mifo_lightning.lab.report.drawing import INK, PALETTE, Key, base_keys
+from mifo_lightning.lab.report.results import KINDS, Ablation, evaluation
+from mifo_lightning.lab.report.statistics import Interval, Scores
 
 FEW_BASES = 10
 """Below, what happened on each base is told base by base."""

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from experiments.report.comparisons import Comparisons, Pair, compare, pairs, primary
-from experiments.report.document import bracketed, difference, intervals, number, probability, size
-from experiments.report.results import Ablation
-from experiments.report.scores import FEW_BASES, ranked
-from experiments.report.statistics import ALPHA, POWER, Comparison, Interval, bases_needed
+from mifo_lightning.lab.report.comparisons import Comparisons, Pair, compare, pairs, primary
+from mifo_lightning.lab.report.document import bracketed, difference, intervals, number, probability, size
+from mifo_lightning.lab.report.results import Ablation
+from mifo_lightning.lab.report.scores import FEW_BASES, ranked
+from mifo_lightning.lab.report.statistics import ALPHA, POWER, Comparison, Interval, bases_needed
 
 
 def verdict(ablation: Ablation) -> list[str]:

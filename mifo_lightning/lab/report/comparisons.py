@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from experiments.report.results import Ablation
-from experiments.report.statistics import Comparison, Scores, judge
+from mifo_lightning.lab.report.results import Ablation
+from mifo_lightning.lab.report.statistics import Comparison, Scores, judge
 
 Pair = tuple[str, str]
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments.report import figures
-from experiments.report.document import (
+from mifo_lightning.lab.report import figures
+from mifo_lightning.lab.report.document import (
     MARKS,
     Figure,
     Gallery,
@@ -18,9 +18,9 @@ from experiments.report.document import (
     number,
     strips,
 )
-from experiments.report.drawing import INK, PALETTE, RL, SFT, Key, keys
-from experiments.report.reductions import layer_means, learning_curves, mean_of, update_norm
-from experiments.report.results import KINDS, Ablation, Cell, Kind, probe
+from mifo_lightning.lab.report.drawing import INK, PALETTE, RL, SFT, Key, keys
+from mifo_lightning.lab.report.reductions import layer_means, learning_curves, mean_of, update_norm
+from mifo_lightning.lab.report.results import KINDS, Ablation, Cell, Kind, probe
 
 RL_AND_SFT = Legend("Phases", [Key("RL", RL), Key("SFT", SFT)])
 CONSTANT = 0.005

@@ -13,8 +13,8 @@ import numpy as np
 import yaml
 from yaml import YAMLError
 
-from experiments.report.statistics import Design, Scores
 from mifo_lightning.errors import InputError
+from mifo_lightning.lab.report.statistics import Design, Scores
 
 Record = dict[str, Any]
 Kind = Literal["rl", "sft"]
@@ -221,7 +221,9 @@ def _read_runs(ablation: Ablation, path: Path) -> list[Cell]:
             place = (row["arm"], row["base"], int(row["seed"]), path.parent)
             cells.append(Cell(*place, row["status"], row["error"] or None, float("nan"), summary))
     except ValueError as error:
-        raise InputError(f"{path} has a line that `python -m experiments.report` did not write: {error}") from None
+        raise InputError(
+            f"{path} has a line that `python -m mifo_lightning.lab report` did not write: {error}"
+        ) from None
     return cells
 
 

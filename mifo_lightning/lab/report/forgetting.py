@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from experiments.report import figures
-from experiments.report.document import (
+from mifo_lightning.lab.report import figures
+from mifo_lightning.lab.report.document import (
     MARKS,
     Figure,
     Gallery,
@@ -20,11 +20,11 @@ from experiments.report.document import (
     number,
     strips,
 )
-from experiments.report.drawing import RL, SFT, keys
-from experiments.report.dynamics import RL_AND_SFT
-from experiments.report.reductions import PhaseChange, mean_of, phase_changes, retention, retention_by_phase
-from experiments.report.results import KINDS, Ablation, Kind, probe
-from experiments.report.statistics import rank_correlation
+from mifo_lightning.lab.report.drawing import RL, SFT, keys
+from mifo_lightning.lab.report.dynamics import RL_AND_SFT
+from mifo_lightning.lab.report.reductions import PhaseChange, mean_of, phase_changes, retention, retention_by_phase
+from mifo_lightning.lab.report.results import KINDS, Ablation, Kind, probe
+from mifo_lightning.lab.report.statistics import rank_correlation
 
 
 def forgetting(ablation: Ablation) -> Section:

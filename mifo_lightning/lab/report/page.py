@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from experiments.report import costs, dynamics, forgetting, scores, sections
-from experiments.report.document import MARKS, Gallery, Section, Table
-from experiments.report.drawing import alone
-from experiments.report.results import PLAN, RUNS, Ablation, load, write_runs
-from experiments.report.verdict import verdict
+from mifo_lightning.lab.report import costs, dynamics, forgetting, scores, sections
+from mifo_lightning.lab.report.document import MARKS, Gallery, Section, Table
+from mifo_lightning.lab.report.drawing import alone
+from mifo_lightning.lab.report.results import PLAN, RUNS, Ablation, load, write_runs
+from mifo_lightning.lab.report.verdict import verdict
 from mifo_lightning.terminal import printable
 
 PARTS = (

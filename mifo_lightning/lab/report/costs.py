@@ -1,8 +1,8 @@
 """What did the arms cost? The section about data, tokens, floating-point operations and seconds."""
 
-from experiments.report.document import Measure, Section, absent, ends, means
-from experiments.report.dynamics import table
-from experiments.report.results import KINDS, Ablation, Cell, Kind
+from mifo_lightning.lab.report.document import Measure, Section, absent, ends, means
+from mifo_lightning.lab.report.dynamics import table
+from mifo_lightning.lab.report.results import KINDS, Ablation, Cell, Kind
 
 SMALL = 0.1
 """Callbacks that take fewer seconds in every arm are summed."""

@@ -6,10 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.report.drawing import Key
-from experiments.report.figures import Strip
-from experiments.report.results import Ablation, Cell
-from experiments.report.statistics import Comparison, Interval, Scores, interval
+from mifo_lightning.lab.report.drawing import Key
+from mifo_lightning.lab.report.figures import Strip
+from mifo_lightning.lab.report.results import Ablation, Cell
+from mifo_lightning.lab.report.statistics import Comparison, Interval, Scores, interval
 
 Measure = Callable[[Cell], float | None]
 MARKS = "Small marks are runs (their shape is the base), the diamond is the mean, the bar its 95 % interval."

@@ -2,10 +2,10 @@
 
 import json
 
-from experiments.report.document import Gallery, Section, Table, absent
-from experiments.report.rates import ARMS, DESIGNS, MEASURED, VARIANCES
-from experiments.report.results import Ablation, samples
-from experiments.report.statistics import EXACT, LEVEL, Design
+from mifo_lightning.lab.report.document import Gallery, Section, Table, absent
+from mifo_lightning.lab.report.rates import ARMS, DESIGNS, MEASURED, VARIANCES
+from mifo_lightning.lab.report.results import Ablation, samples
+from mifo_lightning.lab.report.statistics import EXACT, LEVEL, Design
 
 RESPONSES = 4
 """Shown of each arm."""
@@ -65,7 +65,7 @@ def made(ablation: Ablation) -> Section:
         f"Made by: {ablation.command or 'a command that was not recorded'}, at commit "
         f"{ablation.commit or '(not recorded)'}. Bases, and the seeds of every arm on them: {bases}. The primary "
         f"metric, {ablation.primary}, was set in the configuration. All final scores are in runs.csv, from which the "
-        "statistics of this page are remade by python -m experiments.report.",
+        "statistics of this page are remade by python -m mifo_lightning.lab report.",
         f"{_interval(ablation)} A difference is taken on the same base with the same seed.",
         "p is two-sided, and the larger one of two probabilities: that of Student's t for this interval, and that of a "
         "mean difference at least as large if each base's mean difference could as well have the opposite sign (all "
@@ -109,7 +109,7 @@ def _simulated(design: Design, bases: int) -> str:
     return (
         f"How often this errs, simulated with {ARMS} arms that equal their reference on {bases} bases x {seeds} seed"
         f"{'s' if seeds > 1 else ''}, the variances of base, seed and run each {', '.join(map(str, VARIANCES))}: "
-        f"{'; '.join(told)} (python -m experiments.report.simulation)."
+        f"{'; '.join(told)} (python -m mifo_lightning.lab.report.simulation)."
     )
 
 

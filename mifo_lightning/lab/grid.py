@@ -1,39 +1,16 @@
-"""What an ablation file means: the file, checked, and the cells of its grid. Nothing is run or written here."""
+"""The grid of an ablation: which fits it is made of. Nothing is run or written here."""
 
 import json
-import math
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import PositiveInt
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from mifo_lightning.errors import InputError
-
-# what the grid itself puts on the command line of a fit -> where it comes from
-GIVEN = {
-    "model.model": "bases",
-    "seed_everything": "seeds",
-    "trainer.default_root_dir": "out",
-    "trainer.logger": "wandb",
-    "checkpoint.dirpath": "out",
-    "ckpt_path": "the unfinished run",
-    "resume": "the unfinished run",
-    "data.fit_sizes": "its purpose: an arm runs what it says or is refused",
-}
-
-
-CROSSED_BASES, CROSSED_SEEDS = 5, 3
-"""How many bases may share seeds, and how few seeds: beyond, too many of equal arms are called different
-(`experiments.report.rates`)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +18,7 @@ class Arm:
     """What one arm adds to the settings of all."""
 
     configs: list[str] = field(default_factory=list)
-    """Configuration files, laid over those of all arms in this order."""
+    """Configuration files or packaged names, laid over those of all arms in this order."""
     set: dict[str, Any] = field(default_factory=dict)
     """Command-line keys and values, laid over those of all arms."""
 
@@ -71,7 +48,7 @@ class Ablation:
     primary_contrast: list[str]
     """The one pair of arms, first minus second, whose difference is tested as it is; all others are exploratory."""
     config: list[str]
-    """Configuration files of all arms, the base first."""
+    """Configuration files or packaged names of all arms, the base first."""
     bases: dict[str, Path]
     """Name of each base model -> its directory."""
     seeds: list[int]
@@ -124,7 +101,7 @@ class Cell:
     places: tuple[str, ...]
     """The arguments that say where files and records go, and that nothing is fitted to small data."""
     configs: tuple[str, ...]
-    """Files that decide the result too."""
+    """Configurations that decide the result too."""
     model: Path
     """Directory of the base model."""
     primary: str
@@ -144,25 +121,6 @@ class Cell:
     def command(self) -> str:
         """The shell command that runs this cell alone."""
         return shlex.join(["python", "-m", "mifo_lightning", *self.arguments])
-
-
-def read_ablation(path: Path, **changes: Any) -> Ablation:
-    """The ablation that a YAML file describes, with some keys changed; raises InputError for what cannot be run."""
-    try:
-        raw = OmegaConf.load(path)
-        content = OmegaConf.to_container(raw, resolve=True) if isinstance(raw, DictConfig) else None
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise InputError(f"--config {path}: cannot be read: {_one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: expected keys and values, such as those of experiments/ablations/*.yaml")
-    for key in ("arms", "bases"):
-        if key in content and not (isinstance(content[key], dict) and content[key]):
-            raise InputError(f"{path}: {key}: expected at least one name with what it stands for, got {content[key]}")
-    for name, arm in content.get("arms", {}).items():
-        _build(Arm, arm, f"{path}: arms.{name}")
-    ablation = replace(_build(Ablation, content, str(path)), **changes)
-    _check(ablation, path)
-    return ablation
 
 
 def cells(ablation: Ablation) -> list[Cell]:
@@ -190,13 +148,13 @@ def choose(grid: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 
 def sweep(ablation: Ablation, grid: Sequence[Cell], config: Path) -> dict[str, Any]:
     """A W&B sweep whose agents run one cell of the grid after the other."""
-    run_one = ["python", "-m", "experiments.ablation", "--config", str(config), "--out", str(ablation.out)]
-    run_one += ["--wandb", "online"]
+    run_one = ["python", "-m", "mifo_lightning.lab", "ablation", "--config", str(config)]
+    run_one += ["--out", str(ablation.out), "--wandb", "online"]
     return {
         "name": ablation.name,
         "description": ablation.question,
         "project": (ablation.wandb or Wandb()).project,
-        "program": "experiments/ablation.py",
+        "program": "mifo_lightning/lab/__main__.py",
         "method": "grid",
         "parameters": {"only": {"values": [f"{cell.arm}/{cell.base}/{cell.seed}" for cell in grid]}},
         "command": ["${env}", *run_one, "${args}"],
@@ -211,75 +169,6 @@ def with_wandb(ablation: Ablation, mode: Literal["offline", "online"] | None) ->
 def slug(name: str) -> str:
     """A name as a directory: `random freeze + ES` becomes `random_freeze_es`."""
     return re.sub(r"[^\w.=-]+", "_", name.lower()).strip("_.") or "_"
-
-
-Kind = TypeVar("Kind", Ablation, Arm)
-
-
-def _build(kind: type[Kind], content: Any, where: str) -> Kind:
-    allowed = [f.name for f in fields(kind)]
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: expected {{}} or some of {', '.join(allowed)}; got {content}")
-    unknown = [key for key in content if key not in allowed]
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]}; allowed are {', '.join(allowed)}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
-    try:
-        return kind(**parser.instantiate(parser.parse_object(content)).as_dict())
-    except ArgumentError as error:
-        raise InputError(f"{where}: {_one_line(error)}") from None
-
-
-def _check(ablation: Ablation, path: Path) -> None:
-    """What types cannot say."""
-    if ablation.reference not in ablation.arms:
-        raise InputError(f"{path}: reference: {ablation.reference} is no arm; allowed are {', '.join(ablation.arms)}")
-    _check_comparisons(ablation, path)
-    once: dict[str, list[str]] = {
-        "seeds": [str(seed) for seed in ablation.seeds],
-        "arms": [slug(arm) for arm in ablation.arms],
-        "bases": [slug(base) for base in ablation.bases],
-    }
-    for key, names in once.items():
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or not names:
-            raise InputError(f"{path}: {key}: {', '.join(twice) or 'none'} given; allowed is one or more, each once")
-    parts = {"": Arm(ablation.config, ablation.set)}
-    parts |= {f"arms.{name}.": arm for name, arm in ablation.arms.items()}
-    for prefix, part in parts.items():
-        for file in part.configs:
-            if not Path(file).is_file():
-                where = f"{prefix}configs" if prefix else "config"
-                raise InputError(f"{path}: {where}: {file} is no file; paths are those of the working directory")
-        for key in part.set:
-            if source := next((GIVEN[own] for own in GIVEN if f"{key}.".startswith(f"{own}.")), None):
-                raise InputError(f"{path}: {prefix}set.{key}: the grid gives it, from {source}; leave it out")
-    for name, directory in ablation.bases.items():
-        if not (directory / "config.json").is_file():
-            make = f"; make it with `{ablation.make_bases}`" if ablation.make_bases else ""
-            raise InputError(f"{path}: bases.{name}: {directory} is no model directory{make}")
-
-
-def _check_comparisons(ablation: Ablation, path: Path) -> None:
-    """That `trade_off` and the contrasts name two things each, and that a margin is one."""
-    if ablation.trade_off and (len(ablation.trade_off) != 2 or not all(ablation.trade_off.values())):
-        raise InputError(f"{path}: trade_off: {ablation.trade_off}: allowed are two names, each with metrics")
-    if ablation.margin is not None and not 0 < ablation.margin < math.inf:
-        raise InputError(f"{path}: margin: {ablation.margin}: allowed are numbers above 0, or null")
-    pairs = [("primary_contrast", ablation.primary_contrast), *(("contrasts", pair) for pair in ablation.contrasts)]
-    if ablation.primary_contrast[:1] == [ablation.reference]:
-        raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")
-    bases, seeds = len(ablation.bases), len(ablation.seeds)
-    if ablation.design == "crossed" and bases > 1 and (bases > CROSSED_BASES or seeds < CROSSED_SEEDS):
-        raise InputError(
-            f"{path}: design: crossed: with {bases} bases and {seeds} seeds; what seeds do to all bases would pass for "
-            f"what arms do: allowed are up to {CROSSED_BASES} bases with {CROSSED_SEEDS} seeds or more, or nested"
-        )
-    for key, pair in pairs:
-        unknown = [arm for arm in pair if arm not in ablation.arms]
-        if unknown or len(set(pair)) != 2 or len(pair) != 2:
-            raise InputError(f"{path}: {key}: {pair}: allowed are two different arms of {', '.join(ablation.arms)}")
 
 
 def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
@@ -321,8 +210,3 @@ def _flags(values: Mapping[str, Any]) -> list[str]:
 def _forms(cell: Cell) -> tuple[str, ...]:
     """The names under which a cell may be chosen."""
     return cell.name, f"{cell.arm}/{cell.base}/{cell.seed}", f"{slug(cell.arm)}/{slug(cell.base)}/{cell.seed}"
-
-
-def _one_line(error: Exception) -> str:
-    """An exception's text without line breaks, and without the names of our own classes."""
-    return " ".join(re.sub(r"Problem with given class_path '[^']*':|Parser key", " ", str(error)).split())

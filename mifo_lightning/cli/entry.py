@@ -1,0 +1,115 @@
+"""The program `mifo`: run a command line; whatever ends it early is one line and an exit status."""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from mifo_lightning.cli.command_line import MifoCLI, as_script, make_cli
+from mifo_lightning.cli.config_files import check_characters, given, left_empty, with_place
+from mifo_lightning.cli.parser import OneLineParser
+from mifo_lightning.cli.parts import SEEDED
+from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.rollout.in_process import out_of_memory
+from mifo_lightning.stopping import interruption
+from mifo_lightning.terminal import fail, quiet
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; what ends it early prints one line.
+
+    The exit status is 2 for bad input, 1 where training broke down, 128 + n for signal number n.
+    """
+    # more threads than free cores make small steps several times slower; OMP_NUM_THREADS asks for more
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    quiet()
+    OneLineParser.arguments = sys.argv[1:] if args is None else args
+    if as_script():
+        sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
+    try:
+        with interruption.handled(OneLineParser.arguments):
+            check_characters(OneLineParser.arguments)
+            OneLineParser.empty = left_empty(given(OneLineParser.arguments))
+            check_seeds(OneLineParser.arguments)
+            check_configured(OneLineParser.arguments)
+            with to_its_end():
+                make_cli(args)
+    except (InputError, MisconfigurationException) as error:
+        fail(with_place(str(error), OneLineParser.empty))
+    except TrainingError as error:
+        fail(str(error), status=1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        fail(
+            f"memory ran out: {str(error).splitlines()[0]}; raise model.micro_batches, set "
+            "model.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
+            status=1,
+        )
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fail(f"{error.filename or 'the disk'} cannot be written: {error.strerror}; what was saved stays", status=1)
+    except OmegaConfBaseException as error:
+        what = str(error).split("\n")[0]
+        up = "." * str(error.full_key).count(".")  # one dot is the group that holds the key; the first part is `fit`
+        fail(
+            f"{error.full_key}: {what}; write ${{{up}group.key}} for another group here, ${{oc.env:NAME,default}} "
+            "for a variable"
+        )
+
+
+@contextmanager
+def to_its_end() -> Iterator[None]:
+    """Refuse a `sys.exit()` of code that the configuration names: the status would be that of a whole run.
+
+    Raises:
+        InputError: Something other than the parser has ended the program without a status of its own.
+    """
+    OneLineParser.done = False
+    try:
+        yield
+    except SystemExit as end:
+        if (isinstance(end.code, int) and end.code != 0) or OneLineParser.done:
+            raise
+        last = traceback.extract_tb(end.__traceback__)[-1]
+        raise InputError(
+            f"{last.filename}, line {last.lineno}: ended the program with sys.exit({end.code!r:.80}); code that a "
+            "configuration names must return or raise"
+        ) from end
+
+
+def check_configured(arguments: list[str]) -> None:
+    """Refuse a subcommand alone: the parser would name the first key that it misses.
+
+    Raises:
+        InputError: A subcommand stands alone.
+    """
+    if len(arguments) == 1 and arguments[0] in MifoCLI.subcommands():
+        raise InputError(
+            f"{arguments[0]}: needs a configuration, such as --config tiny --config methods/mifo, or files of your "
+            "own; `--help` lists all keys"
+        )
+
+
+def check_seeds(arguments: list[str]) -> None:
+    """Refuse a flag for a linked seed, which the parser would overwrite without a word.
+
+    A file may hold such a seed: the printed configuration does.
+
+    Raises:
+        InputError: A flag names the seed of a callback.
+    """
+    linked = {f"--{key}.{path}seed" for key in SEEDED for path in ("", "init_args.")}
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag in linked:
+            raise InputError(f"{flag}: it follows seed_everything; give --seed_everything instead")

@@ -1,0 +1,95 @@
+"""The groups of callbacks that a configuration names: parts of methods, and monitors."""
+
+from collections.abc import Iterable
+
+from lightning import Callback
+
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
+from mifo_lightning.cli.config_files import NULL, Given
+from mifo_lightning.errors import InputError
+from mifo_lightning.monitors.activity import SecondsByActivity
+from mifo_lightning.monitors.checkpoint import LastCheckpoint
+from mifo_lightning.monitors.costs import Costs
+from mifo_lightning.monitors.export import ExportModel
+from mifo_lightning.monitors.forgetting import Forgetting
+from mifo_lightning.monitors.heldout import HeldOutLoss
+from mifo_lightning.monitors.history import History
+from mifo_lightning.monitors.layer_updates import LayerUpdates
+from mifo_lightning.monitors.overlap import FrozenOverlap
+from mifo_lightning.monitors.phase_kl import PhaseKL
+from mifo_lightning.monitors.progress import PhaseProgress
+from mifo_lightning.monitors.samples import SampleTable
+from mifo_lightning.monitors.summary import RunSummary
+from mifo_lightning.monitors.update_norm import UpdateNorm
+
+# name of the group -> callback; the order is the order in which their hooks run
+METHOD = {
+    "entropy": EntropyTokenSelection,
+    "importance": ImportanceEMA,
+    "freeze": GradientFreezing,
+    "drop": GradientDropping,
+    "switch": BufferPhaseSwitch,
+}
+MONITORS: dict[str, type[Callback]] = {
+    "updates": UpdateNorm,
+    "heldout": HeldOutLoss,
+    "forgetting": Forgetting,
+    "phase_kl": PhaseKL,
+    "layer_updates": LayerUpdates,
+    "overlap": FrozenOverlap,
+    "seconds": SecondsByActivity,
+    "summary": RunSummary,
+    "costs": Costs,  # after those that measure before a batch: its clock starts then
+    "history": History,  # after all that log
+    "samples": SampleTable,
+    "export": ExportModel,
+    "checkpoint": LastCheckpoint,
+    "progress": PhaseProgress,
+}
+
+
+# on unless set to null; every other group is on where a configuration names it
+ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
+
+# whose random choices follow seed_everything
+SEEDED = ("entropy", "freeze", "drop")
+
+# the key of each part of a method that says how much of it: whoever gives it, or the class, wants the part
+AMOUNTS = {"entropy": "fraction", "importance": "alpha", "freeze": "fraction", "drop": "probability", "switch": "p"}
+# configurations that switch a part on
+EXAMPLES = {"drop": "controls/drop_sft_gradients", "switch": "methods/interleave"}
+
+
+def check_parts(given: Iterable[Given]) -> None:
+    """Refuse settings of a part that nothing has switched on: a control laid over a base without what it controls.
+
+    The parser would build the part from its defaults, and a run would freeze, say, half of the weights unasked.
+
+    Args:
+        given: What files and flags say, in their order.
+
+    Raises:
+        InputError: Only settings other than its amount are given for a part; the line says which, where, and what
+            switches the part on.
+    """
+    wanted: set[str] = set()
+    adjusted: dict[str, Given] = {}
+    for one in given:
+        part, _, rest = one.key.partition(".")
+        if part not in AMOUNTS:
+            continue
+        key = rest.removeprefix("init_args.")
+        if not rest and one.tag == NULL:
+            wanted.discard(part)
+            adjusted.pop(part, None)
+        elif key in ("", "class_path", AMOUNTS[part]):
+            wanted.add(part)
+        else:
+            adjusted.setdefault(part, Given(f"{part}.{key}", one.tag, one.place))
+    for part, one in adjusted.items():
+        if part not in wanted:
+            example = EXAMPLES.get(part, "methods/mifo")
+            raise InputError(
+                f"{one.key}: {part} is off (null), and this alone does not switch it on; lay it over a configuration "
+                f"that does, such as --config {example}, or give {part}.{AMOUNTS[part]} as well ({one.place})"
+            )

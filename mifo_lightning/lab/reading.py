@@ -1,0 +1,129 @@
+"""An ablation file, read and checked."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mifo_lightning.errors import InputError
+from mifo_lightning.lab.grid import Ablation, Arm, slug
+from mifo_lightning.packaged import find
+
+# what the grid itself puts on the command line of a fit -> where it comes from
+GIVEN = {
+    "model.model": "bases",
+    "seed_everything": "seeds",
+    "trainer.default_root_dir": "out",
+    "trainer.logger": "wandb",
+    "checkpoint.dirpath": "out",
+    "ckpt_path": "the unfinished run",
+    "resume": "the unfinished run",
+    "data.fit_sizes": "its purpose: an arm runs what it says or is refused",
+}
+
+
+CROSSED_BASES, CROSSED_SEEDS = 5, 3
+"""How many bases may share seeds, and how few seeds: beyond, too many of equal arms are called different
+(`mifo_lightning.lab.report.rates`)."""
+
+
+def read_ablation(path: Path, **changes: Any) -> Ablation:
+    """The ablation that a YAML file describes, with some keys changed; raises InputError for what cannot be run."""
+    try:
+        raw = OmegaConf.load(path)
+        content = OmegaConf.to_container(raw, resolve=True) if isinstance(raw, DictConfig) else None
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"--config {path}: cannot be read: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected keys and values, such as those of experiments/ablations/*.yaml")
+    for key in ("arms", "bases"):
+        if key in content and not (isinstance(content[key], dict) and content[key]):
+            raise InputError(f"{path}: {key}: expected at least one name with what it stands for, got {content[key]}")
+    for name, arm in content.get("arms", {}).items():
+        _build(Arm, arm, f"{path}: arms.{name}")
+    ablation = replace(_build(Ablation, content, str(path)), **changes)
+    _check(ablation, path)
+    return ablation
+
+
+Kind = TypeVar("Kind", Ablation, Arm)
+
+
+def _build(kind: type[Kind], content: Any, where: str) -> Kind:
+    allowed = [f.name for f in fields(kind)]
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: expected {{}} or some of {', '.join(allowed)}; got {content}")
+    unknown = [key for key in content if key not in allowed]
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]}; allowed are {', '.join(allowed)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        return kind(**parser.instantiate(parser.parse_object(content)).as_dict())
+    except ArgumentError as error:
+        raise InputError(f"{where}: {_one_line(error)}") from None
+
+
+def _check(ablation: Ablation, path: Path) -> None:
+    """What types cannot say."""
+    if ablation.reference not in ablation.arms:
+        raise InputError(f"{path}: reference: {ablation.reference} is no arm; allowed are {', '.join(ablation.arms)}")
+    _check_comparisons(ablation, path)
+    once: dict[str, list[str]] = {
+        "seeds": [str(seed) for seed in ablation.seeds],
+        "arms": [slug(arm) for arm in ablation.arms],
+        "bases": [slug(base) for base in ablation.bases],
+    }
+    for key, names in once.items():
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice or not names:
+            raise InputError(f"{path}: {key}: {', '.join(twice) or 'none'} given; allowed is one or more, each once")
+    parts = {"": Arm(ablation.config, ablation.set)}
+    parts |= {f"arms.{name}.": arm for name, arm in ablation.arms.items()}
+    for prefix, part in parts.items():
+        for file in part.configs:
+            try:
+                find(file)
+            except InputError as error:
+                where = f"{prefix}configs" if prefix else "config"
+                raise InputError(f"{path}: {where}: {str(error).removeprefix('--config ')}") from None
+        for key in part.set:
+            if source := next((GIVEN[own] for own in GIVEN if f"{key}.".startswith(f"{own}.")), None):
+                raise InputError(f"{path}: {prefix}set.{key}: the grid gives it, from {source}; leave it out")
+    for name, directory in ablation.bases.items():
+        if not (directory / "config.json").is_file():
+            make = f"; make it with `{ablation.make_bases}`" if ablation.make_bases else ""
+            raise InputError(f"{path}: bases.{name}: {directory} is no model directory{make}")
+
+
+def _check_comparisons(ablation: Ablation, path: Path) -> None:
+    """That `trade_off` and the contrasts name two things each, and that a margin is one."""
+    if ablation.trade_off and (len(ablation.trade_off) != 2 or not all(ablation.trade_off.values())):
+        raise InputError(f"{path}: trade_off: {ablation.trade_off}: allowed are two names, each with metrics")
+    if ablation.margin is not None and not 0 < ablation.margin < math.inf:
+        raise InputError(f"{path}: margin: {ablation.margin}: allowed are numbers above 0, or null")
+    pairs = [("primary_contrast", ablation.primary_contrast), *(("contrasts", pair) for pair in ablation.contrasts)]
+    if ablation.primary_contrast[:1] == [ablation.reference]:
+        raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")
+    bases, seeds = len(ablation.bases), len(ablation.seeds)
+    if ablation.design == "crossed" and bases > 1 and (bases > CROSSED_BASES or seeds < CROSSED_SEEDS):
+        raise InputError(
+            f"{path}: design: crossed: with {bases} bases and {seeds} seeds; what seeds do to all bases would pass for "
+            f"what arms do: allowed are up to {CROSSED_BASES} bases with {CROSSED_SEEDS} seeds or more, or nested"
+        )
+    for key, pair in pairs:
+        unknown = [arm for arm in pair if arm not in ablation.arms]
+        if unknown or len(set(pair)) != 2 or len(pair) != 2:
+            raise InputError(f"{path}: {key}: {pair}: allowed are two different arms of {', '.join(ablation.arms)}")
+
+
+def _one_line(error: Exception) -> str:
+    """An exception's text without line breaks, and without the names of our own classes."""
+    return " ".join(re.sub(r"Problem with given class_path '[^']*':|Parser key", " ", str(error)).split())

@@ -1,0 +1,103 @@
+"""Both distributions as others get them: wheels, and one pip command from git; used outside the checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from small_grid import ROOT
+
+from mifo_lightning.packaged import CONFIGS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("git") is None or find_spec("pip") is None, reason="needs git and pip"),
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout"),
+]
+
+# the documented command; git takes the local repository for this address
+URL = "https://example.org/mifo_lightning.git"
+INSTALL = [f"mifo-callbacks @ git+{URL}#subdirectory=callbacks", f"mifo-lightning @ git+{URL}"]
+SHORT = {
+    "trainer.enable_checkpointing": "false",
+    "data.schedule.rl_steps": "2",
+    "data.schedule.rl_questions": "8",
+    "data.train.init_args.count": "64",
+    "data.val.init_args.count": "8",
+}
+
+
+def run(*command: str | Path, cwd: Path, **more: str) -> str:
+    """Run a program that knows nothing of this checkout, with more variables; what it printed."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
+    env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **more}
+    ended = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare repository of the files of this checkout as they are now."""
+    tree, bare = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("bare") / "mifo.git"
+    for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("docs/", "tests/")):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    run("git", "init", "-q", cwd=tree)
+    run("git", "add", "-A", cwd=tree)
+    run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "as it is", cwd=tree)
+    run("git", "clone", "-q", "--bare", tree, bare, cwd=tree)
+    return bare
+
+
+def environment(root: Path) -> Path:
+    """A fresh environment, which finds what others have published in the present one; its directory of programs."""
+    run(sys.executable, "-m", "venv", "--without-pip", root / "env", cwd=root)
+    (site,) = (root / "env").glob("lib/python*/site-packages")
+    (site / "present.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return root / "env" / "bin"
+
+
+def pip(programs: Path, *words: str | Path, cwd: Path, **more: str) -> None:
+    """pip for this environment; nothing is asked of an index, dependencies are those of the present one."""
+    call = [sys.executable, "-m", "pip", "--python", programs / "python", "-q", *words]
+    run(*call, "--no-index", "--no-build-isolation", "--no-cache-dir", cwd=cwd, **more)
+
+
+def where(programs: Path, cwd: Path) -> set[Path]:
+    """Where both packages are imported from."""
+    program = "import mifo_lightning as a, mifo_callbacks as b; print(a.__file__); print(b.__file__)"
+    return {Path(line).parents[1] for line in run(programs / "python", "-c", program, cwd=cwd).splitlines()}
+
+
+def test_both_wheels_train_outside_the_checkout(repository: Path, tmp_path: Path) -> None:
+    run("git", "clone", "-q", repository, tmp_path / "tree", cwd=tmp_path)
+    programs, away = environment(tmp_path), tmp_path / "away"
+    away.mkdir()
+    pip(programs, "wheel", "--no-deps", "-w", "dist", tmp_path / "tree" / "callbacks", tmp_path / "tree", cwd=tmp_path)
+    ours, _ = wheels = sorted((tmp_path / "dist").glob("*.whl"), key=lambda path: "callbacks" in path.name)
+    inside = {name for name in zipfile.ZipFile(ours).namelist() if name.startswith("mifo_lightning/configs/")}
+    shipped = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
+    assert inside == {f"mifo_lightning/configs/{name}" for name in shipped}
+    pip(programs, "install", "--no-deps", *wheels, cwd=tmp_path)
+    assert where(programs, away) == set((tmp_path / "env").glob("lib/python*/site-packages"))
+    flags = [text for key, value in SHORT.items() for text in (f"--{key}", value)]
+    run(programs / "mifo", "fit", "--config", "tiny", "--config", "methods/mifo", *flags, cwd=away)
+    summary = json.loads(next((away / "runs" / "tiny").rglob("summary.json")).read_text())
+    assert summary["optimizer_steps"] >= 2
+    run(programs / "python", "-m", "mifo_lightning.lab", "report", "--help", cwd=away)
+
+
+def test_one_pip_command_installs_both_from_git(repository: Path, tmp_path: Path) -> None:
+    programs = environment(tmp_path)
+    address = {"GIT_CONFIG_KEY_0": f"url.{repository.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": URL}
+    pip(programs, "install", *INSTALL, cwd=tmp_path, GIT_CONFIG_COUNT="1", **address)
+    assert where(programs, tmp_path) == set((tmp_path / "env").glob("lib/python*/site-packages"))
+    assert "switch:" in run(programs / "mifo", "fit", "--config", "tiny", "--print_config", cwd=tmp_path)
