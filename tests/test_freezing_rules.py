@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import CONFIGS, printed, refused, short
+from test_cli import CONFIGS, MIFO, printed, refused, short
 
 from mifo_lightning.cli import main
 
@@ -37,7 +37,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_rule_is_named_by_its_class_and_a_short_form_over_it_wins(
     capsys: pytest.CaptureFixture[str], mine: Path
 ) -> None:
-    base = ("fit", "--config", str(CONFIGS / "tiny.yaml"))
+    base = ("fit", *MIFO)
     with_power = {**RULE, "init_args": {"power": 2.0}}
     cases: list[tuple[tuple[str, ...], Any]] = [
         ((), "rl_topk"),

@@ -23,7 +23,8 @@ def test_scores_equal_those_of_each_sequence_alone(policy: Policy, sequences: Se
     for i in range(len(sequences.tokens)):
         alone = sequences.select(torch.tensor([i]))
         for whole, part in zip((logp, entropy), policy(alone), strict=True):
-            torch.testing.assert_close(whole[i, : part.shape[1]], part[0], atol=1e-5, rtol=1e-4)
+            # a few roundings of logits of about 20, which differ between CPUs
+            torch.testing.assert_close(whole[i, : part.shape[1]], part[0], atol=3e-5, rtol=1e-4)
             assert (whole[i, part.shape[1] :] == 0).all()
 
 
