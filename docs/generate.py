@@ -98,10 +98,10 @@ def arguments(kind: type) -> dict[str, str]:
     """What the docstring of a class says of its arguments, by name; those of its bases where it says nothing."""
     found: dict[str, str] = {}
     for cls in reversed(kind.__mro__):
-        text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
-        section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", text + "\n", re.M)
-        for name, meaning in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.M):
-            found[name] = " ".join(meaning.split())
+        text = inspect.cleandoc(cls.__dict__.get("__doc__") or "") + "\n"
+        for section in re.findall(r"^(?:Args|Attributes):\n((?:    .*\n|\n)+)", text, re.M):
+            for name, meaning in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.M):
+                found[name] = " ".join(meaning.split())
     return found
 
 

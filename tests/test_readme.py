@@ -1,4 +1,4 @@
-"""README's program and reward, the questions and reward of the quickstart, run as they stand; docs/data.md's mappings."""
+"""README's program, row and reward, the questions and reward of the quickstart, run as they stand; docs/data.md."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import tomllib
 from ast import literal_eval
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -79,3 +80,14 @@ def test_the_program_trains_and_answers(tmp_path: Path) -> None:
     ((*responses,),) = literal_eval(ended.stdout.splitlines()[-1])
     assert len(responses) == 4
     assert all(">" in response for response in responses)
+
+
+def test_the_reward_finds_the_row_s_solution_right(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your questions")[2]
+    shown = dict(re.findall(r"```(json|python)\n(.*?)```", section, re.S))
+    (tmp_path / "mine.jsonl").write_text(shown["json"], encoding="utf-8")
+    (row,) = read_rows(str(tmp_path / "mine.jsonl"))
+    names: dict[str, Any] = {}
+    exec(shown["python"], names)
+    solution, truth = row["target"][0]["content"], row["reward_model"]["ground_truth"]
+    assert names["last_number"]([solution, "6", ""], [truth] * 3) == [1.0, 0.0, 0.0]
