@@ -80,7 +80,7 @@ def skip_hooks(app: Any, what: str, name: str, obj: Any, skip: bool, options: An
 
 
 def results_apart(app: Any, page: str, source: list[str]) -> None:
-    """Pages of studies are not searched: words of theirs would hide what the words mean; old ones stand in no contents."""
+    """Pages of studies are not searched, since their words hide what the words mean; old ones stand in no contents."""
     if page.startswith("results/"):
         orphan = "orphan: true\n" if page.endswith("/before_fix") else ""
         source[0] = f"---\nnosearch: true\n{orphan}---\n\n{source[0]}"

@@ -1,4 +1,4 @@
-"""The pages say what is there: every logged key, every method file, every key of the configuration, every link. No Sphinx."""
+"""The pages say what is there: every logged key, method file, key of the configuration, link. Without Sphinx."""
 
 import importlib.util
 import re
