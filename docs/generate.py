@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, is_dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -127,6 +128,7 @@ def first_line(thing: Any) -> str:
 
 def kinds(base: type) -> list[type]:
     """The public classes of the package that a key of type `base` may name, the class itself included if it is one."""
+    import_all()
     found = [base, *(below for cls in base.__subclasses__() for below in kinds(cls))]
     return [c for c in dict.fromkeys(found) if c.__module__.startswith("mifo_") and not inspect.isabstract(c)]
 
@@ -150,7 +152,6 @@ def is_open(hint: Any) -> bool:
 
 def configuration_page() -> str:
     """The reference of configuration: every group with its keys, every class that a key may name."""
-    import_all()
     parts = [
         "# Configuration",
         "Generated from the constructors and their docstrings, as the command line is. A configuration file holds "
@@ -175,8 +176,9 @@ def configuration_page() -> str:
 # --- API, modules -----------------------------------------------------------------------------------------------------
 
 
+@cache
 def import_all() -> None:
-    """Import every module of the package, so that all subclasses are known."""
+    """Import every module of the package, once, so that all subclasses are known."""
     package = import_module("mifo_lightning")
     for module in pkgutil.walk_packages(package.__path__, "mifo_lightning."):
         if not module.name.endswith("__main__") and ".lab" not in module.name:
