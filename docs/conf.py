@@ -24,6 +24,7 @@ write_pages(Path(__file__).parent / "_generated")
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
+highlight_language = "text"  # a block without a language is a command or what it prints
 html_theme = "furo"
 html_title = f"mifo_lightning {release}"
 html_static_path = ["_static"]
