@@ -62,8 +62,8 @@ INVENTORIES = {
 def reachable(url: str) -> bool:
     """Whether the inventory of a site can be fetched; without a network the site is built without these links."""
     try:
-        with urlopen(f"{url}objects.inv", timeout=3):
-            return True
+        with urlopen(f"{url}objects.inv", timeout=3) as answer:
+            return answer.read(18) == b"# Sphinx inventory"  # not a page that says what is missing
     except OSError:  # no network, no such host, no answer in time
         return False
 
