@@ -12,7 +12,7 @@ READY = $(VENV)/.ready
 WORKERS ?= 2
 DEMO = $(RUN) -m mifo_lightning fit --config tiny --config methods/mifo $(if $(SHORT),--data.schedule.rl_steps 30)
 
-.PHONY: help demo test stress lint clean
+.PHONY: help demo test docs stress lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
@@ -24,6 +24,9 @@ test: $(READY) ## all tests of both distributions
 	cd callbacks && $(RUN) -m pytest
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
+docs: $(VENV)/.docs ## this documentation as a site, docs/_build/index.html; warnings are errors
+	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+
 stress: $(READY) ## faults, kills, hostile input, long runs: an hour (SHORT=1: a minute); TRL=python compares resuming
 	$(RUN) -m benchmarks.stress $(if $(SHORT),--short) $(if $(TRL),--trl $(TRL))
 
@@ -33,10 +36,15 @@ lint: $(READY) ## ruff and mypy
 	$(RUN) -m mypy
 
 clean: ## remove the environment and what runs have written
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build docs/_generated
 
 $(READY): pyproject.toml callbacks/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q $(TORCH)
 	$(RUN) -m pip install -q -c constraints.txt -e ./callbacks -e ".[dev]"
+	touch $@
+
+# what the site needs comes with the first `make docs`, so that demo and tests do not wait for it
+$(VENV)/.docs: $(READY)
+	$(RUN) -m pip install -q -c constraints.txt -e ./callbacks -e ".[docs]"
 	touch $@

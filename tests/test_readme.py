@@ -1,4 +1,4 @@
-"""README's program, its questions and reward of one's own, run as they stand there; the mappings of docs/data.md."""
+"""README's program, row and reward, the questions and reward of the quickstart, run as they stand; docs/data.md."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import tomllib
 from ast import literal_eval
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,14 +20,15 @@ from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your questions")[2].partition("\n## ")[0]
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+SECTION = QUICKSTART.partition("\n## Your questions")[2].partition("\n## ")[0]
 BLOCKS = dict(re.findall(r"```(\w+)\n(.*?)```", SECTION, re.S))
 NAMES = {"csv": "mine.csv", "yaml": "mine.yaml", "python": "my_rewards.py"}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with README's three files, and the repository's configurations."""
+    """A working directory with the three files of the quickstart, and the repository's configurations."""
     for kind, name in NAMES.items():
         (tmp_path / name).write_text(BLOCKS[kind], encoding="utf-8")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -72,9 +74,20 @@ def test_the_command_that_shells_complete_is_the_command_line() -> None:
 def test_the_program_trains_and_answers(tmp_path: Path) -> None:
     """In a process of its own, which nothing has seeded or imported before."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"^\*\*From Python\*\*.*?```python\n(.*?)```", readme, re.S | re.M)
+    (program,) = re.findall(r"^<!-- program -->\n```python\n(.*?)```\n<!-- program: end -->$", readme, re.S | re.M)
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     ((*responses,),) = literal_eval(ended.stdout.splitlines()[-1])
     assert len(responses) == 4
     assert all(">" in response for response in responses)
+
+
+def test_the_reward_finds_the_row_s_solution_right(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Your questions")[2]
+    shown = dict(re.findall(r"```(json|python)\n(.*?)```", section, re.S))
+    (tmp_path / "mine.jsonl").write_text(shown["json"], encoding="utf-8")
+    (row,) = read_rows(str(tmp_path / "mine.jsonl"))
+    names: dict[str, Any] = {}
+    exec(shown["python"], names)
+    solution, truth = row["target"][0]["content"], row["reward_model"]["ground_truth"]
+    assert names["last_number"]([solution, "6", ""], [truth] * 3) == [1.0, 0.0, 0.0]
