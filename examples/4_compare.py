@@ -2,8 +2,8 @@
 
 Does a part of a method help, or would something simpler do as well? This compares MIFO's choice of tokens, those of
 highest entropy, with as many tokens at random and with all tokens: three arms, two seeds each, everything else equal.
-Two seeds decide nothing; the tutorial shows the form of a comparison. `python -m experiments.ablation` does the same
-at length ([how](../comparing.md)).
+Two seeds decide nothing; the tutorial shows the form of a comparison. `python -m mifo_lightning.lab ablation` does the
+same at length ([how](../comparing.md)).
 """
 
 # %% The arms
