@@ -81,7 +81,8 @@ def frozen_shares(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) 
         if name in masks:
             sums[1] += _masses(size[masks[name]])
     total, frozen = sum_over(sums, shard_group(gradients.values()))
-    return (frozen / total.clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+    shares: list[float] = (frozen / total.clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+    return shares
 
 
 def _masses(size: Tensor) -> Tensor:
