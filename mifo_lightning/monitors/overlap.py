@@ -35,7 +35,7 @@ class FrozenOverlap(PhaseMonitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._due = batch["phase"] == "sft" and batch["micro"] + 1 == batch["micro_batches"]
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last phase."""
         self._shares = []
 
@@ -48,7 +48,7 @@ class FrozenOverlap(PhaseMonitor):
                 gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
                 self._shares.append(frozen_shares(gradients, masks))
 
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any] | None:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any] | None:
         """Average over the phase."""
         if not self._shares:
             return None
