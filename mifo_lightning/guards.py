@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedConfig
 
 from mifo_lightning.errors import InputError

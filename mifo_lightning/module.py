@@ -529,7 +529,9 @@ class MifoModule(LightningModule):
             log_metrics(self.trainer, found)
 
     def _profile(self, activity: str) -> AbstractContextManager[None]:
-        return self.trainer.profiler.profile(f"mifo.{activity}")  # type: ignore[attr-defined]
+        profiler: Any = self.trainer.profiler  # type: ignore[attr-defined]
+        timed: AbstractContextManager[None] = profiler.profile(f"mifo.{activity}")
+        return timed
 
     @property
     def _weighs_by_initial_losses(self) -> bool:

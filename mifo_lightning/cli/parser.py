@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader
+from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mifo_lightning.cli.config_files import check_text, with_place
@@ -22,7 +22,7 @@ class NamedConfig(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Lay it over what came before."""
-        super().__call__(parser, cfg, str(find(values) or values), option_string)
+        super().__call__(parser, cfg, str(find(values) or values), option_string)  # type: ignore[no-untyped-call]
 
 
 class OneLineParser(LightningArgumentParser):

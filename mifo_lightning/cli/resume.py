@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mifo_lightning.checkpoints.files import read_checkpoint
 from mifo_lightning.checkpoints.sharded import is_sharded, read_sharded

@@ -6,8 +6,7 @@ from typing import Any
 
 from lightning import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks import BufferPhaseSwitch, Seed

@@ -261,4 +261,5 @@ def _encode_responses(
 
 def _batch_encoding(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
     # Special tokens stand in the text already; `verbose` would warn of long texts, which are dropped anyway.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded: BatchEncoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoded

@@ -121,7 +121,8 @@ def _read_parquet(path: Path) -> list[Any]:
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.read().to_pylist()
+            rows: list[Any] = file.read().to_pylist()
+            return rows
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable parquet file: {_first_line(error)}") from error
 

@@ -57,7 +57,7 @@ def settle(given: dict[str, Any], module: object) -> Settings:
 
 def _same(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, PreTrainedTokenizerBase):
-        return mine.get_vocab() == theirs.get_vocab() and mine.chat_template == theirs.chat_template
+        return bool(mine.get_vocab() == theirs.get_vocab() and mine.chat_template == theirs.chat_template)
     if isinstance(mine, Reward):
         return bool(_state(mine) == _state(theirs))
     return bool(mine == theirs)

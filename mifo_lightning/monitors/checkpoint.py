@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.checkpoint import CheckpointException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mifo_lightning.checkpoints.files import existing, free_bytes, remove_file, sync_directory, unwritten
 from mifo_lightning.checkpoints.sharded import seal

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir

@@ -47,7 +47,7 @@ class LayerUpdates(PhaseMonitor):
             raise InputError(f"ckpt_path: weight {unlike!r} is trained by the checkpoint or by the model, not by both")
         self._start = {name: shard_like(t, params[name]) for name, t in self._start.items()}
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the weights, into the memory of the last copy."""
         self._start_step = trainer.global_step
         for name, p in trainable(pl_module).items():
@@ -56,7 +56,7 @@ class LayerUpdates(PhaseMonitor):
             else:
                 self._start[name] = p.detach().clone()
 
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any]:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any]:
         """Compare."""
         layers = layer_changes(self._start, trainable(pl_module))
         metrics = {f"layer_updates/{phase}/{part}/{name}": x for part, v in layers.items() for name, x in v.items()}

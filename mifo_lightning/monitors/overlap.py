@@ -35,7 +35,7 @@ class FrozenOverlap(PhaseMonitor):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._due = batch["phase"] == "sft"
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last phase."""
         self._shares = []
 
@@ -48,7 +48,7 @@ class FrozenOverlap(PhaseMonitor):
                 gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
                 self._shares.append(frozen_shares(gradients, masks))
 
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any] | None:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any] | None:
         """Average over the phase."""
         if not self._shares:
             return None
@@ -81,7 +81,8 @@ def frozen_shares(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) 
         if name in masks:
             sums[1] += _masses(size[masks[name]])
     total, frozen = sum_over(sums, shard_group(gradients.values()))
-    return (frozen / total.clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+    shares: list[float] = (frozen / total.clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+    return shares
 
 
 def _masses(size: Tensor) -> Tensor:

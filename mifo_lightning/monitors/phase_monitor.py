@@ -39,11 +39,11 @@ class PhaseMonitor(PhaseCallback):
         self._begins = False  # at an edge: whether `end` is done and `begin` is not
         self._at_end: dict[str, Any] | None = None  # the state from before the measurement at the end of training
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the end of the phase is compared with; no optimizer step of the phase has been made."""
 
     @abstractmethod
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any] | None:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any] | None:
         """Measure the phase and log; what belongs into its record, or None where there is nothing to record."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +80,7 @@ class PhaseMonitor(PhaseCallback):
                 self._end(trainer, pl_module, self._current)
         super().on_train_end(trainer, pl_module)
 
-    def _end(self, trainer: Trainer, pl_module: Any, phase: str) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> None:
         found = self.end(trainer, pl_module, phase)
         if found is not None:
             where = {"phase": phase, "number": self._numbers[phase], "rl_step": self._rl_step}

@@ -70,12 +70,13 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model.eval()
+        untyped: Any = model
+        self.model = untyped.eval()
         with torch.no_grad():
             self.decoding = Decoding.of(model)
         self.split_head = _head_is_last(model)
         self.version = 0
-        self.register_load_state_dict_post_hook(_loaded)
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def forward(
         self, sequences: Sequences, temperature: float = 1.0, entropy_gradient: bool = False
@@ -155,6 +156,7 @@ class Policy(nn.Module):
 
         Collective under FSDP2: every rank enters; inside, ranks may run different numbers of forwards.
         """
+        root: nn.Module = self
         shards = [m for m in self.modules() if isinstance(m, FSDPModule)]
         for shard in shards:
             shard.set_reshard_after_forward(False)
@@ -165,7 +167,7 @@ class Policy(nn.Module):
         finally:
             for shard in shards:
                 # the root keeps its weights between forward and backward, as FSDP2 does by default
-                shard.set_reshard_after_forward(shard is not self, recurse=False)
+                shard.set_reshard_after_forward(shard is not root, recurse=False)
                 shard.reshard()
             # frees the casts of the weights; older torch would reuse them, made without a graph, and lose gradients
             torch.clear_autocast_cache()
@@ -187,7 +189,8 @@ def _head_is_last(model: PreTrainedModel) -> bool:
 
     The head's output is replaced by numbers of all sizes: a cap does not show on the small logits of a fresh model.
     """
-    head = model.get_output_embeddings()
+    untyped: Any = model
+    head: nn.Module | None = untyped.get_output_embeddings()
     if head is None or model.base_model is model:
         return False
     tokens = torch.arange(3, device=model.device)[None]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,6 +74,7 @@ def read_model(model: str, directory: str, trust: bool) -> PreTrainedModel:
     read_config(model, directory, trust)  # its dtype, which is not the one asked for below
     fault = "cannot be loaded as a causal LM"
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: PreTrainedModel
     with quiet_loading():
         loaded, found = _read(AutoModelForCausalLM.from_pretrained, model, directory, trust, fault, **options)
     kind = type(loaded).__name__
@@ -102,11 +103,11 @@ def read_blueprint(model: str, directory: str, trust: bool) -> PreTrainedModel:
         InputError: It is none, or needs code that may not be run.
     """
     config = read_config(model, directory, trust)
+    from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
 
     def build(directory: str, **options: Any) -> PreTrainedModel:
         with torch.device("meta"):
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-        return made
+            return from_config(config, dtype=torch.float32, **options)
 
     built: PreTrainedModel = _read(build, model, directory, trust, "cannot be loaded as a causal LM")
     return built
@@ -127,15 +128,16 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Hugging Face shows no bar and no table of its own beside ours."""
-    bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    shown: Any = transformers_logging  # which is not typed
+    bar, level = shown.is_progress_bar_enabled(), shown.get_verbosity()
+    shown.disable_progress_bar()
+    shown.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        shown.set_verbosity(level)
         if bar:
-            transformers_logging.enable_progress_bar()
+            shown.enable_progress_bar()
 
 
 def _warn_of_code(model: str, kind: type) -> None:

@@ -1,9 +1,9 @@
 """Does the loaded tokenizer give the ids that its own file says?"""
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from mifo_lightning.errors import InputError
 
@@ -26,7 +26,7 @@ def faithful(tokenizer: PreTrainedTokenizerBase, model: str) -> PreTrainedTokeni
     path = cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if path is None or (text := _differing(tokenizer, path)) is None:
         return tokenizer
-    exact = PreTrainedTokenizerFast.from_pretrained(model, trust_remote_code=False)
+    exact: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(model, trust_remote_code=False)
     problem = (
         f"model.model: {type(tokenizer).__name__} of {model!r} reads {text!r:.40} otherwise than its tokenizer.json"
     )

@@ -50,7 +50,8 @@ class FunctionReward(Reward):
     def __call__(self, responses: list[str], truths: list[str], **context: Sequence[Any]) -> list[float]:
         wanted = pick(self.function, {"responses": responses, "truths": truths, **context}, self.name)
         if not inspect.iscoroutinefunction(self.function):
-            return self.function(**wanted)
+            scores: list[float] = self.function(**wanted)
+            return scores
         rows = [{key: [values[i]] for key, values in wanted.items()} for i in range(len(responses))]
         late = TimeoutError(f"{self.name} took more than {self.timeout} s")
         work = _gather(self.function, rows, self.timeout, self.concurrency, late)

@@ -34,7 +34,7 @@ def run(
     """
     if inside or not reward.isolate:
         return attempt(reward, responses, truths, wanted)
-    isolation = vars(reward).setdefault("isolation", Isolation())
+    isolation: Isolation = vars(reward).setdefault("isolation", Isolation())
     return isolation.run(reward, responses, truths, wanted, limit)
 
 
@@ -86,6 +86,7 @@ class Isolation:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             self._refuse(reward, f"{type(error).__name__}: {error}")
             return attempt(reward, responses, truths, wanted)
+        outcome: Outcome | Failure
         try:
             outcome, failures = self.child.ask(("call", question, limit), limit)
         except TimeoutError:
@@ -109,7 +110,7 @@ class Isolation:
     def _refuse(self, reward: "Reward", why: str) -> None:
         self.refused = True
         self.child.close()
-        from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # the child must not import it
+        from lightning.pytorch.utilities import rank_zero_warn  # the child must not import it
 
         name = getattr(reward, "name", type(reward).__name__)
         rank_zero_warn(

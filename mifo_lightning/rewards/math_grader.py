@@ -32,7 +32,7 @@ def parse_truth(truth: str) -> list[Any]:
     Raises:
         ValueError: There is nothing to compare with.
     """
-    readings = parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
+    readings: list[Any] = parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
     if scientific := SCIENTIFIC.fullmatch(truth):
         power = "\\boxed{{{} \\times 10^{{{}}}}}".format(*scientific.groups())
         readings = readings + parse(power, parsing_timeout=None)

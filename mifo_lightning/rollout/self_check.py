@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -134,7 +134,8 @@ def differences(
     with policy.sampling():
         logp, _ = policy(sequences, sampling.temperature or 1.0)
     sampled = torch.tensor([x for _, c in pairs for x in c.logp], device=logp.device)
-    return (logp[sequences.mask()] - sampled).abs().nan_to_num(nan=torch.inf)
+    gaps: Tensor = logp[sequences.mask()] - sampled
+    return gaps.abs().nan_to_num(nan=torch.inf)
 
 
 def mixes_experts(config: PreTrainedConfig) -> bool:

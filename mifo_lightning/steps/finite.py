@@ -1,7 +1,7 @@
 """Numbers that are not finite: one optimizer step is skipped, then the run stops before anything broken is saved."""
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 
