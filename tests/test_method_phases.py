@@ -26,15 +26,17 @@ GROUPS = {
     "switch": BufferPhaseSwitch,
 }
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
-BUFFERED = [name for name in METHODS if configured(f"methods/{name}")["switch"]]
+BUFFERED = [name for name in METHODS if "switch" in configured(f"methods/{name}")]
 
 
 def merged(name: str, *keys: str) -> dict[str, Any]:
     """A group of settings of the tiny base with the method over it."""
-    base, over = configured("tiny"), configured(f"methods/{name}")
+    layers = [configured("defaults"), configured("tiny"), configured(f"methods/{name}")]
+    size = layers[0]["buffer_size"]
     for key in keys:
-        base, over = base[key], over.get(key, {})
-    return {**base, **over}
+        layers = [layer.get(key) or {} for layer in layers]
+    values = {key: value for layer in layers for key, value in layer.items()}
+    return {key: size if value == "${...buffer_size}" else value for key, value in values.items()}
 
 
 def loader(name: str, questions: int = 512, **changes: Any) -> PhaseLoader:
@@ -107,11 +109,11 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
     """A short run of a method: phases of 8 demonstrations, batches of 4, otherwise as shipped."""
     watch, model = Watch(), configured(f"methods/{name}").get("model", {})
     over = configured(f"methods/{name}")
-    small = {"size": 8, "p": max(0.5, (over["switch"] or {}).get("p", 0.5))}
+    small = {"size": 8, "p": max(0.5, over.get("switch", {}).get("p", 0.5))}
     callbacks = [
         kind(**{**merged(name, key), **(small if key == "switch" else {})})
         for key, kind in GROUPS.items()
-        if over[key] is not None
+        if key in over
     ]
     settings = {key: model[key] for key in ("moments", "demonstrations", "sft_entropy_bonus") if key in model}
     for phase in ("rl", "sft"):
