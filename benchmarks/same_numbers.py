@@ -5,8 +5,8 @@
 
 Cases are every method x every policy loss with one and with two micro-batches, a run that is stopped inside a rollout
 and goes on, and two ranks (DDP, FSDP2). Compared are the exported weights, by checksum, and all that a run logs
-(`history.jsonl`) but times; where numbers differ, the largest relative difference is shown. Seconds are those of whole
-runs in forks of a process that has imported everything, one after another.
+(`history.jsonl`) but times; where numbers differ, the largest relative difference is shown; a case that both refuse is
+the same. Seconds are those of whole runs in forks of a process that has imported everything, one after another.
 """
 
 import argparse
@@ -27,7 +27,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CLOCKS = re.compile(r"seconds|_per_s|memory|bytes")  # what no two runs share
 # options that have other names in the commit before: name here -> name there
-RENAMED = {"model.micro_batches": "trainer.accumulate_grad_batches"}
+RENAMED = {
+    "model.micro_batches": "trainer.accumulate_grad_batches",
+    "data.schedule.prompts_per_step": "data.schedule.rl_questions",
+    "data.schedule.epochs_per_rollout": "data.schedule.passes",
+    "buffer.size": "switch.size",
+    "buffer.max_accuracy": "switch.p",
+}
 SMALL: dict[str, Any] = {
     "trainer.logger": "false",
     "trainer.profiler": "null",
@@ -38,7 +44,7 @@ SMALL: dict[str, Any] = {
     "data.train.init_args.count": 64,
     "data.val": "null",
     "data.schedule.rl_steps": 5,
-    "data.schedule.rl_questions": 8,
+    "data.schedule.prompts_per_step": 8,
     "data.schedule.sft_batch": 16,
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -81,15 +87,15 @@ def cases(configs: Path) -> list[Case]:
     losses = [None, *sorted(path.stem for path in (configs / "losses").glob("*.yaml"))]
     for method in sorted(path.stem for path in (configs / "methods").glob("*.yaml")):
         text = (configs / "methods" / f"{method}.yaml").read_text(encoding="utf-8")
-        buffered = "\nswitch:" in text and "switch: null" not in text  # methods of older trees switch it off
-        options = SCHEDULES.get(method, {}) | ({"switch.size": 16, "switch.p": 0.5} if buffered else {})
+        buffered = "\nbuffer:" in text
+        options = SCHEDULES.get(method, {}) | ({"buffer.size": 16, "buffer.max_accuracy": 0.5} if buffered else {})
         for loss in losses if method != "sft" else [None]:
             files = (f"methods/{method}.yaml", *([f"losses/{loss}.yaml"] if loss else []))
             name = f"{method} {loss}" if loss else method
             found.append(Case(name, files, options))
             found.append(Case(f"{name}, 2 micro-batches", files, {**options, "model.micro_batches": 2}))
-        found.append(Case(f"{method}, 2 passes", files[:1], {**options, "data.schedule.passes": 2}))
-    mifo: dict[str, Any] = {"switch.size": 16, "switch.p": 0.5, "data.schedule.passes": 2}
+        found.append(Case(f"{method}, 2 passes", files[:1], {**options, "data.schedule.epochs_per_rollout": 2}))
+    mifo: dict[str, Any] = {"buffer.size": 16, "buffer.max_accuracy": 0.5, "data.schedule.epochs_per_rollout": 2}
     found.append(Case("mifo, stopped inside a rollout", ("methods/mifo.yaml",), mifo, stop=3))
     two = {**mifo, "trainer.devices": 2}
     found.append(Case("mifo, DDP x 2", ("methods/mifo.yaml",), {**two, "trainer.strategy": "ddp"}, ranks=2))
@@ -183,7 +189,8 @@ def recorded(tree: Path, names: list[str], old: bool) -> dict[str, Record]:
 def difference(before: Record, after: Record) -> float | str:
     """0 where all is equal; else the largest relative difference of what was logged, or what else is not the same."""
     if before.error or after.error:
-        return f"fails: {before.error or '-'} / {after.error or '-'}"
+        alike = before.error and after.error  # both refuse: what they say may name keys otherwise
+        return 0 if alike else f"fails: {before.error or '-'} / {after.error or '-'}"
     if len(before.logged) != len(after.logged):
         return f"{len(before.logged)} / {len(after.logged)} lines"
     largest = 0.0

@@ -44,7 +44,7 @@ data = mifo.QuestionData(
     val,
     answer_after=">",
     eval_batch=512,
-    schedule=mifo.Schedule(rl_steps=32, rl_questions=32, sft_batch=64, sft_epochs=4),
+    schedule=mifo.Schedule(rl_steps=32, prompts_per_step=32, sft_batch=64, sft_epochs=4),
 )
 
 # %% The method

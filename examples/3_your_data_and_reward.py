@@ -41,8 +41,8 @@ columns = mifo.Columns(prompt="question", truth="answer", target="solution", dat
 # %% A reward
 # A function gets what it declares: here the responses and the right answers, one entry for each response. Others to
 # declare are `prompts`, `sources`, `lengths`, `finished`, `columns` or the name of a column:
-# [Rewards](../rewards.md). It returns any finite numbers; from `solved_at` on a response counts as correct, for the
-# buffer and for accuracy. This one gives a tenth of a point for each right digit of a wrong answer.
+# [Rewards](../rewards.md). It returns any finite numbers; from `success_threshold` on a response counts as correct, for
+# the buffer and for accuracy. This one gives a tenth of a point for each right digit of a wrong answer.
 
 
 def digits(responses: list[str], truths: list[str]) -> list[float]:
@@ -67,7 +67,7 @@ module = mifo.MifoModule(
     "embedded",
     digits,
     sampling=mifo.Sampling(max_new_tokens=14),
-    solved_at=1.0,
+    success_threshold=1.0,
     rl=mifo.AdamWSettings(lr=5e-4),
     sft=mifo.AdamWSettings(lr=1e-3),
 )
@@ -77,7 +77,7 @@ data = mifo.QuestionData(
     holdout=200,
     answer_after=">",
     eval_batch=200,
-    schedule=mifo.Schedule(rl_steps=12, rl_questions=16, sft_batch=8, sft_epochs=4),
+    schedule=mifo.Schedule(rl_steps=12, prompts_per_step=16, sft_batch=8, sft_epochs=4),
 )
 trainer = lightning.Trainer(
     max_epochs=-1,

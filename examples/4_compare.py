@@ -58,7 +58,7 @@ def fit(name: str, seed: int) -> dict[str, float]:
         mifo.Skills(["addition", "mirrored", "sorting", "reversal"], count=256, split="val"),
         answer_after=">",
         eval_batch=256,
-        schedule=mifo.Schedule(rl_steps=10, rl_questions=16, sft_batch=16, sft_epochs=4),
+        schedule=mifo.Schedule(rl_steps=10, prompts_per_step=16, sft_batch=16, sft_epochs=4),
     )
     trainer = lightning.Trainer(
         max_epochs=-1,

@@ -102,7 +102,7 @@ def make_trainer(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]
 
 def clip_of(loss: str) -> dict[str, float]:
     """TRL's names for the clip range or the cap of `configs/losses/<loss>.yaml`."""
-    policy = yaml.safe_load((CONFIGS / f"{loss}.yaml").read_text(encoding="utf-8"))["model"]["policy"]
+    policy = yaml.safe_load((CONFIGS / f"{loss}.yaml").read_text(encoding="utf-8"))["model"]["loss"]
     if "ratio_cap" in policy:
         return {"epsilon_high": policy["ratio_cap"]}
     return {"epsilon": policy["clip_low"], "epsilon_high": policy["clip_high"]} if "clip_low" in policy else {}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mifo_lightning.rollout.engine import Sampling
     from mifo_lightning.rollout.evaluation import Evaluation
     from mifo_lightning.steps.optimizer import AdamWSettings
-    from mifo_lightning.steps.settings import RLSettings
+    from mifo_lightning.steps.settings import PolicyLoss
 
 __version__ = version("mifo_lightning")
 
@@ -48,7 +48,7 @@ _HOMES = {
     "MifoModule": "module",
     "Mixing": "methods",
     "QuestionData": "data.datamodule",
-    "RLSettings": "steps.settings",
+    "PolicyLoss": "steps.settings",
     "Reward": "rewards.base",
     "RowSource": "data.source",
     "SFTWeight": "losses.sft_weights",
@@ -75,8 +75,8 @@ __all__ = [
     "MathReward",
     "MifoModule",
     "Mixing",
+    "PolicyLoss",
     "QuestionData",
-    "RLSettings",
     "Reward",
     "RowSource",
     "SFTWeight",

@@ -59,7 +59,7 @@ from mifo_lightning.steps.metrics import StepMetrics
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import RLSettings, check_sft
+from mifo_lightning.steps.settings import PolicyLoss, check_sft
 from mifo_lightning.steps.supervision import initial_losses, selected, sft_batch
 from mifo_lightning.stopping import interruption, safe_points
 
@@ -76,9 +76,9 @@ class MifoModule(LightningModule):
         reward: Grades responses; from Python also a plain function (`FunctionReward`).
         engine: Draws responses; null decodes in the training process.
         group_size: G, rollouts per question.
-        solved_at: Reward from which a rollout counts as correct.
+        success_threshold: Reward from which a rollout counts as correct.
         sampling: How RL rollouts are drawn.
-        policy: The policy loss.
+        loss: The policy loss.
         mixing: A method that mixes demonstrations into RL steps; null mixes none in.
         demonstrations: What a buffered question is learned from in an SFT phase: the data's solution, or the model's
             own correct rollout.
@@ -111,9 +111,9 @@ class MifoModule(LightningModule):
         reward: Reward,
         engine: RolloutEngine | None = None,
         group_size: int = 8,
-        solved_at: float = 1.0,
+        success_threshold: float = 1.0,
         sampling: Sampling = Sampling(),
-        policy: RLSettings = RLSettings(),
+        loss: PolicyLoss = PolicyLoss(),
         mixing: Mixing | None = None,
         demonstrations: Literal["data", "own"] = "data",
         sft_weight: SFTWeightName | SFTWeight = "uniform",
@@ -143,9 +143,11 @@ class MifoModule(LightningModule):
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
         self.policy: Policy | None = None
         self.seed = Seed(seed, "model.seed")
-        self.reward, self.group_size, self.solved_at = as_reward(reward), group_size, solved_at
-        self.responder = Responder(engine or InProcessEngine(), self.tokenizer, self.reward, solved_at, self.seed)
-        self.reinforcement = Reinforcement(self.responder, sampling, policy, group_size, mixing)
+        self.reward, self.group_size, self.success_threshold = as_reward(reward), group_size, success_threshold
+        self.responder = Responder(
+            engine or InProcessEngine(), self.tokenizer, self.reward, success_threshold, self.seed
+        )
+        self.reinforcement = Reinforcement(self.responder, sampling, loss, group_size, mixing)
         self.evaluator = Evaluator(self.responder, evaluation, sampling)
         self.optimizer_of_phase: PhaseAdamW | None = None
         self.micro_batches = micro_batches

@@ -43,7 +43,7 @@ def method_callbacks(size: int = 8, **entropy: Any) -> list[Callback]:
         EntropyTokenSelection(**entropy),
         ImportanceEMA(),
         GradientFreezing(),
-        BufferPhaseSwitch(size=size, p=0.75),
+        BufferPhaseSwitch(size=size, max_accuracy=0.75),
     ]
 
 
@@ -68,7 +68,7 @@ ALONE: dict[str, Any] = {
     "reward": LastAnswerReward(),
     "tokenizer": "embedded",
     "group_size": 4,
-    "solved_at": 1.0,
+    "success_threshold": 1.0,
     "verify_demonstrations": True,
 }
 
@@ -82,7 +82,7 @@ def make_data(**changes: Any) -> QuestionData:
         "verify_demonstrations": False,  # they are right, but a module may want more than 1
         "max_prompt_tokens": 16,
         "max_response_tokens": 14,
-        "schedule": Schedule(rl_steps=6, rl_questions=4, sft_batch=4),
+        "schedule": Schedule(rl_steps=6, prompts_per_step=4, sft_batch=4),
     }
     return QuestionData(**{**settings, **changes})
 

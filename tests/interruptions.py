@@ -25,22 +25,22 @@ from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.rollout import in_process
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 from mifo_lightning.stopping import interruption, safe_points
 
 in_process.BLOCK = 5  # three looks at the flag in a response of 14 tokens
 
 CASES: dict[str, dict[str, Any]] = {
-    "mifo": {"schedule": Schedule(rl_steps=3, rl_questions=4, sft_batch=4, passes=2)},
+    "mifo": {"schedule": Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)},
     "dynamic sampling": {
-        "schedule": Schedule(rl_steps=2, rl_questions=4, sft_batch=4, minibatches=2),
-        "policy": RLSettings(dynamic_sampling=2, kl_coefficient=0.05),
+        "schedule": Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4, minibatches=2),
+        "loss": PolicyLoss(dynamic_sampling=2, kl_coefficient=0.05),
     },
     "sft around": {
-        "schedule": Schedule(rl_steps=2, rl_questions=4, sft_batch=4, sft_before=2, sft_after=2, final_sft="drop")
+        "schedule": Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4, sft_before=2, sft_after=2, final_sft="drop")
     },
     "evaluations between": {
-        "schedule": Schedule(rl_steps=3, rl_questions=4, sft_batch=4),
+        "schedule": Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4),
         "trainer": {"val_check_interval": 4, "check_val_every_n_epoch": None},
     },
 }

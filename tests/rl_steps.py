@@ -25,7 +25,7 @@ from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROMPTS = ["123+456=", "777x12=", "s:40312=", "9+9="]
@@ -69,11 +69,11 @@ def reinforcement(tokenizer: Any, **changes: Any) -> Reinforcement:
         "engine": InProcessEngine(),
         "tokenizer": tokenizer,
         "reward": LastAnswerReward(),
-        "solved_at": 1.0,
+        "success_threshold": 1.0,
         "seed": Seed(0, "seed"),
     }
     responder = Responder(**{name: changes.pop(name, default) for name, default in answering.items()})
-    settings = {"sampling": Sampling(max_new_tokens=14), "settings": RLSettings(), "group_size": 4}
+    settings = {"sampling": Sampling(max_new_tokens=14), "settings": PolicyLoss(), "group_size": 4}
     return Reinforcement(responder, **{**settings, **changes})
 
 
@@ -157,15 +157,15 @@ def built(spec: dict[str, Any]) -> Any:
     return getattr(import_module(module), name)(**spec.get("init_args", {}))
 
 
-def rl_settings(name: str) -> tuple[RLSettings, Mixing | None]:
+def rl_settings(name: str) -> tuple[PolicyLoss, Mixing | None]:
     """Policy loss and mixing of the defaults with `configs/<name>.yaml` over them."""
     base, over = configured("defaults")["model"], configured(name).get("model", {})
     mixing = built(over["mixing"]) if "mixing" in over else None
-    return RLSettings(**{**base["policy"], **over.get("policy", {})}), mixing
+    return PolicyLoss(**{**base["loss"], **over.get("loss", {})}), mixing
 
 
 def rollout_of(
-    settings: RLSettings, mask: Tensor, advantages: Tensor, max_length: int, **scores: Tensor | None
+    settings: PolicyLoss, mask: Tensor, advantages: Tensor, max_length: int, **scores: Tensor | None
 ) -> Batch:
     """A rollout of which only the numbers that the loss reads matter."""
     b = len(mask)

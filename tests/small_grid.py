@@ -20,12 +20,12 @@ GRID: dict[str, Any] = {
     "jobs": 2,
     "set": {
         "data.schedule.rl_steps": 3,
-        "data.schedule.rl_questions": 8,
+        "data.schedule.prompts_per_step": 8,
         "data.schedule.sft_batch": 8,
         "data.train.init_args.count": 64,
         "data.val.init_args.count": 16,
-        "switch.size": 8,
-        "switch.p": 0.5,
+        "buffer.size": 8,
+        "buffer.max_accuracy": 0.5,
         "checkpoint.every": 1,
     },
     "arms": {

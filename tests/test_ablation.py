@@ -101,13 +101,13 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_path: Path) -> None:
-    arms = {"bad": {"set": {"data.schedule.rl_questions": 0}}, "mifo": {}}
+    arms = {"bad": {"set": {"data.schedule.prompts_per_step": 0}}, "mifo": {}}
     runner = start(write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"]), "--wandb", "offline")
     printed = runner.communicate()[0]
     assert runner.returncode == 1, printed
     rows = {row["arm"]: row for row in json.loads((tmp_path / "out" / "cells.json").read_text(encoding="utf-8"))}
     assert (rows["bad"]["status"], rows["mifo"]["status"]) == ("failed", "done")
-    assert rows["bad"]["error"].startswith("error: data.schedule.rl_questions: 0")
+    assert rows["bad"]["error"].startswith("error: data.schedule.prompts_per_step: 0")
     assert f"failed: bad/shipped/seed0: {rows['bad']['error']}" in printed
     run = tmp_path / "out" / rows["mifo"]["directory"]
     assert {"summary.json", "samples.jsonl", "config.yaml", "log.txt", "model", "wandb"} <= {

@@ -28,7 +28,7 @@ from mifo_lightning.monitors import checkpoint as monitor
 from mifo_lightning.monitors.checkpoint import LastCheckpoint, disk_problem
 
 MakeTrainer = Callable[..., Trainer]
-SHORT = Schedule(rl_steps=3, rl_questions=4, sft_batch=4)
+SHORT = Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4)
 
 
 def fit(make: MakeTrainer, root: Path, *callbacks: Callback, ckpt: Path | None = None, every: int = 1) -> Any:
@@ -226,7 +226,9 @@ def test_the_clock_asks_for_one_too_at_the_end_of_an_optimizer_step(
         monkeypatch.setattr(monitor, "SHARE", share)
         callbacks = [LastCheckpoint(every=0, dirpath=str(tmp_path / name)), Look()]
         trainer = make_trainer(callbacks, enable_checkpointing=True)
-        trainer.fit(make_module(micro_batches=2), datamodule=make_data(schedule=Schedule(rl_steps=3, rl_questions=4)))
+        trainer.fit(
+            make_module(micro_batches=2), datamodule=make_data(schedule=Schedule(rl_steps=3, prompts_per_step=4))
+        )
 
     run("always", 0, 0)
     assert written == [1, 2, 3]

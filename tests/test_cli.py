@@ -27,12 +27,12 @@ SHORT = {
     "trainer.logger": "false",
     "trainer.enable_checkpointing": "false",
     "data.schedule.rl_steps": "3",
-    "data.schedule.rl_questions": "8",
+    "data.schedule.prompts_per_step": "8",
     "data.schedule.sft_batch": "8",
     "data.train.init_args.count": "64",
     "data.val.init_args.count": "16",
-    "switch.size": "8",
-    "switch.p": "0.5",
+    "buffer.size": "8",
+    "buffer.max_accuracy": "0.5",
 }
 
 
@@ -67,9 +67,9 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
     assert config["importance"]["init_args"]["alpha"] == 0
     assert config["freeze"]["init_args"]["fraction"] == 0.3
     assert config["entropy"] is None
-    assert config["switch"]["init_args"] == {
+    assert config["buffer"]["init_args"] == {
         "size": 128,
-        "p": 0.125,
+        "max_accuracy": 0.125,
         "order": "fifo",
         "leftovers": "keep",
         "max_age": None,
@@ -82,7 +82,7 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
 def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
     buffered = method.startswith("mifo") or method in ("interleave.yaml", "relift.yaml", "own_rollouts.yaml")
-    assert (config["switch"] is not None) == buffered
+    assert (config["buffer"] is not None) == buffered
     assert (config["freeze"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml"))
     assert (config["importance"] is None) == (config["freeze"] is None)
     assert (config["entropy"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_es.yaml"))
@@ -103,8 +103,8 @@ def test_every_overlay_trains(tmp_path: Path, path: Path) -> None:
     layers = (
         ["--config", TINY, "--config", str(path)] if path.parent.name == "methods" else [*MIFO, "--config", str(path)]
     )
-    buffered = "switch" in over or path.parent.name != "methods"
-    pairs = {**pairs, "switch.size": "4"} if buffered else {k: v for k, v in pairs.items() if k[:6] != "switch"}
+    buffered = "buffer" in over or path.parent.name != "methods"
+    pairs = {**pairs, "buffer.size": "4"} if buffered else {k: v for k, v in pairs.items() if k[:6] != "buffer"}
     main(["fit", *layers, *(text for key, value in pairs.items() for text in (f"--{key}", value))])
     summary = json.loads((tmp_path / "summary.json").read_text())
     phases = summary["sft_phases"]
@@ -119,7 +119,7 @@ def test_every_overlay_trains(tmp_path: Path, path: Path) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base: str) -> None:
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), *MIFO[2:])
-    trainer, schedule, size = config["trainer"], config["data"]["schedule"], config["switch"]["init_args"]["size"]
+    trainer, schedule, size = config["trainer"], config["data"]["schedule"], config["buffer"]["init_args"]["size"]
     questions = [Question(i, "s", "", [1], "", [2]) for i in range(256)]
     loader = PhaseLoader(
         questions,
@@ -134,7 +134,7 @@ def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base
 def test_every_key_has_a_comment(path: Path) -> None:
     groups = ("trainer", "model", "data", "init_args", "logger", "drop")
     if path.name != "defaults.yaml":  # it says what these groups are
-        groups = (*groups, "policy", "mixing", "rl", "sft", "sampling", "evaluation", "schedule")
+        groups = (*groups, "loss", "mixing", "rl", "sft", "sampling", "evaluation", "schedule")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         text = line.split("#")[0].strip()
         is_key = ":" in text and not text.startswith(("-", "class_path:"))
@@ -254,17 +254,17 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"config": "absent.yaml"}, ["absent.yaml"]),
         ({"model.model": "absent/dir/x"}, ["model.model", "absent/dir/x", "directory"]),
         ({"model.group_size": "1"}, ["model.group_size: 1", "at least 2"]),
-        ({"model.solved_at": "0"}, ["model.solved_at: 0", "(0, 1]"]),
+        ({"model.success_threshold": "0"}, ["model.success_threshold: 0", "(0, 1]"]),
         ({"model.sampling.top_p": "0.9"}, ["model.sampling", "top_p 0.9"]),
-        ({"model.policy.entropy_fraction": "1.5"}, ["entropy_fraction: 1.5", "(0, 1]"]),
-        ({"model.policy.sum_sequences": "0"}, ["sum_sequences: 0", "above 0"]),
+        ({"model.loss.entropy_fraction": "1.5"}, ["entropy_fraction: 1.5", "(0, 1]"]),
+        ({"model.loss.sum_sequences": "0"}, ["sum_sequences: 0", "above 0"]),
         ({"model.sft_entropy_bonus": "-0.1"}, ["model.sft_entropy_bonus: -0.1", "at least 0"]),
-        ({"switch.max_age": "-1"}, ["max_age is -1", "0 or more"]),
+        ({"buffer.max_age": "-1"}, ["max_age is -1", "0 or more"]),
         ({"model.evaluation.samples": "-1"}, ["model.evaluation.samples: -1"]),
-        ({"switch.p": "1.5"}, ["p is 1.5", "0 to 1"]),
-        ({"switch.size": "0"}, ["size", "0"]),
-        ({"switch.size": "4096", "data.fit_sizes": "false"}, ["switch.size: 4096", "64"]),
-        ({"switch.size": "7", "data.fit_sizes": "false"}, ["sft_batch: 8", "7"]),
+        ({"buffer.max_accuracy": "1.5"}, ["p is 1.5", "0 to 1"]),
+        ({"buffer.size": "0"}, ["size", "0"]),
+        ({"buffer.size": "4096", "data.fit_sizes": "false"}, ["buffer.size: 4096", "64"]),
+        ({"buffer.size": "7", "data.fit_sizes": "false"}, ["sft_batch: 8", "7"]),
         ({"freeze.fraction": "0"}, ["fraction is 0", "above 0"]),
         ({"entropy.fraction": "1.2"}, ["fraction is 1.2", "at most 1"]),
         ({"importance": "null"}, ["GradientFreezing", "ImportanceEMA"]),
@@ -276,9 +276,9 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"data.train": "absent.parquet"}, ["data.train", "absent.parquet"]),
         ({"data.train.init_args.skills": "[juggling]"}, ["juggling", "addition"]),
         ({"data.max_prompt_tokens": "3"}, ["no question left", "prompt too long"]),
-        ({"data.max_response_tokens": "2"}, ["switch.size: 8", "0 training questions"]),
+        ({"data.max_response_tokens": "2"}, ["buffer.size: 8", "0 training questions"]),
         ({"data.holdout": "64", "data.fit_sizes": "false"}, ["data.holdout: 64"]),
-        ({"data.schedule.rl_questions": "0"}, ["rl_questions: 0", "at least 1"]),
+        ({"data.schedule.prompts_per_step": "0"}, ["prompts_per_step: 0", "at least 1"]),
         ({"data.eval_batch": "0"}, ["data.eval_batch: 0"]),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -295,20 +295,20 @@ def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     changes = {"switch__size": "128", "data__schedule__sft_batch": "64", "data__holdout": "100", "switch__p": "1.0"}
-    with pytest.warns(UserWarning, match=r"switch\.size: 128 → 52, fitted to the 52 training questions"):
+    with pytest.warns(UserWarning, match=r"buffer\.size: 128 → 52, fitted to the 52 training questions"):
         main(short(tmp_path / "a", **changes, data__schedule__rl_questions="512", data__schedule__rl_steps="1"))
     asked_taken = {
         "data.holdout": [100, 12],
-        "data.schedule.rl_questions": [512, 52],
+        "data.schedule.prompts_per_step": [512, 52],
         "data.schedule.sft_batch": [64, 26],
-        "switch.size": [128, 52],
+        "buffer.size": [128, 52],
     }
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["fitted"] == asked_taken
     assert (summary["optimizer_steps"], summary["sft_phases"]) == (5, 1)
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
-    assert (config["data"]["holdout"], config["switch"]["init_args"]["size"]) == (12, 52)
-    assert (config["data"]["schedule"]["rl_questions"], config["data"]["schedule"]["sft_batch"]) == (52, 26)
+    assert (config["data"]["holdout"], config["buffer"]["init_args"]["size"]) == (12, 52)
+    assert (config["data"]["schedule"]["prompts_per_step"], config["data"]["schedule"]["sft_batch"]) == (52, 26)
     again = ["--data.fit_sizes", "false", "--trainer.default_root_dir", str(tmp_path / "b")]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*fitted to.*")
@@ -323,10 +323,10 @@ def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
         (b"model:\n  rl:\n    lr:\n", ["model.rl.lr", "float", "over.yaml, line 3", "left empty"]),
         (b"model:\n  sampling:\n    temperature: null\n", ["model.sampling.temperature", "over.yaml, line 3"]),
         (b"model:\n  group_size:\n", ["model.group_size", "int", "over.yaml, line 2"]),
-        (b"data:\n  schedule:\n    rl_questions: ~\n", ["data.schedule.rl_questions", "over.yaml, line 3"]),
+        (b"data:\n  schedule:\n    prompts_per_step: ~\n", ["data.schedule.prompts_per_step", "over.yaml, line 3"]),
         (b"data:\n  columns:\n", ["data.columns: null is not allowed", "prompt, truth", "over.yaml, line 2"]),
         (b"model:\n  evaluation: [1]\n", ["model.evaluation: [1] is not allowed", "samples"]),
-        (b"switch:\n  init_args:\n    size:\n", ["size", "over.yaml, line 3"]),
+        (b"buffer:\n  init_args:\n    size:\n", ["size", "over.yaml, line 3"]),
         (b"data:\n  # caf\xe9\n  eval_batch: 3\n", ["over.yaml, line 2", "not UTF-8", "0xe9"]),
         (b"data:\n  eval_batch: [1\n", ["over.yaml, line 3", "not YAML"]),
     ],

@@ -196,7 +196,7 @@ def test_runs_lie_where_the_root_says(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_methods_with_a_buffer_take_the_size_of_the_base(capsys: pytest.CaptureFixture[str]) -> None:
     def size(*flags: str) -> int:
-        return printed(capsys, "fit", *flags)["switch"]["init_args"]["size"]
+        return printed(capsys, "fit", *flags)["buffer"]["init_args"]["size"]
 
     assert size("--config", "points", "--config", "methods/interleave") == 64
     assert size("--config", "points", "--config", "methods/mifo", "--buffer_size", "16") == 16
@@ -212,7 +212,7 @@ def test_methods_with_a_buffer_take_the_size_of_the_base(capsys: pytest.CaptureF
         (["--config", "controls/bottom_tokens"], ["entropy.selector", "--config methods/mifo"]),
         (["--config", "methods/interleave", "--config", "controls/random_freeze"], ["freeze.selector"]),
         (["--config", "methods/mifo", "--freeze", "null", "--freeze.selector", "random"], ["(--freeze.selector)"]),
-        (["--switch.size", "8"], ["switch.size: switch is off", "methods/interleave", "switch.p"]),
+        (["--buffer.size", "8"], ["buffer.size: buffer is off", "methods/interleave", "buffer.max_accuracy"]),
         (["--freeze", "{selector: random}"], ["freeze.selector"]),
         (["--config", "{drop: {during: rl}}"], ["drop.during", "drop.probability"]),
     ],

@@ -87,7 +87,7 @@ def test_held_out_questions_leave_training_and_nothing_is_lost() -> None:
 
 
 def test_work_items_hold_training_questions_only_and_demonstrations_of_the_same_question() -> None:
-    data = attached(holdout=11, schedule=Schedule(rl_steps=10, rl_questions=4, sft_batch=4, sft_before=3))
+    data = attached(holdout=11, schedule=Schedule(rl_steps=10, prompts_per_step=4, sft_batch=4, sft_before=3))
     held = {text for batches in evaluated(data).values() for text in texts(batches)}
     loader = data.train_dataloader()
     items = [(item["phase"], q) for item in loader for q in item["questions"]]
@@ -185,9 +185,9 @@ def test_a_test_without_rows_is_refused(tmp_path: Path) -> None:
         ({"eval_batch": 0}, r"data\.eval_batch: 0"),
         ({"max_prompt_tokens": 0}, r"data\.max_prompt_tokens: 0"),
         ({"max_response_tokens": 0}, r"data\.max_response_tokens: 0"),
-        ({"schedule": Schedule(rl_questions=0)}, r"data\.schedule\.rl_questions: 0"),
+        ({"schedule": Schedule(prompts_per_step=0)}, r"data\.schedule\.prompts_per_step: 0"),
         ({"fit_sizes": False, "holdout": 30}, r"data\.holdout: 30 .*30"),
-        ({"fit_sizes": False, "schedule": Schedule(rl_questions=32)}, r"rl_questions: 32 .*30"),
+        ({"fit_sizes": False, "schedule": Schedule(prompts_per_step=32)}, r"prompts_per_step: 32 .*30"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], text: str) -> None:

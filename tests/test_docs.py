@@ -53,7 +53,7 @@ def test_every_metric_that_a_run_logs_is_on_its_page(make_trainer: Callable[...,
     records = Records()
     module = make_module(
         reward=mifo.WeightedRewards({"right": mifo.LastAnswerReward(">")}),
-        policy=mifo.RLSettings(kl_coefficient=0.1, entropy_bonus=0.1),
+        loss=mifo.PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1),
     )
     data = make_data(val=mifo.Skills(["addition", "mirrored"], 8, split="val"))
     callbacks = [*method_callbacks(size=4), GradientDropping(during="rl"), *monitors(), SecondsByActivity(every=1)]
@@ -93,7 +93,7 @@ def test_every_key_of_the_reference_is_explained(generate: ModuleType) -> None:
         "model.group_size",
         "data.schedule.rl_steps",
         "freeze.fraction",
-        "switch.size",
+        "buffer.size",
     }
     assert not [key.name for key in keys if not key.meaning]
 

@@ -22,7 +22,7 @@ from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.steps import reinforcement as rl_module
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 
 class Scripted:
@@ -45,7 +45,7 @@ def pool(tokenizer: Any, signal: str) -> list[Question]:
 
 
 def sampler(tokenizer: Any, limit: int, **settings: Any) -> Reinforcement:
-    rules = RLSettings(dynamic_sampling=limit, **settings)
+    rules = PolicyLoss(dynamic_sampling=limit, **settings)
     return reinforcement(tokenizer, engine=Scripted(), settings=rules, group_size=2)
 
 
@@ -69,12 +69,12 @@ MIXED = "s...s.s.....s..s"
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 def test_further_questions_are_drawn_until_there_are_enough_or_the_limit_is_reached(tokenizer: Any, limit: int) -> None:
     qs = pool(tokenizer, MIXED)
-    rl, loader = sampler(tokenizer, limit), PhaseLoader(qs, Schedule(rl_questions=4, rl_steps=9))
+    rl, loader = sampler(tokenizer, limit), PhaseLoader(qs, Schedule(prompts_per_step=4, rl_steps=9))
     drawn, chosen, _ = roll_out(rl, loader)
     with_signal = [i for i, q in enumerate(drawn.questions) if q.text[0] == "1"]
     batches = len(drawn.questions) // 4
     assert len(rl.responder.engine.asked) == batches  # type: ignore[attr-defined]
-    order = [q.id for work in PhaseLoader(qs, Schedule(rl_questions=4, rl_steps=4)) for q in work["questions"]]
+    order = [q.id for work in PhaseLoader(qs, Schedule(prompts_per_step=4, rl_steps=4)) for q in work["questions"]]
     enough = next(n for n in (1, 2, 3, 4) if sum(qs[i].text[0] == "1" for i in order[: 4 * n]) >= 4)
     assert enough > 2
     assert batches == min(limit, enough)
@@ -85,7 +85,7 @@ def test_further_questions_are_drawn_until_there_are_enough_or_the_limit_is_reac
 def test_more_than_enough_is_cut_to_the_first(tokenizer: Any) -> None:
     rl = sampler(tokenizer, 3)
     qs = pool(tokenizer, "s.sss.ss")
-    loader = PhaseLoader(qs, Schedule(rl_questions=4, rl_steps=9), seed=1)
+    loader = PhaseLoader(qs, Schedule(prompts_per_step=4, rl_steps=9), seed=1)
     drawn, chosen, _ = roll_out(rl, loader)
     flags = [q.text[0] == "1" for q in drawn.questions]
     assert len(drawn.questions) == 8
@@ -94,13 +94,16 @@ def test_more_than_enough_is_cut_to_the_first(tokenizer: Any) -> None:
 
 
 def test_without_it_every_question_trains_and_none_is_asked_for(tokenizer: Any) -> None:
-    rl, loader = sampler(tokenizer, 0), PhaseLoader(pool(tokenizer, "." * 8), Schedule(rl_questions=4, rl_steps=2))
+    rl, loader = sampler(tokenizer, 0), PhaseLoader(pool(tokenizer, "." * 8), Schedule(prompts_per_step=4, rl_steps=2))
     drawn, chosen, _ = roll_out(rl, loader)
     assert (len(drawn.questions), chosen.picked, loader.position["more"]) == (4, [0, 1, 2, 3], 0)
 
 
 def test_no_question_comes_twice_within_an_epoch(tokenizer: Any) -> None:
-    rl, loader = sampler(tokenizer, 3), PhaseLoader(pool(tokenizer, "s.." * 16), Schedule(rl_questions=4, rl_steps=30))
+    rl, loader = (
+        sampler(tokenizer, 3),
+        PhaseLoader(pool(tokenizer, "s.." * 16), Schedule(prompts_per_step=4, rl_steps=30)),
+    )
     seen: list[int] = []
     while len(seen) < 96:
         seen += ids(roll_out(rl, loader)[0])
@@ -112,9 +115,9 @@ def test_dropped_groups_count_nowhere(policy: Policy, tokenizer: Any, aggregatio
     settings: dict[str, Any] = {"aggregation": aggregation, "kl_coefficient": 0.1, "entropy_bonus": 0.1}
     rl = sampler(tokenizer, 2, **settings)
     rl.set_reference(load_policy("embedded"))
-    loader = PhaseLoader(pool(tokenizer, MIXED), Schedule(rl_questions=4, rl_steps=9))
+    loader = PhaseLoader(pool(tokenizer, MIXED), Schedule(prompts_per_step=4, rl_steps=9))
     drawn, chosen, work = roll_out(rl, loader, policy)
-    plain = reinforcement(tokenizer, settings=RLSettings(**settings), group_size=2)
+    plain = reinforcement(tokenizer, settings=PolicyLoss(**settings), group_size=2)
     plain.set_reference(load_policy("embedded"))
     kept, found = drawn.select(chosen.picked), []
     assert 0 < len(kept.questions) < len(drawn.questions)
@@ -129,7 +132,7 @@ def test_dropped_groups_count_nowhere(policy: Policy, tokenizer: Any, aggregatio
 def test_a_step_without_any_signal_changes_nothing(policy: Policy, tokenizer: Any) -> None:
     rl = sampler(tokenizer, 2, kl_coefficient=0.1, entropy_bonus=0.1)
     rl.set_reference(load_policy("embedded"))
-    drawn, chosen, work = roll_out(rl, PhaseLoader(pool(tokenizer, "." * 16), Schedule(rl_questions=4, rl_steps=9)))
+    drawn, chosen, work = roll_out(rl, PhaseLoader(pool(tokenizer, "." * 16), Schedule(prompts_per_step=4, rl_steps=9)))
     assert len(drawn.questions) == 8
     rollout = rl.prepare(policy, work, drawn, chosen)
     found = gradient(policy, step_loss(rl, moved(policy), rollout))
@@ -198,9 +201,9 @@ def test_all_groups_reach_the_buffer_and_the_account_of_decoding(make_trainer: A
             return [float(text.startswith("7")) for text in responses]
 
     heard, engine = Heard(), Half()
-    switch = BufferPhaseSwitch(size=64, p=0.25)
-    module = make_module(engine=engine, reward=Seven(), policy=RLSettings(dynamic_sampling=3))
-    schedule = Schedule(rl_steps=3, rl_questions=4, sft_batch=4)
+    switch = BufferPhaseSwitch(size=64, max_accuracy=0.25)
+    module = make_module(engine=engine, reward=Seven(), loss=PolicyLoss(dynamic_sampling=3))
+    schedule = Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4)
     make_trainer([switch, heard]).fit(module, datamodule=make_data(schedule=schedule))
     assert len(engine.asked) > 3
     assert sum(map(len, heard.groups)) == sum(map(len, engine.asked))
@@ -219,4 +222,4 @@ def test_a_negative_limit_is_refused(tokenizer: Any) -> None:
 
 def test_it_would_drop_the_groups_that_need_demonstrations(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"dynamic_sampling: 3 is not allowed with model.mixing"):
-        reinforcement(tokenizer, settings=RLSettings(dynamic_sampling=3), mixing=Chord())
+        reinforcement(tokenizer, settings=PolicyLoss(dynamic_sampling=3), mixing=Chord())

@@ -78,9 +78,9 @@ def question(
 
 
 def evaluator(engine: Any, tokenizer: Any, reward: Reward | None = None, **changes: Any) -> Evaluator:
-    solved_at, seed = changes.pop("solved_at", 1.0), Seed(changes.pop("seed", 0), "seed")
+    success_threshold, seed = changes.pop("success_threshold", 1.0), Seed(changes.pop("seed", 0), "seed")
     settings = Evaluation(**{"samples": 4, "sampling": Sampling(0.6, max_new_tokens=14), **changes})
-    return Evaluator(Responder(engine, tokenizer, reward or LastAnswerReward(), solved_at, seed), settings)
+    return Evaluator(Responder(engine, tokenizer, reward or LastAnswerReward(), success_threshold, seed), settings)
 
 
 def nll(policy: Policy, q: Question) -> list[float]:
@@ -182,7 +182,7 @@ def test_every_evaluation_draws_with_the_same_keys_one_for_each_question(
 
 def test_a_graded_response_is_right_from_solved_at_on(policy: Policy, tokenizer: Any, cpu: torch.device) -> None:
     engine = Scripted({"1+1=": ["4<eos>", "5<eos>", "6<eos>", "9"]}, {"1+1=": ["5<eos>"]})
-    judge = evaluator(engine, tokenizer, Tenths(), solved_at=0.5)
+    judge = evaluator(engine, tokenizer, Tenths(), success_threshold=0.5)
     judge.reset(["a"], cpu)
     (sample,) = judge.update(policy, [question(tokenizer, "1+1=")], 0)
     values = numbers(judge.compute("val"))

@@ -18,19 +18,19 @@ OWN = "\n".join(
 TINY = [
     *("fit", "--config", "configs/tiny.yaml", "--trainer.logger", "false", "--trainer.profiler", "null"),
     *("--progress", "null", "--export", "null", "--data.val", "null", "--history", "{}", "--seed_everything", "1"),
-    *("--data.train.init_args.count", "64", "--data.schedule.rl_steps", "4", "--data.schedule.rl_questions", "8"),
+    *("--data.train.init_args.count", "64", "--data.schedule.rl_steps", "4", "--data.schedule.prompts_per_step", "8"),
     *("--data.schedule.sft_before", "2", "--data.schedule.sft_batch", "8", "--entropy", "null", "--importance", "null"),
-    *("--freeze", "null", "--switch", "null"),
+    *("--freeze", "null", "--buffer", "null"),
 ]
 EXTENSIONS = {
     "an SFT weight with a setting": ["--model.sft_weight", "own.Focal", "--model.sft_weight.gamma", "3"],
     "a method of mixing": ["--model.mixing", "own.Hardest", "--model.mixing.sft", "0.25"],
-    "a surrogate": ["--model.policy.surrogate", "own.Cubed"],
-    "an advantage": ["--model.policy.advantage", "own.Ranks"],
+    "a surrogate": ["--model.loss.surrogate", "own.Cubed"],
+    "an advantage": ["--model.loss.advantage", "own.Ranks"],
     "an engine of other numerics, corrected": [
         *("--model.engine", "own.Half", "--model.self_check", "false"),
-        *("--model.policy.correction", "mifo_lightning.losses.corrections.TruncatedImportance"),
-        *("--model.policy.correction.level", "sequence"),
+        *("--model.loss.correction", "mifo_lightning.losses.corrections.TruncatedImportance"),
+        *("--model.loss.correction.level", "sequence"),
     ],
     "a task": ["--data.train", "own.Doubles", "--data.train.count", "16"],
 }

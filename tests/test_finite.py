@@ -80,7 +80,7 @@ def test_a_run_resumed_between_two_broken_steps_stops_as_the_undisturbed_one(
 
 
 def test_a_run_that_ends_on_a_broken_step_has_not_finished(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    data = make_data(schedule=Schedule(rl_steps=3, rl_questions=4))
+    data = make_data(schedule=Schedule(rl_steps=3, prompts_per_step=4))
     with pytest.raises(TrainingError, match="the last optimizer step was skipped"), pytest.warns():
         make_trainer([Poison(2), ExportModel(str(tmp_path / "model"))]).fit(make_module(), datamodule=data)
     assert not (tmp_path / "model").exists()

@@ -24,7 +24,7 @@ def fitted(
 ) -> dict[str, tuple[int, int]]:
     """What is fitted to so many questions, two of three of them with a demonstration; the loader takes it."""
     switch = [BufferPhaseSwitch(size=size)] if size else []
-    plan = Schedule(**{"rl_steps": 2, "rl_questions": 4, "sft_batch": 4, **schedule})
+    plan = Schedule(**{"rl_steps": 2, "prompts_per_step": 4, "sft_batch": 4, **schedule})
     data = make_data(**ALONE, train=Numbered(count), holdout=holdout, schedule=plan)
     data.trainer = trainer_of(0, ranks, switch)
     with warnings.catch_warnings(record=True) as said:
@@ -49,23 +49,26 @@ def fitted(
     [
         ({"size": 20}, {}),
         ({"size": 6, "sft_epochs": 2}, {}),
-        ({"size": 24}, {"switch.size": 18, "data.schedule.sft_batch": 3}),  # six steps a phase, as asked for
-        ({"size": 24, "sft_batch": 24}, {"switch.size": 20, "data.schedule.sft_batch": 20}),
+        ({"size": 24}, {"buffer.size": 18, "data.schedule.sft_batch": 3}),  # six steps a phase, as asked for
+        ({"size": 24, "sft_batch": 24}, {"buffer.size": 20, "data.schedule.sft_batch": 20}),
         (
-            {"size": 128, "sft_batch": 64, "rl_questions": 32, "sft_epochs": 2},
-            {"switch.size": 20, "data.schedule.sft_batch": 10, "data.schedule.rl_questions": 30},
+            {"size": 128, "sft_batch": 64, "prompts_per_step": 32, "sft_epochs": 2},
+            {"buffer.size": 20, "data.schedule.sft_batch": 10, "data.schedule.prompts_per_step": 30},
         ),
-        ({"size": 6}, {"switch.size": 4}),
+        ({"size": 6}, {"buffer.size": 4}),
         ({"size": 7, "sft_batch": 8}, {"data.schedule.sft_batch": 7}),
-        ({"size": 7, "sft_batch": 8, "ranks": 2}, {"data.schedule.sft_batch": 6, "switch.size": 6}),
+        ({"size": 7, "sft_batch": 8, "ranks": 2}, {"data.schedule.sft_batch": 6, "buffer.size": 6}),
         ({"size": 7, "sft_batch": 64, "sft_epochs": 2}, {"data.schedule.sft_batch": 7}),  # a step an epoch
-        ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "switch.size": 4}),
+        ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "buffer.size": 4}),
         ({"sft_batch": 64, "sft_before": 2}, {"data.schedule.sft_batch": 20}),
-        ({"sft_batch": 64, "sft_after": 2, "rl_questions": 8, "ranks": 8}, {"data.schedule.sft_batch": 16}),
-        ({"rl_questions": 32}, {"data.schedule.rl_questions": 30}),
-        ({"rl_questions": 32, "minibatches": 4}, {"data.schedule.rl_questions": 28}),
-        ({"rl_questions": 32, "rl_steps": 1, "holdout": 30}, {"data.holdout": 6, "data.schedule.rl_questions": 24}),
-        ({"holdout": 29, "rl_questions": 2}, {"data.schedule.rl_questions": 1}),
+        ({"sft_batch": 64, "sft_after": 2, "prompts_per_step": 8, "ranks": 8}, {"data.schedule.sft_batch": 16}),
+        ({"prompts_per_step": 32}, {"data.schedule.prompts_per_step": 30}),
+        ({"prompts_per_step": 32, "minibatches": 4}, {"data.schedule.prompts_per_step": 28}),
+        (
+            {"prompts_per_step": 32, "rl_steps": 1, "holdout": 30},
+            {"data.holdout": 6, "data.schedule.prompts_per_step": 24},
+        ),
+        ({"holdout": 29, "prompts_per_step": 2}, {"data.schedule.prompts_per_step": 1}),
         ({"sft_batch": 64}, {}),
     ],
     ids=str,
@@ -88,14 +91,14 @@ def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_
     seen = {"as it is": 0, "fitted": 0, "refused": 0}
     choices = (range(1, 10), range(1, 10), (1, 2, 3), (None, *range(1, 10)), (1, 2, 3), (0, 1))
     for shown, batch, epochs, size, unit, before in itertools.product(*choices):
-        plan = Schedule(rl_steps=1, rl_questions=2 * unit, sft_batch=batch, sft_epochs=epochs, sft_before=before)
+        plan = Schedule(rl_steps=1, prompts_per_step=2 * unit, sft_batch=batch, sft_epochs=epochs, sft_before=before)
         other, taken = plan.fit_rl(shown, unit).fit_sft(shown, size, unit)
         if runs(plan, shown, size, unit):
             assert (other, taken) == (plan, size)
             seen["as it is"] += 1
         elif runs(other, shown, taken, unit):
             assert other.sft_batch <= batch
-            assert other.rl_questions <= plan.rl_questions
+            assert other.prompts_per_step <= plan.prompts_per_step
             assert (taken or 0) <= (size or 0)
             seen["fitted"] += 1
         else:
@@ -109,11 +112,17 @@ def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"size": 128, "sft_batch": 64, "ranks": 32, "rl_questions": 32}, r"rl_questions: 32 is more than the 30"),
-        ({"sft_batch": 64, "sft_before": 1, "ranks": 32, "rl_questions": 32}, r"rl_questions: 32 is more than the 30"),
+        (
+            {"size": 128, "sft_batch": 64, "ranks": 32, "prompts_per_step": 32},
+            r"prompts_per_step: 32 is more than the 30",
+        ),
+        (
+            {"sft_batch": 64, "sft_before": 1, "ranks": 32, "prompts_per_step": 32},
+            r"prompts_per_step: 32 is more than the 30",
+        ),
         ({"size": 6, "sft_batch": 3, "ranks": 2}, r"sft_batch: 3 does not divide by 2"),
-        ({"rl_questions": 5, "ranks": 2}, r"rl_questions: 5 does not divide by 2"),
-        ({"rl_questions": 64, "minibatches": 32}, r"rl_questions: 64 .*30"),
+        ({"prompts_per_step": 5, "ranks": 2}, r"prompts_per_step: 5 does not divide by 2"),
+        ({"prompts_per_step": 64, "minibatches": 32}, r"prompts_per_step: 64 .*30"),
     ],
     ids=str,
 )
@@ -127,9 +136,9 @@ def test_what_no_size_fits_and_what_ranks_and_minibatches_ask_for_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"size": 24}, r"switch\.size: 24 .*20"),
-        ({"size": 20, "holdout": 15}, r"switch\.size: 20"),
-        ({"size": 6}, r"sft_batch: 4 .* 6 .*switch\.size"),
+        ({"size": 24}, r"buffer\.size: 24 .*20"),
+        ({"size": 20, "holdout": 15}, r"buffer\.size: 20"),
+        ({"size": 6}, r"sft_batch: 4 .* 6 .*buffer\.size"),
     ],
     ids=str,
 )
@@ -137,7 +146,7 @@ def test_a_buffer_that_can_never_fill_or_does_not_divide_is_refused_where_nothin
     arguments: dict[str, Any], text: str
 ) -> None:
     callbacks = [BufferPhaseSwitch(size=arguments["size"])]
-    schedule = Schedule(rl_steps=1, rl_questions=4, sft_batch=4)
+    schedule = Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)
     data = attached(callbacks=callbacks, schedule=schedule, fit_sizes=False, holdout=arguments.get("holdout", 0))
     with pytest.raises(InputError, match=text):
         data.train_dataloader()
@@ -145,13 +154,15 @@ def test_a_buffer_that_can_never_fill_or_does_not_divide_is_refused_where_nothin
 
 def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: Any, tmp_path: Path) -> None:
     def fit(path: Path | None, **changes: Any) -> tuple[MifoModule, QuestionData, Any]:
-        schedule = Schedule(rl_steps=3, rl_questions=512, sft_batch=32, sft_epochs=2)
+        schedule = Schedule(rl_steps=3, prompts_per_step=512, sft_batch=32, sft_epochs=2)
         data = make_data(**ALONE, train=Skills(["addition", "mirrored"], 12), holdout=64, schedule=schedule)
         module, trainer = (
             make_module(),
-            make_trainer([*method_callbacks()[:-1], BufferPhaseSwitch(size=64, p=1.0)], max_epochs=-1, **changes),
+            make_trainer(
+                [*method_callbacks()[:-1], BufferPhaseSwitch(size=64, max_accuracy=1.0)], max_epochs=-1, **changes
+            ),
         )
-        with pytest.warns(UserWarning, match=r"switch\.size: 64 → 10"):
+        with pytest.warns(UserWarning, match=r"buffer\.size: 64 → 10"):
             trainer.fit(module, datamodule=data, ckpt_path=path)
         return module, data, trainer
 
@@ -161,7 +172,7 @@ def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: A
     resumed, same, trainer = fit(tmp_path / "cut.ckpt")
     assert trainer.global_step > 3
     assert data.fitted == same.fitted
-    assert data.fitted["data.schedule.rl_questions"] == (512, 10)
+    assert data.fitted["data.schedule.prompts_per_step"] == (512, 10)
     assert data.fitted["data.schedule.sft_batch"] == (32, 5)
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name

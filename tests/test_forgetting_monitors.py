@@ -86,7 +86,7 @@ def test_retention_is_counted_question_by_question(make_trainer: MakeTrainer) ->
     records, monitor = Records(), Forgetting(questions=5)
     module = make_module(engine=Exam(*(text for measurement in script for text in measurement)))
     trainer = make_trainer([BufferPhaseSwitch(size=8), monitor], logger=records)
-    schedule = Schedule(rl_steps=3, rl_questions=4, sft_batch=4)
+    schedule = Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4)
     data = make_data(val=VAL, schedule=schedule, eval_batch=2)
     trainer.fit(module, datamodule=data)  # two RL steps fill the buffer; the third begins the last RL phase
     found = monitor.summary()
@@ -108,7 +108,7 @@ def test_retention_is_counted_question_by_question(make_trainer: MakeTrainer) ->
 def test_every_so_many_rl_steps_accuracy_is_measured_inside_a_phase(make_trainer: MakeTrainer) -> None:
     records, monitor = Records(), Forgetting(questions=2, every=2)
     script = ["00", "00", "01", "00", "11", "00", "11", "10"]  # at the start, before steps 3 and 5, at the end
-    schedule = Schedule(rl_steps=5, rl_questions=4, passes=2)
+    schedule = Schedule(rl_steps=5, prompts_per_step=4, epochs_per_rollout=2)
     trainer = make_trainer([monitor], logger=records)
     trainer.fit(make_module(engine=Exam(*script)), datamodule=make_data(val=VAL, schedule=schedule))
     assert records.series("forgetting/addition/accuracy") == [0.0, 0.5, 1.0, 1.0]
@@ -161,7 +161,7 @@ def test_both_estimates_of_kl_are_unbiased() -> None:
 def test_the_kl_of_a_phase_is_that_of_the_policies_at_its_edges(make_trainer: MakeTrainer) -> None:
     monitor, edges = PhaseKL(prompts=512), Edges()
     module = make_module(sampling=Sampling(temperature=1.5, max_new_tokens=1), sft=AdamWSettings(lr=3e-3))
-    schedule = Schedule(rl_steps=2, rl_questions=4, sft_batch=8)
+    schedule = Schedule(rl_steps=2, prompts_per_step=4, sft_batch=8)
     data = make_data(train=Skills(["addition", "mirrored"], 512), schedule=schedule)
     make_trainer([BufferPhaseSwitch(size=8), monitor, edges]).fit(module, datamodule=data)
     assert edges.phases == ["rl", "sft"]
@@ -262,7 +262,11 @@ class Gradients(Callback):
 @pytest.mark.parametrize("selector", ["random", "rl_topk"])
 def test_overlap_is_that_of_the_unmasked_gradient(make_trainer: MakeTrainer, selector: Any) -> None:
     records, monitor, watch = Records(), FrozenOverlap(), Gradients()
-    callbacks = [ImportanceEMA(), GradientFreezing(fraction=0.3, selector=selector), BufferPhaseSwitch(8, p=0.75)]
+    callbacks = [
+        ImportanceEMA(),
+        GradientFreezing(fraction=0.3, selector=selector),
+        BufferPhaseSwitch(8, max_accuracy=0.75),
+    ]
     trainer = make_trainer([*callbacks, monitor, watch], logger=records)
     trainer.fit(make_module(micro_batches=2), datamodule=make_data())
     keys = ("frozen", "gradient", "gradient_squared")
@@ -278,7 +282,7 @@ def test_overlap_is_that_of_the_unmasked_gradient(make_trainer: MakeTrainer, sel
 @pytest.mark.parametrize("freezing", [[], [GradientFreezing(selector="none")]])
 def test_without_frozen_weights_there_is_no_overlap(make_trainer: MakeTrainer, freezing: list[Callback]) -> None:
     monitor = FrozenOverlap()
-    make_trainer([*freezing, BufferPhaseSwitch(8, p=0.75), monitor]).fit(
+    make_trainer([*freezing, BufferPhaseSwitch(8, max_accuracy=0.75), monitor]).fit(
         make_module(sampling=SAMPLING), datamodule=make_data()
     )
     assert monitor.summary()["phases"] == []

@@ -119,7 +119,7 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
     assert printed["model"]["model"] == BASE
     assert printed["data"]["schedule"]["rl_steps"] == 9
     assert printed["freeze"] is None
-    assert printed["switch"]["init_args"]["p"] == 0.5
+    assert printed["buffer"]["init_args"]["max_accuracy"] == 0.5
     assert printed["trainer"]["default_root_dir"] == str(tmp_path / "out" / "mifo" / "shipped" / "seed1")
     assert printed["trainer"]["logger"] is False
     assert printed["data"]["fit_sizes"] is False

@@ -41,10 +41,10 @@ SMALL = [
         "false",
         "--buffer_size",
         "8",
-        "--switch.p",
+        "--buffer.max_accuracy",
         "0.75",
     ),
-    *("--data.train.init_args.count", "64", "--data.schedule.rl_questions", "8", "--data.schedule.sft_batch", "8"),
+    *("--data.train.init_args.count", "64", "--data.schedule.prompts_per_step", "8", "--data.schedule.sft_batch", "8"),
     *("--data.val.init_args.count", "16", "--progress.lines", "100000"),
 ]
 ENDLESS = ["--data.schedule.rl_steps", "100000"]

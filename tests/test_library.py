@@ -31,7 +31,7 @@ ROWS = [
 ]  # in the symbols of the embedded model
 COLUMNS = mifo.Columns(prompt="question", truth="answer", target="solution")
 BASE = Path(mifo.__file__).parent / "assets" / "base"
-ONE = mifo.Schedule(rl_steps=1, rl_questions=4, sft_batch=4)
+ONE = mifo.Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)
 
 
 def test_every_public_name_is_there_and_none_is_loaded_before_it_is_used() -> None:
@@ -81,7 +81,7 @@ def test_a_model_is_named_by_its_directory_and_an_object_is_refused() -> None:
     ("name", "value", "said"),
     [
         ("group_size", 8, "data.group_size: 8 is not allowed; the module has 4"),
-        ("solved_at", 0.5, "data.solved_at: 0.5 is not allowed; the module has 1.0"),
+        ("success_threshold", 0.5, "data.success_threshold: 0.5 is not allowed; the module has 1.0"),
         (
             "reward",
             LastAnswerReward("!"),
@@ -176,7 +176,7 @@ def test_a_model_in_memory_is_trained_in_place(make_trainer: MakeTrainer) -> Non
 
 
 def test_a_checkpoint_gives_the_module_back_without_a_trainer(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    settings = {"policy": mifo.RLSettings(kl_coefficient=0.1), "sft": mifo.AdamWSettings(lr=3e-3, betas=(0.8, 0.9))}
+    settings = {"loss": mifo.PolicyLoss(kl_coefficient=0.1), "sft": mifo.AdamWSettings(lr=3e-3, betas=(0.8, 0.9))}
     module = make_module(reward=Coin(), **settings)
     make_trainer([LastCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True, max_epochs=-1).fit(
         module, make_data(schedule=ONE)
@@ -187,7 +187,7 @@ def test_a_checkpoint_gives_the_module_back_without_a_trainer(make_trainer: Make
     assert again.generate(["1+1=", "s:132="], samples=2) == module.generate(["1+1=", "s:132="], samples=2)
     assert again.group_size == module.group_size == 4
     assert again.sft_settings == settings["sft"]
-    assert again.reinforcement.settings == settings["policy"]
+    assert again.reinforcement.settings == settings["loss"]
     other = mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin(), group_size=6)
     assert other.group_size == 6
     torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
@@ -197,7 +197,9 @@ def test_a_checkpoint_gives_the_module_back_without_a_trainer(make_trainer: Make
 
 def test_early_stopping_acts_at_validations(make_trainer: MakeTrainer) -> None:
     stop = EarlyStopping("val/avg@1", mode="max", patience=2, stopping_threshold=2.0)
-    data = make_data(schedule=mifo.Schedule(rl_steps=20, rl_questions=4), val=mifo.Skills(["sorting"], 8, split="val"))
+    data = make_data(
+        schedule=mifo.Schedule(rl_steps=20, prompts_per_step=4), val=mifo.Skills(["sorting"], 8, split="val")
+    )
     module = make_module(reward=Coin(), rl=mifo.AdamWSettings(lr=0.0))  # nothing can become better
     trainer = make_trainer([stop], val_check_interval=2, limit_val_batches=1.0)
     trainer.fit(module, data)
@@ -206,7 +208,7 @@ def test_early_stopping_acts_at_validations(make_trainer: MakeTrainer) -> None:
 
 def test_the_best_checkpoint_by_what_training_logs(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="rollout/reward", mode="max", every_n_train_steps=1, save_top_k=1)
-    data = make_data(schedule=mifo.Schedule(rl_steps=4, rl_questions=4))
+    data = make_data(schedule=mifo.Schedule(rl_steps=4, prompts_per_step=4))
     make_trainer([best], enable_checkpointing=True).fit(make_module(reward=Coin()), data)
     assert best.best_model_score is not None
     assert Path(best.best_model_path).is_file()

@@ -19,7 +19,7 @@ def questions(n: int = 20, demonstrated: int = 10) -> list[Question]:
 
 def loader(n: int = 20, demonstrated: int = 10, **changes: Any) -> PhaseLoader:
     names = set(Schedule.__dataclass_fields__)
-    settings = {"rl_steps": 4, "rl_questions": 4, "sft_batch": 2}
+    settings = {"rl_steps": 4, "prompts_per_step": 4, "sft_batch": 2}
     schedule = Schedule(**{**settings, **{k: v for k, v in changes.items() if k in names}})
     rest = {k: v for k, v in changes.items() if k not in names}
     return PhaseLoader(questions(n, demonstrated), schedule, **rest)
@@ -46,7 +46,7 @@ def test_no_rollout_holds_a_question_twice() -> None:
 
 
 def test_a_pushed_phase_waits_for_all_updates_of_the_rollout() -> None:
-    it = loader(passes=2, minibatches=2, sft_epochs=2)
+    it = loader(epochs_per_rollout=2, minibatches=2, sft_epochs=2)
     first = next(it)
     it.push(entries(3, 1))
     items = [first, *it]
@@ -177,7 +177,7 @@ def test_a_restored_loader_goes_on_exactly(stop: int) -> None:
                 break
         return it
 
-    settings: dict[str, Any] = {"passes": 2, "sft_before": 1, "rl_questions": 4}
+    settings: dict[str, Any] = {"epochs_per_rollout": 2, "sft_before": 1, "prompts_per_step": 4}
     undisturbed: list[Any] = []
     for i, item in enumerate(it := loader(**settings)):
         undisturbed.append(brief(item))
@@ -207,16 +207,16 @@ def test_share_done_reaches_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"rl_questions": 3, "world_size": 2}, "rl_questions: 3"),
-        ({"rl_questions": 24}, "rl_questions: 24"),
+        ({"prompts_per_step": 3, "world_size": 2}, "prompts_per_step: 3"),
+        ({"prompts_per_step": 24}, "prompts_per_step: 24"),
         ({"sft_before": 1, "demonstrated": 0}, "sft_batch: 2"),
         ({"sft_before": 1, "sft_batch": 3, "world_size": 2}, "sft_batch: 3 does not divide by 2"),
-        ({"phase_size": 12}, "switch.size: 12"),
-        ({"phase_size": 22, "own_demonstrations": True}, "switch.size: 22"),
+        ({"phase_size": 12}, "buffer.size: 12"),
+        ({"phase_size": 22, "own_demonstrations": True}, "buffer.size: 22"),
         ({"phase_size": 5}, "sft_batch: 2 does not divide an SFT phase of 5"),
         ({"rl_steps": 0}, "rl_steps: 0"),
         ({"rl_steps": None, "sft_after": 3}, "sft_after: 3"),
-        ({"passes": 0}, "passes: 0"),
+        ({"epochs_per_rollout": 0}, "epochs_per_rollout: 0"),
     ],
 )
 def test_impossible_schedules_are_refused(changes: dict[str, Any], key: str) -> None:
@@ -230,15 +230,15 @@ def test_a_phase_that_leaves_a_partial_batch_is_refused() -> None:
 
 
 def test_other_questions_or_other_updates_are_refused_on_resume() -> None:
-    it = loader(passes=2)
+    it = loader(epochs_per_rollout=2)
     next(it)
     state = it.state_dict()
     with pytest.raises(InputError, match="20 then, 19 now"):
-        loader(n=19, passes=2).load_state_dict(state)
+        loader(n=19, epochs_per_rollout=2).load_state_dict(state)
     with pytest.raises(InputError, match="phase of 2 updates, which would now have 3"):
-        loader(passes=3).load_state_dict(state)
+        loader(epochs_per_rollout=3).load_state_dict(state)
     next(it)
-    extended = loader(passes=3, rl_steps=9)
+    extended = loader(epochs_per_rollout=3, rl_steps=9)
     extended.load_state_dict(it.state_dict())
     assert [next(extended)["rollout"] for _ in range(4)] == [1, 1, 1, 2]
 

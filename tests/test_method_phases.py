@@ -23,10 +23,10 @@ GROUPS = {
     "entropy": EntropyTokenSelection,
     "importance": ImportanceEMA,
     "freeze": GradientFreezing,
-    "switch": BufferPhaseSwitch,
+    "buffer": BufferPhaseSwitch,
 }
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
-BUFFERED = [name for name in METHODS if "switch" in configured(f"methods/{name}")]
+BUFFERED = [name for name in METHODS if "buffer" in configured(f"methods/{name}")]
 
 
 def merged(name: str, *keys: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_the_order_and_length_of_stages(name: str) -> None:
 def test_a_buffer_triggered_phase(name: str) -> None:
     it = loader(name, rl_steps=1)
     next(it)
-    it.push([{"id": i} for i in range(merged(name, "switch")["size"])])
+    it.push([{"id": i} for i in range(merged(name, "buffer")["size"])])
     phase = list(it)
     sizes = [len(work["questions"]) for work in phase]
     # ReLIFT: all 128 demonstrations in one optimizer step; the others: twice 128 in batches of 64
@@ -63,7 +63,7 @@ def test_a_buffer_triggered_phase(name: str) -> None:
 
 
 def test_which_questions_relift_buffers_and_in_which_order_they_leave() -> None:
-    buffer = BufferPhaseSwitch(**merged("relift", "switch")).buffer
+    buffer = BufferPhaseSwitch(**merged("relift", "buffer")).buffer
     groups = [{"id": n, "n_correct": n % 2, "size": 8, "has_demonstration": True} for n in range(6)]
     buffer.add(groups, 1)
     assert [entry["id"] for entry in buffer.take(2)] == [4, 2]
@@ -72,7 +72,7 @@ def test_which_questions_relift_buffers_and_in_which_order_they_leave() -> None:
 
 @pytest.mark.parametrize("name", [n for n in BUFFERED if n != "relift"])
 def test_the_gate_of_the_buffer_and_the_order_of_the_others(name: str) -> None:
-    buffer = BufferPhaseSwitch(**merged(name, "switch")).buffer
+    buffer = BufferPhaseSwitch(**merged(name, "buffer")).buffer
     buffer.add([{"id": n, "n_correct": n, "size": 8, "has_demonstration": True} for n in range(9)], 1)
     expected = [0, 1, 2, 3, 4] if name == "own_rollouts" else [0, 1]
     assert [entry["id"] for entry in buffer.take(9)] == expected
@@ -109,9 +109,9 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
     """A short run of a method: phases of 8 demonstrations, batches of 4, otherwise as shipped."""
     watch, model = Watch(), configured(f"methods/{name}").get("model", {})
     over = configured(f"methods/{name}")
-    small = {"size": 8, "p": max(0.5, over.get("switch", {}).get("p", 0.5))}
+    small = {"size": 8, "max_accuracy": max(0.5, over.get("buffer", {}).get("max_accuracy", 0.5))}
     callbacks = [
-        kind(**{**merged(name, key), **(small if key == "switch" else {})})
+        kind(**{**merged(name, key), **(small if key == "buffer" else {})})
         for key, kind in GROUPS.items()
         if key in over
     ]
@@ -122,7 +122,7 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
     before, after = (min(3, over.get("data", {}).get("schedule", {}).get(k, 0)) for k in ("sft_before", "sft_after"))
     batch = 8 if name == "relift" else 4
     steps = 0 if name == "sft" else 5
-    schedule = Schedule(rl_steps=steps, rl_questions=8, sft_batch=batch, sft_before=before, sft_after=after)
+    schedule = Schedule(rl_steps=steps, prompts_per_step=8, sft_batch=batch, sft_before=before, sft_after=after)
     make_trainer([watch, *callbacks]).fit(module, datamodule=make_data(schedule=schedule))
     watch.weights.append(weights(module))
     return watch, module

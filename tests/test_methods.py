@@ -32,7 +32,7 @@ from mifo_lightning.methods import SRFT
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 LONGEST = 14
 # mixed, all wrong, mixed and without a demonstration, all right; the truth is 7, what has no <eos> is wrong
@@ -249,7 +249,7 @@ def assert_formula(tokenizer: Any, rl: Reinforcement, formula: Callable[[Hand], 
 
 def test_every_shipped_loss_and_mixture_has_its_formula() -> None:
     shipped = {folder: {path.stem for path in (CONFIGS / folder).glob("*.yaml")} for folder in ("losses", "methods")}
-    own_loss = {name for name in shipped["methods"] if "policy" in configured(f"methods/{name}").get("model", {})}
+    own_loss = {name for name in shipped["methods"] if "loss" in configured(f"methods/{name}").get("model", {})}
     mixed = {name for name in shipped["methods"] if rl_settings(f"methods/{name}")[1]}
     expected = {f"losses/{n}" for n in shipped["losses"]} | {f"methods/{n}" for n in own_loss | mixed | {"rl"}}
     assert set(FORMULAS) == expected
@@ -281,7 +281,7 @@ def configured_rl(tokenizer: Any, name: str) -> Reinforcement:
     if name != EVERYTHING:
         settings, mixing = rl_settings(name)
         return reinforcement(tokenizer, settings=settings, mixing=mixing)
-    settings = RLSettings(aggregation="token", kl_coefficient=0.3, entropy_bonus=0.2, entropy_fraction=0.5)
+    settings = PolicyLoss(aggregation="token", kl_coefficient=0.3, entropy_bonus=0.2, entropy_fraction=0.5)
     mixing = SRFT()
     rl = reinforcement(tokenizer, settings=settings, mixing=mixing)
     rl.set_reference(moved(load_policy("embedded"), seed=7))

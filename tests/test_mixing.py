@@ -17,7 +17,7 @@ from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.steps.rows import Rows, training_rows
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 SHOWN = ("43>7<eos>", "65432>7<eos>", "", "7<eos>")
 # one of three right, none, one, all
@@ -34,7 +34,7 @@ def rows(tokenizer: Any, mixing: Mixing | None, *found: float, **settings: Any) 
     """Rows of four questions with three responses each; `found` are the demonstrations' rewards."""
     rewards = torch.tensor(found) if found else None
     supervised = mixing is not None and mixing.scales(0)[1] > 0
-    return training_rows(graded(tokenizer), RLSettings(advantage="group_mean", **settings), mixing, rewards, supervised)
+    return training_rows(graded(tokenizer), PolicyLoss(advantage="group_mean", **settings), mixing, rewards, supervised)
 
 
 def split(values: torch.Tensor, where: list[bool]) -> tuple[list[Any], list[Any]]:
@@ -128,7 +128,7 @@ def test_every_rl_step_of_a_run_mixes_at_its_own_weight(make_trainer: Any) -> No
     mixing, watch = Chord(0.9, 0.1, 2), Gradients()
     # without a right response only the SFT loss pushes; all steps have the same questions and the same model
     module = make_module(reward=Never(), mixing=mixing, rl=AdamWSettings(lr=0.0))
-    data = make_data(train=Skills(["addition", "mirrored"], 4), schedule=Schedule(rl_steps=3, rl_questions=4))
+    data = make_data(train=Skills(["addition", "mirrored"], 4), schedule=Schedule(rl_steps=3, prompts_per_step=4))
     make_trainer([watch]).fit(module, datamodule=data)
     at_one = {n: g / 0.9 for n, g in watch.found[0].items()}
     assert len(watch.found) == 3
@@ -137,7 +137,7 @@ def test_every_rl_step_of_a_run_mixes_at_its_own_weight(make_trainer: Any) -> No
 
 
 def test_demonstrations_are_graded_by_the_verifier_of_the_rollouts(policy: Policy, tokenizer: Any) -> None:
-    rl = reinforcement(tokenizer, mixing=Luffy(), settings=RLSettings(advantage="group_mean"))
+    rl = reinforcement(tokenizer, mixing=Luffy(), settings=PolicyLoss(advantage="group_mean"))
     qs = questions(tokenizer, ("43>7<eos>", "3>8<eos>"))  # the second one is wrong
     drawn = rl.draw(policy, qs, 0)
     assert [len(group) for group in drawn] == [3, 3]
@@ -151,7 +151,7 @@ def test_demonstrations_are_graded_by_the_verifier_of_the_rollouts(policy: Polic
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 def test_an_entropy_mask_leaves_demonstrations_whole(policy: Policy, tokenizer: Any, fraction: float) -> None:
-    rl = reinforcement(tokenizer, mixing=Chord(), settings=RLSettings(entropy_fraction=fraction))
+    rl = reinforcement(tokenizer, mixing=Chord(), settings=PolicyLoss(entropy_fraction=fraction))
     qs = questions(tokenizer, SHOWN)
     rollout = prepare(rl, policy, item(qs), rl.grade(qs, rl.draw(policy, qs, 0)))
     assert rollout.demonstrated is not None
@@ -173,7 +173,7 @@ def test_work_names_the_demonstrations_that_a_step_trained_on(make_trainer: Any)
 
     for mixing, all_shown in ((None, False), (Chord(), True), (Mixing(), False)):
         work = Work()
-        data = make_data(schedule=Schedule(rl_steps=2, rl_questions=4))
+        data = make_data(schedule=Schedule(rl_steps=2, prompts_per_step=4))
         make_trainer([work]).fit(make_module(mixing=mixing, micro_batches=2), datamodule=data)
         assert len(work.shown) == 2
         for found, asked in work.shown:

@@ -68,7 +68,7 @@ def test_a_run_leaves_a_model_with_its_template_and_card(tmp_path: Path, capsys:
     text = card.text.replace("\\", "")
     assert f"```\npython -m mifo_lightning {shlex.join(arguments)}\n```" in card.text
     assert "- Seed: 3" in text
-    for group in ("entropy (fraction 0.2, ", "freeze (fraction 0.5, ", "switch (size 8, p 0.5, "):
+    for group in ("entropy (fraction 0.2, ", "freeze (fraction 0.5, ", "buffer (size 8, max_accuracy 0.5, "):
         assert group in text
     assert "| train | addition | 32 | 32 |" in text
     assert "Results, before → after" in text
@@ -80,7 +80,7 @@ def test_text_of_the_data_is_no_markup() -> None:
     """A source may be called anything: it is one cell, and no tag, link or head of the card."""
     name = "a|b\n---\n<script>x</script> [link](http://x) `code` # **\x1b[31m"
     config = {
-        "model": {"model": "org/base", "policy": {}, "group_size": 8, "sampling": {}, "evaluation": {"sampling": {}}},
+        "model": {"model": "org/base", "loss": {}, "group_size": 8, "sampling": {}, "evaluation": {"sampling": {}}},
         "data": {"schedule": {}},
         "seed_everything": 0,
     }

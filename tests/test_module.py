@@ -23,7 +23,7 @@ from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -46,14 +46,14 @@ class Watch(Callback):
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "kl": {"policy": RLSettings(kl_coefficient=0.1)},
-    "entropy mask": {"policy": RLSettings(entropy_fraction=0.2)},
+    "kl": {"loss": PolicyLoss(kl_coefficient=0.1)},
+    "entropy mask": {"loss": PolicyLoss(entropy_fraction=0.2)},
     "mixed": {
-        "policy": RLSettings(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
+        "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
         "sft_weight": "flow",
     },
-    "dynamic sampling": {"policy": RLSettings(dynamic_sampling=3), "sft_weight": "dft"},
+    "dynamic sampling": {"loss": PolicyLoss(dynamic_sampling=3), "sft_weight": "dft"},
 }
 
 
@@ -68,7 +68,7 @@ def test_gradients_of_chunks_add_up_to_those_of_one_batch(
         # learning rate 0 in both phases: each step's gradient is of the same weights
         still = AdamWSettings(lr=0.0)
         module = make_module(rl=still, sft=still, micro_batches=micro, **SETTINGS[setting])
-        schedule = Schedule(rl_steps=3, rl_questions=8, sft_batch=8, passes=2)
+        schedule = Schedule(rl_steps=3, prompts_per_step=8, sft_batch=8, epochs_per_rollout=2)
         callbacks = [watch, *method_callbacks(size=8)[:1], method_callbacks(size=8)[3]]
         make_trainer(callbacks).fit(module, datamodule=make_data(schedule=schedule))
         runs.append(watch)
@@ -129,7 +129,7 @@ def test_frozen_coordinates_stand_still_and_the_rest_moves(
     module = make_module(
         rl=AdamWSettings(lr=5e-4, weight_decay=0.1), sft=AdamWSettings(lr=1e-3, weight_decay=0.1), moments=moments
     )
-    schedule = Schedule(rl_steps=5, rl_questions=8, sft_batch=4)
+    schedule = Schedule(rl_steps=5, prompts_per_step=8, sft_batch=4)
     trainer = make_trainer([*method_callbacks(size=8), watch], precision=precision)
     trainer.fit(module, datamodule=make_data(schedule=schedule))
     watch.weights.append(weights(module))
@@ -153,24 +153,24 @@ class SaveAll(ModelCheckpoint):
         super().__init__(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=False)
 
 
-PASSES, MINIBATCHES = {"passes": 2}, {"minibatches": 2}
+PASSES, MINIBATCHES = {"epochs_per_rollout": 2}, {"minibatches": 2}
 RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "mifo, two passes": ({"policy": RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)}, PASSES),
+    "mifo, two passes": ({"loss": PolicyLoss(kl_coefficient=0.05, entropy_fraction=0.5)}, PASSES),
     "keep moments, minibatches": ({"moments": "keep"}, MINIBATCHES),
     "demonstrations inside a pass": (
-        {"mixing": Chord(0.9, 0.1, 3), "policy": RLSettings(entropy_bonus=0.1)},
+        {"mixing": Chord(0.9, 0.1, 3), "loss": PolicyLoss(entropy_bonus=0.1)},
         {**PASSES, "rl_steps": 2},
     ),
     "a sum, failed questions, bonuses": (
         {
             "mixing": HPT(),
-            "policy": RLSettings("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
+            "loss": PolicyLoss("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
             "sft_entropy_bonus": 0.1,
         },
         {**PASSES, "rl_steps": 2},
     ),
     "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
-    "dynamic sampling, flow": ({"policy": RLSettings(dynamic_sampling=2), "sft_weight": "flow"}, {"rl_steps": 3}),
+    "dynamic sampling, flow": ({"loss": PolicyLoss(dynamic_sampling=2), "sft_weight": "flow"}, {"rl_steps": 3}),
 }
 
 
@@ -179,7 +179,7 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(
     make_trainer: MakeTrainer, tmp_path: Path, name: str
 ) -> None:
     changes, plan = RESUMES[name]
-    data = {"schedule": Schedule(**{"rl_steps": 4, "rl_questions": 4, "sft_batch": 4, **plan})}
+    data = {"schedule": Schedule(**{"rl_steps": 4, "prompts_per_step": 4, "sft_batch": 4, **plan})}
     watch = Watch()
     module = make_module(micro_batches=2, **changes)
     trainer = make_trainer([*method_callbacks(), watch, SaveAll(tmp_path)], enable_checkpointing=True)
@@ -228,7 +228,7 @@ def test_rollouts_without_signal_change_nothing_but_momentum(make_trainer: MakeT
 
 def test_chunks_share_the_rows_with_signal_and_idle_ones_give_none() -> None:
     advantages = GroupStd()(torch.tensor([[1.0, 0, 0, 0], [0.0] * 4, [1.0] * 4])).flatten()
-    rollout = rollout_of(RLSettings(), torch.ones(12, 2, dtype=torch.bool), advantages, 14)
+    rollout = rollout_of(PolicyLoss(), torch.ones(12, 2, dtype=torch.bool), advantages, 14)
     rollout.active = advantages != 0
     parts = [(part, part.rl.weight) for part in rollout.chunks(0, 6) if part.rl is not None]
     assert len(parts) == 6
@@ -270,7 +270,7 @@ def test_lightnings_own_accumulation_is_refused(make_trainer: MakeTrainer) -> No
 def test_a_finished_run_can_be_extended(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     def fit(name: str, rl_steps: int, ckpt: Path | None = None) -> MifoModule:
         module = make_module()
-        schedule = Schedule(rl_steps=rl_steps, rl_questions=4, sft_batch=4)
+        schedule = Schedule(rl_steps=rl_steps, prompts_per_step=4, sft_batch=4)
         callbacks = [*method_callbacks(), LastCheckpoint(dirpath=str(tmp_path / name))]
         trainer = make_trainer(callbacks, enable_checkpointing=True, max_epochs=-1)
         trainer.fit(module, datamodule=make_data(schedule=schedule), ckpt_path=ckpt)

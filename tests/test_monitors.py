@@ -48,7 +48,7 @@ def test_samples_of_rollouts_and_evaluations_are_appended(make_trainer: MakeTrai
         engine = Sums(True)
         module = make_module(engine=engine)
         splits = {name: Skills(["addition"], 5, split=name) for name in ("val", "test")}  # type: ignore[arg-type]
-        schedule = Schedule(rl_steps=5, rl_questions=4, passes=2)
+        schedule = Schedule(rl_steps=5, prompts_per_step=4, epochs_per_rollout=2)
         data = additions(**splits, schedule=schedule, eval_batch=2)
         trainer = make_trainer([SampleTable(every=2, per_evaluation=3)], limit_val_batches=1.0, val_check_interval=5)
         asked = {name: [r["prompt"][0]["content"] for r in rows.rows()][:3] for name, rows in splits.items()}
@@ -114,7 +114,7 @@ def test_the_update_norm_is_that_of_the_change_of_the_weights(
 def test_every_optimizer_step_is_logged_once_and_whole(make_trainer: MakeTrainer, micro_batches: int) -> None:
     records, watch = Records(), Weights()
     callbacks = [EntropyTokenSelection(fraction=0.25), BufferPhaseSwitch(size=8), watch]
-    schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=8)
+    schedule = Schedule(rl_steps=4, prompts_per_step=4, sft_batch=8)
     module = make_module(engine=Sums(False), rl=AdamWSettings(lr=1e-4), micro_batches=micro_batches)
     make_trainer(callbacks, logger=records).fit(module, datamodule=additions(schedule=schedule))
     assert watch.phases == ["rl", "rl", "sft", "rl", "rl", "sft"]

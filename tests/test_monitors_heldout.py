@@ -117,7 +117,7 @@ def test_without_held_out_demonstrations_there_is_no_held_out_loss(make_trainer:
 
 @pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
 def test_the_held_out_loss_needs_a_datamodule(make_trainer: MakeTrainer) -> None:
-    loader = PhaseLoader([Question(0, "s", "1+1=", [3, 12, 3, 14], "2")], Schedule(rl_steps=1, rl_questions=1))
+    loader = PhaseLoader([Question(0, "s", "1+1=", [3, 12, 3, 14], "2")], Schedule(rl_steps=1, prompts_per_step=1))
     with pytest.raises(InputError, match=r"^heldout: .* datamodule"):
         make_trainer([HeldOutLoss()]).fit(make_module(engine=Sums(True)), train_dataloaders=loader)
 

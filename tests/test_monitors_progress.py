@@ -23,7 +23,7 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_progress_without_a_terminal_is_a_few_plain_lines(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    callbacks = [BufferPhaseSwitch(size=8, p=0.5), PhaseProgress(lines=3)]
+    callbacks = [BufferPhaseSwitch(size=8, max_accuracy=0.5), PhaseProgress(lines=3)]
     trainer = make_trainer(callbacks, enable_progress_bar=True)
     trainer.fit(make_module(engine=Sums(False)), datamodule=additions())
     # four wrong answers fill half of the buffer; buffer-triggered phases take no share of the run
@@ -38,7 +38,7 @@ def test_progress_counts_planned_sft_and_names_its_phase(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     callbacks = [BufferPhaseSwitch(size=8), PhaseProgress(lines=100)]
-    schedule = Schedule(rl_steps=2, rl_questions=4, sft_batch=4, sft_before=1, sft_after=1)
+    schedule = Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4, sft_before=1, sft_after=1)
     trainer = make_trainer(callbacks, enable_progress_bar=True)
     trainer.fit(make_module(engine=Sums(True)), datamodule=additions(schedule=schedule))
     lines = [line.split("  ") for line in lines_of(capsys)]
@@ -54,7 +54,7 @@ def test_progress_counts_planned_sft_and_names_its_phase(
 def test_progress_shows_the_reward_of_the_step_it_names(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    schedule = Schedule(rl_steps=4, rl_questions=4)
+    schedule = Schedule(rl_steps=4, prompts_per_step=4)
     trainer = make_trainer([PhaseProgress(lines=4)], enable_progress_bar=True)
     trainer.fit(make_module(engine=Sums(True, False, False, True)), datamodule=additions(schedule=schedule))
     assert lines_of(capsys) == [
@@ -68,7 +68,7 @@ def test_progress_shows_the_reward_of_the_step_it_names(
 def test_progress_without_a_number_of_rl_steps_follows_the_trainer(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    schedule = Schedule(rl_steps=None, rl_questions=4)
+    schedule = Schedule(rl_steps=None, prompts_per_step=4)
     trainer = make_trainer([PhaseProgress(lines=2)], enable_progress_bar=True, max_steps=4, max_epochs=-1)
     trainer.fit(make_module(engine=Sums(True)), datamodule=additions(schedule=schedule))
     assert lines_of(capsys) == [" 50%  RL step 2  reward 1.00", "100%  RL step 4  reward 1.00"]
@@ -94,7 +94,7 @@ def test_rollouts_and_evaluations_that_last_are_lines_with_their_speed(
 ) -> None:
     trainer = make_trainer([PhaseProgress(seconds=1e-9)], enable_progress_bar=True, limit_val_batches=1.0)
     module = make_module()
-    data = make_data(holdout=16, eval_batch=8, schedule=Schedule(rl_steps=1, rl_questions=4))
+    data = make_data(holdout=16, eval_batch=8, schedule=Schedule(rl_steps=1, prompts_per_step=4))
     trainer.validate(module, data, verbose=False)
     lines = decoding_lines(capsys)
     assert re.fullmatch(r"evaluation: batch 1 of 2, 0 of 8 responses, token 1 of at most 14, \d+ tokens/s", lines[1]), (
@@ -110,7 +110,7 @@ def test_rollouts_and_evaluations_that_last_are_lines_with_their_speed(
 def test_short_rollouts_print_nothing_of_their_decoding(
     make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = make_data(schedule=Schedule(rl_steps=2, rl_questions=4))
+    data = make_data(schedule=Schedule(rl_steps=2, prompts_per_step=4))
     make_trainer([PhaseProgress()], enable_progress_bar=True).fit(make_module(), datamodule=data)
     assert decoding_lines(capsys) == []
 

@@ -98,7 +98,7 @@ def test_actions_add_up_to_activities(clock: Callable[[float], None]) -> None:
 def test_a_run_is_accounted_for_by_activity(make_trainer: MakeTrainer) -> None:
     profiler, records = ActivityProfiler(), Records()
     trainer = make_trainer([*method_callbacks(size=8), SecondsByActivity(every=2)], profiler=profiler, logger=records)
-    trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=4, rl_questions=4, sft_batch=4)))
+    trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4)))
     seconds = profiler.by_activity(trainer.callbacks)
     assert seconds.keys() >= {*METHOD, "training", "rollout", "reward", "scoring", "forward", "backward"}
     inside = ("rollout", "reward", "scoring", "forward", "backward")
@@ -123,9 +123,9 @@ def test_a_subclass_is_accounted_for_in_its_configuration_group(make_trainer: Ma
 
     method = [EntropyTokenSelection(), Louder(), GradientFreezing(), GradientDropping(0.5, "rl")]
     profiler, costs = ActivityProfiler(), Costs()
-    callbacks = [*method, Chatty(size=8, p=0.75), Stranger(), costs]
+    callbacks = [*method, Chatty(size=8, max_accuracy=0.75), Stranger(), costs]
     trainer = make_trainer(callbacks, profiler=profiler)
-    trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=3, rl_questions=4, sft_batch=4)))
+    trainer.fit(make_module(), datamodule=make_data(schedule=Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4)))
     assert profiler.by_activity(trainer.callbacks).keys() >= {*METHOD, "dropping"}
     assert costs.summary()["callbacks"].keys() >= {"ImportanceEMA", "BufferPhaseSwitch", "GradientDropping", "Stranger"}
     assert not costs.summary()["callbacks"].keys() & {"Louder", "Chatty", "PhaseCallback"}
@@ -174,7 +174,7 @@ def test_the_summary_compares_the_first_validation_with_the_last(make_trainer: M
     summary, engine = RunSummary(), Sums(False)
     module, data = (
         make_module(engine=engine),
-        additions(holdout=4, schedule=Schedule(rl_steps=1, rl_questions=4, sft_batch=4)),
+        additions(holdout=4, schedule=Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)),
     )
     trainer = make_trainer([summary, BufferPhaseSwitch(size=4)], limit_val_batches=1.0, num_sanity_val_steps=0)
     trainer.validate(module, data, verbose=False)

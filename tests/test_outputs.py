@@ -21,7 +21,7 @@ from mifo_lightning.policy.loading import load_policy, load_tokenizer
 from mifo_lightning.policy.policy import Policy
 
 MakeTrainer = Callable[..., Trainer]
-ONE = Schedule(rl_steps=1, rl_questions=4)
+ONE = Schedule(rl_steps=1, prompts_per_step=4)
 
 
 def contents(root: Path) -> dict[Path, tuple[int, bytes]]:
@@ -32,8 +32,8 @@ def contents(root: Path) -> dict[Path, tuple[int, bytes]]:
 def test_a_second_run_in_the_same_directory_is_refused_before_it_evaluates(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    arguments = short(tmp_path, data__schedule__rl_steps="1", trainer__enable_checkpointing="true", switch="null")
-    del arguments[arguments.index("--switch.size") : arguments.index("--switch.size") + 4]
+    arguments = short(tmp_path, data__schedule__rl_steps="1", trainer__enable_checkpointing="true", buffer="null")
+    del arguments[arguments.index("--buffer.size") : arguments.index("--buffer.size") + 4]
     main(arguments)
     before = contents(tmp_path)
     line = refused(capsys, *arguments)
@@ -54,7 +54,7 @@ def test_a_run_goes_on_in_its_own_directory_but_not_in_that_of_another(
     def fit(root: Path, ckpt: Path | None = None, steps: int = 1) -> None:
         callbacks = [ExportModel(), LastCheckpoint()]
         trainer = make_trainer(callbacks, default_root_dir=root, enable_checkpointing=True, max_epochs=-1)
-        data = make_data(schedule=Schedule(rl_steps=steps, rl_questions=4))
+        data = make_data(schedule=Schedule(rl_steps=steps, prompts_per_step=4))
         trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt)
 
     for name in ("a", "b"):

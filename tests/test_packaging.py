@@ -28,7 +28,7 @@ SHORT = {
     "trainer.logger": "false",
     "trainer.enable_checkpointing": "false",
     "data.schedule.rl_steps": "2",
-    "data.schedule.rl_questions": "8",
+    "data.schedule.prompts_per_step": "8",
     "data.train.init_args.count": "64",
     "data.val.init_args.count": "8",
 }

@@ -21,7 +21,7 @@ from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 MakeTrainer = Callable[..., Trainer]
 VAL = Skills(["addition", "mirrored"], 12, split="val")
@@ -95,7 +95,7 @@ def test_two_sft_phases_in_a_row_are_two_phases_to_everything(make_trainer: Make
         method = [GradientFreezing(selector="random"), Push(2)]
         trainer = make_trainer([*method, *found, watch, SaveAll(tmp_path)], enable_checkpointing=True)
         module = make_module(reward=Coin())
-        schedule = Schedule(rl_steps=1, rl_questions=4, sft_batch=4, sft_after=2)
+        schedule = Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4, sft_after=2)
         trainer.fit(module, datamodule=make_data(val=VAL, holdout=4, schedule=schedule), ckpt_path=ckpt)
         return watch, module, summaries(found)
 
@@ -132,7 +132,7 @@ def ended(
     """`summary.json` and module of a run that is validated before and after; two RL steps bring 8 questions."""
     limits = {key: changes.pop(key) for key in ("max_steps",) if key in changes}
     summary, saver = RunSummary(), SaveAll(path)
-    callbacks = [BufferPhaseSwitch(size=size, p=1.0), summary, Costs(), saver]
+    callbacks = [BufferPhaseSwitch(size=size, max_accuracy=1.0), summary, Costs(), saver]
     trainer = make_trainer(
         callbacks,
         limit_val_batches=1.0,
@@ -143,7 +143,7 @@ def ended(
         **limits,
     )
     module = make_module(reward=Coin(), sft=AdamWSettings(lr=sft_lr))
-    settings = {"rl_steps": rl_steps, "rl_questions": 4, "sft_batch": 4, **changes}
+    settings = {"rl_steps": rl_steps, "prompts_per_step": 4, "sft_batch": 4, **changes}
     data = make_data(train=Skills(["addition"], 64), val=VAL, schedule=Schedule(**settings), eval_batch=8)
     if ckpt is None:
         trainer.validate(module, data, verbose=False)
@@ -180,8 +180,8 @@ def test_the_score_before_the_last_sft_survives_and_changes_no_bit(make_trainer:
             k: record[k] for k in ("before", "after_rl", "after", "ends_on")
         }
         assert equal(weights(resumed), weights(module))
-    trainer, plain = make_trainer([BufferPhaseSwitch(size=8, p=1.0)]), make_module(reward=Coin())
-    schedule = Schedule(rl_steps=2, rl_questions=4, sft_batch=4)
+    trainer, plain = make_trainer([BufferPhaseSwitch(size=8, max_accuracy=1.0)]), make_module(reward=Coin())
+    schedule = Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4)
     trainer.fit(plain, datamodule=make_data(train=Skills(["addition"], 64), schedule=schedule))
     assert equal(weights(plain), weights(module))
     # the account of an extended run knows nothing of its earlier end
@@ -218,7 +218,7 @@ def test_a_step_without_gradient_moves_nothing_if_told_and_is_counted(
         )
         rl = AdamWSettings(lr=5e-4, weight_decay=0.1, schedule="linear", decay_steps=8)
         module = make_module(reward=Coin(), rl=rl, skip_zero_gradient=skip, micro_batches=micro)
-        schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4)
+        schedule = Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4)
         trainer.fit(module, datamodule=make_data(schedule=schedule), ckpt_path=ckpt)
         assert trainer.global_step == 6
         return watch, log, module
@@ -248,14 +248,14 @@ class Same(Reward):
         return [1.0] * len(responses)
 
 
-@pytest.mark.parametrize("policy", [RLSettings(), RLSettings(dynamic_sampling=2)])
-def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: MakeTrainer, policy: RLSettings) -> None:
+@pytest.mark.parametrize("policy", [PolicyLoss(), PolicyLoss(dynamic_sampling=2)])
+def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: MakeTrainer, policy: PolicyLoss) -> None:
     log = Records()
     module = make_module(reward=Same(), policy=policy, skip_zero_gradient=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_trainer([Start := Watch()], logger=log)
-        trainer.fit(module, datamodule=make_data(schedule=Schedule(rl_steps=2, rl_questions=4)))
+        trainer.fit(module, datamodule=make_data(schedule=Schedule(rl_steps=2, prompts_per_step=4)))
     assert equal(weights(module), Start.weights[0])
     assert log.series("rl/zero_gradient_steps") == [1, 2]
     assert log.series("rollout/groups_trained") == [0, 0]
@@ -265,7 +265,7 @@ def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: M
 def test_groups_that_train_are_counted(make_trainer: MakeTrainer) -> None:
     log = Records()
     make_trainer(logger=log).fit(
-        make_module(reward=Coin()), datamodule=make_data(schedule=Schedule(rl_steps=6, rl_questions=4))
+        make_module(reward=Coin()), datamodule=make_data(schedule=Schedule(rl_steps=6, prompts_per_step=4))
     )
     trained = log.series("rollout/groups_trained")
     without = log.series("rollout/groups_without_signal")
@@ -279,7 +279,7 @@ def test_groups_that_train_are_counted(make_trainer: MakeTrainer) -> None:
 @pytest.mark.parametrize(
     ("moments", "changes", "size", "text"),
     [
-        ("reset", {}, 4, r"(switch.size x data.schedule.sft_epochs / data.schedule.sft_batch = 1)"),
+        ("reset", {}, 4, r"(buffer.size x data.schedule.sft_epochs / data.schedule.sft_batch = 1)"),
         ("reset", {"sft_before": 1}, None, r"(data.schedule.sft_before = 1)"),
         ("reset", {"sft_epochs": 2, "sft_after": 2}, 4, ""),
         ("keep", {}, 4, ""),
@@ -290,7 +290,7 @@ def test_an_sft_phase_of_one_step_with_fresh_moments_is_said(
     make_trainer: MakeTrainer, moments: Any, changes: dict[str, Any], size: int | None, text: str
 ) -> None:
     switch = [BufferPhaseSwitch(size=size)] if size else []
-    schedule = Schedule(**{"rl_steps": 1, "rl_questions": 4, "sft_batch": 4, **changes})
+    schedule = Schedule(**{"rl_steps": 1, "prompts_per_step": 4, "sft_batch": 4, **changes})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make_trainer(switch).fit(make_module(moments=moments), datamodule=make_data(schedule=schedule))

@@ -11,7 +11,7 @@ from torch import Tensor
 from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
 from mifo_lightning.losses.surrogates import Clipped
 from mifo_lightning.methods import Luffy
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 LOSSES = sorted(path.stem for path in (CONFIGS / "losses").glob("*.yaml"))
 LONGEST = 4  # tokens that sampling allows
@@ -109,7 +109,7 @@ def test_no_probability_ratio_is_so_large_that_a_gradient_is_lost(
 
 
 def test_without_a_clip_every_ratio_pushes() -> None:
-    rl = reinforcement(None, settings=RLSettings(surrogate="unclipped", aggregation="constant"))
+    rl = reinforcement(None, settings=PolicyLoss(surrogate="unclipped", aggregation="constant"))
     scores = {"logp_old": THEN.log()}
     loss, grad, metrics = evaluate(rl, NOW.log(), torch.zeros(2, 2), MASK, torch.tensor([1.0, -1.0]), LONGEST, **scores)
     assert loss.item() == pytest.approx(-(6 + 0.5 - 1.1) / 8)
@@ -125,7 +125,7 @@ def test_a_ratio_is_clipped_where_it_would_go_on_gaining(
     ratio: Any, advantage: float, r: float, expected: float
 ) -> None:
     logp, old = torch.log(torch.tensor([[0.2 * r, 0.3 * r]])), torch.log(torch.tensor([[0.2, 0.3]]))
-    settings = RLSettings(ratio=ratio, clip_low=0.3, clip_high=0.4)
+    settings = PolicyLoss(ratio=ratio, clip_low=0.3, clip_high=0.4)
     loss, grad, metrics = evaluate(
         reinforcement(None, settings=settings), logp, old, old < 0, torch.tensor([advantage]), 2, logp_old=old
     )
@@ -137,7 +137,7 @@ def test_a_ratio_is_clipped_where_it_would_go_on_gaining(
 
 
 def test_the_share_of_truncated_ratios() -> None:
-    rl = reinforcement(None, settings=RLSettings(surrogate="truncated", ratio_cap=0.7, aggregation="token"))
+    rl = reinforcement(None, settings=PolicyLoss(surrogate="truncated", ratio_cap=0.7, aggregation="token"))
     for sign in (1, -1):  # 6 and 1.1 are above the cap, 0.5 is not; the advantage does not matter
         advantages = sign * torch.tensor([1.0, -1.0])
         _, _, metrics = evaluate(rl, NOW.log(), torch.zeros(2, 2), MASK, advantages, LONGEST, logp_old=THEN.log())
@@ -146,7 +146,7 @@ def test_the_share_of_truncated_ratios() -> None:
 
 def test_kl_to_the_reference_by_hand() -> None:
     reference = torch.tensor([[0.3, 0.1], [0.55, 0.1]])
-    rl = reinforcement(None, settings=RLSettings(kl_coefficient=0.5))
+    rl = reinforcement(None, settings=PolicyLoss(kl_coefficient=0.5))
     scores = {"logp_old": NOW.log(), "logp_ref": reference.log()}
     loss, grad, metrics = evaluate(rl, NOW.log(), torch.zeros(2, 2), MASK, torch.zeros(2), LONGEST, **scores)
     kl = (0.5 - math.log(0.5) - 1) / 4  # only the first token differs: d = log(0.3 / 0.6)
@@ -180,7 +180,7 @@ def test_the_entropy_bonus_is_taken_off_the_loss_and_weighs_tokens_alike() -> No
         ("constant", 3.5 / 8),
         ("sum", 64 * 3.5 / 8),
     ):
-        settings = RLSettings(entropy_bonus=0.25, aggregation=aggregation)  # type: ignore[arg-type]
+        settings = PolicyLoss(entropy_bonus=0.25, aggregation=aggregation)  # type: ignore[arg-type]
         rollout = rollout_of(settings, MASK, torch.zeros(2), LONGEST, logp_old=NOW.log())
         loss, metrics = reinforcement(None, settings=settings).objective(rollout, NOW.log(), entropy)
         assert loss.item() == pytest.approx(-0.25 * expected)
@@ -204,7 +204,7 @@ def test_tokens_outside_the_entropy_mask_do_not_push_but_count(name: str) -> Non
 @pytest.mark.parametrize("clip", [(0.5, 0.9), (3e-4, 4e-4)])
 def test_a_sequences_ratio_under_an_entropy_mask_is_that_of_each_token(clip: tuple[float, float]) -> None:
     """log s_t = sg(log s) + logp_t - sg(logp_t): with all tokens kept the same loss and gradient as without a mask."""
-    settings = RLSettings(ratio="sequence", clip_low=clip[0], clip_high=clip[1])
+    settings = PolicyLoss(ratio="sequence", clip_low=clip[0], clip_high=clip[1])
     batch, mask = random_batch()
     logp, old, entropy, advantages = (batch[k] for k in ("logp", "logp_old", "entropy", "advantages"))
     rl, scores = reinforcement(None, settings=settings), {"logp_old": old}
@@ -220,7 +220,7 @@ def test_a_sequences_ratio_under_an_entropy_mask_is_that_of_each_token(clip: tup
 
 def test_a_demonstration_has_no_ratio_but_the_shaped_probability() -> None:
     mixing = Luffy(shape=0.1)
-    rl = reinforcement(None, settings=RLSettings(), mixing=mixing)
+    rl = reinforcement(None, settings=PolicyLoss(), mixing=mixing)
     scores = {"logp_old": THEN.log(), "demonstrated": torch.tensor([[True, True], [False, False]])}
     loss, grad, metrics = evaluate(rl, NOW.log(), torch.zeros(2, 2), MASK, torch.tensor([1.0, -1.0]), LONGEST, **scores)
     f = [p / (p + 0.1) for p in (0.6, 0.1)]
@@ -232,7 +232,7 @@ def test_a_demonstration_has_no_ratio_but_the_shaped_probability() -> None:
 
 
 def test_kl_and_bonus_are_about_the_policys_own_tokens() -> None:
-    settings = RLSettings(kl_coefficient=0.5, entropy_bonus=0.25)
+    settings = PolicyLoss(kl_coefficient=0.5, entropy_bonus=0.25)
     scores = {"logp_old": NOW.log(), "logp_ref": torch.tensor([[0.3, 0.1], [0.11, 0.1]]).log()}
     shown = {"demonstrated": torch.tensor([[True, True], [False, False]])}
     rl = reinforcement(None, settings=settings, mixing=Luffy())
@@ -252,7 +252,7 @@ def random_batch(seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     return {**batch, "advantages": torch.randn(6)}, torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5])[:, None]
 
 
-def loss_of_rows(settings: RLSettings, batch: dict[str, Tensor], mask: Tensor, rows: Any) -> dict[str, Tensor]:
+def loss_of_rows(settings: PolicyLoss, batch: dict[str, Tensor], mask: Tensor, rows: Any) -> dict[str, Tensor]:
     """Loss and metrics of some rows of a batch that is one optimizer step."""
     rl, rest = reinforcement(None, settings=settings), dict(batch)
     logp, entropy, advantages = (rest.pop(name) for name in ("logp", "entropy", "advantages"))
@@ -304,4 +304,4 @@ def test_the_default_settings_are_those_of_the_function() -> None:
     weight = token_weights(mask, "sequence", sequences=6, tokens=20, max_length=7)
     loss, _ = policy_loss(batch["logp"], batch["logp_old"], batch["advantages"], weight, surrogate=Clipped())
     rest = {k: v for k, v in batch.items() if k != "keep"}
-    assert loss == loss_of_rows(RLSettings(), rest, mask, torch.arange(6))["loss"]
+    assert loss == loss_of_rows(PolicyLoss(), rest, mask, torch.arange(6))["loss"]

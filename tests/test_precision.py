@@ -21,7 +21,7 @@ from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.evaluation import Evaluation
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 MakeTrainer = Callable[..., Trainer]
 Seen = dict[str, set[torch.dtype]]
@@ -84,14 +84,14 @@ def test_every_forward_of_a_run_has_the_precision_of_the_run(
         num_sanity_val_steps=0,
     )
     module = make_module(
-        policy=RLSettings(kl_coefficient=0.1),
+        loss=PolicyLoss(kl_coefficient=0.1),
         micro_batches=2,  # entropies of the whole SFT step need a forward of their own
         sft_weight="flow",
         evaluation=Evaluation(samples=1, greedy=True, sampling=SAMPLING),
     )
     data = make_data(
         val=Skills(["addition", "mirrored"], 8, split="val"),
-        schedule=Schedule(rl_steps=3, rl_questions=4, sft_batch=4, passes=2),
+        schedule=Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2),
     )
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, datamodule=data)

@@ -230,7 +230,7 @@ def test_long_demonstrations_go_and_the_question_stays() -> None:
 def test_demonstrations_are_verified_as_rollouts_are() -> None:
     reward = Graded()
     rows = [row(truth=f"t{n}", solution=text) for n, text in enumerate([">1.0<|eos|>", ">0.5", ">?", ">0.7", None])]
-    questions, drops = build(rows, reward=reward, solved_at=0.7)
+    questions, drops = build(rows, reward=reward, success_threshold=0.7)
     assert [question.demonstration is not None for question in questions] == [True, False, False, True, False]
     assert drops.by_reason() == {"demonstration wrong": 2}
     assert set(reward.seen) == {(">1.0", "t0"), (">0.5", "t1"), (">?", "t2"), (">0.7", "t3")}

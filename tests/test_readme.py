@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_trains_on_the_file_with_the_reward(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = re.search(r"^python -m mifo_lightning (.*mine\.yaml.*)$", SECTION, re.M)
     assert command
-    with pytest.warns(UserWarning, match=r"^data\.schedule\.rl_questions: 32 → 4, "):
+    with pytest.warns(UserWarning, match=r"^data\.schedule\.prompts_per_step: 32 → 4, "):
         main([*shlex.split(command[1]), "--trainer.logger", "false"])
     assert "mine-holdout" in capsys.readouterr().out
     summary = json.loads((here / "runs" / "tiny" / "summary.json").read_text())

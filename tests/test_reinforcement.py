@@ -30,7 +30,7 @@ from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_rollouts_of_one_question_differ_between_the_steps_of_a_run(make_trainer
     for _ in range(2):
         engine = Noting()
         module = make_module(engine=engine, rl=AdamWSettings(lr=0.0), sampling=Sampling(2.0, max_new_tokens=14))
-        schedule = Schedule(rl_steps=4, rl_questions=4)
+        schedule = Schedule(rl_steps=4, prompts_per_step=4)
         make_trainer().fit(module, datamodule=make_data(schedule=schedule, train=Skills(["addition", "mirrored"], 4)))
         runs.append([(prompts, drawn_tokens(completions)) for prompts, completions in engine.drawn])
     assert runs[0] == runs[1]
@@ -93,7 +93,7 @@ def test_rollouts_of_one_question_differ_between_the_steps_of_a_run(make_trainer
 
 
 def test_a_graded_reward_counts_as_correct_from_solved_at_on(policy: Policy, tokenizer: Any) -> None:
-    rl = reinforcement(tokenizer, reward=Tenths(), solved_at=0.5)
+    rl = reinforcement(tokenizer, reward=Tenths(), success_threshold=0.5)
     qs = questions(tokenizer)[:2]
     completions = groups_of(tokenizer, "4<eos>", "5<eos>", "9<eos>", "9", "0<eos>", "1<eos>", "2<eos>", "3<eos>")
     graded = rl.grade(qs, completions)
@@ -162,7 +162,7 @@ def test_what_an_rl_step_logs_of_its_rollouts(make_trainer: Callable[..., Traine
     engine, records = Noting(), Records()
     module = make_module(engine=engine, reward=Erring(), rl=AdamWSettings(lr=0.0))
     make_trainer(logger=records, log_every_n_steps=1).fit(
-        module, datamodule=make_data(schedule=Schedule(rl_steps=1, rl_questions=4))
+        module, datamodule=make_data(schedule=Schedule(rl_steps=1, prompts_per_step=4))
     )
     ((_, completions),) = engine.drawn
     assert records.series("rollout/reward_errors", "rollout/reward_timeouts") == [3, 2]
@@ -183,7 +183,7 @@ def test_the_tokens_of_highest_entropy_of_each_minibatch_push_the_policy(
 ) -> None:
     temperature = 0.7
     rl = reinforcement(
-        tokenizer, sampling=Sampling(temperature, max_new_tokens=14), settings=RLSettings(entropy_fraction=fraction)
+        tokenizer, sampling=Sampling(temperature, max_new_tokens=14), settings=PolicyLoss(entropy_fraction=fraction)
     )
     qs = questions(tokenizer)
     work = item(qs, minibatches=minibatches, updates=minibatches)
@@ -221,7 +221,7 @@ def test_without_an_entropy_mask_all_tokens_push(policy: Policy, tokenizer: Any)
 
 def test_old_and_reference_scores_are_those_of_the_sampling_temperature(tokenizer: Any) -> None:
     rl = reinforcement(
-        tokenizer, sampling=Sampling(0.7, max_new_tokens=14), settings=RLSettings(kl_coefficient=0.1), group_size=2
+        tokenizer, sampling=Sampling(0.7, max_new_tokens=14), settings=PolicyLoss(kl_coefficient=0.1), group_size=2
     )
     old, reference = load_policy("embedded"), load_policy("embedded")
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_old_and_reference_scores_are_those_of_the_sampling_temperature(tokenize
 def test_the_reference_is_still_the_initial_model_after_training(
     make_trainer: Callable[..., Trainer], tokenizer: Any
 ) -> None:
-    module = make_module(policy=RLSettings(kl_coefficient=0.1), rl=AdamWSettings(lr=5e-3))
+    module = make_module(loss=PolicyLoss(kl_coefficient=0.1), rl=AdamWSettings(lr=5e-3))
     make_trainer().fit(module, datamodule=make_data())
     assert all(name.startswith("policy.") for name in module.state_dict())
     qs, rl = questions(tokenizer), module.reinforcement
@@ -263,7 +263,7 @@ def test_the_reference_is_still_the_initial_model_after_training(
 
 
 def test_rollouts_leave_the_weights_alone(policy: Policy, tokenizer: Any) -> None:
-    rl, qs = reinforcement(tokenizer, settings=RLSettings(entropy_fraction=0.5)), questions(tokenizer)
+    rl, qs = reinforcement(tokenizer, settings=PolicyLoss(entropy_fraction=0.5)), questions(tokenizer)
     before = weights(policy)  # type: ignore[arg-type]
     prepare(rl, policy, item(qs), rl.grade(qs, rl.draw(policy, qs, 0)))
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in policy.named_parameters())

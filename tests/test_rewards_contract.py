@@ -16,7 +16,7 @@ from mifo_lightning.errors import InputError
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
-from mifo_lightning.rewards.grading import FailureWatch, check_solved_at, grade_answers
+from mifo_lightning.rewards.grading import FailureWatch, check_success_threshold, grade_answers
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward
 from mifo_lightning.rewards.weighted import FormatReward, OverlongPenalty, WeightedRewards
@@ -102,17 +102,19 @@ def test_any_finite_score_is_legal_and_a_cut_off_response_never_gets_more_than_n
 
 
 @pytest.mark.parametrize(
-    ("failed", "best", "solved_at", "good"),
+    ("failed", "best", "success_threshold", "good"),
     [(0, 1, 1, 1), (0, 1, 1.5, 0), (0, 1, 0, 0), (-10, 0, -0.5, 1), (-10, 0, -10, 0), (0, math.inf, math.inf, 0)],
 )
-def test_solved_at_lies_in_the_range_of_the_reward(failed: float, best: float, solved_at: float, good: bool) -> None:
+def test_solved_at_lies_in_the_range_of_the_reward(
+    failed: float, best: float, success_threshold: float, good: bool
+) -> None:
     reward = here(lambda responses: [], failed=failed)
     reward.best = best
     if good:
-        check_solved_at(solved_at, reward)
+        check_success_threshold(success_threshold, reward)
         return
-    with pytest.raises(InputError, match=r"model.solved_at: .* is not allowed; for FunctionReward"):
-        check_solved_at(solved_at, reward)
+    with pytest.raises(InputError, match=r"model.success_threshold: .* is not allowed; for FunctionReward"):
+        check_success_threshold(success_threshold, reward)
 
 
 @pytest.mark.parametrize("result", [[np.float32(0.5), np.int64(1)], np.array([0.5, 1.0]), (0.5, True), iter([0.5, 1])])
@@ -182,7 +184,7 @@ def test_weighted_rewards_keep_their_parts_and_say_who_judges() -> None:
     cut = grade_answers(reward, QUESTIONS, ["2", "x>4"], [5, 7], [False, False])
     assert cut.rewards == [0, -0.5]
     assert cut.judged == [0, 0]
-    check_solved_at(1.0, reward)
+    check_success_threshold(1.0, reward)
     assert grade_answers(reward, [], [], []).components == {"right": [], "format": [], "long": []}
     with pytest.raises(InputError, match=r"\['rihgt'\] given, allowed are right"):
         WeightedRewards({"right": LastAnswerReward()}, {"rihgt": 1.0})

@@ -28,7 +28,7 @@ from mifo_lightning.rewards.weighted import OverlongPenalty, WeightedRewards
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.respond import Responder
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 CPU = torch.device("cpu")
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
@@ -53,7 +53,7 @@ def test_a_penalty_pushes_but_does_not_change_who_is_correct(policy: Policy, tok
 
 
 def test_a_penalty_gives_a_group_that_is_all_wrong_no_place_in_dynamic_sampling(policy: Policy, tokenizer: Any) -> None:
-    rl = reinforcement(tokenizer, reward=summed(), settings=RLSettings(dynamic_sampling=1), group_size=2)
+    rl = reinforcement(tokenizer, reward=summed(), settings=PolicyLoss(dynamic_sampling=1), group_size=2)
     qs = questions(tokenizer)[:3]
     texts = [("3>8<eos>", "543>8<eos>"), ("3>7<eos>", "543>7<eos>"), ("3>7<eos>", "3>8<eos>")]
     graded = rl.grade(qs, [group for pair in texts for group in groups_of(tokenizer, *pair)])
@@ -79,7 +79,7 @@ def test_truncated_answers_push_nothing_and_count_in_no_denominator(
 ) -> None:
     found = {}
     for mask in (False, True):
-        settings = RLSettings(aggregation=aggregation, mask_truncated=mask, entropy_bonus=0.1)
+        settings = PolicyLoss(aggregation=aggregation, mask_truncated=mask, entropy_bonus=0.1)
         rl = reinforcement(tokenizer, settings=settings)
         qs = questions(tokenizer)[:1]
         graded = rl.grade(qs, groups_of(tokenizer, *TEXTS))
@@ -94,7 +94,7 @@ def test_truncated_answers_push_nothing_and_count_in_no_denominator(
 
 
 def test_a_step_of_nothing_but_truncated_answers_has_no_gradient(policy: Policy, tokenizer: Any) -> None:
-    rl = reinforcement(tokenizer, settings=RLSettings(mask_truncated=True, entropy_bonus=0.1))
+    rl = reinforcement(tokenizer, settings=PolicyLoss(mask_truncated=True, entropy_bonus=0.1))
     qs = questions(tokenizer)[:1]
     work = item(qs)
     rollout = prepare(rl, policy, work, rl.grade(qs, groups_of(tokenizer, "3>7", "4", "5", "6>7")))
@@ -109,13 +109,13 @@ def test_an_rl_step_in_which_every_check_fails_stops_the_run(
     with pytest.raises(
         InputError, match=r"every check of FunctionReward failed, 16 of .* RL step.*no server at port 80"
     ):
-        make_trainer().fit(module, datamodule=make_data(schedule=Schedule(rl_steps=1, rl_questions=4)))
+        make_trainer().fit(module, datamodule=make_data(schedule=Schedule(rl_steps=1, prompts_per_step=4)))
     assert len([record for record in caplog.records if record.name == "mifo_lightning.rewards.base"]) == 1
 
 
 def test_the_parts_of_a_sum_are_logged_in_training(make_trainer: Callable[..., Trainer]) -> None:
     records = Records()
-    data = make_data(reward=summed(), schedule=Schedule(rl_steps=1, rl_questions=4))
+    data = make_data(reward=summed(), schedule=Schedule(rl_steps=1, prompts_per_step=4))
     make_trainer(logger=records, log_every_n_steps=1).fit(make_module(reward=summed()), datamodule=data)
     (right,), (penalty,) = records.series("rollout/reward/right"), records.series("rollout/reward/long")
     assert 0 <= right <= 1
@@ -261,7 +261,7 @@ reward:
 """
     )
     flags = "--trainer.logger false --trainer.enable_checkpointing false --data.schedule.rl_steps 1 "
-    flags += "--data.schedule.rl_questions 8 --data.train.init_args.count 512 --data.val.init_args.count 8 "
+    flags += "--data.schedule.prompts_per_step 8 --data.train.init_args.count 512 --data.val.init_args.count 8 "
     flags += f"--history {{}} --trainer.default_root_dir {tmp_path}"
     main(["fit", "--config", TINY, "--config", str(over), *flags.split()])
     summary = json.loads((tmp_path / "summary.json").read_text())

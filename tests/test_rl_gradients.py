@@ -29,7 +29,7 @@ from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 
 def grpo_gradient(
@@ -58,26 +58,26 @@ def grpo_gradient(
 @pytest.mark.parametrize(
     ("settings", "passes", "micro_batches"),
     [
-        (RLSettings(), 1, 1),
-        (RLSettings(), 2, 4),
-        (RLSettings(kl_coefficient=1.0), 2, 2),
-        (RLSettings(entropy_bonus=0.5), 2, 2),
+        (PolicyLoss(), 1, 1),
+        (PolicyLoss(), 2, 4),
+        (PolicyLoss(kl_coefficient=1.0), 2, 2),
+        (PolicyLoss(entropy_bonus=0.5), 2, 2),
     ],
     ids=["on policy", "two passes", "kl", "entropy bonus"],
 )
 def test_the_gradient_is_that_of_the_sampling_temperature(
-    make_trainer: Callable[..., Trainer], tokenizer: Any, settings: RLSettings, passes: int, micro_batches: int
+    make_trainer: Callable[..., Trainer], tokenizer: Any, settings: PolicyLoss, passes: int, micro_batches: int
 ) -> None:
     engine, watch = Noting(), Gradients()
     module = make_module(
         engine=engine,
         reward=Coin(),
-        policy=settings,
+        loss=settings,
         sampling=Sampling(0.7, max_new_tokens=14),
         rl=AdamWSettings(lr=0.0),
         micro_batches=micro_batches,
     )
-    schedule = Schedule(rl_steps=1, rl_questions=4, passes=passes)
+    schedule = Schedule(rl_steps=1, prompts_per_step=4, epochs_per_rollout=passes)
     make_trainer([watch]).fit(module, datamodule=make_data(schedule=schedule))
     (drawn,) = engine.drawn
     bonus = settings.entropy_bonus
@@ -90,9 +90,9 @@ def test_the_gradient_is_that_of_the_sampling_temperature(
         assert relative(gradient, expected) < 1e-4
 
 
-@pytest.mark.parametrize("settings", [RLSettings(), RLSettings(kl_coefficient=0.1), RLSettings(entropy_bonus=0.1)])
+@pytest.mark.parametrize("settings", [PolicyLoss(), PolicyLoss(kl_coefficient=0.1), PolicyLoss(entropy_bonus=0.1)])
 def test_micro_batches_hold_every_sequence_that_pushes_once(
-    policy: Policy, tokenizer: Any, settings: RLSettings
+    policy: Policy, tokenizer: Any, settings: PolicyLoss
 ) -> None:
     rl = reinforcement(tokenizer, settings=settings)
     qs = questions(tokenizer)[:3]
@@ -122,7 +122,7 @@ def test_micro_batches_hold_every_sequence_that_pushes_once(
 
 
 def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, tokenizer: Any) -> None:
-    rl, qs = reinforcement(tokenizer, settings=RLSettings(kl_coefficient=0.1)), questions(tokenizer)
+    rl, qs = reinforcement(tokenizer, settings=PolicyLoss(kl_coefficient=0.1)), questions(tokenizer)
     completions = groups_of(tokenizer, *[f"{i}>7<eos>" for i in range(8)], *["3>8<eos>"] * 8)
     rollout = prepare(rl, policy, item(qs, minibatches=2, updates=4), rl.grade(qs, completions))
     for update in range(4):
@@ -138,12 +138,12 @@ def test_updates_work_on_their_own_minibatch_in_every_pass(policy: Policy, token
 @pytest.mark.parametrize(
     "settings",
     [
-        RLSettings(),
-        RLSettings(entropy_fraction=0.5, kl_coefficient=0.1),
-        RLSettings(aggregation="sum", entropy_bonus=0.1),
+        PolicyLoss(),
+        PolicyLoss(entropy_fraction=0.5, kl_coefficient=0.1),
+        PolicyLoss(aggregation="sum", entropy_bonus=0.1),
     ],
 )
-def test_a_rollout_survives_its_state(policy: Policy, tokenizer: Any, settings: RLSettings) -> None:
+def test_a_rollout_survives_its_state(policy: Policy, tokenizer: Any, settings: PolicyLoss) -> None:
     rl, qs = reinforcement(tokenizer, settings=settings), questions(tokenizer)
     rl.set_reference(load_policy("embedded") if settings.kl_coefficient else None)
     rollout = prepare(rl, policy, item(qs, updates=2), rl.grade(qs, rl.draw(policy, qs, 0)))

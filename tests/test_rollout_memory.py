@@ -100,7 +100,7 @@ def test_a_run_that_halved_resumes_to_the_same_bits(
         module.responder.engine = engine
         saver = ModelCheckpoint(tmp_path / f"{steps}", save_last=True, every_n_train_steps=1)
         trainer = make_trainer([saver], enable_checkpointing=True, max_steps=steps)
-        data = make_data(schedule=Schedule(rl_steps=3, rl_questions=4))
+        data = make_data(schedule=Schedule(rl_steps=3, prompts_per_step=4))
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=False)
         return module, engine
 

@@ -25,7 +25,7 @@ from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.rollout.engine import Completion
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 MakeTrainer = Callable[..., Trainer]
 VAL = Skills(["addition", "mirrored"], 12, split="val")
@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_ends_with_the_records_of_an_undisturbed_one(
             default_root_dir=directory,
             **changes,
         )
-        schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)
+        schedule = Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)
         trainer.fit(
             make_module(micro_batches=2), datamodule=make_data(val=VAL, holdout=4, schedule=schedule), ckpt_path=ckpt
         )
@@ -105,8 +105,8 @@ class Halves:
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_costs_are_those_counted_by_hand(make_trainer: MakeTrainer, micro_batches: int) -> None:
     costs, records, profiler = Costs(), Records(), ActivityProfiler()
-    data = make_data(train=Skills(["addition"], 64), schedule=Schedule(rl_steps=1, rl_questions=4, sft_batch=4))
-    trainer = make_trainer([BufferPhaseSwitch(size=4, p=0.5), costs], logger=records, profiler=profiler)
+    data = make_data(train=Skills(["addition"], 64), schedule=Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4))
+    trainer = make_trainer([BufferPhaseSwitch(size=4, max_accuracy=0.5), costs], logger=records, profiler=profiler)
     module = make_module(engine=Halves(), micro_batches=micro_batches)
     trainer.fit(module, datamodule=data)
     lengths = {len(q.prompt) + len(q.demonstration or []) for q in data.train_dataloader().questions}
@@ -131,8 +131,8 @@ def test_costs_are_those_counted_by_hand(make_trainer: MakeTrainer, micro_batche
 
 def test_repetitions_and_extra_forwards_count(make_trainer: MakeTrainer) -> None:
     costs = Costs()
-    schedule = Schedule(rl_steps=2, rl_questions=4, sft_batch=4, sft_epochs=3, passes=2)
-    callbacks = [EntropyTokenSelection(), BufferPhaseSwitch(size=8, p=0.5), costs]
+    schedule = Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4, sft_epochs=3, epochs_per_rollout=2)
+    callbacks = [EntropyTokenSelection(), BufferPhaseSwitch(size=8, max_accuracy=0.5), costs]
     data = make_data(train=Skills(["addition"], 64), schedule=schedule)
     make_trainer(callbacks).fit(make_module(engine=Halves(), micro_batches=2), datamodule=data)
     rl, sft = costs.summary()["rl"], costs.summary()["sft"]
@@ -146,17 +146,17 @@ def test_repetitions_and_extra_forwards_count(make_trainer: MakeTrainer) -> None
 @pytest.mark.parametrize(
     ("settings", "forwards"),
     [
-        (RLSettings(entropy_fraction=0.5), 1),
-        (RLSettings(kl_coefficient=0.1), 1),
-        (RLSettings(entropy_fraction=0.5, kl_coefficient=0.1), 2),
+        (PolicyLoss(entropy_fraction=0.5), 1),
+        (PolicyLoss(kl_coefficient=0.1), 1),
+        (PolicyLoss(entropy_fraction=0.5, kl_coefficient=0.1), 2),
     ],
 )
 def test_an_entropy_mask_and_a_reference_cost_a_forward_each(
-    make_trainer: MakeTrainer, settings: RLSettings, forwards: int
+    make_trainer: MakeTrainer, settings: PolicyLoss, forwards: int
 ) -> None:
     costs = Costs()
-    data = make_data(train=Skills(["addition"], 64), schedule=Schedule(rl_steps=1, rl_questions=4))
-    make_trainer([costs]).fit(make_module(engine=Halves(), policy=settings), datamodule=data)
+    data = make_data(train=Skills(["addition"], 64), schedule=Schedule(rl_steps=1, prompts_per_step=4))
+    make_trainer([costs]).fit(make_module(engine=Halves(), loss=settings), datamodule=data)
     assert costs.summary()["rl"]["scored_tokens"] == forwards * 224
 
 

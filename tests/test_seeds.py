@@ -17,7 +17,7 @@ from mifo_lightning.cli import main
 from mifo_lightning.data.schedule import Schedule
 
 MakeTrainer = Callable[..., Trainer]
-TWO = Schedule(rl_steps=2, rl_questions=4, sft_batch=4)
+TWO = Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4)
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,7 @@ def fitted(
     make_trainer: MakeTrainer, callbacks: list[Callback], ckpt: Path | None = None, **changes: Any
 ) -> MifoModule:
     module = make_module(**changes)
-    data = make_data(schedule=Schedule(rl_steps=3, rl_questions=4, sft_batch=4, passes=2))
+    data = make_data(schedule=Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2))
     trainer = make_trainer(callbacks, enable_checkpointing=bool(callbacks))
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
     return module

@@ -251,7 +251,7 @@ def test_a_gradient_is_clipped_to_its_phase_and_frozen_coordinates_do_not_count(
     steps = Steps()
     rl, sft = AdamWSettings(lr=5e-4, clip=limits["rl"]), AdamWSettings(lr=1e-3, clip=limits["sft"])
     module = make_module(reward=Coin(), rl=rl, sft=sft, micro_batches=2)
-    schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4)
+    schedule = Schedule(rl_steps=4, prompts_per_step=8, sft_batch=4)
     trainer = make_trainer([*method_callbacks(size=8), steps])
     trainer.fit(module, datamodule=make_data(schedule=schedule))
     assert len(steps.phases) == len(steps.raw) == len(steps.clipped) == trainer.global_step
@@ -275,7 +275,7 @@ def test_learning_rates_and_settings_follow_the_steps_of_their_own_phase_kind(
     rl = AdamWSettings(lr=1e-4, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1, warmup_steps=100)
     sft = AdamWSettings(lr=1e-3, schedule="linear", decay_steps=50, min_ratio=0.5)
     steps = Steps()
-    schedule = Schedule(rl_steps=4, rl_questions=8, sft_batch=4, passes=2, sft_before=3, sft_after=2)
+    schedule = Schedule(rl_steps=4, prompts_per_step=8, sft_batch=4, epochs_per_rollout=2, sft_before=3, sft_after=2)
     trainer = make_trainer([method_callbacks(size=8)[3], steps])
     module = make_module(reward=Coin(), rl=rl, sft=sft, moments=moments, micro_batches=2)
     trainer.fit(module, datamodule=make_data(schedule=schedule))

@@ -42,7 +42,9 @@ def test_a_flag_that_would_do_nothing_or_never_end_is_refused(make_trainer: Make
     trainer = make_trainer(max_epochs=-1, **{flag: value})
     # so that without the refusal the test ends
     with pytest.raises(InputError, match=re.escape(f"trainer.{flag}: {value} is not allowed")):
-        trainer.fit(make_module(engine=Sums(True)), datamodule=additions(schedule=Schedule(rl_steps=2, rl_questions=4)))
+        trainer.fit(
+            make_module(engine=Sums(True)), datamodule=additions(schedule=Schedule(rl_steps=2, prompts_per_step=4))
+        )
 
 
 def test_a_learning_rate_monitor_is_refused_in_favour_of_the_rates_that_are_logged(make_trainer: MakeTrainer) -> None:
@@ -69,7 +71,7 @@ def test_flags_that_work(
     seen = Evaluations()
     settings = {"limit_val_batches": 1.0, "num_sanity_val_steps": 0, "max_epochs": -1, **flags}
     trainer = make_trainer([seen], **settings)
-    data = additions(holdout=3, eval_batch=1, schedule=Schedule(rl_steps=4, rl_questions=4))
+    data = additions(holdout=3, eval_batch=1, schedule=Schedule(rl_steps=4, prompts_per_step=4))
     trainer.fit(make_module(engine=Sums(True)), datamodule=data)
     assert trainer.global_step == steps
     assert seen.steps == evaluations
@@ -81,7 +83,7 @@ def test_a_checkpoint_goes_by_what_training_measures(make_trainer: MakeTrainer, 
     records = History()
     best = ModelCheckpoint(tmp_path, monitor="rollout/reward", mode="max", every_n_train_steps=1, filename="{step}")
     trainer = make_trainer([*method_callbacks(size=8), records, best], enable_checkpointing=True)
-    trainer.fit(make_module(), make_data(schedule=Schedule(rl_steps=4, rl_questions=4, sft_batch=4)))
+    trainer.fit(make_module(), make_data(schedule=Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4)))
     rewards = {row["step"]: row["rollout/reward"] for row in records.lines if "rollout/reward" in row}
     assert len(set(rewards.values())) > 1
     assert best.best_model_score == max(rewards.values())

@@ -40,7 +40,7 @@ def fit(strategy: str, out: Path, ckpt: Path | None = None) -> dict[str, Any] | 
         callbacks=[*method_callbacks(size=8), *kept, *([] if ckpt else [saver])],
         default_root_dir=out.parent,
     )
-    schedule = Schedule(rl_steps=4, rl_questions=4, sft_batch=4, passes=2)
+    schedule = Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)
     data = make_data(val=Skills(["addition", "mirrored"], 12, split="val"), schedule=schedule)
     trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt)
     timings = ("rollout/tokens_per_s", "costs/", "seconds/")

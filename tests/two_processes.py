@@ -22,7 +22,7 @@ from mifo_lightning.methods import HPT, SRFT
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 
 class Watch(Callback):
@@ -72,21 +72,21 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 
 # what the module does; each case turns on all that a rank must not see alone
 CASES: dict[str, dict[str, Any]] = {
-    "phases": {"policy": RLSettings(kl_coefficient=0.05, entropy_fraction=0.5)},
+    "phases": {"loss": PolicyLoss(kl_coefficient=0.05, entropy_fraction=0.5)},
     "mixed": {
-        "policy": RLSettings(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
+        "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
         "sft_weight": "flow",
     },
     # ranks drop different numbers of rollouts, and a sum must not grow with the number of ranks (HPT; ReLIFT's SFT)
     "summed": {
-        "policy": RLSettings("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
+        "loss": PolicyLoss("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
         "mixing": HPT(),
         "sft_entropy_bonus": 0.1,
     },
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
     # SFT sees all tokens here
-    "dynamic sampling": {"policy": RLSettings(clip_high=0.28, aggregation="token", dynamic_sampling=3)},
+    "dynamic sampling": {"loss": PolicyLoss(clip_high=0.28, aggregation="token", dynamic_sampling=3)},
 }
 
 
@@ -122,7 +122,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         enable_checkpointing=bool(lr) and ckpt is None,
         default_root_dir=out.parent,
     )
-    schedule = Schedule(rl_steps=4 if case == "phases" else 2, rl_questions=8, sft_batch=4, passes=2)
+    schedule = Schedule(rl_steps=4 if case == "phases" else 2, prompts_per_step=8, sft_batch=4, epochs_per_rollout=2)
     data = make_data(schedule=schedule, holdout=9, eval_batch=2)
     if ckpt is None and case == "phases":
         values = trainer.validate(module, data, verbose=False)[0]

@@ -33,10 +33,10 @@ SETTINGS = {
     "data.val": "null",
     "data.train.init_args.count": "1024",
     "data.schedule.rl_steps": "1000000",  # trainer.max_steps ends the run
-    "data.schedule.rl_questions": "8",
+    "data.schedule.prompts_per_step": "8",
     "data.schedule.sft_batch": "8",
     "model.group_size": "4",
-    "switch.size": "32",
+    "buffer.size": "32",
     "history": "{}",
 }
 

@@ -48,10 +48,10 @@ SMALL: dict[str, Any] = {
             "init_args": {"skills": ["addition", "mirrored"], "count": 64},
         },
         "val": None,
-        "schedule": {"rl_steps": 30, "rl_questions": 8, "sft_batch": 8},
+        "schedule": {"rl_steps": 30, "prompts_per_step": 8, "sft_batch": 8},
     },
 }
-SWITCH = {"switch": {"size": 8, "p": 0.5}}
+SWITCH = {"buffer": {"size": 8, "max_accuracy": 0.5}}
 TWO = {"accelerator": "cpu", "devices": 2}
 FSDP2 = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
@@ -73,7 +73,7 @@ ONE_PROCESS = [
     Variant("mifo", [SWITCH]),
     Variant(
         "mifo, 2 micro-batches, 2 passes",
-        [SWITCH, {"model": {"micro_batches": 2}, "data": {"schedule": {"passes": 2, "rl_steps": 15}}}],
+        [SWITCH, {"model": {"micro_batches": 2}, "data": {"schedule": {"epochs_per_rollout": 2, "rl_steps": 15}}}],
     ),
     Variant("luffy", [], ("methods/luffy.yaml",)),
     Variant("mifo, dynamic sampling", [SWITCH], ("methods/mifo.yaml", "losses/dapo.yaml")),

@@ -275,8 +275,8 @@ def hostile_page() -> dict[str, str]:
 
     evil = "</td><script>alert(1)</script>"
     return {
-        "report.html: a script": "passes" if "<script" in str(escape(evil)) else "",
-        "report.md: a script": "passes" if "<script" in _plain(evil) else "",
+        "report.html: a script": "epochs_per_rollout" if "<script" in str(escape(evil)) else "",
+        "report.md: a script": "epochs_per_rollout" if "<script" in _plain(evil) else "",
         "report.md: control characters": "pass" if "\x1b" in _plain(ESCAPES) else "",
     }
 

@@ -22,7 +22,7 @@ class DemonstrationBuffer:
     than the gate and still wait; `dropped` counts the entries that left without being taken.
 
     Args:
-        p: A question enters when n_correct <= floor(p * size), in [0, 1].
+        max_accuracy: p; a question enters when n_correct <= floor(p * size), in [0, 1].
         order: Take the oldest entries first ("fifo") or the "newest_first".
         max_age: An entry that is older than so many rollouts leaves; None lets it wait.
         drop_solved: Whether a question that has since been answered better than the gate leaves at once.
@@ -33,17 +33,17 @@ class DemonstrationBuffer:
 
     def __init__(
         self,
-        p: float = 0.125,
+        max_accuracy: float = 0.125,
         order: BufferOrder = "fifo",
         max_age: int | None = None,
         drop_solved: bool = False,
     ) -> None:
-        if not 0 <= p <= 1:
-            raise MisconfigurationException(f"the buffer's p is {p}; allowed: 0 to 1")
+        if not 0 <= max_accuracy <= 1:
+            raise MisconfigurationException(f"the buffer's max_accuracy is {max_accuracy}; allowed: 0 to 1")
         require_choice("the buffer's order", order, BufferOrder)
         if max_age is not None and max_age < 0:
             raise MisconfigurationException(f"the buffer's max_age is {max_age}; allowed: 0 or more, or none")
-        self.p = p
+        self.max_accuracy = max_accuracy
         self.order = order
         self.max_age = max_age
         self.drop_solved = drop_solved
@@ -77,7 +77,7 @@ class DemonstrationBuffer:
         entered = re_entries = 0
         for group in groups:
             question, n_correct, size, has_demonstration = _read(group)
-            if n_correct > math.floor(self.p * size + 1e-9):
+            if n_correct > math.floor(self.max_accuracy * size + 1e-9):
                 if question not in self._entries:
                     continue
                 if self.drop_solved:

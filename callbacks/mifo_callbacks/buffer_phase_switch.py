@@ -27,7 +27,7 @@ class BufferPhaseSwitch(Callback):
 
     Args:
         size: How many questions make a supervised phase; the paper leaves it open (64 fits its data counts).
-        p: A question enters when n_correct <= floor(p * group size), in [0, 1]; no number above the gate
+        max_accuracy: p; a question enters when n_correct <= floor(p * group size), in [0, 1]; no number above the gate
             enters.
         order: Take the oldest questions first ("fifo") or the "newest_first".
         leftovers: After a push, "keep" the remaining questions or "clear" them.
@@ -41,7 +41,7 @@ class BufferPhaseSwitch(Callback):
 
     Example::
 
-        trainer = Trainer(callbacks=[BufferPhaseSwitch(size=64, p=0.125)])
+        trainer = Trainer(callbacks=[BufferPhaseSwitch(size=64, max_accuracy=0.125)])
         # in training_step: return {"loss": loss, "groups": [{"id": 7, "n_correct": 0, "size": 8,
         #                                                     "has_demonstration": True}]}
     """
@@ -49,7 +49,7 @@ class BufferPhaseSwitch(Callback):
     def __init__(
         self,
         size: int,
-        p: float = 0.125,
+        max_accuracy: float = 0.125,
         order: BufferOrder = "fifo",
         leftovers: Leftovers = "keep",
         max_age: int | None = None,
@@ -61,7 +61,7 @@ class BufferPhaseSwitch(Callback):
         require_choice("BufferPhaseSwitch.leftovers", leftovers, Leftovers)
         self.size = size
         self.leftovers = leftovers
-        self.buffer = DemonstrationBuffer(p, order, max_age, drop_solved)
+        self.buffer = DemonstrationBuffer(max_accuracy, order, max_age, drop_solved)
         self.rollouts = 0
         self.switches = 0
 

@@ -33,7 +33,7 @@ class ImportanceEMA(PhaseCallback):
 
     Args:
         alpha: Weight of the past in the moving average, in [0, 1); 0 keeps the last phase only (MIFO-dagger).
-        g: Size of a movement: "square" or "abs".
+        movement: g, the size of a movement: "square" or "abs".
         accumulate: Delta is the net displacement of a "phase", or of every optimizer "step" of it.
         measure: Label of the phase whose movement is measured.
         phase: Batch key that holds the phase label, or callable(trainer, pl_module, batch) -> label.
@@ -53,7 +53,7 @@ class ImportanceEMA(PhaseCallback):
     def __init__(
         self,
         alpha: float = 0.5,
-        g: Movement = "square",
+        movement: Movement = "square",
         accumulate: Accumulate = "phase",
         measure: str = "rl",
         phase: str | PhaseOf = "phase",
@@ -61,10 +61,10 @@ class ImportanceEMA(PhaseCallback):
         super().__init__(phase, measure)
         if not 0 <= alpha < 1:
             raise MisconfigurationException(f"ImportanceEMA.alpha is {alpha}; allowed: at least 0 and below 1")
-        require_choice("ImportanceEMA.g", g, Movement)
+        require_choice("ImportanceEMA.movement", movement, Movement)
         require_choice("ImportanceEMA.accumulate", accumulate, Accumulate)
         self.alpha = alpha
-        self.g: Movement = g
+        self.movement: Movement = movement
         self.accumulate: Accumulate = accumulate
         self.measure = measure
         self.updates = 0
@@ -169,7 +169,7 @@ class ImportanceEMA(PhaseCallback):
                 local(self._start[name]),
                 local(params[name]),
                 self.alpha,
-                self.g,
+                self.movement,
             )
             if known is None:
                 self._map[name] = self._start.pop(name)
@@ -202,7 +202,7 @@ def require_fp32(params: Mapping[str, Tensor]) -> None:
 
 
 def update_importance(
-    importance: Tensor | None, start: Tensor, end: Tensor, alpha: float = 0.5, g: Movement = "square"
+    importance: Tensor | None, start: Tensor, end: Tensor, alpha: float = 0.5, movement: Movement = "square"
 ) -> Tensor:
     """C = alpha * C + (1 - alpha) * g(end - start), or g(end - start) while `importance` is None.
 
@@ -211,13 +211,13 @@ def update_importance(
         start: Weights before the movement, fp32; overwritten.
         end: Weights after it, fp32.
         alpha: Weight of the past, in [0, 1).
-        g: Size of a movement: "square" or "abs".
+        movement: g, the size of a movement: "square" or "abs".
 
     Returns:
         The new C: `importance`, or `start` if that was None, so no memory is allocated.
     """
     start.sub_(end)
-    moved = start.square_() if g == "square" else start.abs_()
+    moved = start.square_() if movement == "square" else start.abs_()
     return moved if importance is None else importance.lerp_(moved, 1 - alpha)
 
 

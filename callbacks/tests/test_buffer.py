@@ -153,8 +153,8 @@ def test_bad_groups(bad: dict[str, Any]) -> None:
     "bad",
     [
         {"size": 0},
-        {"size": 4, "p": 1.1},
-        {"size": 4, "p": -0.1},
+        {"size": 4, "max_accuracy": 1.1},
+        {"size": 4, "max_accuracy": -0.1},
         {"size": 4, "order": "x"},
         {"size": 4, "leftovers": "x"},
         {"size": 4, "max_age": -1},

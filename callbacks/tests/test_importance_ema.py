@@ -28,7 +28,7 @@ def by_hand(weights: list[dict[str, Tensor]], spans: list[tuple[int, int]], alph
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("accumulate", ["phase", "step"])
 def test_map_equals_the_formula(accumulate: Any, alpha: float, g: Any) -> None:
-    importance, recorder = ImportanceEMA(alpha=alpha, g=g, accumulate=accumulate), Recorder()
+    importance, recorder = ImportanceEMA(alpha=alpha, movement=g, accumulate=accumulate), Recorder()
     fit([importance, recorder], Phases(SCHEDULE))
     spans = PHASES if accumulate == "phase" else [(i, i + 1) for start, end in PHASES for i in range(start, end)]
     expected = by_hand(recorder.weights, spans, alpha, g)
@@ -84,9 +84,9 @@ def test_at_most_one_copy_of_the_weights_beside_the_map() -> None:
 
 def test_update_reuses_the_memory_of_the_start() -> None:
     start, end = torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0])
-    first = update_importance(None, start, end, alpha=0.5, g="abs")
+    first = update_importance(None, start, end, alpha=0.5, movement="abs")
     assert first.data_ptr() == start.data_ptr()
-    second = update_importance(first, torch.tensor([0.0, 0.0]), torch.tensor([0.5, -3.0]), alpha=0.5, g="abs")
+    second = update_importance(first, torch.tensor([0.0, 0.0]), torch.tensor([0.5, -3.0]), alpha=0.5, movement="abs")
     assert second is first
     assert second.tolist() == [0.5, 1.5]
 
@@ -109,7 +109,7 @@ def test_alpha_outside_its_range(alpha: float) -> None:
         ImportanceEMA(alpha=alpha)
 
 
-@pytest.mark.parametrize("bad", [{"g": "cube"}, {"accumulate": "epoch"}])
+@pytest.mark.parametrize("bad", [{"movement": "cube"}, {"accumulate": "epoch"}])
 def test_unknown_choices(bad: dict[str, str]) -> None:
     with pytest.raises(MisconfigurationException, match=r"allowed: "):
         ImportanceEMA(**bad)  # type: ignore[arg-type]

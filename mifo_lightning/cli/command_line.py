@@ -48,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
         """Called on the first rank only; sizes are those that fit the data."""
         config = self.config.clone()
         for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
-            config[key.replace("switch.", "switch.init_args.")] = taken
+            config[key.replace("buffer.", "buffer.init_args.")] = taken
         text = self.parser.dump(config, skip_none=False)
         directory = run_dir(trainer)
         directory.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class MifoCLI(LightningCLI):
             Reward, "reward", required=True, help="Grades responses and checks demonstrations."
         )
         parser.add_argument(
-            "--buffer_size", type=int, default=128, help="S: what methods with a buffer take for switch.size."
+            "--buffer_size", type=int, default=128, help="S: what methods with a buffer take for buffer.size."
         )
         for key, cls in {**METHOD, **MONITORS}.items():
             parser.add_lightning_class_args(cls, key, subclass_mode=True, required=False)

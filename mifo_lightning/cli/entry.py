@@ -16,6 +16,7 @@ from mifo_lightning.cli.config_files import check_characters, given, left_empty,
 from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.cli.parts import SEEDED
 from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.renamed import check_names
 from mifo_lightning.rollout.in_process import out_of_memory
 from mifo_lightning.stopping import interruption
 from mifo_lightning.terminal import fail, quiet
@@ -38,7 +39,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         with interruption.handled(OneLineParser.arguments):
             check_characters(OneLineParser.arguments)
-            OneLineParser.empty = left_empty(given(OneLineParser.arguments))
+            values = given(OneLineParser.arguments)
+            check_names(values)
+            OneLineParser.empty = left_empty(values)
             check_seeds(OneLineParser.arguments)
             check_configured(OneLineParser.arguments)
             with to_its_end():

@@ -28,7 +28,7 @@ METHOD = {
     "importance": ImportanceEMA,
     "freeze": GradientFreezing,
     "drop": GradientDropping,
-    "switch": BufferPhaseSwitch,
+    "buffer": BufferPhaseSwitch,
 }
 MONITORS: dict[str, type[Callback]] = {
     "updates": UpdateNorm,
@@ -55,9 +55,15 @@ ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 SEEDED = ("entropy", "freeze", "drop")
 
 # the key of each part of a method that says how much of it: whoever gives it, or the class, wants the part
-AMOUNTS = {"entropy": "fraction", "importance": "alpha", "freeze": "fraction", "drop": "probability", "switch": "p"}
+AMOUNTS = {
+    "entropy": "fraction",
+    "importance": "alpha",
+    "freeze": "fraction",
+    "drop": "probability",
+    "buffer": "max_accuracy",
+}
 # configurations that switch a part on
-EXAMPLES = {"drop": "controls/drop_sft_gradients", "switch": "methods/interleave"}
+EXAMPLES = {"drop": "controls/drop_sft_gradients", "buffer": "methods/interleave"}
 
 
 def check_parts(given: Iterable[Given]) -> None:

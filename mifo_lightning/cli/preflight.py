@@ -66,6 +66,6 @@ def check_controls(trainer: Trainer, module: MifoModule, data: QuestionData) -> 
     for control, given in controls.items():
         if given:
             raise InputError(
-                f"{control} changes nothing in a run without SFT (switch is null, sft_before and sft_after are 0); lay "
+                f"{control} changes nothing in a run without SFT (buffer is null, sft_before and sft_after are 0); lay "
                 "it over a method that learns from demonstrations, such as --config methods/mifo"
             )

@@ -52,14 +52,14 @@ class QuestionData(LightningDataModule):
         verify_demonstrations: Whether to drop demonstrations that the reward does not accept.
         damaged_share: Share of training demonstrations, chosen by seed, with wrong digits before `answer_after`.
         eval_batch: Questions evaluated at once per rank.
-        fit_sizes: Whether `holdout`, the schedule's `rl_questions` and `sft_batch` and the buffer's size are made
+        fit_sizes: Whether `holdout`, the schedule's `prompts_per_step` and `sft_batch` and the buffer's size are made
             smaller where the data cannot fill them, each with a warning; otherwise they are refused.
         seed: Seed of order, holdout and damage; None takes the module's, and without one follows `seed_everything`.
         reward: Checks that demonstrations are right. This and what follows is the module's unless it is given, and
             what is given must be the module's; without a `MifoModule` it must be given.
         tokenizer: Hugging Face directory or hub name.
         group_size: Rollouts per question.
-        solved_at: Reward from which a demonstration is right.
+        success_threshold: Reward from which a demonstration is right.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class QuestionData(LightningDataModule):
         reward: Reward | None = None,
         tokenizer: str | None = None,
         group_size: int | None = None,
-        solved_at: float | None = None,
+        success_threshold: float | None = None,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
@@ -104,7 +104,12 @@ class QuestionData(LightningDataModule):
         self.columns, self.fit_sizes = columns, fit_sizes
         self.fitted: dict[str, tuple[int, int]] = {}
         self.damaged_share = damaged_share
-        self.given = {"reward": reward, "tokenizer": tokenizer, "group_size": group_size, "solved_at": solved_at}
+        self.given = {
+            "reward": reward,
+            "tokenizer": tokenizer,
+            "group_size": group_size,
+            "success_threshold": success_threshold,
+        }
         self.settings: Settings | None = None  # those of the module, once there is one
         self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self.seed = Seed(seed, "data.seed")
@@ -157,7 +162,7 @@ class QuestionData(LightningDataModule):
                 read_rows(source, where, self.columns),
                 self.tokenizer,
                 reward=self._settled.reward,
-                solved_at=self._settled.solved_at,
+                success_threshold=self._settled.success_threshold,
                 damage=damage,
                 where=where,
                 **self.options,
@@ -204,10 +209,10 @@ class QuestionData(LightningDataModule):
         if switch or before.sft_before or before.sft_after:
             after, size = after.fit_sft(lent, size, trainer.world_size)
         what = f"the {len(questions)} training questions, {shown} with a demonstration"
-        for name in ("rl_questions", "sft_batch"):
+        for name in ("prompts_per_step", "sft_batch"):
             self._fit(f"data.schedule.{name}", getattr(before, name), getattr(after, name), what)
         if switch and size is not None:
-            switch.size = self._fit("switch.size", switch.size, size, f"{what}; a phase waits for that many hard ones")
+            switch.size = self._fit("buffer.size", switch.size, size, f"{what}; a phase waits for that many hard ones")
         self.schedule = after
 
     def _fit(self, key: str, asked: int, taken: int, what: str) -> int:

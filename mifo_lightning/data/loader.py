@@ -227,7 +227,7 @@ class PhaseLoader:
 
     def _rl_batch(self, rollout: int) -> list[int]:
         """Questions of rollout number `rollout`, after all further batches that rollouts asked for."""
-        return self._batch(len(self.questions), self.schedule.rl_questions, rollout + self._at.more, "rl")
+        return self._batch(len(self.questions), self.schedule.prompts_per_step, rollout + self._at.more, "rl")
 
     def _batch(self, n: int, size: int, number: int, name: str) -> list[int]:
         """Batch `number` of range(n), shuffled anew in every epoch.
@@ -288,7 +288,8 @@ class PhaseLoader:
         elif self._updates() != state["updates"]:
             raise InputError(
                 f"data.schedule: the checkpoint is inside a {self._kind} phase of {state['updates']} updates, which "
-                f"would now have {self._updates()}; passes, minibatches and sft_batch can change only between phases"
+                f"would now have {self._updates()}; epochs_per_rollout, minibatches and sft_batch can change only "
+                "between phases"
             )
 
     def _fingerprint(self) -> int:

@@ -95,7 +95,7 @@ def build_questions(
     chat_template: str | None,
     answer_after: str | None,
     verify_demonstrations: bool = True,
-    solved_at: float = 1.0,
+    success_threshold: float = 1.0,
     damage: Rewrite | None = None,
     today: date | None = None,
     where: str,
@@ -114,8 +114,8 @@ def build_questions(
         max_response_tokens: Longer demonstrations, end token included, are dropped.
         chat_template: Jinja template in place of the tokenizer's own; None takes the tokenizer's.
         answer_after: Marker after which the final answer stands, for `Question.answer_start`; None: none.
-        verify_demonstrations: Whether demonstrations must score at least `solved_at`.
-        solved_at: Reward from which a response counts as correct.
+        verify_demonstrations: Whether demonstrations must score at least `success_threshold`.
+        success_threshold: Reward from which a response counts as correct.
         damage: Other texts for some demonstrations, by question id; None leaves all as they are.
         today: The date that the chat template prints, if it prints one; None takes the present one.
         where: Name of the data, for messages.
@@ -142,7 +142,7 @@ def build_questions(
         end = _turn_end(template, where)
         _attach_demonstrations(given, tokenizer, end, max_response_tokens, answer_after, drops)
     if verify_demonstrations:
-        _verify_demonstrations(questions, tokenizer, reward, solved_at, drops)
+        _verify_demonstrations(questions, tokenizer, reward, success_threshold, drops)
     shown = [question for question in questions if question.demonstration]
     drops.demonstrations.update(question.source for question in shown)
     drops.damaged.update(question.source for question in shown if question.id in damaged)
@@ -189,16 +189,20 @@ def _attach_demonstrations(
 
 
 def _verify_demonstrations(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase, reward: Reward, solved_at: float, drops: Drops
+    questions: list[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    reward: Reward,
+    success_threshold: float,
+    drops: Drops,
 ) -> None:
-    """Take the demonstration away from each question where it scores below `solved_at`."""
+    """Take the demonstration away from each question where it scores below `success_threshold`."""
     shown = [question for question in questions if question.demonstration]
     responses = [question.demonstration or [] for question in shown]
     watch = FailureWatch(reward)
     scores = grade_answers(reward, shown, response_texts(tokenizer, responses), [len(ids) for ids in responses])
     watch.end(len(shown), "demonstrations")
     for question, value in zip(shown, scores.judged, strict=True):
-        if value < solved_at:
+        if value < success_threshold:
             question.demonstration = question.answer_start = None
             drops.dropped[question.source, WRONG_DEMO] += 1
 

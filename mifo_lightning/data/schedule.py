@@ -12,10 +12,10 @@ class Schedule:
     """How much of which phase, in which order.
 
     Args:
-        rl_steps: RL steps, each one rollout of `rl_questions` questions with all its updates; null goes on until the
-            Trainer stops.
-        rl_questions: Questions per rollout, over all ranks.
-        passes: Passes over each rollout; 1 is on-policy.
+        rl_steps: RL steps, each one rollout of `prompts_per_step` questions with all its updates; null goes on until
+            the Trainer stops.
+        prompts_per_step: Questions per rollout, over all ranks.
+        epochs_per_rollout: Passes over each rollout; 1 is on-policy.
         minibatches: Optimizer steps that one pass is divided into.
         sft_batch: Demonstrations per SFT optimizer step, over all ranks.
         sft_epochs: Passes over the demonstrations of an SFT phase.
@@ -26,8 +26,8 @@ class Schedule:
     """
 
     rl_steps: int | None = None
-    rl_questions: int = 32
-    passes: int = 1
+    prompts_per_step: int = 32
+    epochs_per_rollout: int = 1
     minibatches: int = 1
     sft_batch: int = 64
     sft_epochs: int = 1
@@ -38,7 +38,7 @@ class Schedule:
     @property
     def updates(self) -> int:
         """Optimizer steps per rollout."""
-        return self.passes * self.minibatches
+        return self.epochs_per_rollout * self.minibatches
 
     def sft_phase_steps(self, phase_size: int | None) -> dict[str, int]:
         """Optimizer steps of each kind of SFT phase that may come, by the keys that decide.
@@ -50,14 +50,14 @@ class Schedule:
         key = "data.schedule."
         steps = {
             f"{key}sft_before": self.sft_before,
-            f"switch.size x {key}sft_epochs / {key}sft_batch": pushed,
+            f"buffer.size x {key}sft_epochs / {key}sft_batch": pushed,
             f"{key}sft_after": self.sft_after,
         }
         return {name: n for name, n in steps.items() if n}
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
-        least = dict.fromkeys(("rl_questions", "passes", "minibatches", "sft_batch", "sft_epochs"), 1)
+        least = dict.fromkeys(("prompts_per_step", "epochs_per_rollout", "minibatches", "sft_batch", "sft_epochs"), 1)
         for name, low in {**least, "rl_steps": 0, "sft_before": 0, "sft_after": 0}.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -73,10 +73,10 @@ class Schedule:
 
     def fit_rl(self, questions: int, ranks: int) -> "Schedule":
         """With as many of too few `questions` as can be cut into ranks and minibatches, if any can."""
-        if self.rl_questions <= questions:
+        if self.prompts_per_step <= questions:
             return self
         parts = ranks * self.minibatches
-        return replace(self, rl_questions=questions // parts * parts or self.rl_questions)
+        return replace(self, prompts_per_step=questions // parts * parts or self.prompts_per_step)
 
     def fit_sft(self, demonstrated: int, phase_size: int | None, ranks: int) -> tuple["Schedule", int | None]:
         """With sizes that too few demonstrations can fill and that divide, if there are any; and the size of a phase.
@@ -107,15 +107,15 @@ class Schedule:
     def check_rl(self, questions: int, ranks: int) -> None:
         """Raise an InputError if a rollout cannot be drawn, or cut into ranks and minibatches."""
         parts = ranks * self.minibatches
-        if self.rl_questions % parts:
+        if self.prompts_per_step % parts:
             raise InputError(
-                f"data.schedule.rl_questions: {self.rl_questions} does not divide by {parts} "
+                f"data.schedule.prompts_per_step: {self.prompts_per_step} does not divide by {parts} "
                 f"({ranks} ranks x {self.minibatches} minibatches)"
             )
-        if self.rl_questions > questions:
+        if self.prompts_per_step > questions:
             raise InputError(
-                f"data.schedule.rl_questions: {self.rl_questions} is more than the {questions} questions that are left "
-                f"after filters"
+                f"data.schedule.prompts_per_step: {self.prompts_per_step} is more than the {questions} questions that "
+                f"are left after filters"
             )
 
     def check_sft(self, demonstrated: int, phase_size: int | None, ranks: int) -> None:
@@ -133,7 +133,7 @@ class Schedule:
         if phase_size is not None:
             if demonstrated < phase_size:
                 raise InputError(
-                    f"switch.size: {phase_size} is more than the {demonstrated} training questions that have a "
+                    f"buffer.size: {phase_size} is more than the {demonstrated} training questions that have a "
                     f"demonstration; the buffer could never fill{hint}"
                 )
             self.check_phase(phase_size)
@@ -143,5 +143,5 @@ class Schedule:
         if not size or size * self.sft_epochs % self.sft_batch:
             raise InputError(
                 f"data.schedule.sft_batch: {self.sft_batch} does not divide an SFT phase of {size} demonstrations x "
-                f"{self.sft_epochs} epochs (switch.size x data.schedule.sft_epochs)"
+                f"{self.sft_epochs} epochs (buffer.size x data.schedule.sft_epochs)"
             )

@@ -17,13 +17,13 @@ class Settings(NamedTuple):
         reward: Checks that demonstrations are right.
         tokenizer: The model's.
         group_size: G, rollouts per question.
-        solved_at: Reward from which a demonstration is right.
+        success_threshold: Reward from which a demonstration is right.
     """
 
     reward: Reward
     tokenizer: PreTrainedTokenizerBase
     group_size: int
-    solved_at: float
+    success_threshold: float
 
 
 def settle(given: dict[str, Any], module: object) -> Settings:

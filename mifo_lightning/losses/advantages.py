@@ -65,4 +65,4 @@ ADVANTAGES = {"group_std": GroupStd, "group_mean": GroupMean, "leave_one_out": L
 
 def as_advantage(choice: AdvantageName | Advantage) -> Advantage:
     """The advantage that a configuration names."""
-    return named(choice, ADVANTAGES, Advantage, "model.policy.advantage")
+    return named(choice, ADVANTAGES, Advantage, "model.loss.advantage")

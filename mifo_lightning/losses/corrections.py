@@ -34,9 +34,9 @@ class TruncatedImportance(Correction):
 
     def __init__(self, level: Literal["token", "sequence"] = "token", cap: float = 2.0) -> None:
         if level not in ("token", "sequence"):
-            raise InputError(f"model.policy.correction.level: {level!r} is not allowed; it must be token or sequence")
+            raise InputError(f"model.loss.correction.level: {level!r} is not allowed; it must be token or sequence")
         if not cap > 0:
-            raise InputError(f"model.policy.correction.cap: {cap} is not allowed; it must be above 0")
+            raise InputError(f"model.loss.correction.cap: {cap} is not allowed; it must be above 0")
         self.level, self.cap = level, cap
 
     def __call__(self, logp_old: Tensor, logp_sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from mifo_lightning.monitors.summary import RunSummary, comparison
 from mifo_lightning.policy.loading import locate
 from mifo_lightning.terminal import printable
 
-GROUPS = ("entropy", "importance", "freeze", "drop", "switch")  # of the method, as the command line names them
+GROUPS = ("entropy", "importance", "freeze", "drop", "buffer")  # of the method, as the command line names them
 PACKAGES = ("mifo-lightning", "torch", "lightning", "transformers")
 Counts = Mapping[str, Mapping[str, tuple[int, int]]]
 
@@ -49,8 +49,8 @@ def model_card(
     lines = [
         f"- Base model: {escaped(model['model'])}",
         f"- Method: {'; '.join(f'{name} ({settings(values)})' for name, values in on.items()) or 'no callback'}",
-        f"- Policy loss: {settings(model['policy'])}",
-        *([f"- Demonstrations in RL steps: {settings(model['mixing'])}"] if model.get("mixing") else []),
+        f"- Policy loss: {settings(model['loss'])}",
+        *([f"- Demonstrations in RL steps: {_named(model['mixing'])}"] if model.get("mixing") else []),
         f"- Rollouts: {settings({'group_size': model['group_size'], **model['sampling']})}",
         f"- Schedule: {settings(data['schedule'])}",
         f"- Seed: {config['seed_everything']}",
@@ -94,6 +94,12 @@ def escaped(text: object) -> str:
 def settings(values: Mapping[str, Any]) -> str:
     """`name value` of each that is set."""
     return ", ".join(f"{escaped(name)} {escaped(value)}" for name, value in values.items() if value is not None)
+
+
+def _named(built: Mapping[str, Any]) -> str:
+    """The class of a `class_path` with its settings."""
+    name = escaped(built["class_path"].rpartition(".")[2])
+    return f"{name} ({settings(built.get('init_args') or {})})"
 
 
 def _drawn(model: Mapping[str, Any]) -> dict[str, Any]:

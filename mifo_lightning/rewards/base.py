@@ -46,12 +46,12 @@ class Reward(ABC):
     Attributes:
         failed: What a check that failed scores, and the most that a response that did not end by itself gets. Set it
             below every legal score if those are negative.
-        best: The highest legal score, for the check of `solved_at`.
+        best: The highest legal score, for the check of `success_threshold`.
         errors: Checks so far that failed (an exception or an illegal value) and therefore scored `failed`.
         timeouts: Checks so far that took longer than allowed and therefore scored `failed`.
         first_problem: What the first of these was; the only one that is printed.
         components: Scores of the last call by name, where the reward is a sum; they are logged one by one.
-        solved_by: The component that `solved_at` judges; None: the reward itself.
+        solved_by: The component that `success_threshold` judges; None: the reward itself.
         isolate: Whether calls run in a child process, which is killed when one takes too long. A subclass does unless
             it says `isolate = False` itself: no time limit holds then, and its `os._exit` ends the run.
         call_timeout: Seconds that one call may take in its child process, with all responses of an RL step on this
@@ -89,7 +89,7 @@ class Reward(ABC):
 
     @property
     def judge(self) -> "Reward":
-        """The reward that `solved_at` judges: this one, unless `solved_by` names a component."""
+        """The reward that `success_threshold` judges: this one, unless `solved_by` names a component."""
         return self
 
     def fail(self, problem: str, response: str, timeout: bool = False) -> float:

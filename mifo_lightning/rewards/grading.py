@@ -17,7 +17,7 @@ class Scores(NamedTuple):
 
     Attributes:
         rewards: What trains, N finite numbers.
-        judged: What `solved_at` is compared with: a component that the reward names, else `rewards` again.
+        judged: What `success_threshold` is compared with: a component that the reward names, else `rewards` again.
         components: Scores by name, where the reward is a sum.
     """
 
@@ -65,12 +65,12 @@ def grade_answers(
     return Scores(_cut_off(rewards, ended, reward), _cut_off(judged, ended, reward.judge), components)
 
 
-def check_solved_at(solved_at: float, reward: Reward) -> None:
+def check_success_threshold(success_threshold: float, reward: Reward) -> None:
     """Raise an InputError where no response, or one that was cut off or not graded, would count as correct."""
     judge = reward.judge
-    if not (judge.failed < solved_at <= judge.best and math.isfinite(solved_at)):
+    if not (judge.failed < success_threshold <= judge.best and math.isfinite(success_threshold)):
         raise InputError(
-            f"model.solved_at: {solved_at} is not allowed; for {type(judge).__name__} it must be in "
+            f"model.success_threshold: {success_threshold} is not allowed; for {type(judge).__name__} it must be in "
             f"({judge.failed:g}, {judge.best:g}]: what was cut off or could not be graded scores {judge.failed:g}"
         )
 

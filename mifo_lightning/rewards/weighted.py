@@ -16,8 +16,8 @@ class WeightedRewards(Reward):
     Args:
         rewards: By name.
         weights: By the same names; 1 where none is given.
-        solved_by: The name of the reward that `solved_at` judges, so that a penalty or a bonus does not change which
-            answers are correct; null judges the sum.
+        solved_by: The name of the reward that `success_threshold` judges, so that a penalty or a bonus does not change
+            which answers are correct; null judges the sum.
     """
 
     isolate = False  # its parts are, one by one

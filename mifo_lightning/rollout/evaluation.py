@@ -116,7 +116,7 @@ class Evaluator:
     def __init__(self, responder: Responder, settings: Evaluation, rollouts: Sampling = Sampling()) -> None:
         self.sampling = beside(settings.sampling, rollouts)
         self.responder, self.settings = responder, settings
-        self.reward, self.solved_at = responder.reward, responder.solved_at
+        self.reward, self.success_threshold = responder.reward, responder.success_threshold
         self.watch, self.checked, self.warned = FailureWatch(self.reward), 0, False
         self.sources: list[str] = []
         self.scores: list[SourceScores] = []
@@ -227,7 +227,7 @@ class Evaluator:
                 lengths, finished = [len(flat[i].tokens) for i in lost], [flat[i].finished for i in lost]
                 again = grade_answers(judge, [questions[i] for i in lost], [texts[i] for i in lost], lengths, finished)
             for i, value in zip(lost, again.judged, strict=True):
-                whole[i] = float(value >= self.solved_at)
+                whole[i] = float(value >= self.success_threshold)
         found = {WITHOUT_MARKER: [float(no_end) for no_end in unended], STRICT: strict, WHOLE_TEXT: whole}
         return {name: torch.tensor(values) for name, values in found.items()}
 

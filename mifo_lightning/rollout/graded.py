@@ -19,8 +19,8 @@ class Graded:
         questions: Q questions.
         completions: For each question its R responses.
         rewards: [Q, R] fp32, on the CPU; at most 0 where truncated.
-        solved_at: Reward from which a response is correct.
-        judged: [Q, R] fp32, what `solved_at` is compared with; None: `rewards`.
+        success_threshold: Reward from which a response is correct.
+        judged: [Q, R] fp32, what `success_threshold` is compared with; None: `rewards`.
         components: [Q, R] fp32 scores by name, where the reward is a sum.
         texts: For each question its R responses as they were graded.
     """
@@ -28,7 +28,7 @@ class Graded:
     questions: list[Question]
     completions: list[list[Completion]]
     rewards: Tensor
-    solved_at: float
+    success_threshold: float
     judged: Tensor | None = None
     components: dict[str, Tensor] = field(default_factory=dict)
     texts: list[list[str]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Graded:
     @property
     def correct(self) -> Tensor:
         """[Q, R] bool."""
-        return (self.rewards if self.judged is None else self.judged) >= self.solved_at
+        return (self.rewards if self.judged is None else self.judged) >= self.success_threshold
 
     @property
     def finished(self) -> Tensor:
@@ -59,7 +59,7 @@ class Graded:
             self.questions + other.questions,
             self.completions + other.completions,
             torch.cat([self.rewards, other.rewards]),
-            self.solved_at,
+            self.success_threshold,
             None if self.judged is None or other.judged is None else torch.cat([self.judged, other.judged]),
             {name: torch.cat([values, other.components[name]]) for name, values in self.components.items()},
             self.texts + other.texts,
@@ -71,7 +71,7 @@ class Graded:
             [self.questions[i] for i in chosen],
             [self.completions[i] for i in chosen],
             self.rewards[chosen],
-            self.solved_at,
+            self.success_threshold,
             None if self.judged is None else self.judged[chosen],
             {name: values[chosen] for name, values in self.components.items()},
             [self.texts[i] for i in chosen] if self.texts else [],

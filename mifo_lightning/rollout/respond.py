@@ -11,7 +11,7 @@ from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rewards.grading import check_solved_at, grade_answers
+from mifo_lightning.rewards.grading import check_success_threshold, grade_answers
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.seeds import stable_key
@@ -25,7 +25,7 @@ class Responder:
         engine: Draws responses.
         tokenizer: The model's.
         reward: Grades responses.
-        solved_at: Reward from which a response counts as correct.
+        success_threshold: Reward from which a response counts as correct.
         seed: Seed of all responses.
 
     Raises:
@@ -37,12 +37,12 @@ class Responder:
         engine: RolloutEngine,
         tokenizer: PreTrainedTokenizerBase,
         reward: Reward,
-        solved_at: float,
+        success_threshold: float,
         seed: Seed,
     ) -> None:
-        check_solved_at(solved_at, reward)
+        check_success_threshold(success_threshold, reward)
         self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
-        self.solved_at, self.seed = solved_at, seed
+        self.success_threshold, self.seed = success_threshold, seed
 
     def key(self, *name: str | int) -> int:
         """The seed of a question's responses: equal names draw equally, whatever the batch and the rank."""
@@ -74,7 +74,7 @@ class Responder:
         components = dict(zip(scores.components, parts, strict=True))
         own_judge = judged if self.reward.solved_by is not None else None
         grouped = [texts[i : i + n] for i in range(0, len(texts), max(n, 1))]
-        return Graded(questions, completions, rewards, self.solved_at, own_judge, components, grouped)
+        return Graded(questions, completions, rewards, self.success_threshold, own_judge, components, grouped)
 
     def respond(
         self, policy: Policy, questions: list[Question], keys: list[int], samples: int, sampling: Sampling

@@ -23,7 +23,7 @@ from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.rl_batch import forking_tokens, rl_batch
 from mifo_lightning.steps.rows import training_rows
-from mifo_lightning.steps.settings import RLSettings, check_rl
+from mifo_lightning.steps.settings import PolicyLoss, check_rl
 
 
 class Reinforcement:
@@ -44,7 +44,7 @@ class Reinforcement:
         self,
         responder: Responder,
         sampling: Sampling,
-        settings: RLSettings,
+        settings: PolicyLoss,
         group_size: int,
         mixing: Mixing | None = None,
     ) -> None:
@@ -136,7 +136,7 @@ class Reinforcement:
         if len(chosen) < wanted and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"model.policy.dynamic_sampling: {attempts} batches of questions gave {len(chosen)} of {wanted} groups "
+                f"model.loss.dynamic_sampling: {attempts} batches of questions gave {len(chosen)} of {wanted} groups "
                 "with unequal rewards, so a step trains on fewer (rollout/groups_trained says how many); set more "
                 "batches, or questions that are neither solved nor hopeless"
             )

@@ -10,7 +10,7 @@ from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.policy import Sequences
 from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.rows import Rows
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 
 def rl_batch(
@@ -19,7 +19,7 @@ def rl_batch(
     minibatch: Tensor,
     minibatches: int,
     scales: tuple[float, float],
-    settings: RLSettings,
+    settings: PolicyLoss,
     mixing: Mixing | None,
     max_length: int,
 ) -> Batch:
@@ -81,7 +81,7 @@ def _weights(
     mask: Tensor,
     minibatch: Tensor,
     minibatches: int,
-    settings: RLSettings,
+    settings: PolicyLoss,
     mixing: Mixing | None,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:

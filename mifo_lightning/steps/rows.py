@@ -10,7 +10,7 @@ from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.question import Question
 from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Graded
-from mifo_lightning.steps.settings import RLSettings
+from mifo_lightning.steps.settings import PolicyLoss
 
 
 class Rows(NamedTuple):
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 def training_rows(
     graded: Graded,
-    settings: RLSettings,
+    settings: PolicyLoss,
     mixing: Mixing | None = None,
     demonstration_rewards: Tensor | None = None,
     supervised: bool = False,
@@ -92,7 +92,7 @@ def _lent(question: Question) -> Completion:
     return Completion(tokens, [0.0] * len(tokens), True)
 
 
-def _advantages(graded: Graded, settings: RLSettings, lent: Tensor, demonstration_rewards: Tensor | None) -> Tensor:
+def _advantages(graded: Graded, settings: PolicyLoss, lent: Tensor, demonstration_rewards: Tensor | None) -> Tensor:
     """[Q, R + 1] advantages of whole groups, the last column the demonstration's, whether there is one or not."""
     q, r = graded.rewards.shape
     rule, advantages = as_advantage(settings.advantage), torch.zeros(q, r + 1)

@@ -16,7 +16,7 @@ SurrogateName = Literal["clipped", "unclipped", "truncated", "reinforce"]
 
 
 @dataclass
-class RLSettings:
+class PolicyLoss:
     """The policy loss; the default is GRPO, `configs/losses/` has the others.
 
     Args:
@@ -37,7 +37,7 @@ class RLSettings:
             1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
         dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards (where the reward names a `solved_by`:
             those all right or all wrong by it) and draws further questions, at most N batches per RL step with the
-            first, until `rl_questions` groups are left (DAPO).
+            first, until `prompts_per_step` groups are left (DAPO).
         mask_truncated: Whether responses that did not end by themselves push nothing (DAPO's overlong filtering): they
             stay in the mean of their group, and are in no denominator of the loss.
         correction: For an engine whose numerics are not those that train, a `Correction` by class_path, such as
@@ -85,16 +85,16 @@ class RLSettings:
             "truncated": lambda: Truncated(self.ratio_cap),
             "reinforce": Reinforce,
         }
-        return named(self.surrogate, table, Surrogate, "model.policy.surrogate")
+        return named(self.surrogate, table, Surrogate, "model.loss.surrogate")
 
 
 MOST_ROLLOUTS = 2**16  # per question; a rollout's first tokens alone would fill the memory long before
 
 
-def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: Mixing | None) -> None:
+def check_rl(group_size: int, sampling: Sampling, settings: PolicyLoss, mixing: Mixing | None) -> None:
     """Raise an InputError unless these settings of a module fit together."""
     sampling.check("model.sampling")
-    settings.check("model.policy")
+    settings.check("model.loss")
     least = 3 if mixing is not None and mixing.in_group else 2
     if group_size > MOST_ROLLOUTS:
         raise InputError(f"model.group_size: {group_size} is not allowed; it must be at most {MOST_ROLLOUTS}")
@@ -105,7 +105,7 @@ def check_rl(group_size: int, sampling: Sampling, settings: RLSettings, mixing: 
         )
     if mixing is not None and settings.dynamic_sampling:
         raise InputError(
-            f"model.policy.dynamic_sampling: {settings.dynamic_sampling} is not allowed with model.mixing; it would "
+            f"model.loss.dynamic_sampling: {settings.dynamic_sampling} is not allowed with model.mixing; it would "
             f"drop the groups whose demonstrations are wanted most"
         )
     if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:

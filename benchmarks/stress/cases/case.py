@@ -25,9 +25,9 @@ SMALL = {
             "init_args": {"skills": ["addition", "mirrored"], "count": 16},
         },
         "val": None,
-        "schedule": {"rl_steps": 2, "rl_questions": 4, "sft_batch": 4, "sft_epochs": 1},
+        "schedule": {"rl_steps": 2, "prompts_per_step": 4, "sft_batch": 4, "sft_epochs": 1},
     },
-    "switch": {"size": 4, "p": 1.0},
+    "buffer": {"size": 4, "max_accuracy": 1.0},
 }
 
 

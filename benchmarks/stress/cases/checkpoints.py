@@ -206,7 +206,7 @@ CHECKPOINTS: list[Case] = [
     resume("into another group size", lambda path: None, "either", "--model.group_size", "4"),
     resume("into other data", lambda path: None, "either", "--data.train.init_args.count", "8"),
     resume("into fewer steps", lambda path: None, "either", "--data.schedule.rl_steps", "1"),
-    resume("into another method", lambda path: None, "either", "--freeze", "null", "--switch", "null"),
+    resume("into another method", lambda path: None, "either", "--freeze", "null", "--buffer", "null"),
     resume("in other chunks", lambda path: None, "either", "--model.micro_batches", "2"),
     given("nowhere.ckpt"),
     given(""),

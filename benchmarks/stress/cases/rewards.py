@@ -182,7 +182,7 @@ REWARDS: list[Case] = [
         "def __call__(self, responses, truths): " + GOOD + "\ndef close(self): time.sleep(1e6)",
         "accepted",
     ),
-    subclass("with failed above solved_at", "failed = 2.0\ndef __call__(self, responses, truths): " + GOOD),
+    subclass("with failed above success_threshold", "failed = 2.0\ndef __call__(self, responses, truths): " + GOOD),
     subclass("that is best at NaN", "best = float('nan')\ndef __call__(self, responses, truths): " + GOOD),
     subclass("judged by what it lacks", "solved_by = 'x'\ndef __call__(self, responses, truths): " + GOOD),
 ]

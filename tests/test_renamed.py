@@ -1,0 +1,86 @@
+"""Names of an earlier version: one line says the new one, and a saved configuration is translated to the same run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_cli import MIFO, TINY, printed, refused
+
+from mifo_lightning.methods import HPT, SRFT, Chord, Luffy
+from mifo_lightning.renamed import RENAMED, new_name, translated
+
+OLD = {
+    "trainer": {"accumulate_grad_batches": 2},
+    "model": {
+        "solved_at": 0.5,
+        "policy": {"surrogate": "reinforce", "clip_low": 0.1},
+        "mixing": {"convex": True, "sft": 0.9, "sft_end": 0.05, "sft_decay": 200, "token_weight": "chord"},
+    },
+    "data": {"schedule": {"rl_questions": 16, "passes": 2}},
+    "importance": {"class_path": "mifo_callbacks.ImportanceEMA", "init_args": {"alpha": 0.5, "g": "abs"}},
+    "switch": {"class_path": "mifo_callbacks.BufferPhaseSwitch", "init_args": {"size": 64, "p": 0.25}},
+}
+
+
+def test_every_old_key_has_a_new_name() -> None:
+    assert translated(OLD) == {
+        "model": {
+            "micro_batches": 2,
+            "success_threshold": 0.5,
+            "loss": {"surrogate": "reinforce", "clip_low": 0.1},
+            "mixing": {
+                "class_path": "mifo_lightning.methods.Chord",
+                "init_args": {"mu": 0.9, "convex": True, "token_weight": "chord", "mu_end": 0.05, "decay_steps": 200},
+            },
+        },
+        "data": {"schedule": {"prompts_per_step": 16, "epochs_per_rollout": 2}},
+        "importance": {"class_path": "mifo_callbacks.ImportanceEMA", "init_args": {"alpha": 0.5, "movement": "abs"}},
+        "buffer": {"class_path": "mifo_callbacks.BufferPhaseSwitch", "init_args": {"size": 64, "max_accuracy": 0.25}},
+    }
+    assert all(new_name(old) == new for old, new in RENAMED.items())
+    assert new_name("model.loss.clip_low") is None
+    assert new_name("model.mixing.init_args.sft") is None
+
+
+@pytest.mark.parametrize(
+    ("knobs", "kind", "settings"),
+    [
+        ({"in_group": True, "shape": 0.2}, Luffy, {"shape": 0.2}),
+        ({"in_group": True, "own": "sign", "sft": 0.5, "token_weight": "low_entropy"}, SRFT, {"sft": 0.5}),
+        ({"questions": "failed", "gate": 1, "sft": 0.3}, HPT, {"gate": 1, "sft": 0.3}),
+        ({"convex": True, "sft": 0.1, "token_weight": "chord"}, Chord, {"mu": 0.1, "mu_end": None, "convex": True}),
+        ({"sft": 1.0}, Chord, {"mu": 1.0, "convex": False}),
+    ],
+)
+def test_the_knobs_of_a_mixture_become_its_method(knobs: dict[str, Any], kind: type, settings: dict[str, Any]) -> None:
+    found = translated({"model": {"mixing": knobs}})["model"]["mixing"]
+    assert found["class_path"] == f"mifo_lightning.methods.{kind.__name__}"
+    method = kind(**found["init_args"])
+    assert {name: getattr(method, name) for name in settings} == settings
+
+
+def test_an_old_key_is_one_line_that_says_the_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump(OLD))
+    line = refused(capsys, "fit", "--config", TINY, "--config", str(path))
+    assert "old.yaml, line " in line
+    assert " is now " in line
+    assert "python -m mifo_lightning.renamed FILE" in line
+    line = refused(capsys, "fit", "--config", TINY, "--data.schedule.passes", "2")
+    assert "data.schedule.passes is now data.schedule.epochs_per_rollout" in line
+    line = refused(capsys, "fit", "--config", TINY, "--model.mixing.in_group", "true")
+    assert "class_path of a method such as mifo_lightning.methods.Luffy" in line
+
+
+def test_a_translated_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(yaml.safe_dump({key: value for key, value in OLD.items() if key != "trainer"}))
+    program = [sys.executable, "-W", "error", "-m", "mifo_lightning.renamed", str(old)]
+    new.write_text(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
+    config = printed(capsys, "fit", *MIFO, "--config", str(new))
+    assert config["data"]["schedule"]["prompts_per_step"] == 16
+    assert config["buffer"]["init_args"]["max_accuracy"] == 0.25
+    assert config["model"]["mixing"]["init_args"]["decay_steps"] == 200
