@@ -82,7 +82,7 @@ def comments() -> dict[str, str]:
 def test_defaults_say_every_key_of_module_data_and_callbacks_and_no_other() -> None:
     keys = {key for key in OWN if key not in ROWS | LINKED}
     assert {key for key in keys if not _has(key)} == set()
-    assert {*METHOD, *MONITORS, "seed_everything", "buffer_size", "trainer", "model", "data"} == SAID.keys()
+    assert {*METHOD, *MONITORS, "seed_everything", "method", "buffer_size", "trainer", "model", "data"} == SAID.keys()
     trainer = inspect.signature(Trainer.__init__).parameters
     assert [key for key in SAID["trainer"] if key not in trainer] == []
     own = {".".join(key.split(".")[:n]) for key in keys for n in range(1, 9)}
@@ -271,3 +271,19 @@ def test_a_configuration_that_an_earlier_version_wrote_still_works(
     assert again.pop("buffer_size") == 128
     assert again == config
     assert Path(TINY).is_file()
+
+
+def test_a_run_has_one_method_unless_what_two_make_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["fit", "--config", "tiny", "--config", "methods/luffy", "--config", "methods/mifo"]
+    line = refused(capsys, *both)
+    assert re.search(
+        r"method: luffy \(.*luffy.yaml, line \d+\) and mifo \(.*\): a run has one method; .*--method", line
+    )
+    assert printed(capsys, *both, "--method", "luffy with mifo")["method"] == "luffy with mifo"
+    assert printed(capsys, *both[:-2])["method"] == "luffy"
+    assert printed(capsys, *both[:3])["method"] is None
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_method_is_called_as_its_file(path: Path) -> None:
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["method"] == path.stem

@@ -21,7 +21,7 @@ from mifo_lightning.checkpoints.files import with_checkpoint_io
 from mifo_lightning.checkpoints.restoring import CheckedRestore
 from mifo_lightning.cli.config_files import given
 from mifo_lightning.cli.parser import MODE, OneLineParser, check_groups
-from mifo_lightning.cli.parts import ALWAYS, METHOD, MONITORS, SEEDED, check_parts
+from mifo_lightning.cli.parts import ALWAYS, METHOD, MONITORS, SEEDED, check_method, check_parts
 from mifo_lightning.cli.preflight import check_run
 from mifo_lightning.cli.resume import Start, choose, prepare_files
 from mifo_lightning.cli.wandb_run import begin_runs, end_runs, prepare_runs
@@ -75,6 +75,7 @@ class MifoCLI(LightningCLI):
         parser.add_subclass_arguments(
             Reward, "reward", required=True, help="Grades responses and checks demonstrations."
         )
+        parser.add_argument("--method", type=str | None, default=None, help="Name of the method; its file gives it.")
         parser.add_argument(
             "--buffer_size", type=int, default=128, help="S: what methods with a buffer take for buffer.size."
         )
@@ -89,8 +90,10 @@ class MifoCLI(LightningCLI):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse them, unless they only adjust a part of a method that nothing has switched on."""
-        check_parts(given(sys.argv[1:] if args is None else args))
+        """Parse them, unless they mix two methods, or only adjust a part that nothing has switched on."""
+        values = given(sys.argv[1:] if args is None else args)
+        check_method(values)
+        check_parts(values)
         super().parse_arguments(parser, args)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -74,6 +74,8 @@ class Given(NamedTuple):
     """Of YAML."""
     place: str
     """File and line, or the flag."""
+    value: str = ""
+    """As it is written."""
 
 
 def given(arguments: list[str]) -> list[Given]:
@@ -131,7 +133,7 @@ def _of_file(path: Path) -> Iterator[Given]:
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise InputError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
     for key, value in _leaves(root, ""):
-        yield Given(key, value.tag, f"{path}, line {value.start_mark.line + 1}")
+        yield Given(key, value.tag, f"{path}, line {value.start_mark.line + 1}", str(value.value))
 
 
 def _of_flag(flag: str, text: str) -> Iterator[Given]:

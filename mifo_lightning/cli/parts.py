@@ -66,6 +66,24 @@ AMOUNTS = {
 EXAMPLES = {"drop": "controls/drop_sft_gradients", "buffer": "methods/interleave"}
 
 
+def check_method(given: Iterable[Given]) -> None:
+    """Refuse two methods in one run: their parts would add up to neither, and nothing would say so.
+
+    Args:
+        given: What files and flags say, in their order.
+
+    Raises:
+        InputError: Two files name a method each, and no flag names what they make together.
+    """
+    named = [one for one in given if one.key == "method" and one.tag != NULL]
+    files = {one.value: one.place for one in named if ", line " in one.place}
+    if len(files) > 1 and all(", line " in one.place for one in named):
+        listed = " and ".join(f"{name} ({place})" for name, place in files.items())
+        raise InputError(
+            f"method: {listed}: a run has one method; leave one out, or say with --method NAME what both together are"
+        )
+
+
 def check_parts(given: Iterable[Given]) -> None:
     """Refuse settings of a part that nothing has switched on: a control laid over a base without what it controls.
 

@@ -48,7 +48,8 @@ def model_card(
     on = {name: config[name]["init_args"] for name in GROUPS if config.get(name)}
     lines = [
         f"- Base model: {escaped(model['model'])}",
-        f"- Method: {'; '.join(f'{name} ({settings(values)})' for name, values in on.items()) or 'no callback'}",
+        f"- Method: {escaped(config.get('method') or 'none named')}",
+        f"- Callbacks: {'; '.join(f'{name} ({settings(values)})' for name, values in on.items()) or 'none'}",
         f"- Policy loss: {settings(model['loss'])}",
         *([f"- Demonstrations in RL steps: {_named(model['mixing'])}"] if model.get("mixing") else []),
         f"- Rollouts: {settings({'group_size': model['group_size'], **model['sampling']})}",
