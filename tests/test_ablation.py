@@ -257,7 +257,7 @@ def test_the_cluster_runs_what_is_unfinished(tmp_path: Path, capfd: pytest.Captu
     assert outcome(cell.directory).status == "done"
     stamp = (cell.directory / "summary.json").stat().st_mtime_ns
     before = (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8")
-    assert "--slurm" in json.loads(plan)["command"]
+    assert "--slurm" in json.loads(before)["command"]
     assert ablation.main(["--config", str(config), "--only", "mifo/shipped/0"]) == 0
     assert (tmp_path / "out" / "ablation.json").read_text(encoding="utf-8") == before  # no fit ran: not a new command
     assert (cell.directory / "summary.json").stat().st_mtime_ns == stamp
