@@ -308,6 +308,7 @@ class MifoModule(LightningModule):
 
         `groups` and `samples` tell callbacks of a rollout, in its first update.
         """
+        self._phase_optimizer.optimizer.zero_grad(set_to_none=True)  # of a step that an exception ended
         output: dict[str, Any] = {"work": {"generated": 0, "scored": 0}}
         part = batch["update"] % batch["minibatches"]
         if batch["phase"] == "rl":

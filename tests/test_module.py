@@ -84,6 +84,23 @@ def test_gradients_of_chunks_add_up_to_those_of_one_batch(
     assert all(max(found) > 0 for found in scales.values())
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_gradient_that_is_left_from_elsewhere_does_not_count(make_trainer: MakeTrainer, micro_batches: int) -> None:
+    class Stain(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            for p in pl_module.parameters():
+                p.grad = torch.ones_like(p)
+
+    found = []
+    for callbacks in ([], [Stain()]):
+        watch = Watch()
+        module = make_module(reward=Coin(), micro_batches=micro_batches)
+        make_trainer([*callbacks, watch], max_steps=2).fit(module, datamodule=make_data())
+        found.append(watch.gradients)
+    for clean, stained in zip(*found, strict=True):
+        assert all(torch.equal(clean[name], stained[name]) for name in clean)
+
+
 class Passes(Callback):
     """Counts the forward passes of the first layer's MLP while training."""
 
