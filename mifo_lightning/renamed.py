@@ -7,15 +7,11 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from mifo_lightning.errors import InputError
 from mifo_lightning.terminal import fail
-
-if TYPE_CHECKING:
-    from mifo_lightning.cli.config_files import Given
 
 COMMAND = "python -m mifo_lightning.renamed FILE"
 # old key -> new key, with all that lies under it; 0.4
@@ -44,19 +40,6 @@ def new_name(key: str) -> str | None:
     if re.fullmatch(rf"model\.mixing\.({'|'.join(KNOBS)})", key):
         return "model.mixing, the class_path of a method such as mifo_lightning.methods.Luffy"
     return None
-
-
-def check_names(values: Iterable["Given"]) -> None:
-    """Refuse keys of an earlier version, which the parser would call unknown.
-
-    Raises:
-        InputError: There is one; the line names it, its place and its new name.
-    """
-    for one in values:
-        # Lightning has this one too, and refuses 0; 1 changes nothing
-        if one.key != "trainer.accumulate_grad_batches" and (new := new_name(one.key)):
-            what = f"; `{COMMAND}` translates a saved configuration" if ", line " in one.place else ""
-            raise InputError(f"{one.place}: {one.key} is now {new}{what}")
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,15 +12,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from mifo_lightning.cli.command_line import MifoCLI, as_script, make_cli
-from mifo_lightning.cli.config_files import check_characters, given, left_empty, with_place
+from mifo_lightning.cli.config_files import Given, check_characters, given, left_empty, with_place
 from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.cli.parts import SEEDED
 from mifo_lightning.errors import InputError, TrainingError
-from mifo_lightning.renamed import check_names
+from mifo_lightning.renamed import COMMAND, new_name
 from mifo_lightning.rollout.in_process import out_of_memory
 from mifo_lightning.stopping import interruption
 from mifo_lightning.terminal import fail, quiet
 
+LIGHTNINGS = "trainer.accumulate_grad_batches"  # a key that Lightning still has: 1 is allowed, others are refused later
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
 
 
@@ -102,6 +103,18 @@ def check_configured(arguments: list[str]) -> None:
             f"{arguments[0]}: needs a configuration, such as --config tiny --config methods/mifo, or files of your "
             "own; `--help` lists all keys"
         )
+
+
+def check_names(values: Iterable[Given]) -> None:
+    """Refuse keys of an earlier version, which the parser would call unknown.
+
+    Raises:
+        InputError: There is one; the line names it, its place and its new name.
+    """
+    for one in values:
+        if one.key != LIGHTNINGS and (new := new_name(one.key)):
+            what = f"; `{COMMAND}` translates a saved configuration" if ", line " in one.place else ""
+            raise InputError(f"{one.place}: {one.key} is now {new}{what}")
 
 
 def check_seeds(arguments: list[str]) -> None:
