@@ -163,7 +163,7 @@ class MifoModule(LightningModule):
         self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
         self._finite = FiniteSteps()
-        self.self_check = SelfCheck(self.responder.engine, sampling) if self_check else None
+        self.self_check = SelfCheck(self.responder, sampling) if self_check else None
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> "MifoModule":
@@ -523,7 +523,7 @@ class MifoModule(LightningModule):
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
         if engine and self.self_check is not None:
             prompts = [q.prompt for q in questions]
-            self.self_check.run(self._policy, self.tokenizer, prompts, self.trainer.precision)
+            self.self_check.run(self._policy, prompts, self.trainer.precision)
 
     def _check(self, loaders: Any, evaluated: bool) -> None:
         """The same where no one has checked before, and log what the comparison found."""

@@ -28,7 +28,7 @@ RENAMED = {
     "importance.init_args.g": "importance.init_args.movement",
     "importance.g": "importance.movement",
 }
-KNOBS = ("questions", "gate", "in_group", "shape", "own", "positive_weight", "sft", "sft_end", "sft_decay", "convex")
+KNOBS = ("questions", "in_group", "own", "sft_end", "sft_decay")  # of a mixture, that no method has as a setting
 METHODS = "mifo_lightning.methods"
 
 

@@ -261,7 +261,7 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"model.sft_entropy_bonus": "-0.1"}, ["model.sft_entropy_bonus: -0.1", "at least 0"]),
         ({"buffer.max_age": "-1"}, ["max_age is -1", "0 or more"]),
         ({"model.evaluation.samples": "-1"}, ["model.evaluation.samples: -1"]),
-        ({"buffer.max_accuracy": "1.5"}, ["p is 1.5", "0 to 1"]),
+        ({"buffer.max_accuracy": "1.5"}, ["max_accuracy is 1.5", "0 to 1"]),
         ({"buffer.size": "0"}, ["size", "0"]),
         ({"buffer.size": "4096", "data.fit_sizes": "false"}, ["buffer.size: 4096", "64"]),
         ({"buffer.size": "7", "data.fit_sizes": "false"}, ["sft_batch: 8", "7"]),
@@ -294,9 +294,14 @@ def test_bad_input_is_one_line_and_status_2(
 def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    changes = {"switch__size": "128", "data__schedule__sft_batch": "64", "data__holdout": "100", "switch__p": "1.0"}
+    changes = {
+        "buffer__size": "128",
+        "data__schedule__sft_batch": "64",
+        "data__holdout": "100",
+        "buffer__max_accuracy": "1.0",
+    }
     with pytest.warns(UserWarning, match=r"buffer\.size: 128 → 52, fitted to the 52 training questions"):
-        main(short(tmp_path / "a", **changes, data__schedule__rl_questions="512", data__schedule__rl_steps="1"))
+        main(short(tmp_path / "a", **changes, data__schedule__prompts_per_step="512", data__schedule__rl_steps="1"))
     asked_taken = {
         "data.holdout": [100, 12],
         "data.schedule.prompts_per_step": [512, 52],

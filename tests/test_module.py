@@ -238,7 +238,9 @@ def test_demonstrations_alone_teach_them(make_trainer: MakeTrainer) -> None:
 def test_rollouts_without_signal_change_nothing_but_momentum(make_trainer: MakeTrainer) -> None:
     watch = Watch()
     module = make_module()
-    module.reinforcement.grade = lambda qs, drawn: Graded(qs, drawn, torch.ones(len(qs), 4), 1.0)  # type: ignore[method-assign]
+    module.reinforcement.grade = lambda qs, drawn: Graded(  # type: ignore[method-assign]
+        qs, drawn, torch.ones(len(qs), 4), 1.0, texts=[[""] * 4] * len(qs)
+    )
     make_trainer([watch]).fit(module, datamodule=make_data())
     assert all((g == 0).all() for gradient in watch.gradients for g in gradient.values())
 

@@ -248,10 +248,10 @@ class Same(Reward):
         return [1.0] * len(responses)
 
 
-@pytest.mark.parametrize("policy", [PolicyLoss(), PolicyLoss(dynamic_sampling=2)])
-def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: MakeTrainer, policy: PolicyLoss) -> None:
+@pytest.mark.parametrize("loss", [PolicyLoss(), PolicyLoss(dynamic_sampling=2)])
+def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: MakeTrainer, loss: PolicyLoss) -> None:
     log = Records()
-    module = make_module(reward=Same(), policy=policy, skip_zero_gradient=True)
+    module = make_module(reward=Same(), loss=loss, skip_zero_gradient=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = make_trainer([Start := Watch()], logger=log)
@@ -259,7 +259,7 @@ def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: M
     assert equal(weights(module), Start.weights[0])
     assert log.series("rl/zero_gradient_steps") == [1, 2]
     assert log.series("rollout/groups_trained") == [0, 0]
-    assert said(caught, "dynamic_sampling: 2 batches of questions gave 0 of 4 groups") == bool(policy.dynamic_sampling)
+    assert said(caught, "dynamic_sampling: 2 batches of questions gave 0 of 4 groups") == bool(loss.dynamic_sampling)
 
 
 def test_groups_that_train_are_counted(make_trainer: MakeTrainer) -> None:

@@ -12,7 +12,7 @@ from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
-from mifo_lightning.rollout.respond import draw
+from mifo_lightning.rollout.respond import Responder, draw
 from mifo_lightning.seeds import stable_key
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model
@@ -24,23 +24,22 @@ class SelfCheck:
     """Compares a run's engine with its model, once in each precision, and keeps what it found until it is logged.
 
     Args:
-        engine: The run's engine.
+        responder: Has the run's engine.
         sampling: How the run draws rollouts.
     """
 
-    def __init__(self, engine: RolloutEngine, sampling: Sampling) -> None:
-        self.engine, self.sampling = engine, sampling
+    def __init__(self, responder: Responder, sampling: Sampling) -> None:
+        self.responder, self.sampling = responder, sampling
         self._precision: str | None = None  # in which they were compared last
         self._found: dict[str, float] = {}
 
-    def run(
-        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], precision: str | int
-    ) -> None:
+    def run(self, policy: Policy, prompts: list[list[int]], precision: str | int) -> None:
         """As `self_check`, unless that was done in this precision, or there is nothing to ask."""
         if prompts and self._precision != str(precision):
             self._precision = str(precision)
             mixed = precision != "32-true"
-            self._found = self_check(self.engine, policy, tokenizer, prompts, self.sampling, mixed)
+            engine, tokenizer = self.responder.engine, self.responder.tokenizer
+            self._found = self_check(engine, policy, tokenizer, prompts, self.sampling, mixed)
 
     def take(self) -> dict[str, float]:
         """What it found and nobody has taken, as `self_check/<name>`."""
