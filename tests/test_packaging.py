@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,10 @@ def test_both_wheels_train_outside_the_checkout(repository: Path, tmp_path: Path
     run(programs / "mifo", "fit", "--config", "tiny", "--config", "methods/mifo", *flags, cwd=away)
     summary = json.loads((away / "runs" / "tiny" / "summary.json").read_text())
     assert summary["optimizer_steps"] >= 2
+    # README's cell, by nothing but what the wheels brought
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^<!-- program -->\n```python\n(.*?)```\n<!-- program: end -->$", readme, re.S | re.M)
+    assert run(programs / "python", "-c", program, cwd=away).count(">") >= 4
 
 
 def test_one_pip_command_installs_both_from_git(repository: Path, tmp_path: Path) -> None:
