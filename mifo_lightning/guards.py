@@ -27,12 +27,26 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
             "model.sft.clip"
         )
+    check_accumulation(trainer)
+    check_flags(trainer)
+
+
+def check_accumulation(trainer: Trainer) -> None:
+    """Raise an InputError if Lightning would step after several batches; a scheduler may say so at any epoch."""
     if (accumulate := trainer.accumulate_grad_batches) != 1:
         raise InputError(
             f"trainer.accumulate_grad_batches: {accumulate} is not allowed; a batch is a whole optimizer step: "
             "model.micro_batches cuts it into parts"
         )
-    check_flags(trainer)
+
+
+def check_chunks(trainer: Trainer, micro_batches: int) -> None:
+    """Raise an InputError where DDP counts every backward of a step, those of chunks too."""
+    if micro_batches > 1 and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+        raise InputError(
+            f"model.micro_batches: {micro_batches} is not allowed with DDPStrategy(static_graph=True), whose gradients "
+            "would be wrong; leave static_graph out"
+        )
 
 
 def check_flags(trainer: Trainer) -> None:

@@ -30,6 +30,8 @@ from mifo_lightning.data.template import ChatTemplate
 from mifo_lightning.errors import InputError
 from mifo_lightning.guards import (
     FORMAT,
+    check_accumulation,
+    check_chunks,
     check_ends,
     check_format,
     check_lengths,
@@ -41,7 +43,14 @@ from mifo_lightning.guards import (
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import end_tokens, padding
-from mifo_lightning.policy.loading import Loaded, check_vocabulary, load_policy, load_tokenizer, shard_policy
+from mifo_lightning.policy.loading import (
+    Loaded,
+    check_same_weights,
+    check_vocabulary,
+    load_policy,
+    load_tokenizer,
+    shard_policy,
+)
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
@@ -135,7 +144,7 @@ class MifoModule(LightningModule):
         rl.check("model.rl")
         sft.check("model.sft")
         evaluation.check("model.evaluation")
-        model = str(model) if isinstance(model, Path) else model
+        model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
         self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
@@ -157,7 +166,8 @@ class MifoModule(LightningModule):
         self.initial_losses: Tensor | None = None  # [N] by question id, for a weight that wants them
         self.needs_demonstrations = mixing is not None or self._weighs_by_initial_losses
         check_sft(sft_entropy_bonus, micro_batches, self.own_demonstrations and self._weighs_by_initial_losses)
-        self._rollout: Batch | None = None  # with updates to come
+        self._rollout: Batch | None = None  # with updates to come, or the last one under way
+        self._used_up = False
         self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}
         self.last_reward: float | None = None  # for the progress bar
@@ -168,11 +178,11 @@ class MifoModule(LightningModule):
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> "MifoModule":
         """A module that trains a model which is in memory already; its weights become fp32 and change in place."""
-        return cls(Loaded(model, tokenizer), **settings)  # type: ignore[arg-type]  # the parser reads annotations
+        return cls((model, tokenizer), **settings)  # type: ignore[arg-type]  # the parser reads annotations
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a plain class method: Lightning's is a descriptor
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **settings: Any
+        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu", **settings: Any
     ) -> "MifoModule":
         """The module of a run's checkpoint with its trained weights, without a Trainer.
 
@@ -180,19 +190,23 @@ class MifoModule(LightningModule):
             checkpoint_path: Such as `last.ckpt`.
             map_location: Where the weights go.
             settings: Arguments of the constructor, in place of the checkpoint's. Objects, such as a reward, are in no
-                checkpoint: they are given again.
+                checkpoint: they are given again, a loaded model as (model, tokenizer). Whether code of the model's may
+                run is never taken from a file.
 
         Raises:
             InputError: The file is no checkpoint of this module, or an object is missing.
         """
-        checkpoint = read_checkpoint(Path(checkpoint_path), map_location)
+        checkpoint = read_checkpoint(Path(checkpoint_path))
         if "hyper_parameters" not in checkpoint:
             raise InputError(f"load_from_checkpoint: {checkpoint_path} is no checkpoint of a {cls.__name__}")
-        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
-        module = cls(**settings_again(checkpoint["hyper_parameters"], defaults, settings))
+        own, ours = inspect.signature(cls).parameters, inspect.signature(MifoModule).parameters
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in own.values())
+        defaults = {name: p.default for name, p in {**(ours if passes_on else {}), **own}.items()}
+        saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name != "trust_remote_code"}
+        module = cls(**settings_again(saved, defaults, settings))
         module.load()
         module.load_state_dict(checkpoint["state_dict"])
-        return module
+        return module.to(map_location)
 
     # --- set-up -------------------------------------------------------------------------------------------------
 
@@ -201,7 +215,10 @@ class MifoModule(LightningModule):
         if self._trainer is not None:
             require_data_parallel(self.trainer, "MifoModule")
             check_trainer(self.trainer)
+            check_chunks(self.trainer, self.micro_batches)
         self.load()
+        if isinstance(self.model_name, Loaded):
+            check_same_weights(self._policy)
         for whole in (self._policy, *self.reinforcement.references):
             if self.device_mesh is not None and not isinstance(whole, FSDPModule):
                 shard_policy(whole, self.device_mesh["data_parallel"])
@@ -213,10 +230,11 @@ class MifoModule(LightningModule):
             InputError: If the model cannot be loaded, or its tokenizer is another's.
         """
         if self.policy is None:
-            trust, needed = self.trust_remote_code, self.reinforcement.needs_reference
+            trust = self.trust_remote_code
+            # of a loaded model, before anything is done to it
+            initial = copy.deepcopy(self.model_name) if self.reinforcement.needs_reference else None
             self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
-            initial = copy.deepcopy(self.model_name) if needed else None  # of a loaded model, before it is trained
             self.reinforcement.set_reference(load_policy(initial, trust_remote_code=trust) if initial else None)
         if self._trainer is None:  # `generate` before a fit
             return
@@ -296,6 +314,7 @@ class MifoModule(LightningModule):
 
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
+        check_accumulation(self.trainer)
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
@@ -320,8 +339,8 @@ class MifoModule(LightningModule):
             objective, chunks = self.sft_objective, self._sft_batch(batch, output).chunks(0, self.micro_batches)
         output["loss"] = self._descend(chunks, objective, batch["phase"])
         output["work"] |= {
-            "trained": sum(chunk.sequences.token_count() for chunk in chunks),
-            "demonstrations": [i for chunk in chunks for i in chunk.demonstrations],
+            "trained": sum(chunk.sequences.token_count() for chunk in chunks if not chunk.idle),
+            "demonstrations": [i for chunk in chunks if not chunk.idle for i in chunk.demonstrations],
         }
         return output
 
@@ -370,8 +389,7 @@ class MifoModule(LightningModule):
             self.last_reward = described["reward"]
         rollout = self._rollout
         assert rollout is not None, "the loader begins every rollout with its first update"
-        if item["update"] + 1 == item["updates"]:
-            self._rollout = None  # used up: no checkpoint need hold it
+        self._used_up = item["update"] + 1 == item["updates"]
         return rollout
 
     def _sft_batch(self, item: WorkItem, output: dict[str, Any]) -> Batch:
@@ -408,6 +426,8 @@ class MifoModule(LightningModule):
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
         self._policy.version += 1
+        if self._used_up:
+            self._rollout = None  # no checkpoint need hold it
         self._phase_optimizer.look()
         self._say_under_way(False)
         check_weights(self._policy, self._where())

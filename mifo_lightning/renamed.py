@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mifo_lightning.errors import InputError
 from mifo_lightning.terminal import fail
 
 COMMAND = "python -m mifo_lightning.renamed FILE"
@@ -30,6 +31,26 @@ RENAMED = {
 }
 KNOBS = ("questions", "in_group", "own", "sft_end", "sft_decay")  # of a mixture, that no method has as a setting
 METHODS = "mifo_lightning.methods"
+MIXTURE = {  # the knobs of `Mixing` in 0.4, and their defaults
+    "questions": "all",
+    "gate": 0,
+    "in_group": False,
+    "shape": 0.1,
+    "own": "advantage",
+    "positive_weight": 0.1,
+    "sft": 0.0,
+    "sft_end": 0.0,
+    "sft_decay": 0,
+    "convex": False,
+    "token_weight": "uniform",
+}
+SETTINGS = {
+    "Luffy": ("shape", "token_weight"),
+    "SRFT": ("shape", "positive_weight", "sft", "token_weight"),
+    "HPT": ("gate", "sft", "token_weight"),
+}
+BATCHES = ("val_check_interval", "limit_train_batches")
+ARGUMENTS = {("BufferPhaseSwitch", "p"): "max_accuracy", ("ImportanceEMA", "g"): "movement"}  # of callbacks in a list
 
 
 def new_name(key: str) -> str | None:
@@ -43,31 +64,52 @@ def new_name(key: str) -> str | None:
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of version 0.4 with the names of now."""
+    """A configuration of version 0.4 with the names of now.
+
+    Raises:
+        InputError: It has a mixture that no method is, or that is only a part of one.
+    """
     found: dict[str, Any] = {}
     for key, value in _leaves(config):
         _put(found, new_name(key) or key if not key.startswith("model.mixing") else key, value)
     mixing = found.get("model", {}).get("mixing")
     if isinstance(mixing, dict) and "class_path" not in mixing:
         found["model"]["mixing"] = _method(mixing)
+    trainer = found.get("trainer", {})
+    chunks = found.get("model", {}).get("micro_batches", 1)
+    for key in BATCHES:  # these were counted in micro-batches
+        if type(trainer.get(key)) is int and chunks > 1:
+            trainer[key] = max(1, trainer[key] // chunks)
+    for callback in trainer.get("callbacks") or []:
+        for old, new in ARGUMENTS.items() if isinstance(callback, dict) else ():
+            arguments = callback.get("init_args") or {}
+            if callback.get("class_path", "").endswith(old[0]) and old[1] in arguments:
+                arguments[new] = arguments.pop(old[1])
     return found
 
 
-def _method(knobs: dict[str, Any]) -> dict[str, Any]:
+def _method(given: dict[str, Any]) -> dict[str, Any]:
     """The method that the knobs of `Mixing` were."""
-    weight = {"token_weight": knobs["token_weight"]} if "token_weight" in knobs else {}
-    names: tuple[str, ...]
-    if knobs.get("in_group"):
-        signed = knobs.get("own") == "sign"
-        kind, names = ("SRFT", ("shape", "positive_weight", "sft")) if signed else ("Luffy", ("shape",))
-    elif knobs.get("questions") == "failed":
-        kind, names = "HPT", ("gate", "sft")
-    else:
-        arguments = {"mu": knobs.get("sft", 0.0), "convex": knobs.get("convex", False), **weight}
-        if knobs.get("sft_decay"):
-            arguments |= {"mu_end": knobs.get("sft_end", 0.0), "decay_steps": knobs["sft_decay"]}
-        return {"class_path": f"{METHODS}.Chord", "init_args": arguments}
-    return {"class_path": f"{METHODS}.{kind}", "init_args": {n: knobs[n] for n in names if n in knobs} | weight}
+    if not given.keys() & {"questions", "in_group", "own", "convex"}:
+        raise InputError(
+            f"model.mixing: {given} is a part of a mixture; translate the file that it was laid over with it"
+        )
+    knobs = {**MIXTURE, **given}
+    signed, decays = knobs["own"] == "sign", bool(knobs["sft_decay"])
+    kind = {(True, True): "SRFT", (True, False): "Luffy", (False, False): "Chord"}.get((knobs["in_group"], signed))
+    if knobs["questions"] == "failed":
+        kind = "HPT" if kind == "Chord" else None
+    lost = kind == "Luffy" and (knobs["sft"] or decays)
+    if kind is None or lost or (kind != "Chord" and (decays or knobs["convex"])):
+        raise InputError(
+            f"model.mixing: {given} is no method of mifo_lightning.methods; write one as a subclass of Mixing"
+        )
+    if kind != "Chord":
+        return {"class_path": f"{METHODS}.{kind}", "init_args": {name: knobs[name] for name in SETTINGS[kind]}}
+    arguments = {"mu": knobs["sft"], "convex": knobs["convex"], "token_weight": knobs["token_weight"]}
+    if decays:
+        arguments |= {"mu_end": knobs["sft_end"], "decay_steps": knobs["sft_decay"]}
+    return {"class_path": f"{METHODS}.Chord", "init_args": arguments}
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -90,7 +132,10 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
         fail(f"usage: {COMMAND}")
     config = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
-    print(yaml.safe_dump(translated(config), sort_keys=False), end="")
+    try:
+        print(yaml.safe_dump(translated(config), sort_keys=False), end="")
+    except InputError as error:
+        fail(f"{arguments[0]}: {error}")
 
 
 if __name__ == "__main__":

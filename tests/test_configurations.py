@@ -281,6 +281,9 @@ def test_a_run_has_one_method_unless_what_two_make_is_named(capsys: pytest.Captu
     )
     assert printed(capsys, *both, "--method", "luffy with mifo")["method"] == "luffy with mifo"
     assert printed(capsys, *both[:-2])["method"] == "luffy"
+    for flags in (["--method", "mifo"], ["--config", "{method: mifo}"]):  # a name brings nothing
+        assert "--config methods/mifo is the method" in refused(capsys, *both[:3], *flags)
+    assert printed(capsys, *both[:-2], "--method", "luffy")["method"] == "luffy"
     assert printed(capsys, *both[:3])["method"] is None
 
 

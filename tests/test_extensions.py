@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from rl_steps import groups_of, item, prepare, questions, reinforcement
 
 from mifo_lightning.cli import main
+from mifo_lightning.errors import InputError
 from mifo_lightning.losses.corrections import TruncatedImportance
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.steps.settings import PolicyLoss
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 OWN = "\n".join(
@@ -70,6 +74,17 @@ def test_a_name_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], tmp
     assert len(error) == 1
     assert "sft_weight" in error[0]
     assert "low_entropy" in error[0]
+
+
+def test_an_engine_without_log_probabilities_cannot_be_corrected(policy: Policy, tokenizer: Any) -> None:
+    rl = reinforcement(tokenizer, settings=PolicyLoss(correction=TruncatedImportance()))
+    qs = questions(tokenizer)[:1]
+    drawn = groups_of(tokenizer, "3>7<eos>", "3>8<eos>", "4>8<eos>", "5>7<eos>")
+    drawn[0][1].logp = []
+    with pytest.raises(
+        InputError, match=r"correction: InProcessEngine gave 0 log-probabilities for a .* 4 tok"
+    ):
+        prepare(rl, policy, item(qs), rl.grade(qs, drawn))
 
 
 @pytest.mark.parametrize(("level", "factors"), [("token", [[2.0, 0.5, 1.0]]), ("sequence", [[1.5]])])

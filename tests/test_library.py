@@ -12,6 +12,7 @@ from conftest import SAMPLING, make_data, make_module, weights
 from datasets import Dataset
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from monitoring import Records
 from rl_steps import Coin
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +23,7 @@ from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.settings import Settings, settle
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
+from mifo_lightning.policy import loading
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.in_process import InProcessEngine
 
@@ -213,3 +215,59 @@ def test_the_best_checkpoint_by_what_training_logs(make_trainer: MakeTrainer, tm
     assert best.best_model_score is not None
     assert Path(best.best_model_path).is_file()
     assert "/" not in Path(best.best_model_path).name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_reference_of_a_model_in_memory_is_as_it_came(make_trainer: MakeTrainer, checkpointing: bool) -> None:
+    settings = {"loss": mifo.PolicyLoss(kl_coefficient=0.1), "rl": mifo.AdamWSettings(lr=5e-3)}
+    found = []
+    for module in (
+        make_module(reward=Coin(), **settings),
+        make_module(
+            model=(AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)),
+            reward=Coin(),
+            gradient_checkpointing=checkpointing,
+            **settings,
+        ),
+    ):
+        records = Records()
+        make_trainer([], logger=records).fit(module, make_data(schedule=mifo.Schedule(rl_steps=3, prompts_per_step=4)))
+        found.append(records.series("rl/kl_ref"))
+    assert found[0][-1] > 0.1
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_models_that_differ_between_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = loading.load_policy("embedded")
+    loading.check_same_weights(policy)
+    monkeypatch.setattr(loading, "gather_ranks", lambda sums: [sums, [value + 1 for value in sums]])
+    with pytest.raises(InputError, match="weights differ between processes"):
+        loading.check_same_weights(policy)
+
+
+def test_no_checkpoint_says_whether_code_may_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = make_module(reward=Coin(), trust_remote_code=True)
+    make_trainer([LastCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True, max_epochs=-1).fit(
+        module, make_data(schedule=ONE)
+    )
+    assert not mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin()).trust_remote_code
+    given = {"reward": Coin(), "trust_remote_code": True}
+    assert mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", **given).trust_remote_code
+
+
+class Own(mifo.MifoModule):
+    """A subclass that passes on what it does not know."""
+
+    def __init__(self, extra: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.extra = extra
+
+
+def test_a_subclass_gets_all_settings_back(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    settings = {"seed": 0, "group_size": 6, "sampling": SAMPLING, "rl": mifo.AdamWSettings(lr=3e-4)}
+    module = Own(extra=1, model="embedded", reward=Coin(), **settings)
+    make_trainer([LastCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True, max_epochs=-1).fit(
+        module, make_data(schedule=ONE)
+    )
+    again = Own.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin(), extra=1)
+    assert (again.group_size, again.rl_settings, again.reinforcement.sampling) == (6, settings["rl"], SAMPLING)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_data, make_module
 from lightning import Callback
-from rl_steps import Gradients, groups_of, item, prepare, questions, reinforcement, relative
+from rl_steps import Gradients, groups_of, item, prepare, questions, reinforcement, relative, step_loss
 
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
@@ -113,6 +113,20 @@ def test_the_weight_of_the_sft_loss_goes_along_half_a_cosine_to_its_end() -> Non
     )
     assert [mixing.scales(i) for i in (0, 6)] == [(pytest.approx(0.1), pytest.approx(0.9)), (0.9, 0.1)]
     assert [Chord(0.3, convex=False).scales(i) for i in (0, 9)] == [(1.0, 0.3)] * 2
+
+
+def test_a_method_s_weight_of_the_policy_loss_holds_without_an_sft_loss(policy: Policy, tokenizer: Any) -> None:
+    class Quarter(Mixing):
+        def scales(self, step: int) -> tuple[float, float]:
+            return 0.25, 0.0
+
+    found = []
+    for mixing in (Mixing(), Quarter()):
+        rl, qs = reinforcement(tokenizer, mixing=mixing, settings=PolicyLoss(entropy_bonus=0.1)), questions(tokenizer)
+        texts = ["3>7<eos>", "3>8<eos>", "4>8<eos>", "5>7<eos>"] * 4
+        found.append(step_loss(rl, policy, prepare(rl, policy, item(qs), rl.grade(qs, groups_of(tokenizer, *texts)))))
+    torch.testing.assert_close(found[1], 0.25 * found[0])
+    assert found[0] != 0
 
 
 class Never(Reward):

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from rl_steps import Coin, rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +18,7 @@ from mifo_callbacks import GradientFreezing
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.errors import InputError
+from mifo_lightning.guards import check_chunks
 from mifo_lightning.losses.advantages import GroupStd
 from mifo_lightning.methods import HPT, SRFT, Chord
 from mifo_lightning.module import MifoModule
@@ -277,6 +280,41 @@ def test_clipping_twice_and_half_precision_weights_are_refused(make_trainer: Mak
         make_trainer(gradient_clip_val=0.5).fit(make_module(), datamodule=make_data())
     with pytest.raises(InputError, match=r"trainer.precision: bf16-true"):
         make_trainer(precision="bf16-true").fit(make_module(), datamodule=make_data())
+
+
+class SaveAt(Callback):
+    """A checkpoint from a hook inside the optimizer step number `step`."""
+
+    def __init__(self, hook: str, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_checkpoint_from_inside_a_step_is_that_of_its_beginning(
+    make_trainer: MakeTrainer, tmp_path: Path, hook: str, step: int
+) -> None:
+    """Also inside the last update of a rollout, which is still needed then."""
+    data: dict[str, Any] = {"schedule": Schedule(rl_steps=2, prompts_per_step=4, epochs_per_rollout=2)}
+    whole, resumed, path = make_module(reward=Coin()), make_module(reward=Coin()), tmp_path / "inside.ckpt"
+    make_trainer([SaveAt(hook, step, path)]).fit(whole, datamodule=make_data(**data))
+    make_trainer().fit(resumed, datamodule=make_data(**data), ckpt_path=path)
+    for (name, a), b in zip(weights(resumed).items(), weights(whole).values(), strict=True):
+        assert (a == b).all(), name
+
+
+def test_what_would_step_otherwise_than_the_module_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.micro_batches"):
+        make_trainer([GradientAccumulationScheduler({0: 2})]).fit(make_module(), datamodule=make_data())
+    trainer: Any = SimpleNamespace(strategy=DDPStrategy(static_graph=True))
+    check_chunks(trainer, 1)
+    with pytest.raises(InputError, match=r"model.micro_batches: 2 is not allowed with .*static_graph"):
+        check_chunks(trainer, 2)
 
 
 def test_lightnings_own_accumulation_is_refused(make_trainer: MakeTrainer) -> None:

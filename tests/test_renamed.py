@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import pytest
 import yaml
 from test_cli import MIFO, TINY, printed, refused
 
+from mifo_lightning.errors import InputError
 from mifo_lightning.methods import HPT, SRFT, Chord, Luffy
 from mifo_lightning.renamed import RENAMED, new_name, translated
 
 OLD = {
-    "trainer": {"accumulate_grad_batches": 2},
+    "trainer": {
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 8,
+        "callbacks": [{"class_path": "mifo_callbacks.BufferPhaseSwitch", "init_args": {"size": 4, "p": 0.5}}],
+    },
     "model": {
         "solved_at": 0.5,
         "policy": {"surrogate": "reinforce", "clip_low": 0.1},
@@ -26,7 +32,13 @@ OLD = {
 
 
 def test_every_old_key_has_a_new_name() -> None:
-    assert translated(OLD) == {
+    assert translated(deepcopy(OLD)) == {
+        "trainer": {
+            "val_check_interval": 4,
+            "callbacks": [
+                {"class_path": "mifo_callbacks.BufferPhaseSwitch", "init_args": {"size": 4, "max_accuracy": 0.5}}
+            ],
+        },
         "model": {
             "micro_batches": 2,
             "success_threshold": 0.5,
@@ -50,9 +62,11 @@ def test_every_old_key_has_a_new_name() -> None:
     [
         ({"in_group": True, "shape": 0.2}, Luffy, {"shape": 0.2}),
         ({"in_group": True, "own": "sign", "sft": 0.5, "token_weight": "low_entropy"}, SRFT, {"sft": 0.5}),
+        ({"in_group": True, "own": "sign"}, SRFT, {"sft": 0.0}),
+        ({"questions": "failed"}, HPT, {"sft": 0.0}),
         ({"questions": "failed", "gate": 1, "sft": 0.3}, HPT, {"gate": 1, "sft": 0.3}),
         ({"convex": True, "sft": 0.1, "token_weight": "chord"}, Chord, {"mu": 0.1, "mu_end": None, "convex": True}),
-        ({"sft": 1.0}, Chord, {"mu": 1.0, "convex": False}),
+        ({"convex": False, "sft": 1.0}, Chord, {"mu": 1.0, "convex": False}),
     ],
 )
 def test_the_knobs_of_a_mixture_become_its_method(knobs: dict[str, Any], kind: type, settings: dict[str, Any]) -> None:
@@ -60,6 +74,21 @@ def test_the_knobs_of_a_mixture_become_its_method(knobs: dict[str, Any], kind: t
     assert found["class_path"] == f"mifo_lightning.methods.{kind.__name__}"
     method = kind(**found["init_args"])
     assert {name: getattr(method, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"sft": 0.3},
+        {"in_group": True, "sft": 0.5},
+        {"own": "sign", "sft": 0.5},
+        {"questions": "failed", "sft": 1.0, "convex": True},
+        {"in_group": True, "own": "sign", "sft": 0.5, "sft_end": 0.1, "sft_decay": 9},
+    ],
+)
+def test_a_mixture_that_no_method_is_is_refused(knobs: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"model\.mixing: .*(part of a mixture|is no method)"):
+        translated({"model": {"mixing": knobs}})
 
 
 def test_an_old_key_is_one_line_that_says_the_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

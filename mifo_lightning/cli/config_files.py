@@ -146,7 +146,7 @@ def _of_flag(flag: str, text: str) -> Iterator[Given]:
     except yaml.YAMLError:
         return
     for key, value in _leaves(root, flag.removeprefix("--")):
-        yield Given(key, value.tag, flag or "--config")
+        yield Given(key, value.tag, flag or "--config", str(value.value))
 
 
 def _leaves(node: yaml.Node | None, key: str) -> Iterator[tuple[str, yaml.Node]]:

@@ -21,6 +21,7 @@ from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
+from mifo_lightning.packaged import names
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {
@@ -73,10 +74,16 @@ def check_method(given: Iterable[Given]) -> None:
         given: What files and flags say, in their order.
 
     Raises:
-        InputError: Two files name a method each, and no flag names what they make together.
+        InputError: Two files name a method each, and no flag names what they make together; or a flag names one that no
+            file has brought.
     """
     named = [one for one in given if one.key == "method" and one.tag != NULL]
     files = {one.value: one.place for one in named if ", line " in one.place}
+    for one in named:
+        if one.value not in files and f"methods/{one.value}" in names():
+            raise InputError(
+                f"method: {one.value} ({one.place}) is the name alone; --config methods/{one.value} is the method"
+            )
     if len(files) > 1 and all(", line " in one.place for one in named):
         listed = " and ".join(f"{name} ({place})" for name, place in files.items())
         raise InputError(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.sharding import full
 from mifo_lightning.errors import InputError
 from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
@@ -54,7 +55,7 @@ def locate(model: str | Loaded) -> str:
     if not isinstance(model, str):
         raise InputError(
             f"model.model: a {type(model).__name__} is not allowed; give a Hugging Face model directory or hub name, "
-            "or MifoModule.from_model(model, tokenizer, ...)"
+            "or a loaded (model, tokenizer), as MifoModule.from_model does"
         )
     if model == EMBEDDED:
         return str(Path(__file__).parents[1] / "assets" / "base")
@@ -192,16 +193,22 @@ def recompute_layers(model: PreTrainedModel) -> None:
     if not layers:
         raise InputError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
     for layer in layers:
-        layer.forward = _recomputed(layer.forward)
+        layer.forward = partial(_recomputed, layer.forward)  # which a copy of the model binds to its own layer
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*arguments: Any, **named: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*arguments, **named)
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
 
-    return run
+
+def check_same_weights(policy: Policy) -> None:
+    """Raise an InputError where ranks have built models of their own, as without a seed they do; collective."""
+    sums = gather_ranks([float(p.detach().double().sum()) for p in policy.parameters()])
+    if any(other != sums[0] for other in sums):
+        raise InputError(
+            "from_model: the weights differ between processes; load the same ones, or seed before building"
+        )
 
 
 def check_vocabulary(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -55,6 +55,7 @@ class Batch:
         named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos`, and `answer` where a marker
             (`data.answer_after`) says where answers begin.
         temperature: Logits are divided by it before everything.
+        idle: Whether it is one row that weighs nothing, in the place of none.
     """
 
     sequences: Sequences
@@ -74,6 +75,7 @@ class Batch:
     initial: Tensor | None = None
     named: dict[str, Tensor] = field(default_factory=dict)
     temperature: float = 1.0
+    idle: bool = False
 
     def chunks(self, update: int, count: int) -> list["Batch"]:
         """What optimizer step number `update` of a pass works on, cut into `count` parts of equally many rows.
@@ -100,6 +102,7 @@ class Batch:
         streams = {f.name: v for f in fields(one) if isinstance(v := getattr(one, f.name), Stream)}
         for name, stream in streams.items():
             setattr(one, name, stream._replace(weight=torch.zeros_like(stream.weight)))
+        one.idle = True
         return one
 
     @property

@@ -58,10 +58,12 @@ class Objective:
                 loss = loss - batch.bonus.scale * bonus
             if batch.rl is None:
                 metrics["nll"] = -batch.bonus.mean(logp.detach())
+        if batch.rl is not None:
+            loss = batch.rl.scale * loss
         if batch.ce is not None:
             sft, described = self._sft_loss(batch, logp, entropy)
             metrics["loss" if batch.rl is None else "sft_loss"] = described["loss"]
-            loss = (1.0 if batch.rl is None else batch.rl.scale) * loss + batch.ce.scale * sft
+            loss = loss + batch.ce.scale * sft
         return loss, metrics
 
     def _policy_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

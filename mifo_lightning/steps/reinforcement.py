@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mifo_callbacks.collectives import gather_ranks, mean_ranks, rank, ranks
 from mifo_lightning.data.loader import WorkItem
+from mifo_lightning.errors import InputError
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -160,6 +161,12 @@ class Reinforcement:
         batch.question = torch.tensor([q.id for q in questions], device=policy.device)
         batch.temperature = self.sampling.temperature
         if settings.correction is not None:
+            if unlike := [(len(t), len(x)) for t, x in zip(rows.tokens, rows.logp, strict=True) if len(t) != len(x)]:
+                engine = type(self.responder.engine).__name__
+                raise InputError(
+                    f"model.loss.correction: {engine} gave {unlike[0][1]} log-probabilities for a response of "
+                    f"{unlike[0][0]} tokens; it needs one for each"
+                )
             padded = pad_sequence([torch.tensor(logp) for logp in rows.logp], batch_first=True)
             batch.logp_sampler = padded.to(policy.device)
         masked = settings.entropy_fraction < 1
