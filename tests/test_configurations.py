@@ -290,3 +290,25 @@ def test_a_run_has_one_method_unless_what_two_make_is_named(capsys: pytest.Captu
 @pytest.mark.parametrize("path", sorted((CONFIGS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_method_is_called_as_its_file(path: Path) -> None:
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["method"] == path.stem
+
+
+def test_a_saved_configuration_evaluates_too_and_a_refused_resume_leaves_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    main([*short(run), "--trainer.enable_checkpointing", "true"])
+    capsys.readouterr()
+    written = (run / "config.yaml").read_text(encoding="utf-8")
+    assert "\nresume:" not in written
+    line = refused(capsys, *short(run), "--seed_everything", "7", "--resume")
+    assert "model.seed is 7, and 0 in the run of the checkpoint" in line
+    assert (run / "config.yaml").read_text(encoding="utf-8") == written
+    (tmp_path / "saved.yaml").write_text(written, encoding="utf-8")
+    main(["validate", "--config", str(tmp_path / "saved.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")])
+    assert "avg@1" in capsys.readouterr().out
+
+
+def test_a_part_of_a_key_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "fit", "--config", "tiny", "--model.micro_batch", "2")
+    assert "--model.micro_batch" in line
+    assert "did you mean --model.micro_batches" in line

@@ -81,9 +81,7 @@ def test_an_engine_without_log_probabilities_cannot_be_corrected(policy: Policy,
     qs = questions(tokenizer)[:1]
     drawn = groups_of(tokenizer, "3>7<eos>", "3>8<eos>", "4>8<eos>", "5>7<eos>")
     drawn[0][1].logp = []
-    with pytest.raises(
-        InputError, match=r"correction: InProcessEngine gave 0 log-probabilities for a .* 4 tok"
-    ):
+    with pytest.raises(InputError, match=r"correction: InProcessEngine gave 0 log-probabilities for a .* 4 tok"):
         prepare(rl, policy, item(qs), rl.grade(qs, drawn))
 
 

@@ -36,6 +36,17 @@ class OneLineParser(LightningArgumentParser):
     empty: dict[str, str] = {}  # where its configuration files leave a key empty
     done = False  # whether all that was asked for was to print something, such as `--help`
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **named})  # a part of a key is a misspelt key
+
+    def dump(self, cfg: Any, *arguments: Any, **named: Any) -> str:
+        """As of jsonargparse, without `resume`, which is of one command and not of a configuration."""
+        if "resume" in cfg and not cfg["resume"]:
+            cfg = cfg.clone()
+            del cfg["resume"]
+        text: str = super().dump(cfg, *arguments, **named)
+        return text
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line and exit with status 2."""
         text = " ".join(message.split())

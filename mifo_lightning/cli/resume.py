@@ -171,6 +171,8 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
             f"ckpt_path: {path} is of another model than model.model {model}: {name} is {_say(_shape(weights, name))} "
             f"there and {_say(expected.get(name))} here ({len(unlike)} of {len(expected)} weights differ)"
         )
+    if fit:
+        module.seed.restore(checkpoint["mifo"].get("seed"))  # now, before any file of the run is touched
 
 
 def _shape(weights: dict[str, Any], name: str) -> Any:

@@ -174,5 +174,6 @@ def seconds_line(seconds: dict[str, float]) -> str:
     """Seconds by activity in one line, and what MIFO added to the training seconds."""
     own = sum(seconds.get(name, 0.0) for name in METHOD)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in sorted(seconds.items(), key=lambda x: -x[1]))
-    share = own / max(seconds.get("training", 0.0), 1e-9)
-    return f"seconds: {parts}; buffer, selection, importance and freezing together {own:.2f} ({share:.1%} of training)"
+    training = seconds.get("training", 0.0)
+    share = f" ({own / training:.1%} of training)" if training else ""
+    return f"seconds: {parts}; buffer, selection, importance and freezing together {own:.2f}{share}"
