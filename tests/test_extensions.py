@@ -72,8 +72,8 @@ def test_a_name_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], tmp
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(error) == 1
-    assert "sft_weight" in error[0]
-    assert "low_entropy" in error[0]
+    assert "model.sft_weight: 'focal' is not allowed; it must be uniform, dft, chord," in error[0]
+    assert error[0].endswith("or the class_path of a SFTWeight")
 
 
 def test_an_engine_without_log_probabilities_cannot_be_corrected(policy: Policy, tokenizer: Any) -> None:

@@ -17,6 +17,27 @@ from mifo_lightning.terminal import fail
 MODE = "omegaconf+"  # interpolation that follows the command line
 
 
+# what jsonargparse says of a key that takes short names or a class of one's own
+UNION = re.compile(
+    r'Parser key "([\w.]+)": Does not validate against any of the Union subtypes '
+    r"Subtypes: \[((?:typing\.Literal\[[^\]]*\]|<class '(?:mifo_\w+[\w.]*|NoneType)'>|, )+)\] "
+    r"Errors: (.*) Given value type: .*? Given value: (.*)"
+)
+
+
+def in_short(message: str) -> str:
+    """An error line of such a key: the value, the names and the class that are allowed, and why a class is none."""
+    if not (found := UNION.search(message)):
+        return message
+    key, subtypes, errors, value = found.groups()
+    allowed = re.findall(r"'(\w+)'(?!>)", subtypes) + ["null"] * ("NoneType" in subtypes)
+    allowed += [f"the class_path of a {name}" for name in re.findall(r"\.(\w+)'>", subtypes)]
+    reason = re.search(r"Problem with given class_path '[^']*': (.*?)(?: - Expected|$)", errors)
+    why = f" ({reason[1].strip()})" if reason else ""
+    asked = message[: found.start()] or f"{key}: "
+    return f"{asked}{value!r:.80} is not allowed{why}; it must be {', '.join(allowed[:-1])} or {allowed[-1]}"
+
+
 class NamedConfig(ActionConfigFile):
     """`--config`: a file, or the name of a packaged configuration."""
 
@@ -55,6 +76,7 @@ class OneLineParser(LightningArgumentParser):
             name = argument.partition("=")[0]
             if name.startswith("--") and name[2:] not in text and any(name.endswith(word) for word in quoted):
                 text = f"{name}: {text}"
+        text = in_short(text)
         unknown = re.search(r"unrecognized arguments: (--[\w.]+)", text)
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)

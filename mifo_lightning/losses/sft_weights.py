@@ -25,8 +25,8 @@ class SFTWeight:
             logp: [B, L] log-probabilities of the demonstration tokens, nats, without gradient.
             entropy: [B, L] entropies, nats, without gradient.
             mask: [B, L] bool, all demonstration tokens.
-            initial: [B] loss of each demonstration before training, in units of the median; None unless
-                `needs_initial_losses`.
+            initial: [B] loss of each demonstration before training, in units of the median; given to a weight that
+                `needs_initial_losses`, which others need not take.
 
         Returns:
             [B, L] or [B, 1] fp32 weights.
