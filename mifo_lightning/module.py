@@ -156,6 +156,7 @@ class MifoModule(LightningModule):
         self.responder = Responder(
             engine or InProcessEngine(), self.tokenizer, self.reward, success_threshold, self.seed
         )
+        self.sampling = sampling
         self.reinforcement = Reinforcement(self.responder, sampling, loss, group_size, mixing)
         self.evaluator = Evaluator(self.responder, evaluation, sampling)
         self.optimizer_of_phase: PhaseAdamW | None = None

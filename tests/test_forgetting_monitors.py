@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import SAMPLING, make_data, make_module, method_callbacks, weights
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from monitoring import Records, answer
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from mifo_lightning.monitors.forgetting import Forgetting, compare
 from mifo_lightning.monitors.layer_updates import LayerUpdates, layer_changes, layer_group
 from mifo_lightning.monitors.overlap import FrozenOverlap, frozen_shares
 from mifo_lightning.monitors.phase_kl import PhaseKL, kl_sums
+from mifo_lightning.monitors.trained import as_trained
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.steps.optimizer import AdamWSettings
 
@@ -286,3 +288,10 @@ def test_without_frozen_weights_there_is_no_overlap(make_trainer: MakeTrainer, f
         make_module(sampling=SAMPLING), datamodule=make_data()
     )
     assert monitor.summary()["phases"] == []
+
+
+def test_a_module_that_answers_nothing_is_named() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"phase_kl: the module is a LightningModule without evaluator, "
+    ):
+        as_trained(LightningModule(), "phase_kl")

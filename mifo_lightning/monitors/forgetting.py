@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+from mifo_lightning.monitors.trained import as_trained
 from mifo_lightning.question import Question
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
@@ -70,12 +71,12 @@ class Forgetting(PhaseMonitor):
         if batch["phase"] == "rl":
             self._measured = batch["rollout"]
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of the phase before is the start of this one; only the first phase is measured anew."""
         if not self._first:
             self._first = self._edge = self._measure(trainer, pl_module)
 
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any]:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any]:
         """What the phase kept and gained."""
         now = self._measure(trainer, pl_module)
         cells, self._edge = compare(self._edge, now), now
@@ -89,10 +90,11 @@ class Forgetting(PhaseMonitor):
         log_metrics(trainer, metrics)
         return {"sources": cells}
 
-    def _measure(self, trainer: Trainer, pl_module: Any) -> Solved:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Solved:
+        module = as_trained(pl_module, "forgetting")
         solved: Solved = {}
         for source, questions in self._probe.items():
-            mine = pl_module.evaluator.greedy_correct(pl_module.policy, questions)
+            mine = module.evaluator.greedy_correct(module.policy, questions)
             solved[source] = gather_dealt(mine.tolist())
         if self._first and {s: len(v) for s, v in solved.items()} != {s: len(v) for s, v in self._first.items()}:
             then, now = ({s: len(v) for s, v in found.items()} for found in (self._first, solved))

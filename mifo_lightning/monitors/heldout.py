@@ -8,6 +8,7 @@ from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.trained import as_trained
 from mifo_lightning.question import Question
 
 
@@ -52,14 +53,14 @@ class HeldOutLoss(PhaseMonitor):
             for source, loader in data.val_dataloader().items()
         }
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of the phase before is the start of this one; only the first phase is measured anew."""
         if self._edge is None:
             losses = self._losses(pl_module)
             self._edge = losses.get("heldout/loss")
             log_metrics(trainer, losses)
 
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any] | None:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any] | None:
         """What the phase changed."""
         losses = self._losses(pl_module)
         before, self._edge = self._edge, losses.get("heldout/loss")
@@ -69,11 +70,12 @@ class HeldOutLoss(PhaseMonitor):
         log_metrics(trainer, losses | {f"heldout/{phase}_change": change})
         return {"change": change}
 
-    def _losses(self, pl_module: Any) -> dict[str, float]:
+    def _losses(self, pl_module: LightningModule) -> dict[str, float]:
         """What is logged at an edge; empty without demonstrations."""
+        module = as_trained(pl_module, "heldout")
         metrics, total, count = {}, 0.0, 0.0
         for source, questions in self._probe.items():
-            local = pl_module.evaluator.demonstration_nll(pl_module.policy, questions)
+            local = module.evaluator.demonstration_nll(module.policy, questions)
             nll, tokens = (float(x) for x in sum_ranks(list(local)))
             total, count = total + nll, count + tokens
             if tokens:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from mifo_callbacks.collectives import sum_ranks
@@ -11,11 +11,11 @@ from mifo_callbacks.logging import log_metrics
 from mifo_lightning.errors import InputError
 from mifo_lightning.losses.policy import kl_k3
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.policy.ending import padding
-from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.policy.policy import Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.question import Question
-from mifo_lightning.seeds import stable_key
 
 
 class PhaseKL(PhaseMonitor):
@@ -44,29 +44,30 @@ class PhaseKL(PhaseMonitor):
         self._responses: list[list[int]] = []  # to the questions of all ranks
         self._before: list[list[float]] = []  # log-probabilities of their tokens when the phase began
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the questions."""
         super().on_train_start(trainer, pl_module)
         questions: list[Question] = trainer.train_dataloader.questions  # type: ignore[union-attr]
-        seed = pl_module.seed.value
-        ranked = sorted(questions, key=lambda q: stable_key(seed, "phase_kl", q.id))
+        key = as_trained(pl_module, "phase_kl").responder.key
+        ranked = sorted(questions, key=lambda q: key("phase_kl", q.id))
         self._probe = self._mine(trainer, ranked[: self.prompts])
 
-    def begin(self, trainer: Trainer, pl_module: Any) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and score one response to each prompt."""
-        responder, sampling = pl_module.responder, pl_module.reinforcement.sampling
-        keys = [responder.key("phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
-        drawn = responder.draw(pl_module.policy, [q.prompt for q in self._probe], keys, 1, sampling)
+        module = as_trained(pl_module, "phase_kl")
+        keys = [module.responder.key("phase_kl", sum(self._numbers.values()), q.id) for q in self._probe]
+        prompts = [q.prompt for q in self._probe]
+        drawn = module.responder.draw(module.policy, prompts, keys, 1, module.sampling)
         responses = [group[0].tokens for group in drawn]
         # scored as at the end, not with the engine's own numbers: what has not moved gives exactly 0
-        scores = self._score(pl_module, responses)
+        scores = self._score(module, responses)
         before = [row[: len(r)] for row, r in zip(scores.tolist(), responses, strict=True)]
         self._responses, self._before = gather_dealt(responses), gather_dealt(before)
 
-    def end(self, trainer: Trainer, pl_module: Any, phase: str) -> dict[str, Any]:
+    def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any]:
         """Score the same responses again."""
         responses = self._mine(trainer, self._responses)
-        after = self._score(pl_module, responses)
+        after = self._score(as_trained(pl_module, "phase_kl"), responses)
         before = _padded(self._mine(trainer, self._before)).to(after)
         mask = _padded([[1.0] * len(r) for r in responses]).to(after).bool()
         counts = [mask.sum(), torch.tensor(len(mask), device=mask.device)]
@@ -75,15 +76,15 @@ class PhaseKL(PhaseMonitor):
         log_metrics(trainer, {f"phase_kl/{phase}": found["kl"], f"phase_kl/{phase}_response": found["kl_response"]})
         return found
 
-    def _score(self, pl_module: Any, responses: list[list[int]]) -> Tensor:
+    def _score(self, module: Trained, responses: list[list[int]]) -> Tensor:
         """Log-probabilities [B, L] in nats of this rank's responses; collective under FSDP2."""
-        policy: Policy = pl_module.policy
+        policy = module.policy
         with policy.sampling():
             if not responses:
                 return torch.zeros(0, 0, device=policy.device)
-            pad = padding(pl_module.tokenizer)
+            pad = padding(module.tokenizer)
             sequences = Sequences.pack([q.prompt for q in self._probe], responses, pad).to(policy.device)
-            return score_without_gradient(policy, sequences, pl_module.reinforcement.sampling.temperature)[0]
+            return score_without_gradient(policy, sequences, module.sampling.temperature)[0]
 
     def _mine(self, trainer: Trainer, items: list[Any]) -> list[Any]:
         return items[trainer.global_rank :: trainer.world_size]

@@ -14,6 +14,7 @@ from rich.table import Table
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
 from mifo_lightning.monitors.run_dir import run_dir
+from mifo_lightning.monitors.trained import as_trained
 from mifo_lightning.terminal import table_text
 
 
@@ -110,7 +111,7 @@ def no_rl_follows(trainer: Trainer, batch: Any) -> bool:
     return getattr(trainer.train_dataloader, "rl_is_over", False) or 0 < trainer.max_steps <= end
 
 
-def validate(trainer: Trainer, pl_module: Any) -> dict[str, float]:
+def validate(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
     """Metrics of a validation amid training, without the prefix `val/`; collective.
 
     Batches, precision and draws are those of `Trainer.validate`; nothing is logged.
@@ -118,13 +119,14 @@ def validate(trainer: Trainer, pl_module: Any) -> dict[str, float]:
     data = trainer.datamodule  # type: ignore[attr-defined]
     sources = {} if data is None else data.val_dataloader()
     limit = trainer.limit_val_batches
-    pl_module.evaluator.reset(list(sources), pl_module.device)
+    evaluator = as_trained(pl_module, "summary").evaluator
+    evaluator.reset(list(sources), pl_module.device)
     with torch.no_grad(), trainer.profiler.profile("Strategy.validation_step"):  # type: ignore[attr-defined]
         for index, batches in enumerate(sources.values()):
             most = limit if isinstance(limit, int) else int(limit * len(batches))
             for number, questions in enumerate(islice(batches, most)):
                 trainer.strategy.validation_step(questions, number, index)
-    return {key.removeprefix("val/"): float(value) for key, value in pl_module.evaluator.compute("val").items()}
+    return {key.removeprefix("val/"): float(value) for key, value in evaluator.compute("val").items()}
 
 
 def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[str], dict[str, dict[str, str]]]:
