@@ -113,6 +113,7 @@ def report(gauge: Gauge, warm_up: int) -> tuple[str, list[str]]:
     early_ms, late_ms = (
         statistics.median(part) * 1e3 for part in (gauge.seconds[quarter : 2 * quarter], gauge.seconds[-quarter:])
     )
+    steps = gauge.samples[-1][0]
     names = ("resident memory, MiB", "handed out by malloc, MiB", "open file handles", "threads")
     rows: list[list[object]] = []
     wrong = []
@@ -121,7 +122,9 @@ def report(gauge: Gauge, warm_up: int) -> tuple[str, list[str]]:
         digits = 1 if "MiB" in name else 0
         first, last, peak = (f"{value:.{digits}f}" for value in (values[0], values[-1], max(values)))
         growth = values[-1] / values[0] - 1
-        if growth > (ALLOWED if "MiB" in name else 0):
+        # arenas go on filling for some hundred steps whatever is handed out: a leak is handed out too
+        settled = steps >= TIMED or not name.startswith("resident")
+        if settled and growth > (ALLOWED if "MiB" in name else 0):
             wrong.append(f"{name}: grew by {growth:.2%}")
         rows.append([name, first, last, peak, f"{growth:+.2%}"])
     rows.append(
@@ -133,7 +136,6 @@ def report(gauge: Gauge, warm_up: int) -> tuple[str, list[str]]:
             f"{late_ms / early_ms - 1:+.2%}",
         ]
     )
-    steps = gauge.samples[-1][0]
     if steps >= TIMED and late_ms > early_ms * (1 + SLOWER):
         wrong.append(f"median step: {late_ms / early_ms - 1:+.1%}")
     return markdown([f"{steps} optimizer steps", f"step {late[0][0]}", f"step {steps}", "peak", "change"], rows), wrong
