@@ -330,14 +330,10 @@ class MifoModule(LightningModule):
         """
         self._phase_optimizer.optimizer.zero_grad(set_to_none=True)  # of a step that an exception ended
         output: dict[str, Any] = {"work": {"generated": 0, "scored": 0}}
-        part = batch["update"] % batch["minibatches"]
-        if batch["phase"] == "rl":
-            objective, chunks = (
-                self.reinforcement.objective,
-                self._rl_batch(batch, output).chunks(part, self.micro_batches),
-            )
-        else:
-            objective, chunks = self.sft_objective, self._sft_batch(batch, output).chunks(0, self.micro_batches)
+        is_rl = batch["phase"] == "rl"
+        whole = self._rl_batch(batch, output) if is_rl else self._sft_batch(batch, output)
+        chunks = whole.chunks(batch["update"] % batch["minibatches"], self.micro_batches)
+        objective = self.reinforcement.objective if is_rl else self.sft_objective
         output["loss"] = self._descend(chunks, objective, batch["phase"])
         output["work"] |= {
             "trained": sum(chunk.sequences.token_count() for chunk in chunks if not chunk.idle),

@@ -95,7 +95,7 @@ class Objective:
 
     def _sft_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.ce is not None
-        mask = batch.ce.weight > 0 if batch.demonstrated is None else batch.demonstrated
+        assert batch.demonstrated is not None, "an SFT loss is on demonstrations"
         initial = {"initial": batch.initial} if self.sft_weight.needs_initial_losses else {}
-        weight = self.sft_weight(logp.detach(), entropy.detach(), mask, **initial)
+        weight = self.sft_weight(logp.detach(), entropy.detach(), batch.demonstrated, **initial)
         return sft_loss(logp, batch.ce.weight, batch.ce.total, weight)

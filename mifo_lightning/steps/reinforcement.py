@@ -23,7 +23,7 @@ from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.rl_batch import forking_tokens, rl_batch
-from mifo_lightning.steps.rows import training_rows
+from mifo_lightning.steps.rows import as_completion, training_rows
 from mifo_lightning.steps.settings import PolicyLoss, check_rl
 
 
@@ -185,11 +185,10 @@ class Reinforcement:
         if self.mixing is None or not self.mixing.in_group:
             return None
         shown = [q for q in graded.questions if q.demonstration]
-        lent = [[Completion(q.demonstration or [], [], True)] for q in shown]
         rewards = torch.zeros(len(graded.questions))
         if shown:
             where = torch.tensor([bool(q.demonstration) for q in graded.questions])
-            rewards[where] = self.responder.grade(shown, lent, []).rewards[:, 0]
+            rewards[where] = self.responder.grade(shown, [[as_completion(q)] for q in shown], []).rewards[:, 0]
         return rewards
 
     def describe(self, drawn: Graded, batch: Batch, seconds: float) -> dict[str, float]:

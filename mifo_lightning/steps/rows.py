@@ -79,7 +79,7 @@ def training_rows(
     drawn = [
         completion
         for question, group, has in zip(graded.questions, graded.completions, lent.tolist(), strict=True)
-        for completion in [*group, *([_lent(question)] if has else [])]
+        for completion in [*group, *([as_completion(question)] if has else [])]
     ]
     index = torch.arange(q)[:, None].expand_as(exists)
     fields = (advantages, demonstrated, in_policy, active)
@@ -87,7 +87,8 @@ def training_rows(
     return Rows(index[exists], tokens, logp, *(field[exists] for field in fields))
 
 
-def _lent(question: Question) -> Completion:
+def as_completion(question: Question) -> Completion:
+    """The demonstration of a question in the place of a response; no engine drew it, so its log-probabilities are 0."""
     tokens = question.demonstration or []
     return Completion(tokens, [0.0] * len(tokens), True)
 
