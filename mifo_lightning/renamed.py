@@ -131,11 +131,13 @@ def main(arguments: list[str]) -> None:
     """Print the translation of a file."""
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
         fail(f"usage: {COMMAND}")
-    config = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
+        config = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise InputError(f"a {type(config).__name__} is not allowed; it must be a mapping of keys")
         print(yaml.safe_dump(translated(config), sort_keys=False), end="")
-    except InputError as error:
-        fail(f"{arguments[0]}: {error}")
+    except (InputError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"{arguments[0]}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,26 @@ def test_a_name_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], tmp
     assert error[0].endswith("or the class_path of a SFTWeight")
 
 
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("model.sft_weight", "sft_weights.SFTWeight"),
+        ("model.loss.surrogate", "surrogates.Surrogate"),
+        ("model.loss.advantage", "advantages.Advantage"),
+        ("model.loss.correction", "corrections.Correction"),
+    ],
+)
+def test_a_base_class_is_none_of_its_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, path: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, "--trainer.default_root_dir", str(tmp_path), f"--{key}", f"mifo_lightning.losses.{path}"])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2
+    assert len(error) == 1
+    assert path.partition(".")[2] in error[0]
+
+
 def test_an_engine_without_log_probabilities_cannot_be_corrected(policy: Policy, tokenizer: Any) -> None:
     rl = reinforcement(tokenizer, settings=PolicyLoss(correction=TruncatedImportance()))
     qs = questions(tokenizer)[:1]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from test_cli import MIFO, TINY, printed, refused
 
+from mifo_lightning import renamed
 from mifo_lightning.errors import InputError
 from mifo_lightning.methods import HPT, SRFT, Chord, Luffy
 from mifo_lightning.renamed import RENAMED, new_name, translated
@@ -102,6 +103,19 @@ def test_an_old_key_is_one_line_that_says_the_new_one(tmp_path: Path, capsys: py
     assert "data.schedule.passes is now data.schedule.epochs_per_rollout" in line
     line = refused(capsys, "fit", "--config", TINY, "--model.mixing.in_group", "true")
     assert "class_path of a method such as mifo_lightning.methods.Luffy" in line
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "model: {mixing: {sft: 0.3}}", b"\xff"])
+def test_what_cannot_be_translated_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: Any) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as stop:
+        renamed.main([str(path)])
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith(f"error: {path}: ")
+    assert said.err.count("\n") == 1
 
 
 def test_a_translated_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Advantages of a group of rollouts: how much better each is than the others of its question."""
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from mifo_lightning.losses.named import named
 
 
-class Advantage:
+class Advantage(ABC):
     """The reward less the mean of its group, scaled by `scale`; a group of equal rewards gets exactly 0."""
 
     def __call__(self, rewards: Tensor) -> Tensor:
@@ -30,9 +31,9 @@ class Advantage:
         equal = (groups == groups[:, :1]).all(-1, keepdim=True)
         return advantages.masked_fill(equal, 0.0)
 
+    @abstractmethod
     def scale(self, centred: Tensor, groups: Tensor) -> Tensor:
         """What becomes of `centred`, `R - mean`; both [N, G] fp32."""
-        raise NotImplementedError
 
 
 class GroupStd(Advantage):

@@ -1,5 +1,6 @@
 """Corrections for an engine that draws from other numerics than those that train, such as another dtype or kernel."""
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 from torch import Tensor
@@ -7,9 +8,10 @@ from torch import Tensor
 from mifo_lightning.errors import InputError
 
 
-class Correction:
+class Correction(ABC):
     """What multiplies the advantage of each token that an engine drew; a subclass says how."""
 
+    @abstractmethod
     def __call__(self, logp_old: Tensor, logp_sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The factors, and which of them are cut off.
 
@@ -21,7 +23,6 @@ class Correction:
         Returns:
             [B, L] or [B, 1] factors without gradient, and bool of the same shape.
         """
-        raise NotImplementedError
 
 
 class TruncatedImportance(Correction):

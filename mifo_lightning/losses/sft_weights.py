@@ -1,5 +1,6 @@
 """What multiplies each demonstration token's cross-entropy; a weight of one's own is a subclass of `SFTWeight`."""
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from mifo_lightning.losses.named import named
 from mifo_lightning.losses.sft import mean_over
 
 
-class SFTWeight:
+class SFTWeight(ABC):
     """A weight of demonstration tokens or of whole demonstrations; nothing flows through it.
 
     Attributes:
@@ -18,6 +19,7 @@ class SFTWeight:
 
     needs_initial_losses = False
 
+    @abstractmethod
     def __call__(self, logp: Tensor, entropy: Tensor, mask: Tensor, initial: Tensor | None = None) -> Tensor:
         """The weights of the optimizer step under way.
 
@@ -31,7 +33,6 @@ class SFTWeight:
         Returns:
             [B, L] or [B, 1] fp32 weights.
         """
-        raise NotImplementedError
 
 
 class Uniform(SFTWeight):

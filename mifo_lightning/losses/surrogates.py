@@ -1,12 +1,15 @@
 """Surrogate objectives: what a policy-gradient step maximises per token, in place of the return."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 
-class Surrogate:
+class Surrogate(ABC):
     """The objective of each token; a subclass says which."""
 
+    @abstractmethod
     def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
         """The objective, and which tokens it limits.
 
@@ -18,7 +21,6 @@ class Surrogate:
         Returns:
             [B, L] or [B, 1] objective with gradient, and as fp32 of r's shape 1 where r is cut off.
         """
-        raise NotImplementedError
 
 
 class Clipped(Surrogate):
