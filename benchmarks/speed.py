@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from mifo_callbacks.thresholds import top_mask
-from mifo_lightning.losses.token_scores import token_scores
 from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
+from mifo_lightning.policy.token_scores import token_scores
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 
@@ -58,7 +58,7 @@ def score() -> None:
 
 def score_once(n: int, width: int, vocabulary: int, chunked: bool) -> None:
     """One measurement in a process of its own, since peak memory never falls."""
-    from mifo_lightning.losses import token_scores as module
+    from mifo_lightning.policy import token_scores as module
 
     if not chunked:
         module.CHUNK_ELEMENTS = 2**40

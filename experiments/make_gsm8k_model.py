@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.terminal import printable
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import printable
 
 HELD_OUT = 512
 VOCABULARY, CONTEXT = 2048, 4096

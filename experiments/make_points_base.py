@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM
 
 from experiments.make_base import EOS, PAD, build_model, build_tokenizer
+from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.general_points import (
     CARDS,
     RANKS,
@@ -43,7 +44,6 @@ from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.points import PointsReward
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
-from mifo_lightning.seeds import stable_key
 
 VOCABULARY = [PAD, EOS, *"0123456789ATJQK+-*/()=,:tl"]
 IDS = {token: index for index, token in enumerate(VOCABULARY)}

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from mifo_callbacks import top_mask
 from mifo_callbacks.thresholds import floor_share, random_scores
-from mifo_lightning.cli import METHOD, MONITORS, make_cli
+from mifo_lightning.cli.command_line import make_cli
 from mifo_lightning.cli.parser import OneLineParser
-from mifo_lightning.errors import InputError
+from mifo_lightning.cli.parts import METHOD, MONITORS
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import fail, quiet
 from mifo_lightning.policy.loading import load_policy
-from mifo_lightning.terminal import fail, quiet
 
 Weights = dict[str, Tensor]
 By = Literal["magnitude", "random"]

@@ -21,25 +21,14 @@ from mifo_callbacks import Seed
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import full, require_data_parallel
+from mifo_lightning.checkpoints import interruption, safe_points
 from mifo_lightning.checkpoints.files import read_checkpoint
 from mifo_lightning.checkpoints.hyperparameters import plain_settings, settings_again
-from mifo_lightning.checkpoints.restoring import restoring
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
-from mifo_lightning.data.template import ChatTemplate
-from mifo_lightning.errors import InputError
-from mifo_lightning.guards import (
-    FORMAT,
-    check_accumulation,
-    check_chunks,
-    check_ends,
-    check_format,
-    check_lengths,
-    check_trainer,
-    own_rollout,
-    warn_of_long_demonstrations,
-    warn_of_single_steps,
-)
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import end_tokens, padding
@@ -53,7 +42,7 @@ from mifo_lightning.policy.loading import (
 )
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.scoring import score_without_gradient
-from mifo_lightning.question import Question
+from mifo_lightning.policy.template import ChatTemplate
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import as_reward
 from mifo_lightning.rollout.answers import Prompt, answers
@@ -64,13 +53,24 @@ from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.self_check import SelfCheck
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.finite import FiniteSteps, check_weights
+from mifo_lightning.steps.guards import (
+    FORMAT,
+    check_accumulation,
+    check_chunks,
+    check_ends,
+    check_format,
+    check_lengths,
+    check_trainer,
+    own_rollout,
+    warn_of_long_demonstrations,
+    warn_of_single_steps,
+)
 from mifo_lightning.steps.metrics import StepMetrics
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
 from mifo_lightning.steps.reinforcement import Reinforcement
 from mifo_lightning.steps.settings import PolicyLoss, check_sft
 from mifo_lightning.steps.supervision import initial_losses, selected, sft_batch
-from mifo_lightning.stopping import interruption, safe_points
 
 
 class MifoModule(LightningModule):

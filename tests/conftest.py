@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, Trainer
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+from mifo_lightning.common.terminal import quiet
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
@@ -19,7 +20,6 @@ from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.terminal import quiet
 
 torch.set_num_threads(1)
 quiet()

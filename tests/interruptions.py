@@ -18,15 +18,15 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from mifo_callbacks.collectives import gather_ranks, rank, ranks
 from mifo_callbacks.sharding import full
+from mifo_lightning.checkpoints import interruption, safe_points
+from mifo_lightning.common.errors import Interrupted
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import Interrupted
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.rollout import in_process
 from mifo_lightning.steps.settings import PolicyLoss
-from mifo_lightning.stopping import interruption, safe_points
 
 in_process.BLOCK = 5  # three looks at the flag in a response of 14 tokens
 

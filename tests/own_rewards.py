@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward
 
 

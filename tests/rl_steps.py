@@ -12,11 +12,11 @@ from lightning import Callback
 from torch import Tensor
 
 from mifo_callbacks import Seed
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.losses.policy import token_weights
 from mifo_lightning.methods import Mixing
 from mifo_lightning.policy.policy import Policy, Sequences
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling

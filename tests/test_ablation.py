@@ -15,7 +15,7 @@ import pytest
 import torch
 from small_grid import BASE, GRID, ROOT, write
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab import ablation, plan
 from mifo_lightning.lab.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
 from mifo_lightning.lab.grid import cells, choose

@@ -22,8 +22,8 @@ from mifo_lightning.checkpoints import files as checkpoint_io
 from mifo_lightning.checkpoints.files import CheckedCheckpointIO, read_checkpoint, write_checkpoint
 from mifo_lightning.cli import main
 from mifo_lightning.cli.resume import read_or_previous
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors import checkpoint as monitor
 from mifo_lightning.monitors.checkpoint import LastCheckpoint, disk_problem
 

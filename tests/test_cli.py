@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 import mifo_callbacks
 import mifo_lightning
 from mifo_lightning.cli import main
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.terminal import quiet
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.question import Question
-from mifo_lightning.terminal import quiet
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from test_rows import Given, plain, row, write
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.columns import Columns, truth_text
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import Row
-from mifo_lightning.errors import InputError
 
 QA = Columns(prompt="question", truth="answer")
 FLAT = [{"question": f"What is {i}+{i}?", "answer": str(2 * i), "solution": f"{i}+{i}\nis {2 * i}"} for i in range(3)]

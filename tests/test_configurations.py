@@ -13,11 +13,12 @@ import yaml
 from lightning import Trainer
 from test_cli import BASES, CONFIGS, MIFO, TINY, printed, refused, short
 
-from mifo_lightning.cli import METHOD, MONITORS, main
+from mifo_lightning.cli import main
+from mifo_lightning.cli.packaged import DEFAULTS, find, names
+from mifo_lightning.cli.parts import METHOD, MONITORS
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.datamodule import QuestionData
-from mifo_lightning.errors import InputError
 from mifo_lightning.module import MifoModule
-from mifo_lightning.packaged import DEFAULTS, find, names
 
 ROWS = {"model.model", "model.reward", "data.train"}  # a base gives them
 LINKED = {"model.seed", "data.seed"}  # seed_everything

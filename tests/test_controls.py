@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file
 from test_cli import CONFIGS, printed, short
 
-from mifo_lightning.cli import main, make_cli
+from mifo_lightning.cli import main
+from mifo_lightning.cli.command_line import make_cli
 
 CONTROLS = CONFIGS / "controls"
 CHANGES: dict[str, dict[str, Any]] = {

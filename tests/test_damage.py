@@ -6,11 +6,11 @@ import pytest
 from conftest import ALONE, make_data
 from test_datamodule import attached
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.damage import damage, damage_demonstrations
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 
 TRAIN = Skills(["addition", "mirrored"], 100)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from conftest import ALONE, make_data
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.data.source import Row, RowSource
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 
 

@@ -11,12 +11,12 @@ from lightning import Callback
 from rl_steps import completion, encode, gradient, item, moved, prepare, reinforcement, relative, step_loss
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.methods import Chord
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Chosen, Graded

@@ -18,15 +18,15 @@ from test_questions import CHAT, build, make_tokenizer, one, row
 from transformers import AutoTokenizer
 
 from mifo_callbacks import Seed
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.methods import Luffy
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.policy.ending import end_tokens, read_ends, response_texts, set_ends
 from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator

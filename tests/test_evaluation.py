@@ -9,10 +9,10 @@ from conftest import SAMPLING, make_data, make_module
 from lightning import Trainer
 
 from mifo_callbacks import Seed
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling

@@ -10,7 +10,7 @@ import torch
 from rl_steps import groups_of, item, prepare, questions, reinforcement
 
 from mifo_lightning.cli import main
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.losses.corrections import TruncatedImportance
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.steps.settings import PolicyLoss

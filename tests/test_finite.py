@@ -10,8 +10,8 @@ from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
 
 from mifo_lightning.cli import main
+from mifo_lightning.common.errors import InputError, TrainingError
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel

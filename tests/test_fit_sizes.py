@@ -12,10 +12,10 @@ from conftest import ALONE, make_data, make_module, method_callbacks, weights
 from test_datamodule import Numbered, attached, trainer_of
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.module import MifoModule
 
 

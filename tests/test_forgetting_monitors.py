@@ -12,9 +12,9 @@ from monitoring import Records, answer
 from torch import Tensor
 
 from mifo_callbacks import BufferPhaseSwitch, GradientFreezing, ImportanceEMA
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.forgetting import Forgetting, compare
 from mifo_lightning.monitors.layer_updates import LayerUpdates, layer_changes, layer_group
 from mifo_lightning.monitors.overlap import FrozenOverlap, frozen_shares

@@ -7,9 +7,9 @@ from itertools import combinations_with_replacement, permutations
 
 import pytest
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.general_points import RANKS, RULES, GeneralPoints, solutions, values, ways
 from mifo_lightning.data.source import Row, Split
-from mifo_lightning.errors import InputError
 from mifo_lightning.rewards.base import score
 from mifo_lightning.rewards.points import PointsReward
 

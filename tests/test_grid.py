@@ -11,7 +11,7 @@ import yaml
 from small_grid import BASE, GRID, ROOT, write
 
 from mifo_lightning.cli import main
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab import ablation
 from mifo_lightning.lab.grid import cells, choose
 from mifo_lightning.lab.reading import read_ablation

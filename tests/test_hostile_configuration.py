@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mifo_lightning.cli import make_cli
+from mifo_lightning.cli.command_line import make_cli
 from tests.test_cli import TINY, printed, refused, short
 
 ROW = {

@@ -14,15 +14,15 @@ import pytest
 from huggingface_hub import constants
 from rich.console import Console
 
-from mifo_lightning import hub
-from mifo_lightning.data.questions import Drops
+from mifo_lightning.common import hub
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import fail, one_line_warning, printable
+from mifo_lightning.data.questions import Drops, prompt_texts
 from mifo_lightning.data.rows import read_rows
-from mifo_lightning.data.template import ChatTemplate, prompt_texts
-from mifo_lightning.errors import InputError
 from mifo_lightning.lab.report.page import _plain
 from mifo_lightning.monitors.summary import before_and_after
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
-from mifo_lightning.terminal import fail, one_line_warning, printable
+from mifo_lightning.policy.template import ChatTemplate
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\x7f\r[/x][red]"
 
@@ -77,7 +77,7 @@ LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     ids=["loop", "power", "repeated", "doubled"],
 )
 def test_a_template_without_end_is_one_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
-    monkeypatch.setattr("mifo_lightning.data.template.CPU", 1)
+    monkeypatch.setattr("mifo_lightning.policy.template.CPU", 1)
     rows = [{"prompt": [{"role": "user", "content": "hello"}]}]
     chat = ChatTemplate(tokenizer, template + "{{ messages[0].content }}", date.today())
     with pytest.raises(InputError, match="data, row 1: the chat template does not end within"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.loading import load_policy, load_tokenizer, locate, stored_dtype
 
 MLP = "model.layers.1.mlp.up_proj.weight"

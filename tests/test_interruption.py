@@ -18,17 +18,17 @@ import torch
 from interruptions import CASES, compare
 from small_grid import GRID, write
 
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.checkpoints.interruption import last_line
+from mifo_lightning.checkpoints.safe_points import agree
 from mifo_lightning.cli import main
-from mifo_lightning.errors import Interrupted
+from mifo_lightning.common.errors import Interrupted
 from mifo_lightning.lab.cell import outcome, prepare
 from mifo_lightning.lab.grid import cells
 from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch
-from mifo_lightning.stopping import interruption
-from mifo_lightning.stopping.interruption import last_line
-from mifo_lightning.stopping.safe_points import agree
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -292,7 +292,7 @@ def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_
 
 LIGHT = """
 import os, signal, sys, time
-from mifo_lightning.stopping import interruption
+from mifo_lightning.checkpoints import interruption
 interruption.install()
 with interruption.handled(["fit"]):
     {body}
@@ -377,7 +377,7 @@ def test_two_ranks_stopped_anywhere_end_with_the_same_bits(tmp_path: Path, strat
 
 BLOCKED = """
 import socket, sys
-from mifo_lightning.stopping import interruption
+from mifo_lightning.checkpoints import interruption
 interruption.install()
 interruption.defer()
 interruption._watch.patience = 1.0
@@ -409,8 +409,8 @@ def test_a_process_that_waits_for_a_rank_that_is_gone_can_be_ended() -> None:
 
 ALONE = """
 import os, subprocess, sys, time
-from mifo_lightning.stopping import interruption
-from mifo_lightning.errors import Interrupted
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.common.errors import Interrupted
 with interruption.handled(["fit"]):
     if "LOCAL_RANK" in os.environ:
         raise Interrupted(15)
@@ -442,7 +442,7 @@ def test_a_rank_that_has_met_no_other_does_not_speak_for_them(monkeypatch: pytes
 
 ORPHAN = """
 import os, subprocess, sys
-from mifo_lightning.stopping import interruption
+from mifo_lightning.checkpoints import interruption
 interruption.PATIENCE = 0.5
 if "LOCAL_RANK" in os.environ:
     interruption.install()

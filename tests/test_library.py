@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mifo_callbacks
 import mifo_lightning as mifo
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.settings import Settings, settle
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.policy import loading
 from mifo_lightning.rewards.last_answer import LastAnswerReward

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader, WorkItem
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
 
 
 def questions(n: int = 20, demonstrated: int = 10) -> list[Question]:

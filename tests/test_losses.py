@@ -11,7 +11,7 @@ from mifo_lightning.losses import token_scores as scoring
 from mifo_lightning.losses.advantages import ADVANTAGES, GroupMean, GroupStd, LeaveOneOut
 from mifo_lightning.losses.sft import mean_over, sft_loss
 from mifo_lightning.losses.sft_weights import SFTWeightName, as_sft_weight
-from mifo_lightning.losses.token_scores import token_scores
+from mifo_lightning.policy.token_scores import token_scores
 
 
 def test_advantages_are_centred_and_scaled_within_each_group() -> None:

@@ -11,11 +11,11 @@ from rl_steps import CONFIGS, Coin, Gradient, Noting, by_hand, configured, relat
 from torch import Tensor
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.module import MifoModule
 from mifo_lightning.policy.loading import load_policy
-from mifo_lightning.question import Question
 from mifo_lightning.steps.optimizer import AdamWSettings
 
 MakeTrainer = Callable[..., Trainer]

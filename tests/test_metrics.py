@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mifo_lightning.metrics import AverageAtK, PassAtK, pass_at_k
+from mifo_lightning.rollout.at_k import AverageAtK, PassAtK, pass_at_k
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])

@@ -8,9 +8,9 @@ from conftest import make_data, make_module
 from lightning import Callback
 from rl_steps import Gradients, groups_of, item, prepare, questions, reinforcement, relative, step_loss
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.methods import HPT, SRFT, Chord, Luffy, Mixing
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.base import Reward

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mifo_lightning.cli import main
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.data.template import kept_template, with_system
 from mifo_lightning.monitors.model_card import escaped, model_card
 from mifo_lightning.policy.loading import export_model
 from mifo_lightning.policy.policy import Policy
+from mifo_lightning.policy.template import kept_template, with_system
 
 HOSTILE = 'Say "it\'s" {{ 7 * 7 }} {% raw %} \\n\\\\ #} é 🦆\nand -%} end.\t'
 OTHER = "\n{{ 'Q: ' }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ 'A:' }}"

@@ -15,16 +15,16 @@ from rl_steps import Coin, rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mifo_callbacks import GradientFreezing
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
-from mifo_lightning.guards import check_chunks
 from mifo_lightning.losses.advantages import GroupStd
 from mifo_lightning.methods import HPT, SRFT, Chord
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rollout.graded import Graded
+from mifo_lightning.steps.guards import check_chunks
 from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.steps.settings import PolicyLoss
 

@@ -10,12 +10,12 @@ from conftest import ALONE, make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
 from monitoring import Records, Sums, additions
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.source import Row, RowSource
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.heldout import HeldOutLoss
-from mifo_lightning.question import Question
 
 MakeTrainer = Callable[..., Trainer]
 

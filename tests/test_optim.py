@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
 
 RL = AdamWSettings(lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)

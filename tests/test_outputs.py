@@ -13,8 +13,8 @@ from test_cli import refused, short
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mifo_lightning.cli import main
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.policy.loading import load_policy, load_tokenizer

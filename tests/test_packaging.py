@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from small_grid import ROOT
 
-from mifo_lightning.packaged import names
+from mifo_lightning.cli.packaged import names
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,5 +106,5 @@ def test_one_pip_command_installs_both_from_git(repository: Path, tmp_path: Path
     pip(programs, "install", *INSTALL, cwd=tmp_path, GIT_CONFIG_COUNT="1", **address)
     assert where(programs, tmp_path) == set((tmp_path / "env").glob("lib/python*/site-packages"))
     assert (programs / "mifo").is_file()
-    program = "from mifo_lightning.packaged import find, names; print(find('methods/mifo').is_file(), *names())"
+    program = "from mifo_lightning.cli.packaged import find, names; print(find('methods/mifo').is_file(), *names())"
     assert run(programs / "python", "-c", program, cwd=tmp_path).split() == ["True", *names()]

@@ -8,9 +8,10 @@ import torch
 from rl_steps import CONFIGS, evaluate, reinforcement, rl_settings, rollout_of
 from torch import Tensor
 
-from mifo_lightning.losses.policy import kl_k3, policy_loss, token_weights
+from mifo_lightning.losses.policy import policy_loss, token_weights
 from mifo_lightning.losses.surrogates import Clipped
 from mifo_lightning.methods import Luffy
+from mifo_lightning.policy.scoring import kl_k3
 from mifo_lightning.steps.settings import PolicyLoss
 
 LOSSES = sorted(path.stem for path in (CONFIGS / "losses").glob("*.yaml"))

@@ -15,11 +15,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.losses.token_scores import token_scores
 from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.policy.policy import Policy
+from mifo_lightning.policy.token_scores import token_scores
 from mifo_lightning.rollout.evaluation import Evaluation
 from mifo_lightning.steps.settings import PolicyLoss
 
@@ -124,7 +124,7 @@ def test_the_head_casts_without_the_cache_of_the_autocast_around_it(
         assert weight.weight.grad is not None
         return weight.weight.grad.clone()
 
-    monkeypatch.setattr("mifo_lightning.losses.token_scores.CHUNK_ELEMENTS", chunk * 16)
+    monkeypatch.setattr("mifo_lightning.policy.token_scores.CHUNK_ELEMENTS", chunk * 16)
     assert torch.equal(gradient(cache=True), gradient(cache=False))
     assert states == {(False, torch.bfloat16)}
 

@@ -9,7 +9,7 @@ from test_cli import TINY
 from transformers import AutoModelForCausalLM
 
 from experiments.prune_update import Weights, main, prune, read_weights
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer, locate
 
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.questions import Drops, build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import Row
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward

@@ -22,11 +22,11 @@ from rl_steps import (
 )
 
 from mifo_callbacks import Seed
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.steps.optimizer import AdamWSettings

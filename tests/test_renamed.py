@@ -10,10 +10,10 @@ import pytest
 import yaml
 from test_cli import MIFO, TINY, printed, refused
 
-from mifo_lightning import renamed
-from mifo_lightning.errors import InputError
+from mifo_lightning.cli import main
+from mifo_lightning.cli.renamed import RENAMED, new_name, translated
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.methods import HPT, SRFT, Chord, Luffy
-from mifo_lightning.renamed import RENAMED, new_name, translated
 
 OLD = {
     "trainer": {
@@ -98,7 +98,7 @@ def test_an_old_key_is_one_line_that_says_the_new_one(tmp_path: Path, capsys: py
     line = refused(capsys, "fit", "--config", TINY, "--config", str(path))
     assert "old.yaml, line " in line
     assert " is now " in line
-    assert "python -m mifo_lightning.renamed FILE" in line
+    assert "mifo translate FILE" in line
     line = refused(capsys, "fit", "--config", TINY, "--data.schedule.passes", "2")
     assert "data.schedule.passes is now data.schedule.epochs_per_rollout" in line
     line = refused(capsys, "fit", "--config", TINY, "--model.mixing.in_group", "true")
@@ -110,7 +110,7 @@ def test_what_cannot_be_translated_is_one_line(tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "old.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SystemExit) as stop:
-        renamed.main([str(path)])
+        main(["translate", str(path)])
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.out == ""
@@ -121,7 +121,7 @@ def test_what_cannot_be_translated_is_one_line(tmp_path: Path, capsys: pytest.Ca
 def test_a_translated_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
     old.write_text(yaml.safe_dump({key: value for key, value in OLD.items() if key != "trainer"}))
-    program = [sys.executable, "-W", "error", "-m", "mifo_lightning.renamed", str(old)]
+    program = [sys.executable, "-W", "error", "-m", "mifo_lightning", "translate", str(old)]
     new.write_text(subprocess.run(program, capture_output=True, text=True, check=True).stdout)
     config = printed(capsys, "fit", *MIFO, "--config", str(new))
     assert config["data"]["schedule"]["prompts_per_step"] == 16

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ablation_data import EVIL, PAPER, bare, edit, make, write
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.__main__ import main
 from mifo_lightning.lab.report import write_report
 from mifo_lightning.lab.report.figures import beside

@@ -18,9 +18,9 @@ from test_cli import CONFIGS, refused, short
 
 from mifo_lightning.cli import main
 from mifo_lightning.cli.resume import VERSION, choose
-from mifo_lightning.errors import InputError
-from mifo_lightning.guards import check_flags
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.kept_rows import metrics_before, samples_before
+from mifo_lightning.steps.guards import check_flags
 
 CSV = ["--config", str(CONFIGS / "logger" / "csv.yaml")]
 MODULE: Any = SimpleNamespace(model_name="embedded", trust_remote_code=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward

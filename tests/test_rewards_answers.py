@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.answer_format import readings
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.choice import ChoiceReward

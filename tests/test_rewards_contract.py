@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from own_rewards import echo_late
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch, check_success_threshold, grade_answers

@@ -18,14 +18,14 @@ import pytest
 import torch
 from own_rewards import Remembering, obey
 
-from mifo_lightning.errors import InputError, Interrupted
-from mifo_lightning.question import Question
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.question import Question
 from mifo_lightning.rewards import isolation
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers, sum_up
 from mifo_lightning.rewards.weighted import FormatReward, WeightedRewards
-from mifo_lightning.stopping import interruption
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 

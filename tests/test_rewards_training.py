@@ -16,11 +16,11 @@ from rl_steps import completion, groups_of, item, prepare, questions, reinforcem
 
 from mifo_callbacks import Seed
 from mifo_lightning.cli import main
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_cli import short
 
 from mifo_lightning.cli import main
+from mifo_lightning.common.errors import InputError, TrainingError
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Sampling

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.source import Row, RowSource
-from mifo_lightning.errors import InputError
 
 DATA = Path(os.environ.get("MIFO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

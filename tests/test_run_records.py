@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from monitoring import Records, answer, monitors, plain, summaries
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.costs import Costs, multiplying

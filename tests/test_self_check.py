@@ -11,18 +11,18 @@ from conftest import make_data, make_module, weights
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
-from mifo_lightning.guards import check_lengths, warn_of_long_demonstrations
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.history import History
 from mifo_lightning.policy.loading import check_vocabulary, positions
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, EvaluationSampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.self_check import self_check, unequal_prompts
+from mifo_lightning.steps.guards import check_lengths, warn_of_long_demonstrations
 
 MakeTrainer = Callable[..., Trainer]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12]] * 3 + [[4, 5, 6, 7]]

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import save
 
 from mifo_lightning.checkpoints.sharded import is_sharded, seal
 from mifo_lightning.cli.resume import choose, read
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 
 class Evil:

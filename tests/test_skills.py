@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.make_base import EOS, IDS, VOCABULARY, Corpus, Recipe, make
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.skills import SIZES, Skills
 from mifo_lightning.data.source import Row, Split
-from mifo_lightning.errors import InputError
 
 ALL = list(SIZES)
 BASE = str(files("mifo_lightning") / "assets" / "base")

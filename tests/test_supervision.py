@@ -12,13 +12,13 @@ from rl_steps import Coin, by_hand, norm
 from torch import Tensor
 
 from mifo_callbacks import EntropyTokenSelection, GradientFreezing
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
 from mifo_lightning.losses.sft_weights import SFTWeightName
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.steps import supervision
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.optimizer import AdamWSettings

@@ -13,10 +13,10 @@ from conftest import ALONE, make_data, make_module, weights
 from lightning import Trainer
 from test_questions import CHAT, build, make_tokenizer, one, row
 
-from mifo_lightning.data.template import read_template
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import end_tokens
 from mifo_lightning.policy.loading import load_tokenizer
+from mifo_lightning.policy.template import read_template
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -12,8 +12,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from monitoring import Records, Sums, additions
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
 from mifo_lightning.monitors.history import History
 
 MakeTrainer = Callable[..., Trainer]

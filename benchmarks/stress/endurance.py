@@ -19,8 +19,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from benchmarks.stress.table import finish, markdown
-from mifo_lightning import cli
-from mifo_lightning.terminal import quiet
+from mifo_lightning.cli import command_line as cli
+from mifo_lightning.common.terminal import quiet
 
 MIB = 2**20
 WARM_UP = 300

@@ -32,8 +32,8 @@ import yaml
 
 from benchmarks.stress.cases.case import MIFO, SMALL, TINY
 from benchmarks.stress.table import finish, markdown
-from mifo_lightning.packaged import DEFAULTS
-from mifo_lightning.terminal import quiet
+from mifo_lightning.cli.packaged import DEFAULTS
+from mifo_lightning.common.terminal import quiet
 
 SECONDS = 20  # until a try counts as hanging
 SCALARS: list[Any] = [
@@ -227,9 +227,9 @@ def valid_rows() -> list[Any]:
 
 def try_rows(chance: random.Random, place: Path) -> str:
     """One file of four rows, mutated."""
+    from mifo_lightning.common.errors import InputError
     from mifo_lightning.data.questions import build_questions
     from mifo_lightning.data.rows import read_rows
-    from mifo_lightning.errors import InputError
     from mifo_lightning.rewards.last_answer import LastAnswerReward
 
     rows = copy.deepcopy(chance.sample(valid_rows(), 4))

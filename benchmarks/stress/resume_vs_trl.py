@@ -62,8 +62,8 @@ def run_ours(place: Path, passes: int, minibatches: int, dies_at: int | None, re
     """One process of this framework."""
     from lightning import Callback
 
-    from mifo_lightning import cli
-    from mifo_lightning.terminal import quiet
+    from mifo_lightning.cli import command_line as cli
+    from mifo_lightning.common.terminal import quiet
 
     class Die(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:

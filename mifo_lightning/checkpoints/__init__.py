@@ -1,1 +1,1 @@
-"""Checkpoint files: written whole, read only whole, restored with one line for what does not fit."""
+"""Checkpoint files, written whole and read only whole; signals, and where a run may stop for one."""

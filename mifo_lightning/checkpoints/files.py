@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
-from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.common.errors import InputError, TrainingError
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 GIVEN_AGAIN = "given_again"  # key of the names of arguments that are objects: no checkpoint holds them
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from mifo_lightning.checkpoints.files import read_checkpoint, sync_directory
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 SEAL, TABLE, REST = "checksums.json", ".metadata", "meta.pt"  # the latter two as torch and Lightning name them
 

@@ -17,26 +17,26 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mifo_callbacks.logging import StepRows
 from mifo_callbacks.seeds import LARGEST
+from mifo_lightning.checkpoints import interruption
 from mifo_lightning.checkpoints.files import with_checkpoint_io
 from mifo_lightning.checkpoints.restoring import CheckedRestore
+from mifo_lightning.checkpoints.safe_points import take_over
 from mifo_lightning.cli.config_files import given
+from mifo_lightning.cli.packaged import DEFAULTS
 from mifo_lightning.cli.parser import MODE, OneLineParser, check_groups
 from mifo_lightning.cli.parts import ALWAYS, METHOD, MONITORS, SEEDED, check_method, check_parts
 from mifo_lightning.cli.preflight import check_run
 from mifo_lightning.cli.resume import Start, choose, prepare_files
 from mifo_lightning.cli.wandb_run import begin_runs, end_runs, prepare_runs
+from mifo_lightning.common.errors import InputError, TrainingError
 from mifo_lightning.data.datamodule import QuestionData
-from mifo_lightning.errors import InputError, TrainingError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.model_card import write_card
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.summary import RunSummary, print_metrics
-from mifo_lightning.packaged import DEFAULTS
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.stopping import interruption
-from mifo_lightning.stopping.safe_points import take_over
 
 COMMAND = "mifo"  # the installed script: shells complete the words after a command, not those after `python -m`
 

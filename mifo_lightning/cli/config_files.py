@@ -9,9 +9,9 @@ from typing import NamedTuple
 import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.files import UNREADABLE, read_regular
-from mifo_lightning.packaged import find
+from mifo_lightning.cli.packaged import find
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.files import UNREADABLE, read_regular
 
 NULL = "tag:yaml.org,2002:null"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -11,15 +11,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from mifo_lightning.checkpoints import interruption
 from mifo_lightning.cli.command_line import MifoCLI, as_script, make_cli
 from mifo_lightning.cli.config_files import Given, check_characters, given, left_empty, with_place
 from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.cli.parts import SEEDED
-from mifo_lightning.errors import InputError, TrainingError
-from mifo_lightning.renamed import COMMAND, new_name
-from mifo_lightning.rollout.in_process import out_of_memory
-from mifo_lightning.stopping import interruption
-from mifo_lightning.terminal import fail, quiet
+from mifo_lightning.cli.renamed import COMMAND, new_name, translate
+from mifo_lightning.common.errors import InputError, TrainingError, out_of_memory
+from mifo_lightning.common.terminal import fail, quiet
 
 LIGHTNINGS = "trainer.accumulate_grad_batches"  # a key that Lightning still has: 1 is allowed, others are refused later
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
@@ -35,6 +34,8 @@ def main(args: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     quiet()
     OneLineParser.arguments = sys.argv[1:] if args is None else args
+    if OneLineParser.arguments[:1] == ["translate"]:
+        return translate(OneLineParser.arguments[1:])
     if as_script():
         sys.path.append(os.getcwd())  # as `python -m` does: rewards of one's own lie there
     try:

@@ -10,9 +10,9 @@ from jsonargparse import ActionConfigFile, Namespace, get_loader, set_loader  # 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mifo_lightning.cli.config_files import check_text, with_place
-from mifo_lightning.errors import InputError
-from mifo_lightning.packaged import find
-from mifo_lightning.terminal import fail
+from mifo_lightning.cli.packaged import find
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import fail
 
 MODE = "omegaconf+"  # interpolation that follows the command line
 

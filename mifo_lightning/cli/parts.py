@@ -6,7 +6,8 @@ from lightning import Callback
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_lightning.cli.config_files import NULL, Given
-from mifo_lightning.errors import InputError
+from mifo_lightning.cli.packaged import names
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.costs import Costs
@@ -21,7 +22,6 @@ from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
-from mifo_lightning.packaged import names
 
 # name of the group -> callback; the order is the order in which their hooks run
 METHOD = {

@@ -6,10 +6,10 @@ from lightning import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mifo_callbacks import BufferPhaseSwitch, GradientDropping
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.datamodule import QuestionData
-from mifo_lightning.errors import InputError
-from mifo_lightning.guards import check_trainer
 from mifo_lightning.module import MifoModule
+from mifo_lightning.steps.guards import check_trainer
 
 
 def check_run(

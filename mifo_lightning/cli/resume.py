@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mifo_lightning.checkpoints.files import read_checkpoint
 from mifo_lightning.checkpoints.sharded import is_sharded, read_sharded
-from mifo_lightning.errors import InputError
-from mifo_lightning.guards import check_format
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LAST, PREVIOUS, LastCheckpoint
 from mifo_lightning.monitors.kept_rows import METRICS, carry, keep_rows, metrics_before
 from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_aside
 from mifo_lightning.policy.loading import blueprint
+from mifo_lightning.steps.guards import check_format
 
 VERSION = "pytorch-lightning_version"
 # what training goes on from

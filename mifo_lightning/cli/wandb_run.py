@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 
 class SurvivingRun:

@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.source import Row
-from mifo_lightning.errors import InputError
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, no tokenizer can read it
 WHOLE = 2**53  # floats beyond are not known to the unit

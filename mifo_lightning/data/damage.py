@@ -3,9 +3,9 @@
 import random
 import re
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
-from mifo_lightning.seeds import stable_key
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.seeds import stable_key
 
 DIGITS = "0123456789"
 PROBABILITY = 0.5  # that a digit is replaced

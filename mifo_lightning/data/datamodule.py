@@ -10,6 +10,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks import BufferPhaseSwitch, Seed
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.damage import damage_demonstrations
 from mifo_lightning.data.evaluation_loader import EvaluationLoader
@@ -19,13 +22,10 @@ from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.settings import Settings, settle
 from mifo_lightning.data.source import RowSource
-from mifo_lightning.data.template import ChatTemplate, kept_template, read_template
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
+from mifo_lightning.policy.template import ChatTemplate, kept_template, read_template
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import sum_up
 from mifo_lightning.rewards.isolation import release
-from mifo_lightning.seeds import stable_key
 
 Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mifo_lightning.question import Question
+from mifo_lightning.common.question import Question
 
 
 class EvaluationLoader:

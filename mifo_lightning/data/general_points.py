@@ -20,8 +20,8 @@ from itertools import combinations
 
 import numpy as np
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.source import Row, RowSource, Split, check_generated
-from mifo_lightning.errors import InputError
 
 Number = int | Fraction
 Step = tuple[Number, str, Number, Number]

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 
-from mifo_lightning.checkpoints.restoring import restoring
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.restoring import restoring
+from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.errors import InputError
-from mifo_lightning.question import Question
-from mifo_lightning.seeds import stable_key
 
 
 class WorkItem(TypedDict):

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.terminal import table_text
 from mifo_lightning.data.source import Row
-from mifo_lightning.data.template import ChatTemplate, prompt_texts
-from mifo_lightning.errors import InputError
 from mifo_lightning.policy.ending import end_texts, end_tokens, response_texts, turn_end
-from mifo_lightning.question import Question
+from mifo_lightning.policy.template import ChatTemplate, with_system
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers
-from mifo_lightning.terminal import table_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,6 +147,28 @@ def build_questions(
     drops.demonstrations.update(question.source for question in shown)
     drops.damaged.update(question.source for question in shown if question.id in damaged)
     return questions, drops
+
+
+def prompt_texts(rows: list[Row], template: ChatTemplate, system_prompt: str | None, where: str) -> list[str]:
+    """Each row's prompt as the model sees it; an empty text where nothing but a system message is in it.
+
+    Raises:
+        InputError: The template refuses a prompt, or ignores one of its messages; the message names the row.
+    """
+    texts, checked = [], set()
+    for number, row in enumerate(rows, 1):
+        messages, place = row["prompt"], f"{where}, row {number}"
+        if not any(message["content"].strip() for message in messages if message["role"] != "system"):
+            texts.append("")
+            continue
+        messages = with_system(messages, system_prompt)
+        roles = tuple(message["role"] for message in messages)
+        if roles not in checked:  # what a template prints depends on the roles, not on the words
+            checked.add(roles)
+            template.check_bounded(messages, place)
+            template.check_shown(messages, place)
+        texts.append(template.render(messages, place))
+    return texts
 
 
 def _keep_prompts(

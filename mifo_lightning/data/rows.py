@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.files import UNREADABLE, check_regular
+from mifo_lightning.common.hub import check_hub
 from mifo_lightning.data.columns import Columns, to_row, wrong
 from mifo_lightning.data.source import Row, RowSource
-from mifo_lightning.errors import InputError
-from mifo_lightning.files import UNREADABLE, check_regular
-from mifo_lightning.hub import check_hub
 
 Source = Any  # one of the above
 IN_DIRECTORY = (".parquet", ".jsonl", ".csv")  # a .json beside them describes the data set

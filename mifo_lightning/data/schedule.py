@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 
 @dataclass

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.loading import load_tokenizer
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.isolation import state_of

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.source import Row, RowSource, Split, check_generated
-from mifo_lightning.errors import InputError
 
 Codes = NDArray[np.uint8]
 Ids = NDArray[np.int64]

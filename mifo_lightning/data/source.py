@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 Row = dict[str, Any]
 Split = Literal["train", "val", "test"]

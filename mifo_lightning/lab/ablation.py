@@ -21,14 +21,14 @@ from pathlib import Path
 
 import yaml
 
-from mifo_lightning.errors import InputError, Interrupted
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.terminal import printable
 from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
 from mifo_lightning.lab.grid import Ablation, cells, choose, sweep, with_wandb
 from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
 from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.lab.runner import View, run_here, run_on_cluster
-from mifo_lightning.stopping import interruption
-from mifo_lightning.terminal import printable
 
 # imported once for all fits of `run_here`; W&B imports the latter two when a run begins
 IMPORTS = ("mifo_lightning.cli", "wandb.wandb_run", "mifo_lightning.lab.cell")

@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.cli.packaged import DEFAULTS, find
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.grid import Cell
-from mifo_lightning.packaged import DEFAULTS, find
 
 FINGERPRINT, OUTCOME, SUMMARY, LOG, LOCK = "fingerprint.json", "outcome.json", "summary.json", "log.txt", "lock"
 Fingerprint = dict[str, Any]

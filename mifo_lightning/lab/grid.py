@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 
 @dataclass(frozen=True)

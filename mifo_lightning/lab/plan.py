@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.cell import LOCK, held, outcome, write_json
 from mifo_lightning.lab.grid import Ablation, Cell, slug
 

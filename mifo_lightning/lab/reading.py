@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.cli.packaged import find
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.grid import Ablation, Arm, slug
-from mifo_lightning.packaged import find
 
 # what the grid itself puts on the command line of a fit -> where it comes from
 GIVEN = {

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mifo_lightning.errors import InputError, Interrupted
+from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.terminal import printable
 from mifo_lightning.lab.cell import LOG, ClusterCell, Fingerprint, Outcome, child, last_line, outcome, record_outcome
 from mifo_lightning.lab.grid import Cell
-from mifo_lightning.terminal import printable
 
 GRACE = 25.0  # seconds that interrupted fits have to write their checkpoints; schedulers give 30
 Work = Sequence[tuple[Cell, Fingerprint]]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 
 class Correction(ABC):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 T = TypeVar("T")
 

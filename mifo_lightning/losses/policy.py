@@ -23,7 +23,6 @@ Ratio = Literal["token", "sequence"]
 Aggregation = Literal["sequence", "token", "constant", "sum"]
 
 LOG_RATIO_LIMIT = 20.0  # |log r|: exp overflows at 88, and then min(r A, clip(r) A) is finite but its gradient NaN
-K3_LIMIT = 10.0  # d of the k3 estimator
 
 
 def token_weights(
@@ -118,12 +117,3 @@ def policy_loss(
         "clip_share": (limited * weight).sum().detach(),
     }
     return loss, metrics
-
-
-def kl_k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """Non-negative estimate of KL(policy || reference) per token: `exp(d) - d - 1`, d = logp_ref - logp, at most 10.
-
-    Unbiased but for the cut. Only the exponential needs it: below 0 the estimate is linear, and exact however far.
-    """
-    d = (logp_ref - logp).clamp_max(K3_LIMIT)
-    return torch.expm1(d) - d

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from lightning.pytorch.profilers import Profiler
 
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 # configuration group, by its class -> activity

@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mifo_lightning.checkpoints import interruption
 from mifo_lightning.checkpoints.files import existing, free_bytes, remove_file, sync_directory, unwritten
 from mifo_lightning.checkpoints.sharded import seal
-from mifo_lightning.errors import InputError, Interrupted, TrainingError
+from mifo_lightning.common.errors import InputError, Interrupted, TrainingError
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
 from mifo_lightning.policy.loading import blueprint
-from mifo_lightning.stopping import interruption
 
 LAST, PREVIOUS, NEXT = "last.ckpt", "previous.ckpt", "next.ckpt"  # next: being written
 PARTS = 6  # of 4 bytes a weight: the weight, two moments of each phase kind, the importance map

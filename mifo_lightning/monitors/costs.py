@@ -9,7 +9,7 @@ from torch import nn
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 

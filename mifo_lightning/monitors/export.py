@@ -7,7 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
 from mifo_lightning.policy.loading import dtype_name, export_model, locate, stored_dtype
 

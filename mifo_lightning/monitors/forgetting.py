@@ -6,10 +6,10 @@ import torch
 from lightning import LightningModule, Trainer
 
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
 from mifo_lightning.monitors.trained import as_trained
-from mifo_lightning.question import Question
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
 Counts = dict[str, dict[str, int]]

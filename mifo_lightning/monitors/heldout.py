@@ -6,10 +6,10 @@ from lightning import LightningModule, Trainer
 
 from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import as_trained
-from mifo_lightning.question import Question
 
 
 class HeldOutLoss(PhaseMonitor):

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.run_dir import run_dir
 
 # not `rollout/tokens_per_s`: speed varies from run to run

@@ -18,7 +18,7 @@ from mifo_callbacks.sharding import (
     shard_like,
     trainable,
 )
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 

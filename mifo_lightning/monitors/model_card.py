@@ -12,10 +12,10 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from mifo_lightning.common.terminal import printable
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary, comparison
 from mifo_lightning.policy.loading import locate
-from mifo_lightning.terminal import printable
 
 GROUPS = ("entropy", "importance", "freeze", "drop", "buffer")  # of the method, as the command line names them
 PACKAGES = ("mifo-lightning", "torch", "lightning", "transformers")

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.errors import InputError
-from mifo_lightning.losses.policy import kl_k3
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Sequences
-from mifo_lightning.policy.scoring import score_without_gradient
-from mifo_lightning.question import Question
+from mifo_lightning.policy.scoring import kl_k3, score_without_gradient
 
 
 class PhaseKL(PhaseMonitor):

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.errors import Interrupted
+from mifo_lightning.common.errors import Interrupted
 
 
 class PhaseMonitor(PhaseCallback):

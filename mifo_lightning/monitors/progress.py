@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mifo_callbacks import BufferPhaseSwitch
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rollout.engine import Decoded, Listener
 
 TICK = 0.5  # seconds between two updates of the bar while a rollout lasts

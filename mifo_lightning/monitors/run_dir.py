@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 # what a run writes row by row or at its end, besides model and checkpoint
 ROWS = ("config.yaml", "samples.jsonl", "metrics.csv", "hparams.yaml", "history.jsonl", "summary.json")

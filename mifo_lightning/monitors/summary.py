@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_lightning.common.terminal import table_text
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
 from mifo_lightning.monitors.run_dir import run_dir
 from mifo_lightning.monitors.trained import as_trained
-from mifo_lightning.terminal import table_text
 
 
 class RunSummary(Callback):

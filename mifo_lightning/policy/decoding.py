@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 CACHES = ("past_key_values", "cache_params", "state")  # what outputs and arguments call a cache
 

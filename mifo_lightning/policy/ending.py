@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 FILES = ("generation_config.json", "config.json")  # without the first, transformers takes the second's end tokens
 

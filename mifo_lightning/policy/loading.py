@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.sharding import full
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.pretrained import (

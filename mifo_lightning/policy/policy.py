@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
-from mifo_lightning.losses.token_scores import token_scores
 from mifo_lightning.policy.decoding import Decoding, accepted
+from mifo_lightning.policy.token_scores import token_scores
 
 
 class Sequences(NamedTuple):

@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.hub import check_hub
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.hub import check_hub
 from mifo_lightning.policy.tokenizer_file import PROBES, faithful
 
 SHOWN = 3  # names of weights in a message

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 PROBES = (
     "123+456=579, s:40312=01234; 12 > 7",

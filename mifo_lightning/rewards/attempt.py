@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence, Set
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 if TYPE_CHECKING:
     from mifo_lightning.rewards.base import Reward

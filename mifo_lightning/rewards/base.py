@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.attempt import Context, Failure, Outcome
 from mifo_lightning.rewards.isolation import run
 

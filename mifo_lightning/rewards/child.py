@@ -13,8 +13,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.stopping import interruption
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.common.errors import InputError
 
 START_SECONDS = 120.0  # importing math-verify takes 0.4 s on an idle machine
 LOOK_SECONDS = 0.2  # how often a waiting parent looks whether the child is alive, and whether the run is to stop

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.marker import MarkedReward, MissingMarker
 
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward, checked_timeout, pick
 
 GRACE = 1.0  # seconds that cancelled coroutines get to end

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mifo_callbacks.collectives import gather_ranks
-from mifo_lightning.errors import InputError, Interrupted
-from mifo_lightning.question import Question
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.question import Question
 from mifo_lightning.rewards.base import Reward, score
-from mifo_lightning.stopping import interruption
 
 
 class Scores(NamedTuple):

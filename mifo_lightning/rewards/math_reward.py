@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.answer_format import readings
 from mifo_lightning.rewards.child import Child, ChildDied
 from mifo_lightning.rewards.marker import MarkedReward, MissingMarker

@@ -4,7 +4,7 @@ import ast
 import re
 from fractions import Fraction
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward
 
 TRUTH = re.compile(r"\s*(\d{1,6}(?:\s+\d{1,6})*)\s*>\s*(\d{1,6})\s*", re.ASCII)

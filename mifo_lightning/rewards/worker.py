@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.checkpoints.blocked import end_without
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards import isolation
 from mifo_lightning.rewards.attempt import Failure, Outcome, attempt, failure
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.stopping.blocked import end_without
 
 ORPHAN_FACTOR = 2.0  # x the time limit: only a child whose parent is gone lives that long in one call
 CLOSE_SECONDS = 5.0

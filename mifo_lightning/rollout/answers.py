@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from mifo_lightning.data.template import ChatTemplate
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.policy.policy import Policy
+from mifo_lightning.policy.template import ChatTemplate
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.respond import Responder
 

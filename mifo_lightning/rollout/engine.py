@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,14 +9,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.metrics import AverageAtK, PassAtK
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers
 from mifo_lightning.rewards.marker import MarkedReward
+from mifo_lightning.rollout.at_k import AverageAtK, PassAtK
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.rollout.respond import Responder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mifo_callbacks.collectives import sum_ranks
-from mifo_lightning.question import Question
+from mifo_lightning.common.question import Question
 from mifo_lightning.rollout.engine import Completion
 
 

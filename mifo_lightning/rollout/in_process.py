@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.checkpoints import safe_points
+from mifo_lightning.common.errors import InputError, TrainingError, out_of_memory
 from mifo_lightning.policy.ending import end_tokens, padding
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, RolloutEngine, Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
-from mifo_lightning.stopping import safe_points
 
 BLOCK = 16  # tokens between two looks at whether the run is to stop
 STOP_SLACK = 32  # tokens decoded beyond the bytes of a stop string, since some tokens hold no text
-# what else than torch.OutOfMemoryError says that there is no memory left
-NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class InProcessEngine(RolloutEngine):
@@ -121,11 +119,6 @@ class InProcessEngine(RolloutEngine):
         """Decode no more rows than that."""
         self.rows = min(self.rows, state.get("rows", self.rows))
         self._halved = bool(state)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no memory on any kind of device."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 class _Batch(NamedTuple):

@@ -6,16 +6,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks import Seed
-from mifo_lightning.errors import Interrupted
+from mifo_lightning.checkpoints.safe_points import agree
+from mifo_lightning.common.errors import Interrupted
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.policy.ending import response_texts
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.question import Question
 from mifo_lightning.rewards.base import Reward
-from mifo_lightning.rewards.grading import check_success_threshold, grade_answers
+from mifo_lightning.rewards.grading import FailureWatch, check_success_threshold, grade_answers
 from mifo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from mifo_lightning.rollout.graded import Graded
-from mifo_lightning.seeds import stable_key
-from mifo_lightning.stopping.safe_points import agree
 
 
 class Responder:
@@ -54,18 +54,28 @@ class Responder:
         """As `draw`, with this engine."""
         return draw(self.engine, policy, self.tokenizer, prompts, keys, samples, sampling)
 
-    def grade(self, questions: list[Question], completions: list[list[Completion]], stop: list[str]) -> Graded:
+    def grade(
+        self, questions: list[Question], completions: list[list[Completion]], stop: list[str], what: str | None = None
+    ) -> Graded:
         """Grade R responses to each question; one that did not end by itself gets at most the reward's `failed`.
 
         Args:
             questions: Q questions of this rank.
             completions: R responses to each.
             stop: Strings that end a response; what is graded ends before them.
+            what: What the responses are, for the message: if every check of all ranks fails, the run ends. Collective
+                then; None lets failures pass.
+
+        Raises:
+            InputError: Every check failed.
         """
+        watch = FailureWatch(self.reward)
         flat = [c for group in completions for c in group]
         texts = response_texts(self.tokenizer, [c.tokens for c in flat], stop)
         asked = [q for q, group in zip(questions, completions, strict=True) for _ in group]
         scores = grade_answers(self.reward, asked, texts, [len(c.tokens) for c in flat], [c.finished for c in flat])
+        if what is not None:
+            watch.end(len(flat), what)
         n = len(flat) // max(len(questions), 1)
         rewards, judged, *parts = (
             torch.tensor(values).view(len(questions), n)

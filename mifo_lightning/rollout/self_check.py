@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mifo_callbacks.collectives import gather_ranks
-from mifo_lightning.errors import InputError, TrainingError
+from mifo_lightning.common.errors import InputError, TrainingError
+from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 from mifo_lightning.rollout.respond import Responder, draw
-from mifo_lightning.seeds import stable_key
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model
 EXACT = 1e-3  # nats: largest difference in fp32

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mifo_callbacks.collectives import sum_ranks
-from mifo_lightning.errors import TrainingError
+from mifo_lightning.common.errors import TrainingError
 
 STOPS = "the run stops and writes no more, what it wrote before stays; a smaller learning rate may help"
 

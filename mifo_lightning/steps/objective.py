@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mifo_lightning.losses.corrections import Correction
-from mifo_lightning.losses.policy import Ratio, kl_k3, policy_loss
+from mifo_lightning.losses.policy import Ratio, policy_loss
 from mifo_lightning.losses.sft import sft_loss
 from mifo_lightning.losses.sft_weights import SFTWeight, Uniform
 from mifo_lightning.losses.surrogates import Clipped, Surrogate
 from mifo_lightning.methods.mixing import Mixing
+from mifo_lightning.policy.scoring import kl_k3
 from mifo_lightning.steps.batch import Batch
 
 

@@ -9,8 +9,8 @@ from torch.optim import AdamW
 
 from mifo_callbacks.phase import other_number
 from mifo_callbacks.sharding import full, local, shard_like
-from mifo_lightning.checkpoints.restoring import check_moment
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.restoring import check_moment
 
 Phase = Literal["rl", "sft"]
 

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mifo_callbacks.collectives import gather_ranks, mean_ranks, rank, ranks
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import WorkItem
-from mifo_lightning.errors import InputError
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
-from mifo_lightning.question import Question
-from mifo_lightning.rewards.grading import FailureWatch
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.rollout.respond import Responder
@@ -113,10 +112,7 @@ class Reinforcement:
         Raises:
             InputError: Every check of all ranks failed.
         """
-        watch = FailureWatch(self.responder.reward)
-        graded = self.responder.grade(questions, completions, self.sampling.stop)
-        watch.end(graded.rewards.numel(), "the responses of an RL step")
-        return graded
+        return self.responder.grade(questions, completions, self.sampling.stop, "the responses of an RL step")
 
     def choose(self, graded: Graded, attempts: int, wanted: int) -> Chosen | None:
         """Which of this rank's questions train; None if dynamic sampling wants further questions; collective.

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mifo_lightning.common.question import Question
 from mifo_lightning.losses.advantages import as_advantage
 from mifo_lightning.methods.mixing import Mixing
-from mifo_lightning.question import Question
 from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.steps.settings import PolicyLoss

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.losses.advantages import Advantage, AdvantageName, as_advantage
 from mifo_lightning.losses.corrections import Correction
 from mifo_lightning.losses.named import named

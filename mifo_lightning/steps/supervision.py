@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.collectives import rank, ranks, sum_over, sum_ranks, world_group
+from mifo_lightning.common.question import Question
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
-from mifo_lightning.question import Question
 from mifo_lightning.steps.batch import Batch, Stream
 
 INITIAL_ROWS = 64  # demonstrations packed together; bounds padding

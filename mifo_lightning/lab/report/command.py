@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import printable
 from mifo_lightning.lab.report.page import write_report
-from mifo_lightning.terminal import printable
 
 
 def main(arguments: Sequence[str]) -> int:

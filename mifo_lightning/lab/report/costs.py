@@ -58,7 +58,7 @@ def _callbacks(ablation: Ablation) -> dict[str, Measure]:
     recorded = {name for cell in ablation.cells for name in cell.summary.get("costs", {}).get("callbacks", {})}
     if not recorded:
         return {}
-    from mifo_lightning.cli import METHOD, MONITORS  # loads torch, which nothing else here needs
+    from mifo_lightning.cli.parts import METHOD, MONITORS  # loads torch, which nothing else here needs
 
     keys = {callback.__name__: key for key, callback in {**METHOD, **MONITORS}.items()}
     small = {n for n in recorded if max(means(ablation, _seconds([n])).values(), default=0.0) < SMALL}

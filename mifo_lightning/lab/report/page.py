@@ -11,12 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from mifo_lightning.common.terminal import printable
 from mifo_lightning.lab.report import costs, dynamics, forgetting, scores, sections
 from mifo_lightning.lab.report.document import MARKS, Gallery, Section, Table
 from mifo_lightning.lab.report.drawing import alone
 from mifo_lightning.lab.report.results import PLAN, RUNS, Ablation, load, write_runs
 from mifo_lightning.lab.report.verdict import verdict
-from mifo_lightning.terminal import printable
 
 PARTS = (
     scores.best,

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from yaml import YAMLError
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.report.statistics import Design, Scores
 
 Record = dict[str, Any]

@@ -4,7 +4,7 @@ import re
 import stat
 from pathlib import Path
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 UNREADABLE = re.compile("[\0\ud800-\udfff]")  # no path, tokenizer or file takes them
 

@@ -1,20 +1,19 @@
 """Keys that had other names in an earlier version: one line says the new one, and a saved configuration is translated.
 
-python -m mifo_lightning.renamed config.yaml > translated.yaml
+mifo translate config.yaml > translated.yaml
 """
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mifo_lightning.errors import InputError
-from mifo_lightning.terminal import fail
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import fail
 
-COMMAND = "python -m mifo_lightning.renamed FILE"
+COMMAND = "mifo translate FILE"
 # old key -> new key, with all that lies under it; 0.4
 RENAMED = {
     "trainer.accumulate_grad_batches": "model.micro_batches",
@@ -127,8 +126,8 @@ def _put(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def main(arguments: list[str]) -> None:
-    """Print the translation of a file."""
+def translate(arguments: list[str]) -> None:
+    """`mifo translate FILE`: print the translation of a file."""
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
         fail(f"usage: {COMMAND}")
     try:
@@ -138,7 +137,3 @@ def main(arguments: list[str]) -> None:
         print(yaml.safe_dump(translated(config), sort_keys=False), end="")
     except (InputError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         fail(f"{arguments[0]}: {' '.join(str(error).split())}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

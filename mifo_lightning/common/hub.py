@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from huggingface_hub import constants
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
 PATIENCE = 20.0  # seconds
 

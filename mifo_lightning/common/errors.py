@@ -26,3 +26,14 @@ class Interrupted(BaseException):
         self.signum, self.together = signum, together
         self.step = 0
         self.checkpoint: str | None = None
+
+
+# what else than torch.OutOfMemoryError says that there is no memory left
+NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory on any kind of device."""
+    from torch import OutOfMemoryError  # here: what is above is needed before torch is loaded
+
+    return isinstance(error, OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)

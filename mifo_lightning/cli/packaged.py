@@ -4,9 +4,9 @@ import difflib
 import re
 from pathlib import Path
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 # in an installed package beside its modules; in a checkout, which an editable install is too, above them
 CONFIGS = next((path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir()), HERE / "configs")
 DEFAULTS = CONFIGS / "defaults.yaml"

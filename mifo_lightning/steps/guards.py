@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedConfig
 
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.question import Question
 from mifo_lightning.policy.loading import positions
-from mifo_lightning.question import Question
 
 FORMAT = 4  # of what MifoModule, its loader and its callbacks put into a checkpoint
 PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong

@@ -10,9 +10,8 @@ from pathlib import Path
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.data.bounded import ends
-from mifo_lightning.data.source import Row
-from mifo_lightning.errors import InputError
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.policy.bounded import ends
 
 Messages = list[dict[str, str]]
 CLOCK = "strftime_now"
@@ -139,28 +138,6 @@ def kept_template(source: str, system_prompt: str | None) -> str:
     message = f"{{'role': 'system', 'content': {json.dumps(system_prompt, ensure_ascii=False)}}}"
     lacking = "not messages or messages[0]['role'] != 'system'"
     return f"{{% if {lacking} %}}{{% set messages = [{message}] + messages %}}{{% endif +%}}{source}"
-
-
-def prompt_texts(rows: list[Row], template: ChatTemplate, system_prompt: str | None, where: str) -> list[str]:
-    """Each row's prompt as the model sees it; an empty text where nothing but a system message is in it.
-
-    Raises:
-        InputError: The template refuses a prompt, or ignores one of its messages; the message names the row.
-    """
-    texts, checked = [], set()
-    for number, row in enumerate(rows, 1):
-        messages, place = row["prompt"], f"{where}, row {number}"
-        if not any(message["content"].strip() for message in messages if message["role"] != "system"):
-            texts.append("")
-            continue
-        messages = with_system(messages, system_prompt)
-        roles = tuple(message["role"] for message in messages)
-        if roles not in checked:  # what a template prints depends on the roles, not on the words
-            checked.add(roles)
-            template.check_bounded(messages, place)
-            template.check_shown(messages, place)
-        texts.append(template.render(messages, place))
-    return texts
 
 
 def _is_template(text: str) -> bool:

@@ -13,8 +13,8 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-from mifo_lightning.errors import Interrupted
-from mifo_lightning.stopping.blocked import PATIENCE, SignalWatch, end_without
+from mifo_lightning.checkpoints.blocked import PATIENCE, SignalWatch, end_without
+from mifo_lightning.common.errors import Interrupted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # `timeout`, schedulers and a terminal with forwarding parents send one request twice

@@ -66,7 +66,7 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 _lightnings_format = warnings.formatwarning  # as Lightning, imported above, has set it
-_OWN = (Path(__file__).parent, Path(mifo_callbacks.__file__).parent)
+_OWN = (Path(__file__).parents[1], Path(mifo_callbacks.__file__).parent)
 
 
 def one_line_warning(

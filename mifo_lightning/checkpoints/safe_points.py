@@ -10,8 +10,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch.distributed.distributed_c10d import _get_default_store
 
 from mifo_callbacks.collectives import ranks
-from mifo_lightning.errors import Interrupted
-from mifo_lightning.stopping import interruption
+from mifo_lightning.checkpoints import interruption
+from mifo_lightning.common.errors import Interrupted
 
 KEY = "mifo_lightning/interrupted"  # in the store of the process group: the signal that one of its ranks has got
 

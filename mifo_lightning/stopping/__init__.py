@@ -1,1 +1,0 @@
-"""Signals, and where a run may be stopped."""
