@@ -1,18 +1,15 @@
 """MifoModule: one LightningModule that switches between RL and SFT as the work items say."""
 
 import copy
-import inspect
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,17 +20,17 @@ from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.sharding import full, require_data_parallel
 from mifo_lightning.checkpoints import interruption, safe_points
 from mifo_lightning.checkpoints.files import read_checkpoint
-from mifo_lightning.checkpoints.hyperparameters import plain_settings, settings_again
+from mifo_lightning.checkpoints.hyperparameters import defaults_of, plain_settings, settings_again
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
-from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 from mifo_lightning.methods.mixing import Mixing
-from mifo_lightning.policy.ending import end_tokens, padding
+from mifo_lightning.policy.ending import end_tokens
 from mifo_lightning.policy.loading import (
     Loaded,
+    Loading,
     check_same_weights,
     check_vocabulary,
     load_policy,
@@ -41,17 +38,16 @@ from mifo_lightning.policy.loading import (
     shard_policy,
 )
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.policy.template import ChatTemplate
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import as_reward
 from mifo_lightning.rollout.answers import Prompt, answers
-from mifo_lightning.rollout.engine import RolloutEngine, Sampling
+from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.self_check import SelfCheck
-from mifo_lightning.steps.batch import Batch
+from mifo_lightning.rollout.settings import Rollout
 from mifo_lightning.steps.finite import FiniteSteps, check_weights
 from mifo_lightning.steps.guards import (
     FORMAT,
@@ -66,11 +62,11 @@ from mifo_lightning.steps.guards import (
     warn_of_single_steps,
 )
 from mifo_lightning.steps.metrics import StepMetrics
-from mifo_lightning.steps.objective import Objective
-from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
+from mifo_lightning.steps.optimizer import OptimizerSettings, PhaseAdamW
 from mifo_lightning.steps.reinforcement import Reinforcement
-from mifo_lightning.steps.settings import PolicyLoss, check_sft
-from mifo_lightning.steps.supervision import initial_losses, selected, sft_batch
+from mifo_lightning.steps.settings import PolicyLoss, SFTLoss
+from mifo_lightning.steps.step import OptimizerStep
+from mifo_lightning.steps.supervision import Supervision
 
 
 class MifoModule(LightningModule):
@@ -83,30 +79,14 @@ class MifoModule(LightningModule):
     Args:
         model: Hugging Face directory or hub name of the causal LM to train; `from_model` takes a loaded one.
         reward: Grades responses; from Python also a plain function (`FunctionReward`).
-        engine: Draws responses; null decodes in the training process.
-        group_size: G, rollouts per question.
-        success_threshold: Reward from which a rollout counts as correct.
-        sampling: How RL rollouts are drawn.
-        loss: The policy loss.
+        rollout: How rollouts are drawn, and which of them are correct.
+        loss: The policy loss of RL phases.
         mixing: A method that mixes demonstrations into RL steps; null mixes none in.
-        demonstrations: What a buffered question is learned from in an SFT phase: the data's solution, or the model's
-            own correct rollout.
-        sft_weight: What multiplies each demonstration token's cross-entropy in SFT phases: uniform, dft, chord,
-            low_entropy, high_entropy, flow, or an `SFTWeight` by class_path.
-        sft_entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the SFT loss
-            (ReLIFT).
-        rl: AdamW of RL phases.
-        sft: AdamW of SFT phases.
-        moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
-        skip_zero_gradient: Whether an optimizer step whose gradient is exactly 0 over all ranks moves nothing; without
-            it AdamW's momentum and weight decay go on moving the weights. Steps and schedules advance either way.
+        sft_loss: The loss of SFT phases.
+        optimizer: AdamW of both kinds of phases.
         evaluation: How validation and test draw responses.
-        micro_batches: Chunks that each rank cuts an optimizer step into; more need less memory, the step is the same.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        loading: How the model is loaded.
         seed: Seed of all rollouts; None follows `seed_everything`.
-        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
-        self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
-            whose log-probabilities are not the model's.
 
     Raises:
         InputError: If a setting is impossible.
@@ -118,63 +98,42 @@ class MifoModule(LightningModule):
         self,
         model: str,
         reward: Reward,
-        engine: RolloutEngine | None = None,
-        group_size: int = 8,
-        success_threshold: float = 1.0,
-        sampling: Sampling = Sampling(),
+        rollout: Rollout = Rollout(),
         loss: PolicyLoss = PolicyLoss(),
         mixing: Mixing | None = None,
-        demonstrations: Literal["data", "own"] = "data",
-        sft_weight: SFTWeightName | SFTWeight = "uniform",
-        sft_entropy_bonus: float = 0.0,
-        rl: AdamWSettings = AdamWSettings(),
-        sft: AdamWSettings = AdamWSettings(),
-        moments: Literal["reset", "keep", "shared"] = "reset",
-        skip_zero_gradient: bool = False,
+        sft_loss: SFTLoss = SFTLoss(),
+        optimizer: OptimizerSettings = OptimizerSettings(),
         evaluation: Evaluation = Evaluation(),
-        micro_batches: int = 1,
-        gradient_checkpointing: bool = False,
+        loading: Loading = Loading(),
         seed: int | None = None,
-        trust_remote_code: bool = False,
-        self_check: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.save_hyperparameters(plain_settings(given), logger=False)
-        rl.check("model.rl")
-        sft.check("model.sft")
+        optimizer.check("model.optimizer")
         evaluation.check("model.evaluation")
+        sft_loss.check("model.sft_loss")
         model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
-        self.model_name, self.gradient_checkpointing = model, gradient_checkpointing
-        self.trust_remote_code = trust_remote_code
-        self.rl_settings, self.sft_settings, self.moments = rl, sft, moments
-        self.skip_zero_gradient = skip_zero_gradient
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, trust_remote_code)
+        self.model_name, self.loading, self.optimizer_settings = model, loading, optimizer
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, loading.trust_remote_code)
         self.policy: Policy | None = None
         self.seed = Seed(seed, "model.seed")
-        self.reward, self.group_size, self.success_threshold = as_reward(reward), group_size, success_threshold
-        self.responder = Responder(
-            engine or InProcessEngine(), self.tokenizer, self.reward, success_threshold, self.seed
-        )
-        self.sampling = sampling
-        self.reinforcement = Reinforcement(self.responder, sampling, loss, group_size, mixing)
-        self.evaluator = Evaluator(self.responder, evaluation, sampling)
+        self.reward, self.success_threshold = as_reward(reward), rollout.success_threshold
+        engine = rollout.engine or InProcessEngine()
+        self.responder = Responder(engine, self.tokenizer, self.reward, self.success_threshold, self.seed)
+        self.sampling = rollout.sampling
+        self.reinforcement = Reinforcement(self.responder, rollout, loss, mixing)
+        self.supervision = Supervision(self.tokenizer, sft_loss)
+        self.evaluator = Evaluator(self.responder, evaluation, self.sampling)
+        self.self_check = SelfCheck(self.responder, self.sampling) if rollout.self_check else None
+        self.own_demonstrations = self.supervision.own_demonstrations
+        self.needs_demonstrations = mixing is not None or self.supervision.needs_initial_losses
         self.optimizer_of_phase: PhaseAdamW | None = None
-        self.micro_batches = micro_batches
-        self.own_demonstrations = demonstrations == "own"
-        self.sft_entropy_bonus = sft_entropy_bonus
-        self.sft_objective = Objective(sft_weight=as_sft_weight(sft_weight))
-        self.initial_losses: Tensor | None = None  # [N] by question id, for a weight that wants them
-        self.needs_demonstrations = mixing is not None or self._weighs_by_initial_losses
-        check_sft(sft_entropy_bonus, micro_batches, self.own_demonstrations and self._weighs_by_initial_losses)
-        self._rollout: Batch | None = None  # with updates to come, or the last one under way
-        self._used_up = False
-        self._step = 0  # of the running phase kind
         self._restored: dict[str, Any] = {}
-        self.last_reward: float | None = None  # for the progress bar
         self._metrics = StepMetrics()
+        self._step = OptimizerStep(self.reinforcement, self.supervision, optimizer.micro_batches, self._metrics)
+        self._number = 0  # of the optimizer step, in the running phase kind
         self._finite = FiniteSteps()
-        self.self_check = SelfCheck(self.responder, sampling) if self_check else None
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> "MifoModule":
@@ -200,11 +159,9 @@ class MifoModule(LightningModule):
         checkpoint = read_checkpoint(Path(checkpoint_path))
         if "hyper_parameters" not in checkpoint:
             raise InputError(f"load_from_checkpoint: {checkpoint_path} is no checkpoint of a {cls.__name__}")
-        own, ours = inspect.signature(cls).parameters, inspect.signature(MifoModule).parameters
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in own.values())
-        defaults = {name: p.default for name, p in {**(ours if passes_on else {}), **own}.items()}
-        saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name != "trust_remote_code"}
-        module = cls(**settings_again(saved, defaults, settings))
+        saved = dict(checkpoint["hyper_parameters"])
+        saved["loading"] = {name: value for name, value in saved["loading"].items() if name != "trust_remote_code"}
+        module = cls(**settings_again(saved, defaults_of(cls, MifoModule), settings))
         module.load()
         module.load_state_dict(checkpoint["state_dict"])
         return module.to(map_location)
@@ -216,7 +173,7 @@ class MifoModule(LightningModule):
         if self._trainer is not None:
             require_data_parallel(self.trainer, "MifoModule")
             check_trainer(self.trainer)
-            check_chunks(self.trainer, self.micro_batches)
+            check_chunks(self.trainer, self.optimizer_settings.micro_batches)
         self.load()
         if isinstance(self.model_name, Loaded):
             check_same_weights(self._policy)
@@ -231,10 +188,10 @@ class MifoModule(LightningModule):
             InputError: If the model cannot be loaded, or its tokenizer is another's.
         """
         if self.policy is None:
-            trust = self.trust_remote_code
+            trust = self.loading.trust_remote_code
             # of a loaded model, before anything is done to it
             initial = copy.deepcopy(self.model_name) if self.reinforcement.needs_reference else None
-            self.policy = load_policy(self.model_name, self.gradient_checkpointing, trust)
+            self.policy = load_policy(self.model_name, self.loading.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
             self.reinforcement.set_reference(load_policy(initial, trust_remote_code=trust) if initial else None)
         if self._trainer is None:  # `generate` before a fit
@@ -266,17 +223,14 @@ class MifoModule(LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         own = ChatTemplate(self.tokenizer, None, date.today())
         template = data.prompt_template() if isinstance(data, QuestionData) else own
-        drawn_by = sampling or self.reinforcement.sampling
         with torch.no_grad():
-            return answers(self.responder, self._policy, template, prompts, drawn_by, samples)
+            return answers(self.responder, self._policy, template, prompts, sampling or self.sampling, samples)
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        optimizer = AdamW(parameters.values(), lr=self.rl_settings.lr, fused=True)
-        self.optimizer_of_phase = PhaseAdamW(
-            optimizer, parameters, self.rl_settings, self.sft_settings, self.moments, self.skip_zero_gradient
-        )
+        optimizer = AdamW(parameters.values(), lr=self.optimizer_settings.rl.lr, fused=True)
+        self.optimizer_of_phase = PhaseAdamW(optimizer, parameters, self.optimizer_settings)
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -289,23 +243,22 @@ class MifoModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
-        warn_of_single_steps(self.trainer, self.moments)
+        warn_of_single_steps(self.trainer, self.optimizer_settings.moments)
         with restoring("mifo.engines"):
             engines = self._restored.get("engines", [])
             if len(engines) == self.trainer.world_size:  # with another number there is nothing to be equal to
                 self.responder.load_state_dict(engines[self.trainer.global_rank])  # before the engine is checked
-        sampling = self.reinforcement.sampling
-        self._check(self.trainer.train_dataloader, evaluated=False)
-        warn_of_long_demonstrations(_questions(self.trainer.train_dataloader), sampling.max_new_tokens)
+        loader: Any = self.trainer.train_dataloader
+        self._check(loader, evaluated=False)
+        warn_of_long_demonstrations(_questions(loader), self.sampling.max_new_tokens)
         if self._restored:
             with restoring("mifo"):
                 self._restore(self._restored)
             if self.trainer.fit_loop.done:  # what `on_train_epoch_end` asks: there is none to come
                 self._finite.end()
             self._restored = {}
-        elif self._weighs_by_initial_losses:
-            loader: Any = self.trainer.train_dataloader
-            self.initial_losses = initial_losses(self._policy, loader.questions, padding(self.tokenizer))
+        elif self.supervision.needs_initial_losses:
+            self.supervision.measure(self._policy, loader.questions)
 
     def teardown(self, stage: str) -> None:
         """Let the engine end what it has begun."""
@@ -319,7 +272,7 @@ class MifoModule(LightningModule):
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
-        self._step = batch["step"]
+        self._number = batch["step"]
         lr = self._phase_optimizer.enter(batch["phase"], batch["step"], batch.get("phase_number"))
         self._metrics.put(batch["phase"], {"lr": lr})
 
@@ -329,76 +282,12 @@ class MifoModule(LightningModule):
         `groups` and `samples` tell callbacks of a rollout, in its first update.
         """
         self._phase_optimizer.optimizer.zero_grad(set_to_none=True)  # of a step that an exception ended
-        output: dict[str, Any] = {"work": {"generated": 0, "scored": 0}}
-        is_rl = batch["phase"] == "rl"
-        whole = self._rl_batch(batch, output) if is_rl else self._sft_batch(batch, output)
-        chunks = whole.chunks(batch["update"] % batch["minibatches"], self.micro_batches)
-        objective = self.reinforcement.objective if is_rl else self.sft_objective
-        output["loss"] = self._descend(chunks, objective, batch["phase"])
-        output["work"] |= {
-            "trained": sum(chunk.sequences.token_count() for chunk in chunks if not chunk.idle),
-            "demonstrations": [i for chunk in chunks if not chunk.idle for i in chunk.demonstrations],
-        }
-        return output
+        return self._step(self.trainer, self._policy, batch, self.select_tokens)
 
-    def _descend(self, chunks: list[Batch], objective: Objective, phase: str) -> Tensor:
-        """The loss of the whole step, with the graph of its last chunk; the gradients of the others are there already.
-
-        Only the last backward is Lightning's: its hooks see the whole gradient, once.
-        """
-        before = torch.zeros((), device=self.device)
-        synchronises_late = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        for number, chunk in enumerate(chunks, 1):
-            with_bonus = chunk.bonus is not None and chunk.bonus.scale > 0
-            with self._profile("forward"):
-                logp, entropy = self._policy(chunk.sequences, chunk.temperature, entropy_gradient=with_bonus)
-            if phase == "sft" and self.select_tokens is not None and len(chunks) == 1:
-                chunk = selected(chunk, self.select_tokens, entropy.detach())
-            loss, metrics = objective(chunk, logp, entropy)
-            self._metrics.add(phase, metrics)
-            loss = loss * self.trainer.world_size  # undo the strategy's mean over ranks: our denominators count all
-            if number == len(chunks):
-                return before + loss
-            # outside of the Trainer's autocast, as Lightning's own; its cache would keep casts with a used graph
-            with self._profile("backward"), synchronises_late(), torch.autocast(self.device.type, enabled=False):
-                loss.backward()
-            torch.clear_autocast_cache()
-            before += loss.detach()
-        raise AssertionError("an optimizer step has at least one chunk")
-
-    def _rl_batch(self, item: WorkItem, output: dict[str, Any]) -> Batch:
-        """What the rollout under way trains on; its first update draws and grades it, and says so in `output`."""
-        if item["update"] == 0:
-            self._rollout = None  # the old one is not needed while the new one is made
-            more: Any = getattr(self.trainer.train_dataloader, "more", None)
-            start = time.perf_counter()
-            drawn, chosen = self.reinforcement.roll_out(self._policy, item, more, self._profile)
-            seconds = time.perf_counter() - start
-            with self._profile("score"):
-                self._rollout = self.reinforcement.prepare(self._policy, item, drawn, chosen)
-            output |= {
-                "groups": drawn.groups(self.own_demonstrations),
-                "samples": drawn.samples(),
-                "work": self.reinforcement.work(drawn, self._rollout),
-            }
-            described = self.reinforcement.describe(drawn, self._rollout, seconds)
-            self._metrics.put("rollout", described)
-            self.last_reward = described["reward"]
-        rollout = self._rollout
-        assert rollout is not None, "the loader begins every rollout with its first update"
-        self._used_up = item["update"] + 1 == item["updates"]
-        return rollout
-
-    def _sft_batch(self, item: WorkItem, output: dict[str, Any]) -> Batch:
-        """The demonstrations of the step, and, if it is cut into chunks, which of their tokens it learns from."""
-        batch = sft_batch(item["questions"], self.tokenizer, self.device, self.sft_entropy_bonus, self.initial_losses)
-        if self.select_tokens is not None and self.micro_batches > 1:
-            # the threshold belongs to the optimizer step: all entropies are needed before the first backward
-            output["work"]["scored"] = batch.sequences.token_count()
-            with self._profile("entropies"):
-                entropy = score_without_gradient(self._policy, batch.sequences, temperature=1.0)[1]
-            batch = selected(batch, self.select_tokens, entropy)
-        return batch
+    @property
+    def last_reward(self) -> float | None:
+        """Mean reward of the last rollout, for the progress bar; None before the first."""
+        return self._step.last_reward
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Nothing: Lightning would do it after `training_step`, which has gradients of all chunks but the last."""
@@ -423,8 +312,7 @@ class MifoModule(LightningModule):
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
         self._policy.version += 1
-        if self._used_up:
-            self._rollout = None  # no checkpoint need hold it
+        self.reinforcement.end_update()
         self._phase_optimizer.look()
         self._say_under_way(False)
         check_weights(self._policy, self._where())
@@ -438,7 +326,7 @@ class MifoModule(LightningModule):
 
     def _where(self) -> str:
         """The running optimizer step, for a person."""
-        return f"{self._phase_optimizer.phase} step {self._step + 1}"
+        return f"{self._phase_optimizer.phase} step {self._number + 1}"
 
     def on_train_batch_end(self, outputs: Any, batch: WorkItem, batch_idx: int) -> None:
         """Let go of the optimizer step's gradients before the next rollout."""
@@ -449,39 +337,32 @@ class MifoModule(LightningModule):
         self.trainer.should_stop = True
         self._finite.end()
 
-    # --- evaluation ---------------------------------------------------------------------------------------------
+    # --- evaluation: `test` as validation ------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
         """Check lengths and, before the first evaluation of a run, the engine."""
-        self._check(self.trainer.val_dataloaders, evaluated=True)
-
-    def on_test_start(self) -> None:
-        """As validation."""
-        self._check(self.trainer.test_dataloaders, evaluated=True)
+        self._check(self._evaluated, evaluated=True)
 
     def on_validation_epoch_start(self) -> None:
         """Empty the metrics."""
-        self.evaluator.reset(_sources(self.trainer.val_dataloaders), self.device)
-
-    def on_test_epoch_start(self) -> None:
-        """Empty the metrics."""
-        self.evaluator.reset(_sources(self.trainer.test_dataloaders), self.device)
+        self.evaluator.reset(_sources(self._evaluated), self.device)
 
     def validation_step(self, batch: list[Question], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Draw and grade responses to one batch of questions of one source."""
         return {"samples": self.evaluator.update(self._policy, batch, dataloader_idx)}
 
-    def test_step(self, batch: list[Question], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """As validation."""
-        return self.validation_step(batch, batch_idx, dataloader_idx)
-
     def on_validation_epoch_end(self) -> None:
-        """Log `val/<source>/<metric>` and `val/<metric>` over all questions."""
-        self.log_dict(self.evaluator.compute("val"))
+        """Log `val/<source>/<metric>` and `val/<metric>` over all questions, or the same of `test`."""
+        self.log_dict(self.evaluator.compute("test" if self.trainer.testing else "val"))
 
-    def on_test_epoch_end(self) -> None:
-        """Log `test/<source>/<metric>` and `test/<metric>` over all questions."""
-        self.log_dict(self.evaluator.compute("test"))
+    on_test_start = on_validation_start
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    @property
+    def _evaluated(self) -> Any:
+        return self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -491,14 +372,13 @@ class MifoModule(LightningModule):
         if self.trainer.validating and interruption.pending() is not None:
             safe_points.whole_evaluation(checkpoint["loops"])
         if self.optimizer_of_phase is not None:
-            rollout = None if self._rollout is None else self._rollout.state_dict()
             checkpoint["mifo"] = {
                 "format": FORMAT,
                 "seed": self.seed.settled,
                 "optimizer": self.optimizer_of_phase.state_dict(),
-                "rollouts": gather_ranks(rollout),
+                "rollouts": gather_ranks(self.reinforcement.state_dict()),
                 "engines": gather_ranks(self.responder.state_dict()),
-                "initial_losses": self.initial_losses,
+                "initial_losses": self.supervision.initial_losses,
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
             }
@@ -513,12 +393,8 @@ class MifoModule(LightningModule):
     def _restore(self, state: dict[str, Any]) -> None:
         self._phase_optimizer.load_state_dict(state["optimizer"])
         rollout = own_rollout(state["rollouts"], self.trainer.global_rank, self.trainer.world_size)
-        self._rollout = None if rollout is None else Batch.from_state_dict(rollout, self.device)
-        self.initial_losses = state["initial_losses"]
-        if (self.initial_losses is None) == self._weighs_by_initial_losses:
-            raise InputError(
-                "model.sft_weight: flow is not allowed here, nor its loss; with flow a run begins and ends"
-            )
+        self.reinforcement.load_state_dict(rollout, self.device)
+        self.supervision.load_initial_losses(state["initial_losses"])
         self._finite.load_state_dict(state["finite"])
         check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))
 
@@ -534,9 +410,9 @@ class MifoModule(LightningModule):
             InputError: One or the other.
         """
         questions = _questions(loaders)
-        sampling = self.evaluator.sampling if evaluated else self.reinforcement.sampling
+        sampling = self.evaluator.sampling if evaluated else self.sampling
         own = evaluated and self.evaluator.settings.sampling.max_new_tokens is not None
-        key = "model.evaluation.sampling" if own else "model.sampling"
+        key = "model.evaluation.sampling" if own else "model.rollout.sampling"
         check_lengths(self._policy.model.config, questions, key, sampling.max_new_tokens)
         if engine and self.self_check is not None:
             prompts = [q.prompt for q in questions]
@@ -547,15 +423,6 @@ class MifoModule(LightningModule):
         self.check_questions(loaders, evaluated)
         if self.self_check is not None and (found := self.self_check.take()):
             log_metrics(self.trainer, found)
-
-    def _profile(self, activity: str) -> AbstractContextManager[None]:
-        profiler: Any = self.trainer.profiler  # type: ignore[attr-defined]
-        timed: AbstractContextManager[None] = profiler.profile(f"mifo.{activity}")
-        return timed
-
-    @property
-    def _weighs_by_initial_losses(self) -> bool:
-        return self.sft_objective.sft_weight.needs_initial_losses
 
     @property
     def _policy(self) -> Policy:

@@ -1,5 +1,6 @@
 """What a checkpoint says of the module that wrote it, in plain values: enough to build it again."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -40,6 +41,13 @@ def settings_again(saved: Mapping[str, Any], defaults: Mapping[str, Any], given:
         )
     known = {name: value for name, value in saved.items() if name in defaults}
     return {**{name: _built(name, value, defaults[name]) for name, value in known.items()}, **given}
+
+
+def defaults_of(kind: type, base: type) -> dict[str, Any]:
+    """The defaults of the constructor of `kind` by name, and those of `base` where it passes arguments on to it."""
+    own = inspect.signature(kind).parameters
+    passed = inspect.signature(base).parameters if any(p.kind is p.VAR_KEYWORD for p in own.values()) else {}
+    return {name: parameter.default for name, parameter in {**passed, **own}.items()}
 
 
 _OBJECT = object()

@@ -57,11 +57,11 @@ def check_controls(trainer: Trainer, module: MifoModule, data: QuestionData) -> 
     if phases or data.schedule.sft_before or data.schedule.sft_after:
         return
     dropped = any(isinstance(callback, GradientDropping) and callback.during == "sft" for callback in callbacks)
-    factor, damaged = module.sft_settings.lr_factor, data.damaged_share
+    factor, damaged = module.optimizer_settings.sft.lr_factor, data.demonstrations.damaged_share
     controls = {
         "drop.during: sft": dropped,
-        f"model.sft.lr_factor: {factor}": factor != 1,
-        f"data.damaged_share: {damaged}": damaged > 0 and not module.needs_demonstrations,
+        f"model.optimizer.sft.lr_factor: {factor}": factor != 1,
+        f"data.demonstrations.damaged_share: {damaged}": damaged > 0 and not module.needs_demonstrations,
     }
     for control, given in controls.items():
         if given:

@@ -162,7 +162,7 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
             )
         check_format(checkpoint)
     model = module.model_name
-    bare = blueprint(model, module.trust_remote_code)
+    bare = blueprint(model, module.loading.trust_remote_code)
     expected = {f"policy.model.{name}": tensor.shape for name, tensor in bare.state_dict().items()}
     unlike = sorted(name for name in expected.keys() | weights.keys() if _shape(weights, name) != expected.get(name))
     if unlike:

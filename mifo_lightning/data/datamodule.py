@@ -20,7 +20,7 @@ from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.questions import build_questions
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.data.schedule import Schedule
-from mifo_lightning.data.settings import Settings, settle
+from mifo_lightning.data.settings import Demonstrations, Prompts, Settings, settle
 from mifo_lightning.data.source import RowSource
 from mifo_lightning.policy.template import ChatTemplate, kept_template, read_template
 from mifo_lightning.rewards.base import Reward
@@ -42,24 +42,12 @@ class QuestionData(LightningDataModule):
         val: Rows of validation, as `train`; null leaves only the holdout.
         test: Rows of test, as `train`.
         columns: Names of the columns of files and hub sets, where they are not those of the row format.
+        prompts: How the messages of a row become a prompt.
+        demonstrations: Which demonstrations are learned from.
         holdout: Training questions to hold out for validation, under the name `<source>-holdout`; chosen by seed.
         schedule: How much of which phase, in which order.
-        system_prompt: Replaces or adds the system message; null leaves the rows as they are.
-        chat_template: Jinja chat template, or a file that holds it; null takes the tokenizer's.
-        answer_after: Text after which a demonstration's final answer begins; null if nothing marks it.
-        max_prompt_tokens: Longest prompt; longer ones are dropped and counted.
-        max_response_tokens: Longest demonstration with its end token; longer ones are dropped, never cut.
-        verify_demonstrations: Whether to drop demonstrations that the reward does not accept.
-        damaged_share: Share of training demonstrations, chosen by seed, with wrong digits before `answer_after`.
         eval_batch: Questions evaluated at once per rank.
-        fit_sizes: Whether `holdout`, the schedule's `prompts_per_step` and `sft_batch` and the buffer's size are made
-            smaller where the data cannot fill them, each with a warning; otherwise they are refused.
         seed: Seed of order, holdout and damage; None takes the module's, and without one follows `seed_everything`.
-        reward: Checks that demonstrations are right. This and what follows is the module's unless it is given, and
-            what is given must be the module's; without a `MifoModule` it must be given.
-        tokenizer: Hugging Face directory or hub name.
-        group_size: Rollouts per question.
-        success_threshold: Reward from which a demonstration is right.
     """
 
     def __init__(
@@ -68,63 +56,49 @@ class QuestionData(LightningDataModule):
         val: Rows | None = None,
         test: Rows | None = None,
         columns: Columns = Columns(),
+        prompts: Prompts = Prompts(),
+        demonstrations: Demonstrations = Demonstrations(),
         holdout: int = 0,
         schedule: Schedule = Schedule(),
-        system_prompt: str | None = None,
-        chat_template: str | None = None,
-        answer_after: str | None = None,
-        max_prompt_tokens: int = 1024,
-        max_response_tokens: int = 8192,
-        verify_demonstrations: bool = True,
-        damaged_share: float = 0.0,
         eval_batch: int = 64,
-        fit_sizes: bool = True,
         seed: int | None = None,
-        reward: Reward | None = None,
-        tokenizer: str | None = None,
-        group_size: int | None = None,
-        success_threshold: float | None = None,
     ) -> None:
         super().__init__()
         schedule.check("data.schedule")
-        for name, value in (("eval_batch", eval_batch), ("max_prompt_tokens", max_prompt_tokens)):
-            if value < 1:
-                raise InputError(f"data.{name}: {value} is not allowed; it must be at least 1")
-        if max_response_tokens < 1 or holdout < 0:
-            name, value = ("holdout", holdout) if holdout < 0 else ("max_response_tokens", max_response_tokens)
-            raise InputError(f"data.{name}: {value} is not allowed; it must not be negative, and a length at least 1")
-        if not 0 <= damaged_share <= 1:
-            raise InputError(f"data.damaged_share: {damaged_share} is not allowed; it must be between 0 and 1")
+        prompts.check("data.prompts")
+        demonstrations.check("data.demonstrations")
+        if eval_batch < 1:
+            raise InputError(f"data.eval_batch: {eval_batch} is not allowed; it must be at least 1")
+        if holdout < 0:
+            raise InputError(f"data.holdout: {holdout} is not allowed; it must be at least 0")
         if columns.truth_after == "":
             raise InputError("data.columns.truth_after: '' is not allowed; it must be a text, or null for the whole")
-        if damaged_share and not answer_after:
-            raise InputError(f"data.damaged_share: {damaged_share} needs data.answer_after, so that answers stay right")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
+        self.columns, self.prompts, self.demonstrations = columns, prompts, demonstrations
         self.holdout, self.schedule, self.eval_batch = holdout, schedule, eval_batch
-        self.columns, self.fit_sizes = columns, fit_sizes
         self.fitted: dict[str, tuple[int, int]] = {}
-        self.damaged_share = damaged_share
-        self.given = {
-            "reward": reward,
-            "tokenizer": tokenizer,
-            "group_size": group_size,
-            "success_threshold": success_threshold,
-        }
+        self.given: dict[str, Any] = dict.fromkeys(Settings._fields)
         self.settings: Settings | None = None  # those of the module, once there is one
-        self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self.seed = Seed(seed, "data.seed")
-        self.chat_template = chat_template
-        self.options: dict[str, Any] = {
-            "system_prompt": system_prompt,
-            "answer_after": answer_after,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_response_tokens": max_response_tokens,
-            "verify_demonstrations": verify_demonstrations,
-            "today": date.today(),
-        }
+        self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
+        self._template: str | None = None  # in place of the tokenizer's own
+        self._today = date.today()
         self._questions: dict[str, list[Question]] = {}
         self._loader: PhaseLoader | None = None
         self._restored: dict[str, Any] | None = None
+
+    def standalone(
+        self, reward: Reward, tokenizer: str | PreTrainedTokenizerBase, success_threshold: float = 1.0
+    ) -> "QuestionData":
+        """Say what else a `MifoModule` says, for use without one; one that comes nevertheless must say the same.
+
+        Args:
+            reward: Checks that demonstrations are right.
+            tokenizer: Hugging Face directory or hub name, or what was loaded.
+            success_threshold: Reward from which a demonstration is right.
+        """
+        self.given = {"reward": reward, "tokenizer": tokenizer, "success_threshold": success_threshold}
+        return self
 
     def setup(self, stage: str) -> None:
         """Read and filter what the stage needs; the table of what was dropped is printed once."""
@@ -147,8 +121,8 @@ class QuestionData(LightningDataModule):
         seed = theirs if self.seed.given is None and isinstance(theirs, Seed) else self.seed
         if self.settings is None or seed is not self.seed or any(map(operator.is_not, settings, self.settings)):
             self._questions, self.settings, self.seed = {}, settings, seed
-            template = read_template(self.chat_template, settings.tokenizer, "data.chat_template")
-            self.options["chat_template"] = template
+            given = self.prompts.chat_template
+            self._template = read_template(given, settings.tokenizer, "data.prompts.chat_template")
 
     def _load(self, split: str) -> None:
         if split in self._questions:
@@ -157,15 +131,15 @@ class QuestionData(LightningDataModule):
         source = self.sources[split]
         if source is not None:
             where = f"data.{split}"
-            damage = self._damage if split == "train" and self.damaged_share else None
             questions, drops = build_questions(
                 read_rows(source, where, self.columns),
-                self.tokenizer,
+                ChatTemplate(self.tokenizer, self._template, self._today),
+                self.prompts,
+                self.demonstrations,
                 reward=self._settled.reward,
                 success_threshold=self._settled.success_threshold,
-                damage=damage,
+                damage=self._damage if split == "train" and self.demonstrations.damaged_share else None,
                 where=where,
-                **self.options,
             )
             self._questions[split] = questions
             rank_zero_only(drops.print)()
@@ -192,14 +166,14 @@ class QuestionData(LightningDataModule):
         self._questions["holdout"] = held
 
     def _held_out(self, questions: list[Question]) -> list[Question]:
-        few = self.fit_sizes and self.holdout >= len(questions)
+        few = self.schedule.fit_sizes and self.holdout >= len(questions)
         size = max(1, len(questions) // 5) if few else self.holdout
         return sorted(questions, key=lambda q: stable_key(self.seed.value, "holdout", q.id))[:size]
 
     def _fit_schedule(self) -> None:
         """Make what the schedule and the buffer ask for smaller where the training questions are too few."""
         trainer, before, questions = self._trainer, self.schedule, self._questions["train"]
-        if not self.fit_sizes:
+        if not self.schedule.fit_sizes:
             return
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
         shown = sum(q.demonstration is not None for q in questions)
@@ -219,25 +193,26 @@ class QuestionData(LightningDataModule):
         """What is taken; if it is not what was asked for, that is noted and said."""
         if taken != asked:
             self.fitted[key] = (asked, taken)
-            rank_zero_warn(f"{key}: {asked} → {taken}, fitted to {what}; data.fit_sizes: false refuses")
+            rank_zero_warn(f"{key}: {asked} → {taken}, fitted to {what}; data.schedule.fit_sizes: false refuses")
         return taken
 
     def _damage(self, pairs: list[tuple[Question, str | None]]) -> dict[int, str]:
         """Damage demonstrations that will be trained on; what is held out measures, so it stays right."""
         held = {q.id for q in self._held_out([q for q, _ in pairs])}
         solutions = [(q, text) for q, text in pairs if text and text.strip() and q.id not in held]
-        return damage_demonstrations(solutions, self.damaged_share, self.seed.value, self.options["answer_after"])
+        share, marker = self.demonstrations.damaged_share, self.demonstrations.answer_after or ""
+        return damage_demonstrations(solutions, share, self.seed.value, marker)
 
     def kept_template(self) -> str | None:
         """The chat template that prompts were built with, to be kept with the model; None: the tokenizer's own."""
-        given, system_prompt = self.options["chat_template"], self.options["system_prompt"]
-        if given is None and system_prompt is None:
+        system_prompt = self.prompts.system_prompt
+        if self._template is None and system_prompt is None:
             return None
-        return kept_template(self.tokenizer.get_chat_template(given), system_prompt)
+        return kept_template(self.tokenizer.get_chat_template(self._template), system_prompt)
 
     def prompt_template(self) -> ChatTemplate:
         """How a conversation becomes a prompt of this data."""
-        return ChatTemplate(self.tokenizer, self.kept_template(), self.options["today"])
+        return ChatTemplate(self.tokenizer, self.kept_template(), self._today)
 
     def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Of each split and source how many questions there are, and how many of them have a demonstration."""
@@ -254,7 +229,7 @@ class QuestionData(LightningDataModule):
         module = trainer.lightning_module
         lent = sum(q.demonstration is not None for q in self._questions["train"])
         if getattr(module, "needs_demonstrations", False) and not lent:
-            raise InputError("data.train: no question has a demonstration; model.mixing and sft_weight flow need some")
+            raise InputError("data.train: no question has a demonstration; model.mixing and sft_loss flow need some")
         sizes = [callback.size for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)]
         self._loader = PhaseLoader(
             self._questions["train"],
@@ -276,18 +251,18 @@ class QuestionData(LightningDataModule):
             return {}
         return {
             "loader": self._loader.state_dict(),
-            "today": self.options["today"].isoformat(),
+            "today": self._today.isoformat(),
             "seed": self.seed.settled,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until there is a loader; prompts that show the date keep that of the run's beginning."""
         self._restored = state_dict.get("loader")
-        began, today = state_dict.get("today"), self.options["today"]
-        template = ChatTemplate(self.tokenizer, self.options["chat_template"], today)
+        began, today = state_dict.get("today"), self._today
+        template = ChatTemplate(self.tokenizer, self._template, today)
         if began not in (None, today.isoformat()) and template.dated:
-            rank_zero_warn(f"data.chat_template prints the date; it stays {began}, when the run began")
-            self.options["today"] = date.fromisoformat(began)
+            rank_zero_warn(f"data.prompts.chat_template prints the date; it stays {began}, when the run began")
+            self._today = date.fromisoformat(began)
             self._load_again()
         self.seed.restore(state_dict.get("seed"))
         if self._chosen_by not in (None, self.seed.value):  # held out and damaged by another seed

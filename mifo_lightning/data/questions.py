@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from typing import TYPE_CHECKING
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.terminal import table_text
+from mifo_lightning.data.settings import Demonstrations, Prompts
 from mifo_lightning.data.source import Row
 from mifo_lightning.policy.ending import end_texts, end_tokens, response_texts, turn_end
 from mifo_lightning.policy.template import ChatTemplate, with_system
@@ -86,18 +86,13 @@ class Drops:
 
 def build_questions(
     rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    prompts: Prompts,
+    demonstrations: Demonstrations,
     *,
     reward: Reward,
-    system_prompt: str | None,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    chat_template: str | None,
-    answer_after: str | None,
-    verify_demonstrations: bool = True,
     success_threshold: float = 1.0,
     damage: Rewrite | None = None,
-    today: date | None = None,
     where: str,
 ) -> tuple[list[Question], Drops]:
     """Questions in the order of `rows`, and an account of what was dropped (MIFO, demonstrations D(q)).
@@ -107,41 +102,36 @@ def build_questions(
 
     Args:
         rows: Rows as `read_rows` returns them.
-        tokenizer: The model's tokenizer; it must have a pad and an end-of-sequence token.
+        template: How messages become text; its tokenizer must have a pad and an end-of-sequence token.
+        prompts: System message and longest prompt.
+        demonstrations: Which demonstrations are kept.
         reward: Verifies demonstrations, as it will grade rollouts.
-        system_prompt: Replaces the system message of every prompt or is put first; None leaves prompts alone.
-        max_prompt_tokens: Longer prompts, generation prompt included, are dropped.
-        max_response_tokens: Longer demonstrations, end token included, are dropped.
-        chat_template: Jinja template in place of the tokenizer's own; None takes the tokenizer's.
-        answer_after: Marker after which the final answer stands, for `Question.answer_start`; None: none.
-        verify_demonstrations: Whether demonstrations must score at least `success_threshold`.
         success_threshold: Reward from which a response counts as correct.
         damage: Other texts for some demonstrations, by question id; None leaves all as they are.
-        today: The date that the chat template prints, if it prints one; None takes the present one.
         where: Name of the data, for messages.
 
     Raises:
         InputError: The tokenizer lacks a token or template, the template refuses a prompt or ignores a message, what
             would end demonstrations ends no response, or no question is left.
     """
-    _check_tokenizer(tokenizer, chat_template, where)
-    template = ChatTemplate(tokenizer, chat_template, today or date.today())
-    texts = prompt_texts(rows, template, system_prompt, where)
+    tokenizer = template.tokenizer
+    _check_tokenizer(tokenizer, template.source, where)
+    texts = prompt_texts(rows, template, prompts.system_prompt, where)
     drops = Drops(where)
-    pairs = _keep_prompts(rows, texts, _encode(tokenizer, texts), max_prompt_tokens, drops)
+    pairs = _keep_prompts(rows, texts, _encode(tokenizer, texts), prompts.max_tokens, drops)
     questions = [question for question, _ in pairs]
     if not questions:
         reasons = ", ".join(f"{reason} {count}" for reason, count in drops.by_reason().items()) or "no rows"
         raise InputError(
-            f"{where}: no question left of {len(rows)} ({reasons}); max_prompt_tokens is {max_prompt_tokens}"
+            f"{where}: no question left of {len(rows)} ({reasons}); prompts.max_tokens is {prompts.max_tokens}"
         )
     damaged = damage(pairs) if damage else {}
     pairs = [(question, damaged.get(question.id, text)) for question, text in pairs]
     given = [(question, text) for question, text in pairs if text is not None]
     if given:
         end = _turn_end(template, where)
-        _attach_demonstrations(given, tokenizer, end, max_response_tokens, answer_after, drops)
-    if verify_demonstrations:
+        _attach_demonstrations(given, tokenizer, end, demonstrations, drops)
+    if demonstrations.verify:
         _verify_demonstrations(questions, tokenizer, reward, success_threshold, drops)
     shown = [question for question in questions if question.demonstration]
     drops.demonstrations.update(question.source for question in shown)
@@ -193,16 +183,15 @@ def _attach_demonstrations(
     pairs: list[tuple[Question, str]],
     tokenizer: PreTrainedTokenizerBase,
     end: int,
-    max_response_tokens: int,
-    answer_after: str | None,
+    settings: Demonstrations,
     drops: Drops,
 ) -> None:
     """Give each question its demonstration, unless that is empty, too long or holds an end token before its `end`."""
     ends, written = end_tokens(tokenizer), end_texts(tokenizer)
     given = [(question, _response_text(text, question.text, written)) for question, text in pairs]
-    encoded = _encode_responses(tokenizer, [text for _, text in given], answer_after)
+    encoded = _encode_responses(tokenizer, [text for _, text in given], settings.answer_after)
     for (question, text), (ids, answer_start) in zip(given, encoded, strict=True):
-        if not text.strip() or len(ids) >= max_response_tokens:
+        if not text.strip() or len(ids) >= settings.max_tokens:
             drops.dropped[question.source, LONG_DEMO if text.strip() else EMPTY_DEMO] += 1
         elif not ends.isdisjoint(ids):
             drops.dropped[question.source, ENDED_DEMO] += 1
@@ -234,7 +223,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | No
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name} has no eos_token; set it in its tokenizer_config.json")
     if chat_template is None and tokenizer.chat_template is None:
-        raise InputError(f"{name} has no chat template; set data.chat_template to a Jinja text, see docs/data.md")
+        raise InputError(
+            f"{name} has no chat template; set data.prompts.chat_template to a Jinja text, see docs/data.md"
+        )
 
 
 def _turn_end(template: ChatTemplate, where: str) -> int:

@@ -23,6 +23,8 @@ class Schedule:
         sft_after: SFT optimizer steps on all demonstrations after the last RL step.
         final_sft: Whether to keep or drop a buffer-triggered SFT phase that none of the `rl_steps` follows; the same in
             all arms of a comparison that have a buffer.
+        fit_sizes: Whether `prompts_per_step`, `sft_batch`, the buffer's size and `data.holdout` are made smaller where
+            the data cannot fill them, each with a warning; otherwise they are refused.
     """
 
     rl_steps: int | None = None
@@ -34,6 +36,7 @@ class Schedule:
     sft_before: int = 0
     sft_after: int = 0
     final_sft: Literal["keep", "drop"] = "keep"
+    fit_sizes: bool = True
 
     @property
     def updates(self) -> int:

@@ -92,6 +92,6 @@ SFT_WEIGHTS: dict[str, type[SFTWeight]] = {
 }
 
 
-def as_sft_weight(choice: SFTWeightName | SFTWeight, key: str = "model.sft_weight") -> SFTWeight:
+def as_sft_weight(choice: SFTWeightName | SFTWeight, key: str = "model.sft_loss.weight") -> SFTWeight:
     """The weight that the configuration names at `key`."""
     return named(choice, SFT_WEIGHTS, SFTWeight, key)

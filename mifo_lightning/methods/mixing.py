@@ -19,7 +19,7 @@ class Mixing:
     is the mean over the demonstration tokens of the optimizer step.
 
     Args:
-        token_weight: What multiplies each demonstration token's cross-entropy, as `model.sft_weight`.
+        token_weight: What multiplies each demonstration token's cross-entropy, as `model.sft_loss.weight`.
 
     Attributes:
         in_group: Whether a demonstration is graded like a rollout, in the place of one of its group, and trained on

@@ -57,7 +57,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         for name in (LAST, PREVIOUS):
             keep_earlier(trainer, directory / name, "checkpoint.dirpath", start)
-        weights = blueprint(pl_module.model_name, pl_module.trust_remote_code).parameters()
+        weights = blueprint(pl_module.model_name, pl_module.loading.trust_remote_code).parameters()
         needed = 4 * PARTS * sum(p.numel() for p in weights)
         there = sum(_bytes(directory / name) for name in (LAST, PREVIOUS, NEXT))
         problem, free = trainer.strategy.broadcast((disk_problem(directory, needed, there), free_bytes(directory)))

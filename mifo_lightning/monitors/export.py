@@ -54,7 +54,7 @@ class ExportModel(Callback):
             return
         module: Any = pl_module
         whole = self.dtype == "float32"
-        dtype = torch.float32 if whole else stored_dtype(module.model_name, module.trust_remote_code)
+        dtype = torch.float32 if whole else stored_dtype(module.model_name, module.loading.trust_remote_code)
         self.written = self._place(trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         template = data.kept_template() if hasattr(data, "kept_template") else None

@@ -52,10 +52,10 @@ def model_card(
         f"- Callbacks: {'; '.join(f'{name} ({settings(values)})' for name, values in on.items()) or 'none'}",
         f"- Policy loss: {settings(model['loss'])}",
         *([f"- Demonstrations in RL steps: {_named(model['mixing'])}"] if model.get("mixing") else []),
-        f"- Rollouts: {settings({'group_size': model['group_size'], **model['sampling']})}",
+        f"- Rollouts: {settings({'group_size': model['rollout']['group_size'], **model['rollout']['sampling']})}",
         f"- Schedule: {settings(data['schedule'])}",
         f"- Seed: {config['seed_everything']}",
-        f"- Prompts: `chat_template.jinja` gives those of training{_system(data.get('system_prompt'))}",
+        f"- Prompts: `chat_template.jinja` gives those of training{_system(data['prompts'].get('system_prompt'))}",
         f"- Versions: {', '.join(f'{name} {version(name)}' for name in PACKAGES)}, Python {platform.python_version()}",
     ]
     parts = [f"# {escaped(Path(model['model']).name)}, trained with mifo-lightning", "\n".join(lines)]

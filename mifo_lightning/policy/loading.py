@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,19 @@ class Loaded(NamedTuple):
 
     def __str__(self) -> str:
         return self.model.name_or_path or type(self.model).__name__
+
+
+@dataclass
+class Loading:
+    """How a model is loaded.
+
+    Args:
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
+    """
+
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
 
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package

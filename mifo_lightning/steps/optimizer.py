@@ -1,7 +1,7 @@
 """One AdamW whose moments and settings change with the phase."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -68,6 +68,33 @@ class AdamWSettings:
         return peak * (self.min_ratio + (1 - self.min_ratio) * left)
 
 
+@dataclass
+class OptimizerSettings:
+    """How weights are updated: an AdamW for each kind of phase, and what an optimizer step is made of.
+
+    Args:
+        rl: AdamW of RL phases.
+        sft: AdamW of SFT phases.
+        moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
+        skip_zero_gradient: Whether an optimizer step whose gradient is exactly 0 over all ranks moves nothing; without
+            it momentum and weight decay go on moving the weights. Steps and schedules advance either way.
+        micro_batches: Chunks that each rank cuts an optimizer step into; more need less memory, the step is the same.
+    """
+
+    rl: AdamWSettings = field(default_factory=AdamWSettings)
+    sft: AdamWSettings = field(default_factory=AdamWSettings)
+    moments: Literal["reset", "keep", "shared"] = "reset"
+    skip_zero_gradient: bool = False
+    micro_batches: int = 1
+
+    def check(self, key: str) -> None:
+        """Raise an InputError that names the key, its value and what is allowed."""
+        self.rl.check(f"{key}.rl")
+        self.sft.check(f"{key}.sft")
+        if self.micro_batches < 1:
+            raise InputError(f"{key}.micro_batches: {self.micro_batches} is not allowed; it must be at least 1")
+
+
 class PhaseAdamW:
     """Gives each phase kind its own moments, learning rate and weight decay on one torch AdamW (MIFO, SFT optimizer).
 
@@ -77,29 +104,17 @@ class PhaseAdamW:
     Args:
         optimizer: The AdamW that Lightning steps.
         parameters: Its parameters by name.
-        rl: Settings in RL.
-        sft: Settings in SFT.
-        moments: SFT moments: `reset` at the start of each SFT phase, `keep` from one to the next, or `shared` with RL.
-        skip_zero_gradient: Whether a step whose gradient is exactly 0 moves nothing; without it momentum and weight
-            decay go on moving the weights.
+        settings: Of both phases, and what becomes of the moments.
 
     Attributes:
         phase: The kind of the phase under way; None before the first.
         zero_gradients: Optimizer steps so far whose gradient was exactly 0, by phase kind.
     """
 
-    def __init__(
-        self,
-        optimizer: AdamW,
-        parameters: dict[str, nn.Parameter],
-        rl: AdamWSettings,
-        sft: AdamWSettings,
-        moments: Literal["reset", "keep", "shared"],
-        skip_zero_gradient: bool = False,
-    ) -> None:
-        self.optimizer, self.parameters, self.moments = optimizer, parameters, moments
-        self.settings: dict[str, AdamWSettings] = {"rl": rl, "sft": sft}
-        self.skip_zero_gradient = skip_zero_gradient
+    def __init__(self, optimizer: AdamW, parameters: dict[str, nn.Parameter], settings: OptimizerSettings) -> None:
+        self.optimizer, self.parameters = optimizer, parameters
+        self.moments, self.skip_zero_gradient = settings.moments, settings.skip_zero_gradient
+        self.settings: dict[str, AdamWSettings] = {"rl": settings.rl, "sft": settings.sft}
         self.phase: str | None = None
         self.zero_gradients: dict[str, int] = {"rl": 0, "sft": 0}
         self._number: int | None = None  # of the phase: two SFT phases may follow each other

@@ -1,7 +1,9 @@
 """One RL step up to its `Batch`, without Lightning: draw, grade, choose, prepare."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,14 +18,32 @@ from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
-from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.rollout.respond import Responder
+from mifo_lightning.rollout.settings import Rollout
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.rl_batch import forking_tokens, rl_batch
 from mifo_lightning.steps.rows import as_completion, training_rows
 from mifo_lightning.steps.settings import PolicyLoss, check_rl
+
+More = Callable[[], list[Question]]
+Profile = Callable[[str], AbstractContextManager[None]]
+
+
+class Fresh(NamedTuple):
+    """What is new where a rollout was drawn.
+
+    Attributes:
+        drawn: All that was drawn.
+        work: Tokens that were `generated`, and `scored` without a gradient.
+        metrics: What is logged of it, over all ranks.
+    """
+
+    drawn: Graded
+    work: dict[str, int]
+    metrics: dict[str, float]
 
 
 class Reinforcement:
@@ -31,9 +51,8 @@ class Reinforcement:
 
     Args:
         responder: Draws and grades responses.
-        sampling: How rollouts are drawn.
+        rollout: How rollouts are drawn.
         settings: The policy loss.
-        group_size: G, rollouts per question.
         mixing: How demonstrations are mixed into RL steps; None mixes none in.
 
     Raises:
@@ -41,22 +60,19 @@ class Reinforcement:
     """
 
     def __init__(
-        self,
-        responder: Responder,
-        sampling: Sampling,
-        settings: PolicyLoss,
-        group_size: int,
-        mixing: Mixing | None = None,
+        self, responder: Responder, rollout: Rollout, settings: PolicyLoss, mixing: Mixing | None = None
     ) -> None:
-        check_rl(group_size, sampling, settings, mixing)
-        self.responder, self.sampling, self.settings = responder, sampling, settings
-        self.group_size, self.mixing = group_size, mixing
+        check_rl(rollout, settings, mixing)
+        self.responder, self.sampling, self.settings = responder, rollout.sampling, settings
+        self.group_size, self.mixing = rollout.group_size, mixing
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
         self.references: list[Policy] = []
         weight = {} if mixing is None else {"sft_weight": mixing.token_weight}
         self.objective = Objective(
             settings.objective(), settings.ratio, correction=settings.correction, mixing=mixing, **weight
         )
+        self._under_way: Batch | None = None  # a rollout with updates to come, or the last one being done
+        self._used_up = False
         self._warned = False  # of dynamic sampling that came to its end
 
     @property
@@ -68,20 +84,44 @@ class Reinforcement:
         """Keep the frozen initial model for the KL term."""
         self.references = [] if reference is None else [reference.requires_grad_(False)]
 
-    def roll_out(
-        self,
-        policy: Policy,
-        item: WorkItem,
-        more: Callable[[], list[Question]],
-        profile: Callable[[str], AbstractContextManager[None]],
-    ) -> tuple[Graded, Chosen]:
-        """Draw and grade until there is enough to train on; collective.
+    def batch(self, policy: Policy, item: WorkItem, more: More, profile: Profile) -> "tuple[Batch, Fresh | None]":
+        """What the rollout under way trains on, and what is new of it: its first update draws it; collective then.
 
         Args:
             policy: The model.
-            item: The first update of an RL step.
+            item: One update of an RL step.
             more: Gives this rank's share of the next batch of questions.
             profile: Measures an activity by name.
+        """
+        fresh = None
+        if item["update"] == 0:
+            self._under_way = None  # the old one is not needed while the new one is made
+            start = time.perf_counter()
+            drawn, chosen = self.roll_out(policy, item, more, profile)
+            seconds = time.perf_counter() - start
+            with profile("score"):
+                self._under_way = self.prepare(policy, item, drawn, chosen)
+            work = self.work(drawn, self._under_way)
+            fresh = Fresh(drawn, work, self.describe(drawn, self._under_way, seconds))
+        assert self._under_way is not None, "the loader begins every rollout with its first update"
+        self._used_up = item["update"] + 1 == item["updates"]
+        return self._under_way, fresh
+
+    def end_update(self) -> None:
+        """Let go of a rollout whose last update is done: no checkpoint need hold it."""
+        if self._used_up:
+            self._under_way = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """This rank's rollout under way, as plain types and tensors; None between two."""
+        return None if self._under_way is None else self._under_way.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
+        """Go on inside that rollout."""
+        self._under_way = None if state is None else Batch.from_state_dict(state, device)
+
+    def roll_out(self, policy: Policy, item: WorkItem, more: More, profile: Profile) -> tuple[Graded, Chosen]:
+        """Draw and grade until there is enough to train on; collective. Arguments as in `batch`.
 
         Returns:
             All that was drawn, and which of its questions train.

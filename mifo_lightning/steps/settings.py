@@ -1,4 +1,4 @@
-"""Settings of the policy loss, and what of a module's RL settings fits together."""
+"""Settings of the losses of both phases."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,9 +8,10 @@ from mifo_lightning.losses.advantages import Advantage, AdvantageName, as_advant
 from mifo_lightning.losses.corrections import Correction
 from mifo_lightning.losses.named import named
 from mifo_lightning.losses.policy import Aggregation, Ratio
+from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 from mifo_lightning.losses.surrogates import Clipped, Reinforce, Surrogate, Truncated, Unclipped
 from mifo_lightning.methods.mixing import Mixing
-from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.settings import Rollout
 
 SurrogateName = Literal["clipped", "unclipped", "truncated", "reinforce"]
 
@@ -88,38 +89,37 @@ class PolicyLoss:
         return named(self.surrogate, table, Surrogate, "model.loss.surrogate")
 
 
-MOST_ROLLOUTS = 2**16  # per question; a rollout's first tokens alone would fill the memory long before
+@dataclass
+class SFTLoss:
+    """The loss of SFT phases: cross-entropy on demonstrations.
+
+    Args:
+        weight: What multiplies each demonstration token's cross-entropy: uniform, dft, chord, low_entropy,
+            high_entropy, flow, or an `SFTWeight` by class_path.
+        entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the loss
+            (ReLIFT).
+        demonstrations: What a buffered question is learned from: the data's solution, or the model's own correct
+            rollout.
+    """
+
+    weight: SFTWeightName | SFTWeight = "uniform"
+    entropy_bonus: float = 0.0
+    demonstrations: Literal["data", "own"] = "data"
+
+    def check(self, key: str) -> None:
+        """Raise an InputError that names the key, its value and what is allowed."""
+        if self.demonstrations == "own" and as_sft_weight(self.weight).needs_initial_losses:
+            raise InputError(f"{key}.weight: flow is not allowed with demonstrations own; it weighs the data's")
+        if not self.entropy_bonus >= 0:
+            raise InputError(f"{key}.entropy_bonus: {self.entropy_bonus} is not allowed; it must be at least 0")
 
 
-def check_rl(group_size: int, sampling: Sampling, settings: PolicyLoss, mixing: Mixing | None) -> None:
-    """Raise an InputError unless these settings of a module fit together."""
-    sampling.check("model.sampling")
-    settings.check("model.loss")
-    least = 3 if mixing is not None and mixing.in_group else 2
-    if group_size > MOST_ROLLOUTS:
-        raise InputError(f"model.group_size: {group_size} is not allowed; it must be at most {MOST_ROLLOUTS}")
-    if group_size < least:
+def check_rl(rollout: Rollout, loss: PolicyLoss, mixing: Mixing | None) -> None:
+    """Raise an InputError unless these settings of a module's RL steps are possible and fit together."""
+    loss.check("model.loss")
+    rollout.check("model.rollout", least=3 if mixing is not None and mixing.in_group else 2)
+    if mixing is not None and loss.dynamic_sampling:
         raise InputError(
-            f"model.group_size: {group_size} is not allowed; group advantages need at least 2 rollouts"
-            + (" beside the demonstration" if least == 3 else "")
-        )
-    if mixing is not None and settings.dynamic_sampling:
-        raise InputError(
-            f"model.loss.dynamic_sampling: {settings.dynamic_sampling} is not allowed with model.mixing; it would "
+            f"model.loss.dynamic_sampling: {loss.dynamic_sampling} is not allowed with model.mixing; it would "
             f"drop the groups whose demonstrations are wanted most"
         )
-    if sampling.temperature == 0 or sampling.top_p != 1 or sampling.top_k != 0:
-        raise InputError(
-            f"model.sampling: temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k} is "
-            f"not allowed in RL; temperature > 0, top_p 1, top_k 0 are: the loss sees the whole vocabulary"
-        )
-
-
-def check_sft(entropy_bonus: float, micro_batches: int, own_by_initial_losses: bool) -> None:
-    """Raise an InputError for settings of SFT steps that are impossible."""
-    if own_by_initial_losses:
-        raise InputError("model.sft_weight: flow is not allowed with demonstrations own; it weighs the data's")
-    if not entropy_bonus >= 0:
-        raise InputError(f"model.sft_entropy_bonus: {entropy_bonus} is not allowed; it must be at least 0")
-    if micro_batches < 1:
-        raise InputError(f"model.micro_batches: {micro_batches} is not allowed; it must be at least 1")

@@ -8,13 +8,65 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.collectives import rank, ranks, sum_over, sum_ranks, world_group
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
+from mifo_lightning.losses.sft_weights import as_sft_weight
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.steps.batch import Batch, Stream
+from mifo_lightning.steps.objective import Objective
+from mifo_lightning.steps.settings import SFTLoss
 
 INITIAL_ROWS = 64  # demonstrations packed together; bounds padding
+
+
+class Supervision:
+    """Everything of an SFT step but the forward pass with a gradient.
+
+    Args:
+        tokenizer: The model's.
+        settings: The loss, checked already.
+
+    Attributes:
+        objective: The loss of a chunk.
+        initial_losses: [N] fp32 by question id, for a weight that wants them; None before `measure`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: SFTLoss) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.objective = Objective(sft_weight=as_sft_weight(settings.weight))
+        self.initial_losses: Tensor | None = None
+
+    @property
+    def own_demonstrations(self) -> bool:
+        """Whether a buffered question is learned from a correct rollout of the model's own."""
+        return self.settings.demonstrations == "own"
+
+    @property
+    def needs_initial_losses(self) -> bool:
+        """Whether the weight wants each demonstration's loss before training."""
+        return self.objective.sft_weight.needs_initial_losses
+
+    def measure(self, policy: Policy, questions: list[Question]) -> None:
+        """Measure them, of all training questions; collective."""
+        self.initial_losses = initial_losses(policy, questions, padding(self.tokenizer))
+
+    def load_initial_losses(self, losses: Tensor | None) -> None:
+        """Take those of a checkpoint.
+
+        Raises:
+            InputError: There are some and they are not wanted, or the other way round.
+        """
+        if (losses is None) == self.needs_initial_losses:
+            raise InputError(
+                "model.sft_loss.weight: flow is not allowed here, nor its loss; with flow a run begins and ends"
+            )
+        self.initial_losses = losses
+
+    def batch(self, questions: list[Question], device: torch.device) -> Batch:
+        """As `sft_batch`, with these settings."""
+        return sft_batch(questions, self.tokenizer, device, self.settings.entropy_bonus, self.initial_losses)
 
 
 def sft_batch(
