@@ -26,21 +26,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = re.compile(r"seconds|_per_s|memory|bytes")  # what no two runs share
-# options that have other names in the commit before: name here -> name there
-RENAMED = {
-    "model.micro_batches": "trainer.accumulate_grad_batches",
-    "data.schedule.prompts_per_step": "data.schedule.rl_questions",
-    "data.schedule.epochs_per_rollout": "data.schedule.passes",
-    "buffer.size": "switch.size",
-    "buffer.max_accuracy": "switch.p",
-}
 SMALL: dict[str, Any] = {
     "trainer.logger": "false",
     "trainer.profiler": "null",
     "progress": "null",
     "history": "{}",
-    "model.group_size": 4,
-    "model.self_check": "false",
+    "model.rollout.group_size": 4,
+    "model.rollout.self_check": "false",
     "data.train.init_args.count": 64,
     "data.val": "null",
     "data.schedule.rl_steps": 5,
@@ -93,7 +85,7 @@ def cases(configs: Path) -> list[Case]:
             files = (f"methods/{method}.yaml", *([f"losses/{loss}.yaml"] if loss else []))
             name = f"{method} {loss}" if loss else method
             found.append(Case(name, files, options))
-            found.append(Case(f"{name}, 2 micro-batches", files, {**options, "model.micro_batches": 2}))
+            found.append(Case(f"{name}, 2 micro-batches", files, {**options, "model.optimizer.micro_batches": 2}))
         found.append(Case(f"{method}, 2 passes", files[:1], {**options, "data.schedule.epochs_per_rollout": 2}))
     mifo: dict[str, Any] = {"buffer.size": 16, "buffer.max_accuracy": 0.5, "data.schedule.epochs_per_rollout": 2}
     found.append(Case("mifo, stopped inside a rollout", ("methods/mifo.yaml",), mifo, stop=3))
@@ -103,11 +95,11 @@ def cases(configs: Path) -> list[Case]:
     return found
 
 
-def arguments(case: Case, place: Path, more: dict[str, Any], old: bool) -> list[str]:
-    """The command line of a case; `old`: with the names of the commit before."""
+def arguments(case: Case, place: Path, more: dict[str, Any], renamed: dict[str, str]) -> list[str]:
+    """The command line of a case; `renamed`: what the tree calls a key or group otherwise, by its name here."""
     files = ["configs/tiny.yaml", *(f"configs/{name}" for name in case.configs)]
     options = {**SMALL, **case.options, "trainer.default_root_dir": str(place), **more}
-    named = {RENAMED.get(key, key) if old else key: value for key, value in options.items()}
+    named = {_name(key, renamed): value for key, value in options.items()}
     return [
         "fit",
         *(word for path in files for word in ("--config", path)),
@@ -115,7 +107,14 @@ def arguments(case: Case, place: Path, more: dict[str, Any], old: bool) -> list[
     ]
 
 
-def run(case: Case, place: Path, old: bool) -> Record:
+def _name(key: str, renamed: dict[str, str]) -> str:
+    for here in sorted(renamed, key=len, reverse=True):
+        if key == here or key.startswith(f"{here}."):
+            return renamed[here] + key.removeprefix(here)
+    return key
+
+
+def run(case: Case, place: Path, renamed: dict[str, str]) -> Record:
     """Run a case in this directory's tree."""
     start = time.monotonic()
     parts: list[dict[str, Any]] = [{}]
@@ -123,7 +122,7 @@ def run(case: Case, place: Path, old: bool) -> Record:
         last = str(place / "checkpoints" / "last.ckpt")
         parts = [{"trainer.max_steps": case.stop, "export": "null"}, {"ckpt_path": last}]
     for more in parts:
-        words = arguments(case, place, more, old)
+        words = arguments(case, place, more, renamed)
         status = _process(words, place / "log") if case.ranks > 1 else _fork(words, place / "log")
         if status:
             said = (place / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -163,26 +162,30 @@ def _fork(words: list[str], log: Path) -> int:
         os._exit(status if isinstance(status, int) else 0 if status is None else 1)
 
 
-def record(names: list[str], out: Path, old: bool) -> None:
+def record(names: list[str], out: Path, renamed: dict[str, str]) -> None:
     """Run the named cases in the tree that this process was started in, and write what they left."""
-    import mifo_lightning.cli  # noqa: F401  once, before the forks
+    import mifo_lightning.cli.command_line  # noqa: F401  once, before the forks
 
     found = {}
     for case in cases(ROOT / "configs"):
         if case.name in names:
             with tempfile.TemporaryDirectory() as place:
-                found[case.name] = asdict(run(case, Path(place), old))
+                found[case.name] = asdict(run(case, Path(place), renamed))
     out.write_text(json.dumps(found), encoding="utf-8")
 
 
-def recorded(tree: Path, names: list[str], old: bool) -> dict[str, Record]:
-    """What the cases leave in a tree."""
+def recorded(tree: Path, names: list[str]) -> dict[str, Record]:
+    """What the cases leave in a tree: one with the names of today, or of version 0.4."""
+    from mifo_lightning.cli.renamed import RENAMED  # not where a commit that lacks it is recorded
+
+    today = (tree / "configs" / "defaults.yaml").exists()
+    renamed = {} if today else {new: old for old, new in RENAMED.items()}
     path = os.pathsep.join([str(tree), str(tree / "callbacks")])
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--record", str(out), "--cases", json.dumps(names)]
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, *(["--old"] if old else [])], cwd=tree, env=environment, check=True)
+        subprocess.run([*command, "--renamed", json.dumps(renamed)], cwd=tree, env=environment, check=True)
         return {name: Record(**found) for name, found in json.loads(out.read_text(encoding="utf-8")).items()}
 
 
@@ -233,21 +236,20 @@ def main() -> None:
     parser.add_argument("--before", help="the commit to compare with")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--every", type=int, default=1, help="each n-th case alone")
-    for internal in ("--record", "--cases"):
+    for internal in ("--record", "--cases", "--renamed"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
-    parser.add_argument("--old", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.record:
-        return record(json.loads(given.cases), Path(given.record), given.old)
+        return record(json.loads(given.cases), Path(given.record), json.loads(given.renamed))
     names = [case.name for case in cases(ROOT / "configs") if given.only in case.name][:: given.every]
     with tempfile.TemporaryDirectory() as place:
         tree = Path(place) / "before"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), given.before], cwd=ROOT, check=True)
         try:
-            before = recorded(tree, names, old=True)
+            before = recorded(tree, names)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
-    table, unlike = report(before, recorded(ROOT, names, old=False))
+    table, unlike = report(before, recorded(ROOT, names))
     print(table)
     raise SystemExit(bool(unlike))
 

@@ -155,10 +155,10 @@ def configuration_page() -> str:
     parts = [
         "# Configuration",
         "Generated from the constructors and their docstrings, as the command line is. A configuration file holds "
-        "these groups; a flag names one key, `--model.group_size 4`. Callbacks are groups too: the keys alone, or "
-        "`class_path` and `init_args`; `null` leaves a callback out. `trainer` holds the arguments of Lightning's "
-        "Trainer, `seed_everything` the seed of everything random. `--print_config` prints all that a run would use; "
-        "the files in `configs/` have a comment on each of their keys.",
+        "these groups; a flag names one key, `--model.rollout.group_size 4`. Callbacks are groups too: the keys "
+        "alone, or `class_path` and `init_args`; `null` leaves a callback out. `trainer` holds the arguments of "
+        "Lightning's Trainer, `seed_everything` the seed of everything random. `--print_config` prints all that a run "
+        "would use; the files in `configs/` have a comment on each of their keys.",
     ]
     for group, kind in groups().items():
         parts += [f"## {group}", f"`{kind.__module__}.{kind.__name__}`: {plain(first_line(kind))}"]

@@ -28,21 +28,20 @@ sampling = mifo.Sampling(max_new_tokens=14)  # at temperature 1
 module = mifo.MifoModule(
     "embedded",
     mifo.LastAnswerReward(">"),
-    sampling=sampling,
+    mifo.Rollout(sampling=sampling),
+    optimizer=mifo.OptimizerSettings(rl=mifo.AdamWSettings(lr=5e-4), sft=mifo.AdamWSettings(lr=1e-3)),
     evaluation=mifo.Evaluation(sampling=sampling),
-    rl=mifo.AdamWSettings(lr=5e-4),
-    sft=mifo.AdamWSettings(lr=1e-3),
 )
 print("addition and mirrored, before:", module.generate(["123+456=", "123x456="], samples=2))
 
 # %% Data and schedule
-# What is not given to the data (reward, tokenizer, group size, seed) is the module's. 32 RL steps of 32 questions, 8
+# What is not given to the data (reward, tokenizer, threshold, seed) is the module's. 32 RL steps of 32 questions, 8
 # rollouts each; SFT phases come on top, whenever the buffer is full, and pass four times over their demonstrations.
 
 data = mifo.QuestionData(
     train,
     val,
-    answer_after=">",
+    demonstrations=mifo.Demonstrations(answer_after=">"),
     eval_batch=512,
     schedule=mifo.Schedule(rl_steps=32, prompts_per_step=32, sft_batch=64, sft_epochs=4),
 )

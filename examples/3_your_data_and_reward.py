@@ -66,16 +66,14 @@ lightning.seed_everything(1)
 module = mifo.MifoModule(
     "embedded",
     digits,
-    sampling=mifo.Sampling(max_new_tokens=14),
-    success_threshold=1.0,
-    rl=mifo.AdamWSettings(lr=5e-4),
-    sft=mifo.AdamWSettings(lr=1e-3),
+    mifo.Rollout(sampling=mifo.Sampling(max_new_tokens=14), success_threshold=1.0),
+    optimizer=mifo.OptimizerSettings(rl=mifo.AdamWSettings(lr=5e-4), sft=mifo.AdamWSettings(lr=1e-3)),
 )
 data = mifo.QuestionData(
     rows,
     columns=columns,
+    demonstrations=mifo.Demonstrations(answer_after=">"),
     holdout=200,
-    answer_after=">",
     eval_batch=200,
     schedule=mifo.Schedule(rl_steps=12, prompts_per_step=16, sft_batch=8, sft_epochs=4),
 )

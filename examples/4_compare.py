@@ -48,15 +48,14 @@ def fit(name: str, seed: int) -> dict[str, float]:
     module = mifo.MifoModule(
         "embedded",
         mifo.LastAnswerReward(">"),
-        sampling=sampling,
+        mifo.Rollout(sampling=sampling),
+        optimizer=mifo.OptimizerSettings(rl=mifo.AdamWSettings(lr=5e-4), sft=mifo.AdamWSettings(lr=1e-3)),
         evaluation=mifo.Evaluation(sampling=sampling),
-        rl=mifo.AdamWSettings(lr=5e-4),
-        sft=mifo.AdamWSettings(lr=1e-3),
     )
     data = mifo.QuestionData(
         mifo.Skills(["addition", "mirrored"], count=512),
         mifo.Skills(["addition", "mirrored", "sorting", "reversal"], count=256, split="val"),
-        answer_after=">",
+        demonstrations=mifo.Demonstrations(answer_after=">"),
         eval_batch=256,
         schedule=mifo.Schedule(rl_steps=10, prompts_per_step=16, sft_batch=16, sft_epochs=4),
     )

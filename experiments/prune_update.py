@@ -89,7 +89,7 @@ def make_evaluate(configs: list[Path], base: Path, changes: list[str]) -> Callab
     arguments += [text for group in (*METHOD, *MONITORS) for text in (f"--{group}", "null")]
     OneLineParser.arguments = changes
     cli = make_cli([*arguments, *changes], run=False)
-    cli.model.policy = policy = load_policy(str(base), trust_remote_code=cli.model.trust_remote_code)
+    cli.model.policy = policy = load_policy(str(base), trust_remote_code=cli.model.loading.trust_remote_code)
 
     def evaluate(weights: Weights) -> dict[str, float]:
         with torch.no_grad():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mifo_lightning.data.datamodule import QuestionData
     from mifo_lightning.data.general_points import GeneralPoints
     from mifo_lightning.data.schedule import Schedule
+    from mifo_lightning.data.settings import Demonstrations, Prompts
     from mifo_lightning.data.skills import Skills
     from mifo_lightning.data.source import RowSource
     from mifo_lightning.losses.advantages import Advantage
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mifo_lightning.losses.surrogates import Surrogate
     from mifo_lightning.methods import HPT, SRFT, Chord, Luffy, Mixing
     from mifo_lightning.module import MifoModule
+    from mifo_lightning.policy.loading import Loading
     from mifo_lightning.rewards.base import Reward
     from mifo_lightning.rewards.function import FunctionReward
     from mifo_lightning.rewards.last_answer import LastAnswerReward
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from mifo_lightning.rewards.weighted import WeightedRewards
     from mifo_lightning.rollout.engine import Sampling
     from mifo_lightning.rollout.evaluation import Evaluation
-    from mifo_lightning.steps.optimizer import AdamWSettings
-    from mifo_lightning.steps.settings import PolicyLoss
+    from mifo_lightning.rollout.settings import Rollout
+    from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings
+    from mifo_lightning.steps.settings import PolicyLoss, SFTLoss
 
 __version__ = version("mifo_lightning")
 
@@ -38,19 +41,25 @@ _HOMES = {
     "Advantage": "losses.advantages",
     "Chord": "methods",
     "Columns": "data.columns",
+    "Demonstrations": "data.settings",
     "Evaluation": "rollout.evaluation",
     "FunctionReward": "rewards.function",
     "GeneralPoints": "data.general_points",
     "HPT": "methods",
     "LastAnswerReward": "rewards.last_answer",
+    "Loading": "policy.loading",
     "Luffy": "methods",
     "MathReward": "rewards.math_reward",
     "MifoModule": "module",
     "Mixing": "methods",
-    "QuestionData": "data.datamodule",
+    "OptimizerSettings": "steps.optimizer",
     "PolicyLoss": "steps.settings",
+    "Prompts": "data.settings",
+    "QuestionData": "data.datamodule",
     "Reward": "rewards.base",
+    "Rollout": "rollout.settings",
     "RowSource": "data.source",
+    "SFTLoss": "steps.settings",
     "SFTWeight": "losses.sft_weights",
     "SRFT": "methods",
     "Sampling": "rollout.engine",
@@ -67,18 +76,24 @@ __all__ = [
     "Advantage",
     "Chord",
     "Columns",
+    "Demonstrations",
     "Evaluation",
     "FunctionReward",
     "GeneralPoints",
     "LastAnswerReward",
+    "Loading",
     "Luffy",
     "MathReward",
     "MifoModule",
     "Mixing",
+    "OptimizerSettings",
     "PolicyLoss",
+    "Prompts",
     "QuestionData",
     "Reward",
+    "Rollout",
     "RowSource",
+    "SFTLoss",
     "SFTWeight",
     "Sampling",
     "Schedule",

@@ -1,6 +1,7 @@
 """What the tests share: small runs on the embedded task, in this process."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFre
 from mifo_lightning.common.terminal import quiet
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.data.settings import Demonstrations, Prompts
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.module import MifoModule
-from mifo_lightning.policy.loading import load_policy, load_tokenizer
+from mifo_lightning.policy.loading import Loading, load_policy, load_tokenizer
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation
-from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.rollout.settings import Rollout
+from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings
+from mifo_lightning.steps.settings import SFTLoss
 
 torch.set_num_threads(1)
 quiet()
@@ -60,16 +64,25 @@ def make_module(**changes: Any) -> MifoModule:
         "evaluation": Evaluation(sampling=SAMPLING),
         "self_check": "engine" not in changes,  # scripted engines invent their log-probabilities
     }
-    return MifoModule(**{**settings, **changes})
+    groups = {"rollout": Rollout, "sft_loss": SFTLoss, "optimizer": OptimizerSettings, "loading": Loading}
+    return MifoModule(**grouped({**settings, **changes}, groups))
+
+
+def grouped(settings: dict[str, Any], groups: dict[str, type]) -> dict[str, Any]:
+    """The settings with those that belong to a group, by the names of its fields, in one of that class."""
+    found = dict(settings)
+    for name, kind in groups.items():
+        own = {f.name: found.pop(f.name) for f in fields(kind) if f.name in found}
+        found.setdefault(name, kind(**own))
+    return found
 
 
 # what data takes from the module, for data that has none; there demonstrations are verified
 ALONE: dict[str, Any] = {
     "reward": LastAnswerReward(),
     "tokenizer": "embedded",
-    "group_size": 4,
     "success_threshold": 1.0,
-    "verify_demonstrations": True,
+    "verify": True,
 }
 
 
@@ -79,12 +92,17 @@ def make_data(**changes: Any) -> QuestionData:
         "train": Skills(["addition", "mirrored"], 64),
         "seed": 0,
         "answer_after": ">",
-        "verify_demonstrations": False,  # they are right, but a module may want more than 1
+        "verify": False,  # they are right, but a module may want more than 1
         "max_prompt_tokens": 16,
-        "max_response_tokens": 14,
+        "max_tokens": 14,
         "schedule": Schedule(rl_steps=6, prompts_per_step=4, sft_batch=4),
     }
-    return QuestionData(**{**settings, **changes})
+    settings |= changes
+    prompts = Prompts(settings.pop("system_prompt", None), settings.pop("chat_template", None))
+    prompts.max_tokens = settings.pop("max_prompt_tokens")
+    alone = {name: settings.pop(name) for name in ("reward", "tokenizer", "success_threshold") if name in settings}
+    data = QuestionData(prompts=prompts, **grouped(settings, {"demonstrations": Demonstrations}))
+    return data.standalone(**alone) if alone else data
 
 
 @pytest.fixture

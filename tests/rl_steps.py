@@ -23,6 +23,7 @@ from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.graded import Chosen, Graded
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.respond import Responder
+from mifo_lightning.rollout.settings import Rollout
 from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.reinforcement import Reinforcement
 from mifo_lightning.steps.settings import PolicyLoss
@@ -73,8 +74,9 @@ def reinforcement(tokenizer: Any, **changes: Any) -> Reinforcement:
         "seed": Seed(0, "seed"),
     }
     responder = Responder(**{name: changes.pop(name, default) for name, default in answering.items()})
-    settings = {"sampling": Sampling(max_new_tokens=14), "settings": PolicyLoss(), "group_size": 4}
-    return Reinforcement(responder, **{**settings, **changes})
+    how = {"sampling": Sampling(max_new_tokens=14), "group_size": 4}
+    rollout = Rollout(**{name: changes.pop(name, default) for name, default in how.items()})
+    return Reinforcement(responder, rollout, **{"settings": PolicyLoss(), **changes})
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

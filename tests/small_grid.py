@@ -30,7 +30,7 @@ GRID: dict[str, Any] = {
     },
     "arms": {
         "mifo": {"configs": ["methods/mifo"]},
-        "interleave, half + lr": {"configs": ["methods/interleave"], "set": {"model.sft.lr": 5.0e-4}},
+        "interleave, half + lr": {"configs": ["methods/interleave"], "set": {"model.optimizer.sft.lr": 5.0e-4}},
     },
 }
 

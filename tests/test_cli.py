@@ -134,7 +134,8 @@ def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base
 def test_every_key_has_a_comment(path: Path) -> None:
     groups = ("trainer", "model", "data", "init_args", "logger", "drop")
     if path.name != "defaults.yaml":  # it says what these groups are
-        groups = (*groups, "loss", "mixing", "rl", "sft", "sampling", "evaluation", "schedule")
+        groups = (*groups, "loss", "mixing", "rollout", "sampling", "sft_loss", "optimizer", "rl", "sft", "evaluation")
+        groups = (*groups, "loading", "prompts", "demonstrations", "schedule")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         text = line.split("#")[0].strip()
         is_key = ":" in text and not text.startswith(("-", "class_path:"))
@@ -143,26 +144,27 @@ def test_every_key_has_a_comment(path: Path) -> None:
 
 def test_interpolation_follows_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     over = tmp_path / "over.yaml"
-    over.write_text("data:\n  eval_batch: ${..model.group_size}\n  holdout: ${oc.env:NOT_SET,7}\n")
-    config = printed(capsys, "fit", "--config", TINY, "--config", str(over), "--model.group_size", "5")
+    over.write_text("data:\n  eval_batch: ${..model.rollout.group_size}\n  holdout: ${oc.env:NOT_SET,7}\n")
+    config = printed(capsys, "fit", "--config", TINY, "--config", str(over), "--model.rollout.group_size", "5")
     assert config["data"]["eval_batch"] == 5
     assert config["data"]["holdout"] == 7
 
 
 def test_interpolation_that_cannot_be_followed_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     over = tmp_path / "over.yaml"
-    over.write_text("data:\n  eval_batch: ${model.group_size}\n")
+    over.write_text("data:\n  eval_batch: ${model.rollout.group_size}\n")
     assert "data.eval_batch" in refused(capsys, "fit", "--config", TINY, "--config", str(over))
 
 
 @pytest.mark.parametrize(
-    "text", ["freeze:\n  fraction: ", "model:\n  rl:\n    lr: ", "data:\n  answer_after: x\n  holdout: "]
+    "text",
+    ["freeze:\n  fraction: ", "model:\n  optimizer:\n    rl:\n      lr: ", "data:\n  holdout: "],
 )
 def test_the_hint_of_an_interpolation_can_be_followed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:
     over = tmp_path / "over.yaml"
-    over.write_text(text + "${model.group_size}\n")
+    over.write_text(text + "${model.rollout.group_size}\n")
     hint = refused(capsys, "fit", "--config", TINY, "--config", str(over)).partition("write ")[2].split()[0]
     over.write_text(text + hint.replace("group.key", "data.schedule.sft_before") + "\n")
     assert printed(capsys, "fit", "--config", TINY, "--config", str(over))
@@ -198,7 +200,9 @@ def test_the_command_line_wins_over_a_checkpoint(capsys: pytest.CaptureFixture[s
     (ckpt,) = (tmp_path / "a").rglob("*.ckpt")
     stored = torch.load(ckpt, weights_only=True)
     assert stored["global_step"] == 2
-    arguments = short(tmp_path / "b", model__rl__lr="0.0", model__sft__lr="0.0", data__schedule__rl_steps="8")
+    arguments = short(
+        tmp_path / "b", model__optimizer__rl__lr="0.0", model__optimizer__sft__lr="0.0", data__schedule__rl_steps="8"
+    )
     main([*arguments, "--ckpt_path", str(ckpt)])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
     for name, value in model.named_parameters():
@@ -250,34 +254,34 @@ def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         ({"freeze.fracton": "1"}, ["--freeze.fracton"]),
         ({"freeze.seed": "5"}, ["--freeze.seed", "--seed_everything"]),
         ({"model.seed": "5"}, ["model.seed", "seed_everything"]),
-        ({"model.rl.lr": "abc"}, ["model.rl.lr", "abc", "float"]),
+        ({"model.optimizer.rl.lr": "abc"}, ["model.optimizer.rl.lr", "abc", "float"]),
         ({"config": "absent.yaml"}, ["absent.yaml"]),
         ({"model.model": "absent/dir/x"}, ["model.model", "absent/dir/x", "directory"]),
-        ({"model.group_size": "1"}, ["model.group_size: 1", "at least 2"]),
-        ({"model.success_threshold": "0"}, ["model.success_threshold: 0", "(0, 1]"]),
-        ({"model.sampling.top_p": "0.9"}, ["model.sampling", "top_p 0.9"]),
+        ({"model.rollout.group_size": "1"}, ["model.rollout.group_size: 1", "at least 2"]),
+        ({"model.rollout.success_threshold": "0"}, ["model.rollout.success_threshold: 0", "(0, 1]"]),
+        ({"model.rollout.sampling.top_p": "0.9"}, ["model.rollout.sampling", "top_p 0.9"]),
         ({"model.loss.entropy_fraction": "1.5"}, ["entropy_fraction: 1.5", "(0, 1]"]),
         ({"model.loss.sum_sequences": "0"}, ["sum_sequences: 0", "above 0"]),
-        ({"model.sft_entropy_bonus": "-0.1"}, ["model.sft_entropy_bonus: -0.1", "at least 0"]),
+        ({"model.sft_loss.entropy_bonus": "-0.1"}, ["model.sft_loss.entropy_bonus: -0.1", "at least 0"]),
         ({"buffer.max_age": "-1"}, ["max_age is -1", "0 or more"]),
         ({"model.evaluation.samples": "-1"}, ["model.evaluation.samples: -1"]),
         ({"buffer.max_accuracy": "1.5"}, ["max_accuracy is 1.5", "0 to 1"]),
         ({"buffer.size": "0"}, ["size", "0"]),
-        ({"buffer.size": "4096", "data.fit_sizes": "false"}, ["buffer.size: 4096", "64"]),
-        ({"buffer.size": "7", "data.fit_sizes": "false"}, ["sft_batch: 8", "7"]),
+        ({"buffer.size": "4096", "data.schedule.fit_sizes": "false"}, ["buffer.size: 4096", "64"]),
+        ({"buffer.size": "7", "data.schedule.fit_sizes": "false"}, ["sft_batch: 8", "7"]),
         ({"freeze.fraction": "0"}, ["fraction is 0", "above 0"]),
         ({"entropy.fraction": "1.2"}, ["fraction is 1.2", "at most 1"]),
         ({"importance": "null"}, ["GradientFreezing", "ImportanceEMA"]),
         ({"importance.alpha": "1.0"}, ["alpha is 1.0"]),
         ({"trainer.precision": "bf16-true"}, ["trainer.precision: bf16-true", "bf16-mixed"]),
-        ({"trainer.accumulate_grad_batches": "5"}, ["accumulate_grad_batches: 5", "model.micro_batches"]),
-        ({"trainer.gradient_clip_val": "1.0"}, ["trainer.gradient_clip_val: 1.0", "model.rl.clip"]),
+        ({"trainer.accumulate_grad_batches": "5"}, ["accumulate_grad_batches: 5", "model.optimizer.micro_batches"]),
+        ({"trainer.gradient_clip_val": "1.0"}, ["trainer.gradient_clip_val: 1.0", "model.optimizer.rl.clip"]),
         ({"trainer.strategy": "nonsense"}, ["nonsense"]),
         ({"data.train": "absent.parquet"}, ["data.train", "absent.parquet"]),
         ({"data.train.init_args.skills": "[juggling]"}, ["juggling", "addition"]),
-        ({"data.max_prompt_tokens": "3"}, ["no question left", "prompt too long"]),
-        ({"data.max_response_tokens": "2"}, ["buffer.size: 8", "0 training questions"]),
-        ({"data.holdout": "64", "data.fit_sizes": "false"}, ["data.holdout: 64"]),
+        ({"data.prompts.max_tokens": "3"}, ["no question left", "prompt too long"]),
+        ({"data.demonstrations.max_tokens": "2"}, ["buffer.size: 8", "0 training questions"]),
+        ({"data.holdout": "64", "data.schedule.fit_sizes": "false"}, ["data.holdout: 64"]),
         ({"data.schedule.prompts_per_step": "0"}, ["prompts_per_step: 0", "at least 1"]),
         ({"data.eval_batch": "0"}, ["data.eval_batch: 0"]),
     ],
@@ -314,7 +318,7 @@ def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert (config["data"]["holdout"], config["buffer"]["init_args"]["size"]) == (12, 52)
     assert (config["data"]["schedule"]["prompts_per_step"], config["data"]["schedule"]["sft_batch"]) == (52, 26)
-    again = ["--data.fit_sizes", "false", "--trainer.default_root_dir", str(tmp_path / "b")]
+    again = ["--data.schedule.fit_sizes", "false", "--trainer.default_root_dir", str(tmp_path / "b")]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*fitted to.*")
         main(["fit", "--config", str(tmp_path / "a" / "config.yaml"), *again])
@@ -325,12 +329,17 @@ def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"model:\n  rl:\n    lr:\n", ["model.rl.lr", "float", "over.yaml, line 3", "left empty"]),
-        (b"model:\n  sampling:\n    temperature: null\n", ["model.sampling.temperature", "over.yaml, line 3"]),
-        (b"model:\n  group_size:\n", ["model.group_size", "int", "over.yaml, line 2"]),
+        (
+            b"model: {optimizer: {rl: {\nlr: }}}\n",
+            ["model.optimizer.rl.lr", "float", "over.yaml, line 2", "left empty"],
+        ),
+        (b"model:\n  evaluation:\n    samples: null\n", ["model.evaluation.samples", "over.yaml, line 3"]),
+        (b"model:\n  rollout:\n    group_size:\n", ["model.rollout.group_size", "int", "over.yaml, line 3"]),
         (b"data:\n  schedule:\n    prompts_per_step: ~\n", ["data.schedule.prompts_per_step", "over.yaml, line 3"]),
         (b"data:\n  columns:\n", ["data.columns: null is not allowed", "prompt, truth", "over.yaml, line 2"]),
         (b"model:\n  evaluation: [1]\n", ["model.evaluation: [1] is not allowed", "samples"]),
+        (b"model:\n  optimizer: {rl: null}\n", ["model.optimizer.rl: null is not allowed", "weight_decay"]),
+        (b"model:\n  rollout: {sampling: 3}\n", ["model.rollout.sampling: 3 is not allowed", "top_p"]),
         (b"buffer:\n  init_args:\n    size:\n", ["size", "over.yaml, line 3"]),
         (b"data:\n  # caf\xe9\n  eval_batch: 3\n", ["over.yaml, line 2", "not UTF-8", "0xe9"]),
         (b"data:\n  eval_batch: [1\n", ["over.yaml, line 3", "not YAML"]),
@@ -373,16 +382,20 @@ def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(
 ) -> None:
     """YAML 1.1 takes 1e-6, without a point, for a text."""
     over = tmp_path / "over.yaml"
-    over.write_bytes("\ufeffmodel:\r\n  rl:\r\n    lr: 1e-6\r\n  sft:\r\n    lr: 2E-5\r\n".encode())
-    config = printed(capsys, "fit", "--config", TINY, "--config", str(over), "--model.rl.weight_decay", "1e-2")
-    assert (config["model"]["rl"]["lr"], config["model"]["sft"]["lr"]) == (1e-6, 2e-5)
-    assert config["model"]["rl"]["weight_decay"] == 0.01
+    over.write_bytes(
+        "\ufeffmodel:\r\n  optimizer:\r\n    rl:\r\n      lr: 1e-6\r\n    sft:\r\n      lr: 2E-5\r\n".encode()
+    )
+    config = printed(
+        capsys, "fit", "--config", TINY, "--config", str(over), "--model.optimizer.rl.weight_decay", "1e-2"
+    )
+    rates = config["model"]["optimizer"]
+    assert (rates["rl"]["lr"], rates["sft"]["lr"], rates["rl"]["weight_decay"]) == (1e-6, 2e-5, 0.01)
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_longer_rollouts_are_evaluated_at_their_length(capsys: pytest.CaptureFixture[str], base: str) -> None:
-    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--model.sampling.max_new_tokens", "24")
-    assert config["model"]["sampling"]["max_new_tokens"] == 24
+    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--model.rollout.sampling.max_new_tokens", "24")
+    assert config["model"]["rollout"]["sampling"]["max_new_tokens"] == 24
     assert config["model"]["evaluation"]["sampling"]["max_new_tokens"] is None
     assert config["model"]["evaluation"]["sampling"]["stop"] is None
 
@@ -432,16 +445,16 @@ def test_mixing_needs_demonstrations(capsys: pytest.CaptureFixture[str], tmp_pat
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("model.rl.lr", ".nan", "model.rl.lr: nan is not allowed"),
+        ("model.optimizer.rl.lr", ".nan", "model.optimizer.rl.lr: nan is not allowed"),
         ("seconds.every", "0", "seconds.every: 0 is not allowed"),
         ("heldout", '{"class_path": "HeldOutLoss", "init_args": {"questions": -3}}', "heldout.questions: -3"),
-        ("model.demonstrations", "own", "model.sft_weight: flow is not allowed with demonstrations own"),
+        ("model.sft_loss.demonstrations", "own", "model.sft_loss.weight: flow is not allowed with demonstrations own"),
     ],
 )
 def test_impossible_values_are_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, key: str, value: str, text: str
 ) -> None:
-    assert text in refused(capsys, *short(tmp_path), "--model.sft_weight", "flow", f"--{key}", value)
+    assert text in refused(capsys, *short(tmp_path), "--model.sft_loss.weight", "flow", f"--{key}", value)
 
 
 def test_a_run_does_not_go_on_with_other_demonstrations_or_weights(
@@ -450,5 +463,5 @@ def test_a_run_does_not_go_on_with_other_demonstrations_or_weights(
     arguments = [*short(tmp_path / "a", trainer__enable_checkpointing="true"), "--checkpoint.dirpath", str(tmp_path)]
     main(arguments)
     resumed = [*arguments, "--ckpt_path", str(tmp_path / "last.ckpt"), "--data.schedule.rl_steps", "4"]
-    assert "damaged_share" in refused(capsys, *resumed, "--data.damaged_share", "1.0")
-    assert "model.sft_weight: flow" in refused(capsys, *resumed, "--model.sft_weight", "flow")
+    assert "damaged_share" in refused(capsys, *resumed, "--data.demonstrations.damaged_share", "1.0")
+    assert "model.sft_loss.weight: flow" in refused(capsys, *resumed, "--model.sft_loss.weight", "flow")

@@ -177,8 +177,8 @@ def test_names_work_on_the_command_line_outside_the_checkout(
     monkeypatch.chdir(tmp_path)
     assert printed(capsys, "fit", "--config", "tiny", "--config=methods/mifo") == by_path
     assert printed(capsys, "fit", "-c", "tiny", "-c", "methods/mifo") == by_path
-    inline = printed(capsys, "fit", "--config", "tiny", "--config", "model: {group_size: 4}")
-    assert inline["model"]["group_size"] == 4
+    inline = printed(capsys, "fit", "--config", "tiny", "--config", "model: {rollout: {group_size: 4}}")
+    assert inline["model"]["rollout"]["group_size"] == 4
     line = refused(capsys, "fit", "--config", "tiny", "--config", "methods/mfio")
     assert "did you mean methods/mifo" in line
 
@@ -230,8 +230,8 @@ def test_what_adjusts_a_part_that_is_off_is_refused(
     ("control", "part"),
     [
         ("drop_sft_gradients", "drop.during: sft"),
-        ("half_sft_lr", "model.sft.lr_factor: 0.5"),
-        ("damaged_demonstrations", "data.damaged_share: 0.5"),
+        ("half_sft_lr", "model.optimizer.sft.lr_factor: 0.5"),
+        ("damaged_demonstrations", "data.demonstrations.damaged_share: 0.5"),
     ],
 )
 def test_a_control_of_sft_is_refused_where_there_is_none(
@@ -312,4 +312,4 @@ def test_a_saved_configuration_evaluates_too_and_a_refused_resume_leaves_it(
 def test_a_part_of_a_key_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "fit", "--config", "tiny", "--model.micro_batch", "2")
     assert "--model.micro_batch" in line
-    assert "did you mean --model.micro_batches" in line
+    assert "did you mean --model.optimizer.micro_batches" in line

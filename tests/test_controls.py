@@ -15,10 +15,10 @@ CONTROLS = CONFIGS / "controls"
 CHANGES: dict[str, dict[str, Any]] = {
     "random_freeze": {"freeze.init_args.selector": "random"},
     "bottom_freeze": {"freeze.init_args.selector": "rl_bottomk"},
-    "half_sft_lr": {"model.sft.lr_factor": 0.5},
+    "half_sft_lr": {"model.optimizer.sft.lr_factor": 0.5},
     "random_tokens": {"entropy.init_args.selector": "random"},
     "bottom_tokens": {"entropy.init_args.selector": "bottom"},
-    "damaged_demonstrations": {"data.damaged_share": 0.5},
+    "damaged_demonstrations": {"data.demonstrations.damaged_share": 0.5},
     "drop_sft_gradients": {"drop.init_args.during": "sft", "drop.init_args.probability": 0.5},
     "drop_rl_gradients": {"drop.init_args.during": "rl", "drop.init_args.probability": 0.5},
 }

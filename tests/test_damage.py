@@ -100,12 +100,16 @@ def test_steps_without_digits_are_left_alone() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_outside_what_is_allowed(share: float) -> None:
-    with pytest.raises(InputError, match=r"data\.damaged_share: .* is not allowed; it must be between 0 and 1"):
+    with pytest.raises(
+        InputError, match=r"data\.demonstrations\.damaged_share: .* is not allowed; it must be between 0 and 1"
+    ):
         make_data(**ALONE, damaged_share=share)
 
 
 def test_it_needs_the_marker() -> None:
-    with pytest.raises(InputError, match=r"data\.damaged_share: 0\.5 needs data\.answer_after"):
+    with pytest.raises(
+        InputError, match=r"demonstrations\.damaged_share: 0\.5 needs data\.demonstrations\.answer_after"
+    ):
         make_data(**ALONE, damaged_share=0.5, answer_after=None)
-    with pytest.raises(InputError, match=r"question 0 of 'addition' lacks data\.answer_after '=>'"):
+    with pytest.raises(InputError, match=r"question 0 of 'addition' lacks data\.demonstrations\.answer_after '=>'"):
         skills(damaged_share=0.5, answer_after="=>")

@@ -183,11 +183,11 @@ def test_a_test_without_rows_is_refused(tmp_path: Path) -> None:
         ({"holdout": -1}, r"data\.holdout: -1"),
         ({"columns": Columns(truth_after="")}, r"data\.columns\.truth_after: '' "),
         ({"eval_batch": 0}, r"data\.eval_batch: 0"),
-        ({"max_prompt_tokens": 0}, r"data\.max_prompt_tokens: 0"),
-        ({"max_response_tokens": 0}, r"data\.max_response_tokens: 0"),
+        ({"max_prompt_tokens": 0}, r"data\.prompts\.max_tokens: 0"),
+        ({"max_tokens": 0}, r"data\.demonstrations\.max_tokens: 0"),
         ({"schedule": Schedule(prompts_per_step=0)}, r"data\.schedule\.prompts_per_step: 0"),
-        ({"fit_sizes": False, "holdout": 30}, r"data\.holdout: 30 .*30"),
-        ({"fit_sizes": False, "schedule": Schedule(prompts_per_step=32)}, r"prompts_per_step: 32 .*30"),
+        ({"schedule": Schedule(fit_sizes=False), "holdout": 30}, r"data\.holdout: 30 .*30"),
+        ({"schedule": Schedule(fit_sizes=False, prompts_per_step=32)}, r"prompts_per_step: 32 .*30"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], text: str) -> None:

@@ -90,7 +90,7 @@ def reference(generate: ModuleType) -> list[Any]:
 def test_every_key_of_the_reference_is_explained(generate: ModuleType) -> None:
     keys = reference(generate)
     assert {key.name for key in keys} >= {
-        "model.group_size",
+        "model.rollout.group_size",
         "data.schedule.rl_steps",
         "freeze.fraction",
         "buffer.size",

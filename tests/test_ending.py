@@ -49,7 +49,7 @@ def copy_base(to: Path, **changes: dict[str, Any]) -> str:
 
 def validated(make_trainer: MakeTrainer, model: str) -> dict[str, float]:
     module = make_module(model=model, evaluation=Evaluation(sampling=SAMPLING, demonstration_loss=False))
-    data = make_data(tokenizer=model, val=Skills(["sorting", "reversal"], 16, split="val"))
+    data = make_data(val=Skills(["sorting", "reversal"], 16, split="val"))
     make_trainer(limit_val_batches=1.0).validate(module, data, verbose=False)
     return {name: float(value) for name, value in module.trainer.callback_metrics.items()}
 
@@ -76,7 +76,7 @@ def test_a_run_with_two_end_tokens_is_that_with_one(make_trainer: MakeTrainer, t
     runs = []
     for model in ("embedded", other):
         module = make_module(model=model)
-        make_trainer(max_steps=3).fit(module, make_data(tokenizer=model))
+        make_trainer(max_steps=3).fit(module, make_data())
         runs.append(weights(module))
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
@@ -91,8 +91,8 @@ def test_a_tokenizer_without_a_pad_token_trains_to_the_same_bits_and_says_so_onc
         export = ExportModel(str(tmp_path / f"out{len(runs)}"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            module = make_module(model=model, sft_weight="flow")
-            data = make_data(tokenizer=model, val=Skills(["addition"], 16, split="val"))
+            module = make_module(model=model, weight="flow")
+            data = make_data(val=Skills(["addition"], 16, split="val"))
             trainer = make_trainer([*method_callbacks(), PhaseKL(4), export], limit_val_batches=1.0)
             trainer.validate(module, data, verbose=False)
             trainer.fit(module, data)
@@ -147,7 +147,7 @@ def test_the_list_is_in_the_checkpoint_and_another_one_is_said(make_trainer: Mak
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["mifo"]["end_tokens"] == [1]
     model = copy_base(tmp_path / "model", generation_config={"eos_token_id": [1, NEVER]})
-    again, data = make_module(model=model), make_data(tokenizer=model)
+    again, data = make_module(model=model), make_data()
     with pytest.warns(UserWarning, match=r"tokens \[1\] ended responses .*, \[1, 23\] do now"):
         make_trainer(max_steps=3, max_epochs=-1).fit(again, data, ckpt_path=tmp_path / "a.ckpt")
 

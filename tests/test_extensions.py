@@ -27,12 +27,12 @@ TINY = [
     *("--freeze", "null", "--buffer", "null"),
 ]
 EXTENSIONS = {
-    "an SFT weight with a setting": ["--model.sft_weight", "own.Focal", "--model.sft_weight.gamma", "3"],
+    "an SFT weight with a setting": ["--model.sft_loss.weight", "own.Focal", "--model.sft_loss.weight.gamma", "3"],
     "a method of mixing": ["--model.mixing", "own.Hardest", "--model.mixing.sft", "0.25"],
     "a surrogate": ["--model.loss.surrogate", "own.Cubed"],
     "an advantage": ["--model.loss.advantage", "own.Ranks"],
     "an engine of other numerics, corrected": [
-        *("--model.engine", "own.Half", "--model.self_check", "false"),
+        *("--model.rollout.engine", "own.Half", "--model.rollout.self_check", "false"),
         *("--model.loss.correction", "mifo_lightning.losses.corrections.TruncatedImportance"),
         *("--model.loss.correction.level", "sequence"),
     ],
@@ -68,18 +68,18 @@ def test_a_file_of_ones_own_is_enough(own: None, tmp_path: Path, capsys: pytest.
 
 def test_a_name_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([*TINY, "--trainer.default_root_dir", str(tmp_path), "--model.sft_weight", "focal"])
+        main([*TINY, "--trainer.default_root_dir", str(tmp_path), "--model.sft_loss.weight", "focal"])
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     assert len(error) == 1
-    assert "model.sft_weight: 'focal' is not allowed; it must be uniform, dft, chord," in error[0]
+    assert "model.sft_loss.weight: 'focal' is not allowed; it must be uniform, dft, chord," in error[0]
     assert error[0].endswith("or the class_path of a SFTWeight")
 
 
 @pytest.mark.parametrize(
     ("key", "path"),
     [
-        ("model.sft_weight", "sft_weights.SFTWeight"),
+        ("model.sft_loss.weight", "sft_weights.SFTWeight"),
         ("model.loss.surrogate", "surrogates.Surrogate"),
         ("model.loss.advantage", "advantages.Advantage"),
         ("model.loss.correction", "corrections.Correction"),

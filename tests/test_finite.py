@@ -99,7 +99,15 @@ def test_weights_that_a_step_breaks_stop_the_run(make_trainer: MakeTrainer) -> N
 def test_an_absurd_learning_rate_ends_with_one_line_and_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["fit", "--config", "configs/tiny.yaml", "--config", "configs/logger/csv.yaml", "--model.rl.lr", "1e30"]
+    arguments = [
+        "fit",
+        "--config",
+        "configs/tiny.yaml",
+        "--config",
+        "configs/logger/csv.yaml",
+        "--model.optimizer.rl.lr",
+        "1e30",
+    ]
     arguments += ["--trainer.logger.init_args.save_dir", str(tmp_path), "--data.val", "null", "--progress", "null"]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--data.train.init_args.count", "256", "--data.schedule.rl_steps", "5"])

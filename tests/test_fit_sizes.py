@@ -146,8 +146,8 @@ def test_a_buffer_that_can_never_fill_or_does_not_divide_is_refused_where_nothin
     arguments: dict[str, Any], text: str
 ) -> None:
     callbacks = [BufferPhaseSwitch(size=arguments["size"])]
-    schedule = Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)
-    data = attached(callbacks=callbacks, schedule=schedule, fit_sizes=False, holdout=arguments.get("holdout", 0))
+    schedule = Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4, fit_sizes=False)
+    data = attached(callbacks=callbacks, schedule=schedule, holdout=arguments.get("holdout", 0))
     with pytest.raises(InputError, match=text):
         data.train_dataloader()
 

@@ -41,7 +41,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
             ["arms.mifo.configs: method/mifo", "methods/mifo"],
         ),
         ({"set": {"seed_everything": 3}}, ["set.seed_everything", "seeds"]),
-        ({"set": {"data.fit_sizes": True}}, ["set.data.fit_sizes", "an arm runs what it says"]),
+        ({"set": {"data.schedule.fit_sizes": True}}, ["set.data.schedule.fit_sizes", "an arm runs what it says"]),
         (
             {"arms": {**GRID["arms"], "mifo": {"set": {"trainer.logger.name": "x"}}}},
             ["arms.mifo.set.trainer.logger.name", "wandb"],
@@ -122,7 +122,7 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
     assert printed["buffer"]["init_args"]["max_accuracy"] == 0.5
     assert printed["trainer"]["default_root_dir"] == str(tmp_path / "out" / "mifo" / "shipped" / "seed1")
     assert printed["trainer"]["logger"] is False
-    assert printed["data"]["fit_sizes"] is False
+    assert printed["data"]["schedule"]["fit_sizes"] is False
     assert not (tmp_path / "out").exists()
 
 

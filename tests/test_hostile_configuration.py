@@ -135,11 +135,24 @@ def test_a_configuration_that_is_no_file_is_one_line(capsys: pytest.CaptureFixtu
     "changes",
     [
         *({"seed_everything": "-1"}, {"seed_everything": str(2**32)}, {"seed_everything": str(2**70)}),
-        *({"trainer.accumulate_grad_batches": "0"}, {"model.group_size": "100000000000"}, {"model.group_size": "0"}),
+        *(
+            {"trainer.accumulate_grad_batches": "0"},
+            {"model.rollout.group_size": "100000000000"},
+            {"model.rollout.group_size": "0"},
+        ),
         *({"data.train": "a\0b"}, {"model.model": "a\0b"}, {"data.train": "a\ud800b"}, {"model.model": "\udcff"}),
-        *({"trainer.default_root_dir": "a\0b"}, {"data.chat_template": "a\0b"}, {"data.chat_template": "{{ \ud800 }}"}),
+        *(
+            {"trainer.default_root_dir": "a\0b"},
+            {"data.prompts.chat_template": "a\0b"},
+            {"data.prompts.chat_template": "{{ \ud800 }}"},
+        ),
         *({"trainer.max_steps": "1" * 5_000}, {"data.train": "[" * 50_000}, {"trainer.devices": "-7"}),
-        *({"ckpt_path": "a\0b"}, {"data.system_prompt": "\ud800"}, {"data.eval_batch": "1e99"}, {"model.rl": "[1"}),
+        *(
+            {"ckpt_path": "a\0b"},
+            {"data.prompts.system_prompt": "\ud800"},
+            {"data.eval_batch": "1e99"},
+            {"model.optimizer.rl": "[1"},
+        ),
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ SMALL = [
         "tiny",
         "--config",
         "methods/mifo",
-        "--model.self_check",
+        "--model.rollout.self_check",
         "false",
         "--buffer_size",
         "8",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SAMPLING, make_data, make_module, weights
+from conftest import ALONE, SAMPLING, make_data, make_module, weights
 from datasets import Dataset
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -51,7 +51,7 @@ def test_every_public_name_is_there_and_none_is_loaded_before_it_is_used() -> No
 def test_rows_may_be_objects(make_trainer: MakeTrainer, rows: Any) -> None:
     module = make_module(reward=lambda responses, truths: [float(r.endswith(t)) for r, t in zip(responses, truths)])  # noqa: B905
     before = weights(module) if module.policy else None
-    data = mifo.QuestionData(rows, columns=COLUMNS, answer_after=">", schedule=ONE, verify_demonstrations=False)
+    data = mifo.QuestionData(rows, columns=COLUMNS, demonstrations=mifo.Demonstrations(">", verify=False), schedule=ONE)
     with pytest.warns(UserWarning, match="cannot run in a process of its own"):
         make_trainer([]).fit(module, data)
     assert before is None
@@ -82,30 +82,30 @@ def test_a_model_is_named_by_its_directory_and_an_object_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("group_size", 8, "data.group_size: 8 is not allowed; the module has 4"),
-        ("success_threshold", 0.5, "data.success_threshold: 0.5 is not allowed; the module has 1.0"),
+        ("success_threshold", 0.5, "data.standalone: success_threshold 0.5 is not allowed; the module has 1.0"),
         (
             "reward",
             LastAnswerReward("!"),
-            r"data.reward: LastAnswerReward\(answer_after='!', .*\) is not allowed; the mod",
+            r"data.standalone: reward LastAnswerReward\(answer_after='!', .*\) is not allowed; the mod",
         ),
     ],
 )
 def test_what_data_is_given_must_be_the_module_s(make_trainer: MakeTrainer, name: str, value: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        make_trainer([]).fit(make_module(), make_data(schedule=ONE, **{name: value}))
+        make_trainer([]).fit(make_module(), make_data(schedule=ONE, **{**ALONE, name: value}))
 
 
 def test_data_without_a_module_says_what_it_needs() -> None:
     data = mifo.QuestionData(mifo.Skills(["addition"], 8))
-    with pytest.raises(InputError, match=r"^data.reward: nothing says what it is: give it, or let a Trainer set"):
+    with pytest.raises(InputError, match=r"^data: nothing says what its reward is: let a Trainer set it up for a Mifo"):
         data.setup("fit")
-    with pytest.raises(InputError, match=r"^data.tokenizer: nothing says what it is"):
+    with pytest.raises(InputError, match=r"^data: nothing says what its tokenizer is"):
         settle(dict.fromkeys(Settings._fields) | {"reward": LastAnswerReward()}, nn.Linear(1, 1))
 
 
 def test_data_that_another_module_was_trained_on_is_prepared_anew(make_trainer: MakeTrainer) -> None:
-    data = mifo.QuestionData(mifo.Skills(["addition", "mirrored"], 64), answer_after=">", schedule=ONE)
+    rows = mifo.Skills(["addition", "mirrored"], 64)
+    data = mifo.QuestionData(rows, demonstrations=mifo.Demonstrations(">"), schedule=ONE)
     verified = []
     for marker in (">", "!"):  # no demonstration pleases the second
         make_trainer([]).fit(make_module(reward=LastAnswerReward(marker)), data)
@@ -165,9 +165,8 @@ def test_a_model_in_memory_is_trained_in_place(make_trainer: MakeTrainer) -> Non
         AutoTokenizer.from_pretrained(BASE),
         reward=Coin(),
         seed=0,
-        group_size=4,
-        sampling=SAMPLING,
-        rl=mifo.AdamWSettings(lr=5e-4, weight_decay=0.1),
+        rollout=mifo.Rollout(group_size=4, sampling=SAMPLING),
+        optimizer=mifo.OptimizerSettings(rl=mifo.AdamWSettings(lr=5e-4, weight_decay=0.1)),
     )
     mine = module.model_name.model  # type: ignore[union-attr]
     assert module.generate(["1+1="]) == named.generate(["1+1="])
@@ -187,11 +186,12 @@ def test_a_checkpoint_gives_the_module_back_without_a_trainer(make_trainer: Make
         mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt")
     again = mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin())
     assert again.generate(["1+1=", "s:132="], samples=2) == module.generate(["1+1=", "s:132="], samples=2)
-    assert again.group_size == module.group_size == 4
-    assert again.sft_settings == settings["sft"]
+    assert again.reinforcement.group_size == module.reinforcement.group_size == 4
+    assert again.optimizer_settings.sft == settings["sft"]
     assert again.reinforcement.settings == settings["loss"]
-    other = mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin(), group_size=6)
-    assert other.group_size == 6
+    given = {"reward": Coin(), "rollout": mifo.Rollout(group_size=6)}
+    other = mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", **given)
+    assert other.reinforcement.group_size == 6
     torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
     with pytest.raises(InputError, match=r"load_from_checkpoint: .*bare.ckpt is no checkpoint of a MifoModule"):
         mifo.MifoModule.load_from_checkpoint(tmp_path / "bare.ckpt")
@@ -250,9 +250,9 @@ def test_no_checkpoint_says_whether_code_may_run(make_trainer: MakeTrainer, tmp_
     make_trainer([LastCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True, max_epochs=-1).fit(
         module, make_data(schedule=ONE)
     )
-    assert not mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin()).trust_remote_code
-    given = {"reward": Coin(), "trust_remote_code": True}
-    assert mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", **given).trust_remote_code
+    assert not mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin()).loading.trust_remote_code
+    given = {"reward": Coin(), "loading": mifo.Loading(trust_remote_code=True)}
+    assert mifo.MifoModule.load_from_checkpoint(tmp_path / "last.ckpt", **given).loading.trust_remote_code
 
 
 class Own(mifo.MifoModule):
@@ -264,10 +264,15 @@ class Own(mifo.MifoModule):
 
 
 def test_a_subclass_gets_all_settings_back(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    settings = {"seed": 0, "group_size": 6, "sampling": SAMPLING, "rl": mifo.AdamWSettings(lr=3e-4)}
+    settings: dict[str, Any] = {
+        "seed": 0,
+        "rollout": mifo.Rollout(group_size=6, sampling=SAMPLING),
+        "optimizer": mifo.OptimizerSettings(rl=mifo.AdamWSettings(lr=3e-4)),
+    }
     module = Own(extra=1, model="embedded", reward=Coin(), **settings)
     make_trainer([LastCheckpoint(dirpath=str(tmp_path))], enable_checkpointing=True, max_epochs=-1).fit(
         module, make_data(schedule=ONE)
     )
     again = Own.load_from_checkpoint(tmp_path / "last.ckpt", reward=Coin(), extra=1)
-    assert (again.group_size, again.rl_settings, again.reinforcement.sampling) == (6, settings["rl"], SAMPLING)
+    assert again.optimizer_settings == settings["optimizer"]
+    assert (again.reinforcement.group_size, again.sampling) == (6, SAMPLING)

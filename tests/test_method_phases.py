@@ -115,9 +115,9 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
         for key, kind in GROUPS.items()
         if key in over
     ]
-    settings = {key: model[key] for key in ("moments", "demonstrations", "sft_entropy_bonus") if key in model}
+    settings = {**model.get("optimizer", {}), **model.get("sft_loss", {})}
     for phase in ("rl", "sft"):
-        settings[phase] = AdamWSettings(**merged(name, "model", phase))
+        settings[phase] = AdamWSettings(**merged(name, "model", "optimizer", phase))
     module = make_module(reward=Coin(), **settings, **changes)
     before, after = (min(3, over.get("data", {}).get("schedule", {}).get(k, 0)) for k in ("sft_before", "sft_after"))
     batch = 8 if name == "relift" else 4
@@ -215,7 +215,7 @@ def test_relift_takes_a_thousandth_of_the_entropy_off_its_sft_loss(make_trainer:
 )
 def test_the_optimizers_of_published_methods(name: str, clip: dict[str, float]) -> None:
     for phase, largest in clip.items():
-        settings = AdamWSettings(**merged(name, "model", phase))
+        settings = AdamWSettings(**merged(name, "model", "optimizer", phase))
         assert (tuple(settings.betas), settings.weight_decay, settings.clip) == ((0.9, 0.999), 0.01, largest)
 
 

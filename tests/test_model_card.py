@@ -48,7 +48,7 @@ def test_a_run_leaves_a_model_with_its_template_and_card(tmp_path: Path, capsys:
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
     (tmp_path / "chat.jinja").write_text(template)
     arguments = [*short(tmp_path / "run", data__schedule__rl_steps="1"), "--seed_everything", "3"]
-    arguments += ["--data.chat_template", str(tmp_path / "chat.jinja"), "--data.max_prompt_tokens", "20"]
+    arguments += ["--data.prompts.chat_template", str(tmp_path / "chat.jinja"), "--data.prompts.max_tokens", "20"]
     main(arguments)
     model = tmp_path / "run" / "model"
     exported: Any = AutoTokenizer.from_pretrained(model)
@@ -80,8 +80,13 @@ def test_text_of_the_data_is_no_markup() -> None:
     """A source may be called anything: it is one cell, and no tag, link or head of the card."""
     name = "a|b\n---\n<script>x</script> [link](http://x) `code` # **\x1b[31m"
     config = {
-        "model": {"model": "org/base", "loss": {}, "group_size": 8, "sampling": {}, "evaluation": {"sampling": {}}},
-        "data": {"schedule": {}},
+        "model": {
+            "model": "org/base",
+            "loss": {},
+            "rollout": {"group_size": 8, "sampling": {}},
+            "evaluation": {"sampling": {}},
+        },
+        "data": {"schedule": {}, "prompts": {}},
         "seed_everything": 0,
     }
     text = model_card(config, ["fit", "--x", "```\n# y"], {"train": {name: (2, 1)}}, {}, {"all/avg@1": 0.5}, "org/base")

@@ -54,9 +54,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": {
         "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
-        "sft_weight": "flow",
+        "weight": "flow",
     },
-    "dynamic sampling": {"loss": PolicyLoss(dynamic_sampling=3), "sft_weight": "dft"},
+    "dynamic sampling": {"loss": PolicyLoss(dynamic_sampling=3), "weight": "dft"},
 }
 
 
@@ -185,12 +185,12 @@ RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {
             "mixing": HPT(),
             "loss": PolicyLoss("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
-            "sft_entropy_bonus": 0.1,
+            "entropy_bonus": 0.1,
         },
         {**PASSES, "rl_steps": 2},
     ),
     "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
-    "dynamic sampling, flow": ({"loss": PolicyLoss(dynamic_sampling=2), "sft_weight": "flow"}, {"rl_steps": 3}),
+    "dynamic sampling, flow": ({"loss": PolicyLoss(dynamic_sampling=2), "weight": "flow"}, {"rl_steps": 3}),
 }
 
 
@@ -309,18 +309,18 @@ def test_a_checkpoint_from_inside_a_step_is_that_of_its_beginning(
 
 
 def test_what_would_step_otherwise_than_the_module_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.micro_batches"):
+    with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.optimizer.micro_batches"):
         make_trainer([GradientAccumulationScheduler({0: 2})]).fit(make_module(), datamodule=make_data())
     trainer: Any = SimpleNamespace(strategy=DDPStrategy(static_graph=True))
     check_chunks(trainer, 1)
-    with pytest.raises(InputError, match=r"model.micro_batches: 2 is not allowed with .*static_graph"):
+    with pytest.raises(InputError, match=r"model.optimizer.micro_batches: 2 is not allowed with .*static_graph"):
         check_chunks(trainer, 2)
 
 
 def test_lightnings_own_accumulation_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.micro_batches"):
+    with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.optimizer.micro_batches"):
         make_trainer(accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
-    with pytest.raises(InputError, match=r"model.micro_batches: 0"):
+    with pytest.raises(InputError, match=r"model.optimizer.micro_batches: 0"):
         make_module(micro_batches=0)
 
 

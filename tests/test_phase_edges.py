@@ -295,5 +295,5 @@ def test_an_sft_phase_of_one_step_with_fresh_moments_is_said(
         warnings.simplefilter("always")
         make_trainer(switch).fit(make_module(moments=moments), datamodule=make_data(schedule=schedule))
     assert said(caught, "an SFT phase is one optimizer step") == bool(text)
-    assert said(caught, text + " with model.moments reset") == bool(text)
-    assert said(caught, "model.moments: keep") == bool(text)
+    assert said(caught, text + " with model.optimizer.moments reset") == bool(text)
+    assert said(caught, "model.optimizer.moments: keep") == bool(text)

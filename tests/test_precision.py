@@ -86,7 +86,7 @@ def test_every_forward_of_a_run_has_the_precision_of_the_run(
     module = make_module(
         loss=PolicyLoss(kl_coefficient=0.1),
         micro_batches=2,  # entropies of the whole SFT step need a forward of their own
-        sft_weight="flow",
+        weight="flow",
         evaluation=Evaluation(samples=1, greedy=True, sampling=SAMPLING),
     )
     data = make_data(

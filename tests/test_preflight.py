@@ -17,9 +17,9 @@ LOGGERS: dict[str, list[str]] = {
     ("flags", "says"),
     [
         (["--data.train", "no_such.parquet"], "no_such.parquet"),
-        (["--data.chat_template", "{{ raise_exception('no') }}"], "the chat template refuses the prompt"),
-        (["--data.max_prompt_tokens", "2"], "data.train"),
-        (["--model.sampling.max_new_tokens", "60"], "model.sampling.max_new_tokens"),
+        (["--data.prompts.chat_template", "{{ raise_exception('no') }}"], "the chat template refuses the prompt"),
+        (["--data.prompts.max_tokens", "2"], "data.train"),
+        (["--model.rollout.sampling.max_new_tokens", "60"], "model.rollout.sampling.max_new_tokens"),
         (["--model.evaluation.sampling.max_new_tokens", "60"], "model.evaluation.sampling.max_new_tokens"),
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
         (["--importance", "null"], "ImportanceEMA"),

@@ -5,6 +5,7 @@ import os
 import random
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.questions import Drops, build_questions
 from mifo_lightning.data.rows import read_rows
+from mifo_lightning.data.settings import Demonstrations, Prompts
 from mifo_lightning.data.source import Row
+from mifo_lightning.policy.template import ChatTemplate
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward
@@ -72,16 +75,12 @@ def row(
 
 
 def build(rows: list[Row], tokenizer: Any = TOKENIZER, **options: Any) -> tuple[list[Question], Drops]:
-    defaults: dict[str, Any] = {
-        "reward": LastAnswerReward(),
-        "system_prompt": None,
-        "max_prompt_tokens": 1000,
-        "max_response_tokens": 1000,
-        "chat_template": None,
-        "answer_after": ">",
-        "where": "data.train",
-    }
-    return build_questions(rows, tokenizer, **(defaults | options))
+    template = ChatTemplate(tokenizer, options.pop("chat_template", None), options.pop("today", date.today()))
+    prompts = Prompts(options.pop("system_prompt", None), None, options.pop("max_prompt_tokens", 1000))
+    kept = {"answer_after": ">", "max_response_tokens": 1000, "verify_demonstrations": True}
+    demonstrations = Demonstrations(*(options.pop(name, default) for name, default in kept.items()))
+    defaults: dict[str, Any] = {"reward": LastAnswerReward(), "where": "data.train"}
+    return build_questions(rows, template, prompts, demonstrations, **(defaults | options))
 
 
 def one(*args: Any, **options: Any) -> Question:
@@ -301,7 +300,9 @@ def test_a_tokenizer_without_an_end_token() -> None:
 
 
 def test_a_tokenizer_without_a_template() -> None:
-    with pytest.raises(InputError, match=r"^data\.train: tokenizer .* has no chat template; set data.chat_template"):
+    with pytest.raises(
+        InputError, match=r"^data\.train: tokenizer .* has no chat template; set data.prompts.chat_template"
+    ):
         build([row()], make_tokenizer(chat_template=None))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mifo_lightning.cli import main
+from mifo_lightning.cli import main, program
 from mifo_lightning.cli.command_line import COMMAND
 from mifo_lightning.data.columns import Columns
 from mifo_lightning.data.rows import read_rows
@@ -67,7 +67,7 @@ def test_the_mappings_of_the_page_are_mappings() -> None:
 
 def test_the_command_that_shells_complete_is_the_command_line() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert [EntryPoint(name, path, "console_scripts").load() for name, path in scripts.items()] == [main]
+    assert [EntryPoint(name, path, "console_scripts").load() for name, path in scripts.items()] == [program]
     assert list(scripts) == [COMMAND]
 
 

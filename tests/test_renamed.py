@@ -25,8 +25,22 @@ OLD = {
         "solved_at": 0.5,
         "policy": {"surrogate": "reinforce", "clip_low": 0.1},
         "mixing": {"convex": True, "sft": 0.9, "sft_end": 0.05, "sft_decay": 200, "token_weight": "chord"},
+        "group_size": 6,
+        "sampling": {"max_new_tokens": 9},
+        "sft_weight": "dft",
+        "sft": {"lr": 0.5},
+        "gradient_checkpointing": False,
     },
-    "data": {"schedule": {"rl_questions": 16, "passes": 2}},
+    "data": {
+        "schedule": {"rl_questions": 16, "passes": 2},
+        "max_prompt_tokens": 9,
+        "answer_after": ">",
+        "fit_sizes": False,
+        "reward": {"class_path": "LastAnswerReward", "init_args": {"answer_after": ">"}},
+        "tokenizer": None,
+        "group_size": 6,
+        "solved_at": None,
+    },
     "importance": {"class_path": "mifo_callbacks.ImportanceEMA", "init_args": {"alpha": 0.5, "g": "abs"}},
     "switch": {"class_path": "mifo_callbacks.BufferPhaseSwitch", "init_args": {"size": 64, "p": 0.25}},
 }
@@ -41,19 +55,26 @@ def test_every_old_key_has_a_new_name() -> None:
             ],
         },
         "model": {
-            "micro_batches": 2,
-            "success_threshold": 0.5,
+            "optimizer": {"micro_batches": 2, "sft": {"lr": 0.5}},
+            "rollout": {"success_threshold": 0.5, "group_size": 6, "sampling": {"max_new_tokens": 9}},
+            "sft_loss": {"weight": "dft"},
+            "loading": {"gradient_checkpointing": False},
             "loss": {"surrogate": "reinforce", "clip_low": 0.1},
             "mixing": {
                 "class_path": "mifo_lightning.methods.Chord",
                 "init_args": {"mu": 0.9, "convex": True, "token_weight": "chord", "mu_end": 0.05, "decay_steps": 200},
             },
         },
-        "data": {"schedule": {"prompts_per_step": 16, "epochs_per_rollout": 2}},
+        "data": {
+            "schedule": {"prompts_per_step": 16, "epochs_per_rollout": 2, "fit_sizes": False},
+            "prompts": {"max_tokens": 9},
+            "demonstrations": {"answer_after": ">"},
+        },
         "importance": {"class_path": "mifo_callbacks.ImportanceEMA", "init_args": {"alpha": 0.5, "movement": "abs"}},
         "buffer": {"class_path": "mifo_callbacks.BufferPhaseSwitch", "init_args": {"size": 64, "max_accuracy": 0.25}},
     }
     assert all(new_name(old) == new for old, new in RENAMED.items())
+    assert new_name("data.group_size") == "model.rollout.group_size"
     assert new_name("model.loss.clip_low") is None
     assert new_name("model.mixing.init_args.sft") is None
 

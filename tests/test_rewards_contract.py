@@ -113,7 +113,7 @@ def test_solved_at_lies_in_the_range_of_the_reward(
     if good:
         check_success_threshold(success_threshold, reward)
         return
-    with pytest.raises(InputError, match=r"model.success_threshold: .* is not allowed; for FunctionReward"):
+    with pytest.raises(InputError, match=r"model.rollout.success_threshold: .* is not allowed; for FunctionReward"):
         check_success_threshold(success_threshold, reward)
 
 

@@ -115,7 +115,7 @@ def test_an_rl_step_in_which_every_check_fails_stops_the_run(
 
 def test_the_parts_of_a_sum_are_logged_in_training(make_trainer: Callable[..., Trainer]) -> None:
     records = Records()
-    data = make_data(reward=summed(), schedule=Schedule(rl_steps=1, prompts_per_step=4))
+    data = make_data(schedule=Schedule(rl_steps=1, prompts_per_step=4))
     make_trainer(logger=records, log_every_n_steps=1).fit(make_module(reward=summed()), datamodule=data)
     (right,), (penalty,) = records.series("rollout/reward/right"), records.series("rollout/reward/long")
     assert 0 <= right <= 1

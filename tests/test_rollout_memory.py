@@ -133,5 +133,5 @@ def test_training_without_memory_is_one_line_and_keeps_what_was_saved(
     assert end.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "CUDA out of memory. Tried to allocate 20.00 MiB." in line
-    assert "model.micro_batches" in line
+    assert "model.optimizer.micro_batches" in line
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -131,15 +131,19 @@ def question(prompt: int, demonstration: int) -> Question:
 def test_sequences_beyond_the_models_positions_are_refused_with_the_numbers(policy: Policy) -> None:
     config = policy.model.config
     assert positions(config) == 64
-    check_lengths(config, [question(50, 14)], "model.sampling", 14)
-    with pytest.raises(InputError, match=r"model.sampling.max_new_tokens: 15 .* 50 tokens makes 65, .* 64 positions"):
-        check_lengths(config, [question(50, 1)], "model.sampling", 15)
-    with pytest.raises(InputError, match=r"data.max_response_tokens: .* 65 tokens, and the model has 64 positions"):
-        check_lengths(config, [question(5, 60)], "model.sampling", 59)
+    check_lengths(config, [question(50, 14)], "model.rollout.sampling", 14)
+    with pytest.raises(
+        InputError, match=r"model.rollout.sampling.max_new_tokens: 15 .* 50 tokens makes 65, .* 64 positions"
+    ):
+        check_lengths(config, [question(50, 1)], "model.rollout.sampling", 15)
+    with pytest.raises(
+        InputError, match=r"data.demonstrations.max_tokens: .* 65 tokens, and the model has 64 positions"
+    ):
+        check_lengths(config, [question(5, 60)], "model.rollout.sampling", 59)
 
 
 def test_demonstrations_longer_than_a_response_may_be_are_warned_of(policy: Policy) -> None:
-    with pytest.warns(UserWarning, match=r"up to 20 tokens and model.sampling.max_new_tokens is 14"):
+    with pytest.warns(UserWarning, match=r"up to 20 tokens and model.rollout.sampling.max_new_tokens is 14"):
         warn_of_long_demonstrations([question(5, 20)], 14)
 
 
@@ -151,7 +155,9 @@ def test_stretched_rotary_positions_count(policy: Policy) -> None:
 
 def test_too_long_runs_and_evaluations_end_at_once(make_trainer: MakeTrainer) -> None:
     long = Sampling(max_new_tokens=60)
-    with pytest.raises(InputError, match=r"model.sampling.max_new_tokens: 60 after the longest prompt of 8 tokens"):
+    with pytest.raises(
+        InputError, match=r"model.rollout.sampling.max_new_tokens: 60 after the longest prompt of 8 tokens"
+    ):
         make_trainer().fit(make_module(sampling=long), datamodule=make_data())
     module = make_module(evaluation=Evaluation(sampling=EvaluationSampling(max_new_tokens=60)))
     with pytest.raises(InputError, match=r"model.evaluation.sampling.max_new_tokens: 60 after the longest prompt"):

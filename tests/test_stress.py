@@ -36,8 +36,8 @@ def test_the_short_stress_finds_nothing(tmp_path: Path) -> None:
     [
         (0, "files: x", "accepted", "accepted"),
         (0, "files: x", "refused", "let in"),
-        (2, "error: model.rl.lr: -1", "refused", "clear"),
-        (2, "error: model.rl.lr: -1", "accepted", "turned away"),
+        (2, "error: model.optimizer.rl.lr: -1", "refused", "clear"),
+        (2, "error: model.optimizer.rl.lr: -1", "accepted", "turned away"),
         (2, "error: a\nerror: b", "refused", "unclear"),
         (2, "usage: ...", "refused", "unclear"),
         (2, "error: \x1b]0;owned\x07", "refused", "unclear"),

@@ -205,7 +205,7 @@ def test_the_entropy_bonus_is_the_mean_over_all_demonstration_tokens(
     steps = Steps()
     chosen = [] if selection is None else [EntropyTokenSelection(fraction=selection)]
     trainer = make_trainer([*chosen, steps])
-    module = make_module(sft=AdamWSettings(lr=0.0), sft_entropy_bonus=0.25, micro_batches=micro_batches)
+    module = make_module(sft=AdamWSettings(lr=0.0), entropy_bonus=0.25, micro_batches=micro_batches)
     trainer.fit(module, train_dataloaders=loader)
     policy = load_policy("embedded")
     scores = [by_hand(policy, q.prompt, q.demonstration or []) for q in qs]
@@ -218,8 +218,8 @@ def test_the_entropy_bonus_is_the_mean_over_all_demonstration_tokens(
 
 
 def test_an_entropy_bonus_below_zero_is_refused() -> None:
-    with pytest.raises(InputError, match=r"model.sft_entropy_bonus: -0.1 is not allowed; it must be at least 0"):
-        make_module(sft_entropy_bonus=-0.1)
+    with pytest.raises(InputError, match=r"model.sft_loss.entropy_bonus: -0.1 is not allowed; it must be at least 0"):
+        make_module(entropy_bonus=-0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
@@ -231,7 +231,7 @@ def test_without_a_selection_the_gradient_is_that_of_the_mean_weighted_cross_ent
     loader = PhaseLoader(qs, Schedule(rl_steps=0, sft_before=1, sft_batch=8))
     steps = Steps()
     trainer = make_trainer([steps])
-    module = make_module(sft=AdamWSettings(lr=0.0), sft_weight=kind, micro_batches=micro_batches)
+    module = make_module(sft=AdamWSettings(lr=0.0), weight=kind, micro_batches=micro_batches)
     trainer.fit(module, train_dataloaders=loader)
     policy = load_policy("embedded")
     pairs = zip(weights_by_hand(kind, policy, qs), mean_losses(policy, qs), strict=True)

@@ -29,16 +29,16 @@ def test_a_template_is_a_text_or_a_file(tmp_path: Path, written: str) -> None:
     path.write_bytes(written.encode())
     tokenizer = make_tokenizer()
     for given in (str(path), CHAT):
-        assert read_template(given, tokenizer, "data.chat_template") == CHAT
+        assert read_template(given, tokenizer, "data.prompts.chat_template") == CHAT
     data = make_data(**ALONE, chat_template=str(path), max_prompt_tokens=99)
     data.setup("validate")
-    assert data.options["chat_template"] == CHAT
-    assert read_template(None, tokenizer, "data.chat_template") is None
+    assert data._template == CHAT
+    assert read_template(None, tokenizer, "data.prompts.chat_template") is None
 
 
 def test_a_template_by_the_tokenizers_name_for_it() -> None:
     tokenizer = make_tokenizer(chat_template={"default": CHAT, "bare": PLAIN})
-    assert read_template("bare", tokenizer, "data.chat_template") == "bare"
+    assert read_template("bare", tokenizer, "data.prompts.chat_template") == "bare"
     assert one([row("2+2?")], tokenizer, chat_template="bare").text == "2+2?"
 
 
@@ -61,7 +61,7 @@ def test_what_is_neither_template_nor_file_is_one_line(
     monkeypatch.chdir(tmp_path)
     Path("latin.jinja").write_bytes(b"{{ x }} caf\xe9")
     Path("bare.jinja").write_text("Question:")
-    with pytest.raises(InputError, match=rf"^data\.chat_template: .*{message}") as caught:
+    with pytest.raises(InputError, match=rf"^data\.prompts\.chat_template: .*{message}") as caught:
         make_data(**ALONE, chat_template=given).setup("fit")
     assert len(str(caught.value)) < 300
 
@@ -111,7 +111,7 @@ def test_a_run_that_is_resumed_on_another_day_keeps_its_date(
         data = make_data(**ALONE, chat_template=template, max_prompt_tokens=20)
         module, trainer = make_module(), make_trainer(max_epochs=-1, max_steps=end)
         if begin:
-            with pytest.warns(UserWarning, match=r"data\.chat_template prints the date; it stays 2026-01-13"):
+            with pytest.warns(UserWarning, match=r"data\.prompts\.chat_template prints the date; it stays 2026-01-13"):
                 trainer.fit(module, data, ckpt_path=begin)
         else:
             trainer.fit(module, data)
@@ -141,7 +141,7 @@ def test_a_template_without_a_date_says_nothing_of_the_day(
     data.setup("validate")
     data.load_state_dict({"loader": None, "today": "2026-01-12"})
     assert not [w for w in recwarn if "date" in str(w.message) and "template" in str(w.message)]
-    assert data.options["today"] == date(2026, 1, 13)
+    assert data._today == date(2026, 1, 13)
 
 
 # --- the tokenizer's own file -----------------------------------------------------------------------------------------

@@ -76,13 +76,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": {
         "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
-        "sft_weight": "flow",
+        "weight": "flow",
     },
     # ranks drop different numbers of rollouts, and a sum must not grow with the number of ranks (HPT; ReLIFT's SFT)
     "summed": {
         "loss": PolicyLoss("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
         "mixing": HPT(),
-        "sft_entropy_bonus": 0.1,
+        "entropy_bonus": 0.1,
     },
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
     # SFT sees all tokens here

@@ -35,7 +35,7 @@ SETTINGS = {
     "data.schedule.rl_steps": "1000000",  # trainer.max_steps ends the run
     "data.schedule.prompts_per_step": "8",
     "data.schedule.sft_batch": "8",
-    "model.group_size": "4",
+    "model.rollout.group_size": "4",
     "buffer.size": "32",
     "history": "{}",
 }

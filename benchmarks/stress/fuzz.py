@@ -23,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -230,6 +231,8 @@ def try_rows(chance: random.Random, place: Path) -> str:
     from mifo_lightning.common.errors import InputError
     from mifo_lightning.data.questions import build_questions
     from mifo_lightning.data.rows import read_rows
+    from mifo_lightning.data.settings import Demonstrations, Prompts
+    from mifo_lightning.policy.template import ChatTemplate
     from mifo_lightning.rewards.last_answer import LastAnswerReward
 
     rows = copy.deepcopy(chance.sample(valid_rows(), 4))
@@ -243,13 +246,10 @@ def try_rows(chance: random.Random, place: Path) -> str:
     try:
         build_questions(
             read_rows(path, "data.train"),
-            tokenizer(),
+            ChatTemplate(tokenizer(), None, date.today()),
+            Prompts(max_tokens=16),
+            Demonstrations(answer_after=">", max_tokens=14),
             reward=LastAnswerReward(answer_after=">"),
-            system_prompt=None,
-            max_prompt_tokens=16,
-            max_response_tokens=14,
-            chat_template=None,
-            answer_after=">",
             where="data.train",
         )
     except InputError:

@@ -52,7 +52,7 @@ def template(text: str) -> Callable[[Path], str]:
 
     def prepare(place: Path) -> str:
         (place / "chat.jinja").write_text(text)
-        return "--data.chat_template chat.jinja"
+        return "--data.prompts.chat_template chat.jinja"
 
     return prepare
 

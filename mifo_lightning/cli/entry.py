@@ -56,8 +56,8 @@ def main(args: list[str] | None = None) -> None:
         if not out_of_memory(error):
             raise
         fail(
-            f"memory ran out: {str(error).splitlines()[0]}; raise model.micro_batches, set "
-            "model.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
+            f"memory ran out: {str(error).splitlines()[0]}; raise model.optimizer.micro_batches, set "
+            "model.loading.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
             status=1,
         )
     except OSError as error:

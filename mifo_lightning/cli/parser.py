@@ -123,12 +123,15 @@ def check_groups(config: Any, group: str, kind: type) -> None:
         kind: The class that they are arguments of.
 
     Raises:
-        InputError: One of its dataclasses has no keys.
+        InputError: One of its dataclasses, or of theirs, has no keys.
     """
     for name, hint in get_type_hints(kind.__init__).items():  # type: ignore[misc]
-        value = config.get(name)
-        if is_dataclass(hint) and not isinstance(value, (Namespace, dict, hint)):  # type: ignore[arg-type]
+        if not is_dataclass(hint):
+            continue
+        value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+        if not isinstance(value, (Namespace, dict, hint)):  # type: ignore[arg-type]
             keys, given = ", ".join(field.name for field in fields(hint)), "null" if value is None else repr(value)
             raise InputError(
                 f"{group}.{name}: {given} is not allowed; it holds the keys {keys}; leave it out for the defaults"
             )
+        check_groups(value, f"{group}.{name}", hint)  # type: ignore[arg-type]

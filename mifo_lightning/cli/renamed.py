@@ -16,10 +16,23 @@ from mifo_lightning.common.terminal import fail
 COMMAND = "mifo translate FILE"
 # old key -> new key, with all that lies under it; 0.4
 RENAMED = {
-    "trainer.accumulate_grad_batches": "model.micro_batches",
+    "trainer.accumulate_grad_batches": "model.optimizer.micro_batches",
     "model.policy": "model.loss",
-    "model.solved_at": "model.success_threshold",
-    "data.solved_at": "data.success_threshold",
+    **{f"model.{key}": f"model.rollout.{key}" for key in ("group_size", "sampling", "engine", "self_check")},
+    "model.solved_at": "model.rollout.success_threshold",
+    "model.sft_weight": "model.sft_loss.weight",
+    "model.sft_entropy_bonus": "model.sft_loss.entropy_bonus",
+    "model.demonstrations": "model.sft_loss.demonstrations",
+    **{f"model.{key}": f"model.optimizer.{key}" for key in ("rl", "sft", "moments", "skip_zero_gradient")},
+    **{f"model.{key}": f"model.loading.{key}" for key in ("gradient_checkpointing", "trust_remote_code")},
+    "data.system_prompt": "data.prompts.system_prompt",
+    "data.chat_template": "data.prompts.chat_template",
+    "data.max_prompt_tokens": "data.prompts.max_tokens",
+    "data.answer_after": "data.demonstrations.answer_after",
+    "data.max_response_tokens": "data.demonstrations.max_tokens",
+    "data.verify_demonstrations": "data.demonstrations.verify",
+    "data.damaged_share": "data.demonstrations.damaged_share",
+    "data.fit_sizes": "data.schedule.fit_sizes",
     "data.schedule.rl_questions": "data.schedule.prompts_per_step",
     "data.schedule.passes": "data.schedule.epochs_per_rollout",
     "switch.init_args.p": "buffer.init_args.max_accuracy",
@@ -27,6 +40,13 @@ RENAMED = {
     "switch": "buffer",
     "importance.init_args.g": "importance.init_args.movement",
     "importance.g": "importance.movement",
+}
+# what data could say again of the module, and had to say alike: it is said once
+ONCE = {
+    "data.reward": "reward",
+    "data.tokenizer": "model.model",
+    "data.group_size": "model.rollout.group_size",
+    "data.solved_at": "model.rollout.success_threshold",
 }
 KNOBS = ("questions", "in_group", "own", "sft_end", "sft_decay")  # of a mixture, that no method has as a setting
 METHODS = "mifo_lightning.methods"
@@ -54,7 +74,7 @@ ARGUMENTS = {("BufferPhaseSwitch", "p"): "max_accuracy", ("ImportanceEMA", "g"):
 
 def new_name(key: str) -> str | None:
     """What a dotted key of an earlier version is called now; None if it has kept its name."""
-    for old, new in RENAMED.items():
+    for old, new in (RENAMED | ONCE).items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
     if re.fullmatch(rf"model\.mixing\.({'|'.join(KNOBS)})", key):
@@ -70,12 +90,14 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for key, value in _leaves(config):
+        if any(key == once or key.startswith(f"{once}.") for once in ONCE):
+            continue
         _put(found, new_name(key) or key if not key.startswith("model.mixing") else key, value)
     mixing = found.get("model", {}).get("mixing")
     if isinstance(mixing, dict) and "class_path" not in mixing:
         found["model"]["mixing"] = _method(mixing)
     trainer = found.get("trainer", {})
-    chunks = found.get("model", {}).get("micro_batches", 1)
+    chunks = found.get("model", {}).get("optimizer", {}).get("micro_batches", 1)
     for key in BATCHES:  # these were counted in micro-batches
         if type(trainer.get(key)) is int and chunks > 1:
             trainer[key] = max(1, trainer[key] // chunks)

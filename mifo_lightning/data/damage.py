@@ -30,8 +30,9 @@ def damage_demonstrations(
     for question, text in solutions:
         if answer_after not in text:
             raise InputError(
-                f"data.damaged_share: the demonstration of question {question.id} of {question.source!r} lacks "
-                f"data.answer_after {answer_after!r}; damage needs to know where its answer begins"
+                f"data.demonstrations.damaged_share: the demonstration of question {question.id} of "
+                f"{question.source!r} lacks data.demonstrations.answer_after {answer_after!r}; damage needs to know "
+                "where its answer begins"
             )
     able = [(question, text) for question, text in solutions if re.search("[0-9]", text.rpartition(answer_after)[0])]
     able.sort(key=lambda solution: stable_key(seed, "damaged", solution[0].id))

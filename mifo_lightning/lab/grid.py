@@ -181,7 +181,7 @@ def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
         "trainer.default_root_dir": str(directory),
         "trainer.logger": _logger(ablation, f"{arm}/{base}/seed{seed}", directory),
         "checkpoint.dirpath": str(directory / "checkpoints"),
-        "data.fit_sizes": False,
+        "data.schedule.fit_sizes": False,
     }
     settings = [text for file in configs for text in ("--config", file)] + _flags(values)
     return Cell(arm, base, seed, directory, tuple(settings), tuple(_flags(places)), configs, model, ablation.primary)

@@ -25,7 +25,7 @@ GIVEN = {
     "checkpoint.dirpath": "out",
     "ckpt_path": "the unfinished run",
     "resume": "the unfinished run",
-    "data.fit_sizes": "its purpose: an arm runs what it says or is refused",
+    "data.schedule.fit_sizes": "its purpose: an arm runs what it says or is refused",
 }
 
 

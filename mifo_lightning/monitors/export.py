@@ -15,7 +15,7 @@ from mifo_lightning.policy.loading import dtype_name, export_model, locate, stor
 class ExportModel(Callback):
     """Writes the model and its tokenizer where `AutoModelForCausalLM.from_pretrained` loads them, when training ends.
 
-    The tokenizer keeps the chat template that prompts were built with; `data.system_prompt` stands in it for
+    The tokenizer keeps the chat template that prompts were built with; `data.prompts.system_prompt` stands in it for
     conversations that bring no system message. A template that prints the date prints that of the day it is used.
 
     Weights are trained in float32. With dtype `loaded` they are written as the model came: where that is bfloat16, what

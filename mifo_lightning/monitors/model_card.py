@@ -106,7 +106,7 @@ def _named(built: Mapping[str, Any]) -> str:
 def _drawn(model: Mapping[str, Any]) -> dict[str, Any]:
     """How evaluation draws: what its own settings leave open is that of rollouts."""
     own: Mapping[str, Any] = model["evaluation"]["sampling"]
-    return {name: model["sampling"].get(name) if value is None else value for name, value in own.items()}
+    return {name: model["rollout"]["sampling"].get(name) if value is None else value for name, value in own.items()}
 
 
 def _system(prompt: str | None) -> str:

@@ -205,7 +205,9 @@ def recompute_layers(model: PreTrainedModel) -> None:
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise InputError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
+        raise InputError(
+            f"model.loading.gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
+        )
     for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)  # which a copy of the model binds to its own layer
 

@@ -165,6 +165,6 @@ def _read(load: Callable[..., Any], model: str, directory: str, trust: bool, fau
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"model.model: {model!r} brings code of its own (auto_map), which is not run; set "
-                "model.trust_remote_code: true if you have read it and trust it"
+                "model.loading.trust_remote_code: true if you have read it and trust it"
             ) from error
         raise InputError(f"model.model: {model!r} {fault}: {type(error).__name__}: {first_line(error)}") from error

@@ -63,7 +63,7 @@ class ChatTemplate:
         if not ends(render, CPU, WALL, MEMORY):
             raise InputError(
                 f"{where}: the chat template does not end within {CPU} s and {MEMORY >> 20} MiB; "
-                "set data.chat_template to another"
+                "set data.prompts.chat_template to another"
             )
 
     def check_shown(self, messages: Messages, where: str) -> None:
@@ -74,7 +74,7 @@ class ChatTemplate:
             if self.render(other, where) == text:
                 raise InputError(
                     f"{where}: the chat template ignores the message of role {message['role']!r}; "
-                    "set data.chat_template to one that prints it"
+                    "set data.prompts.chat_template to one that prints it"
                 )
 
     @property

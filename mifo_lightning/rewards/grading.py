@@ -70,8 +70,8 @@ def check_success_threshold(success_threshold: float, reward: Reward) -> None:
     judge = reward.judge
     if not (judge.failed < success_threshold <= judge.best and math.isfinite(success_threshold)):
         raise InputError(
-            f"model.success_threshold: {success_threshold} is not allowed; for {type(judge).__name__} it must be in "
-            f"({judge.failed:g}, {judge.best:g}]: what was cut off or could not be graded scores {judge.failed:g}"
+            f"model.rollout.success_threshold: {success_threshold} is not allowed; for {type(judge).__name__} it must "
+            f"be in ({judge.failed:g}, {judge.best:g}]: what was cut off or could not be graded scores {judge.failed:g}"
         )
 
 

@@ -92,7 +92,7 @@ class OverlongPenalty(Reward):
     """0 to a length of `longest - cache` tokens, from there falling to -1 at `longest` (DAPO's soft overlong penalty).
 
     Args:
-        longest: Tokens from which on the penalty is -1; usually `model.sampling.max_new_tokens`.
+        longest: Tokens from which on the penalty is -1; usually `model.rollout.sampling.max_new_tokens`.
         cache: Tokens before it in which the penalty grows.
     """
 

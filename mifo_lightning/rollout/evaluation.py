@@ -26,7 +26,7 @@ WITHOUT_MARKER, STRICT, WHOLE_TEXT = MARKER_METRICS = ("without_marker", "strict
 
 @dataclass
 class EvaluationSampling:
-    """How evaluation draws responses; what is null is as in rollouts, `model.sampling`.
+    """How evaluation draws responses; what is null is as in rollouts, `model.rollout.sampling`.
 
     Args:
         temperature: Logits are divided by it; 0 takes the most likely token. Evaluation's own.

@@ -37,7 +37,7 @@ class InProcessEngine(RolloutEngine):
 
     def __init__(self, rows: int = 512) -> None:
         if rows < 1:
-            raise InputError(f"model.engine.init_args.rows: {rows} is not allowed; it must be at least 1")
+            raise InputError(f"model.rollout.engine.init_args.rows: {rows} is not allowed; it must be at least 1")
         self.rows = rows
         self.listener: Listener | None = None
         self._halved = False
@@ -105,8 +105,8 @@ class InProcessEngine(RolloutEngine):
         if not self._halved:  # on whichever rank it is
             warnings.warn(
                 f"out of memory while decoding {rows} responses at once: this call begins anew with {self.rows}, and "
-                "so on if need be; set engine rows (model.engine.init_args.rows of InProcessEngine) that low to save "
-                "the time",
+                "so on if need be; set engine rows (model.rollout.engine.init_args.rows of InProcessEngine) that low "
+                "to save the time",
                 stacklevel=2,
             )
         self._halved = True

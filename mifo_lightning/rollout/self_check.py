@@ -76,7 +76,7 @@ def self_check(
     asked = unequal_prompts(prompts)
     short = replace(sampling, top_p=1.0, top_k=0, max_new_tokens=min(TOKENS, sampling.max_new_tokens))
     family, name = type(policy.model).__name__, type(engine).__name__
-    advice = "give another model.engine or another model.model"
+    advice = "give another model.rollout.engine or another model.model"
     try:
         with policy.in_own_precision():
             exact = differences(engine, policy, tokenizer, asked, short)

@@ -53,7 +53,7 @@ class Batch:
         initial: [B] fp32 loss of each demonstration before training, in units of the median; None where no weight
             wants it.
         named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos`, and `answer` where a marker
-            (`data.answer_after`) says where answers begin.
+            (`data.demonstrations.answer_after`) says where answers begin.
         temperature: Logits are divided by it before everything.
         idle: Whether it is one row that weighs nothing, in the place of none.
     """

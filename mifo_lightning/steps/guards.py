@@ -24,8 +24,8 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if trainer.gradient_clip_val:
         raise InputError(
-            f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is not allowed; set model.rl.clip and "
-            "model.sft.clip"
+            f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is not allowed; set model.optimizer.rl.clip and "
+            "model.optimizer.sft.clip"
         )
     check_accumulation(trainer)
     check_flags(trainer)
@@ -36,7 +36,7 @@ def check_accumulation(trainer: Trainer) -> None:
     if (accumulate := trainer.accumulate_grad_batches) != 1:
         raise InputError(
             f"trainer.accumulate_grad_batches: {accumulate} is not allowed; a batch is a whole optimizer step: "
-            "model.micro_batches cuts it into parts"
+            "model.optimizer.micro_batches cuts it into parts"
         )
 
 
@@ -44,8 +44,8 @@ def check_chunks(trainer: Trainer, micro_batches: int) -> None:
     """Raise an InputError where DDP counts every backward of a step, those of chunks too."""
     if micro_batches > 1 and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
         raise InputError(
-            f"model.micro_batches: {micro_batches} is not allowed with DDPStrategy(static_graph=True), whose gradients "
-            "would be wrong; leave static_graph out"
+            f"model.optimizer.micro_batches: {micro_batches} is not allowed with DDPStrategy(static_graph=True), "
+            "whose gradients would be wrong; leave static_graph out"
         )
 
 
@@ -119,13 +119,13 @@ def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str,
     if limit is not None and prompt + max_new_tokens > limit:
         raise InputError(
             f"{key}.max_new_tokens: {max_new_tokens} after the longest prompt of {prompt} tokens makes "
-            f"{prompt + max_new_tokens}, and the model has {limit} positions; lower it or data.max_prompt_tokens, or "
+            f"{prompt + max_new_tokens}, and the model has {limit} positions; lower it or data.prompts.max_tokens, or "
             "take a model with a longer context"
         )
     if limit is not None and whole > limit:
         raise InputError(
-            f"data.max_response_tokens: a prompt with its demonstration has {whole} tokens, and the model has {limit} "
-            "positions; lower it or data.max_prompt_tokens, or take a model with a longer context"
+            f"data.demonstrations.max_tokens: a prompt with its demonstration has {whole} tokens, and the model has "
+            f"{limit} positions; lower it or data.prompts.max_tokens, or take a model with a longer context"
         )
 
 
@@ -134,9 +134,9 @@ def warn_of_long_demonstrations(questions: list[Question], max_new_tokens: int) 
     longest = max((len(q.demonstration or []) for q in questions), default=0)
     if longest > max_new_tokens:
         rank_zero_warn(
-            f"data.max_response_tokens: demonstrations have up to {longest} tokens and model.sampling.max_new_tokens "
-            f"is {max_new_tokens}: what is learned from the longer ones is cut off in a rollout and counts as "
-            "wrong; make them equal"
+            f"data.demonstrations.max_tokens: demonstrations have up to {longest} tokens and "
+            f"model.rollout.sampling.max_new_tokens is {max_new_tokens}: what is learned from the longer ones is cut "
+            "off in a rollout and counts as wrong; make them equal"
         )
 
 
@@ -155,7 +155,7 @@ def warn_of_single_steps(trainer: Trainer, moments: str) -> None:
     single = [key for key, n in steps.items() if n == 1]
     if moments == "reset" and single:
         rank_zero_warn(
-            f"an SFT phase is one optimizer step ({single[0]} = 1) with model.moments reset: it moves every weight by "
-            "the learning rate, whatever the size of its gradient, so that loss weights, denominators and clipping "
-            "mean nothing; set several steps a phase (a smaller sft_batch), or model.moments: keep"
+            f"an SFT phase is one optimizer step ({single[0]} = 1) with model.optimizer.moments reset: it moves every "
+            "weight by the learning rate, whatever the size of its gradient, so that loss weights, denominators and "
+            "clipping mean nothing; set several steps a phase (a smaller sft_batch), or model.optimizer.moments: keep"
         )

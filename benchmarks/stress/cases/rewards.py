@@ -25,7 +25,7 @@ def module(name: str, source: str, flags: str, expect: Expected = "refused") -> 
     def prepare(place: Path) -> str:
         (place / "mine.py").write_text(textwrap.dedent(source))
         # demonstrations need not please it
-        return f"{flags} --data.verify_demonstrations false"
+        return f"{flags} --data.demonstrations.verify false"
 
     return prepared(name, prepare, expect)
 
