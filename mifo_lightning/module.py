@@ -31,6 +31,7 @@ from mifo_lightning.policy.ending import end_tokens
 from mifo_lightning.policy.loading import (
     Loaded,
     Loading,
+    blueprint,
     check_same_weights,
     check_vocabulary,
     load_policy,
@@ -180,6 +181,10 @@ class MifoModule(LightningModule):
         for whole in (self._policy, *self.reinforcement.references):
             if self.device_mesh is not None and not isinstance(whole, FSDPModule):
                 shard_policy(whole, self.device_mesh["data_parallel"])
+
+    def blueprint(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device: names and shapes alone."""
+        return blueprint(self.model_name, self.loading.trust_remote_code)
 
     def load(self) -> None:
         """Load the weights (fp32 master copy), once, and take the Trainer's precision, if there is a Trainer.

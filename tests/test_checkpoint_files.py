@@ -202,7 +202,7 @@ def test_a_disk_that_holds_no_checkpoint_is_said_before_anything_else(
 def test_two_are_kept_where_three_fit_and_else_one_with_a_line(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    needed = 4 * monitor.PARTS * sum(p.numel() for p in monitor.blueprint("embedded").parameters())
+    needed = 4 * monitor.PARTS * sum(p.numel() for p in make_module().blueprint().parameters())
     assert disk_problem(tmp_path, needed, 0) is None
     monkeypatch.setattr(monitor, "free_bytes", lambda path: 5 * needed // 2)
     with pytest.warns(UserWarning, match="does not hold three checkpoints"):

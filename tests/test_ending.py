@@ -239,7 +239,7 @@ def test_what_is_graded_ends_before_the_first_stop_string(policy: Policy, tokeni
 
 @pytest.mark.parametrize("stop", [[""], ["ok", ""], "</s>"])
 def test_an_empty_stop_string_is_refused(tokenizer: Any, stop: Any) -> None:
-    with pytest.raises(InputError, match=r"^model\.sampling\.stop: "):
+    with pytest.raises(InputError, match=r"^model\.rollout\.sampling\.stop: "):
         reinforcement(tokenizer, sampling=Sampling(stop=stop))
     with pytest.raises(InputError, match=r"^model\.evaluation\.sampling\.stop: "):
         Evaluation(sampling=Sampling(stop=stop)).check("model.evaluation")

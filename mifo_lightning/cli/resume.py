@@ -16,7 +16,6 @@ from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LAST, PREVIOUS, LastCheckpoint
 from mifo_lightning.monitors.kept_rows import METRICS, carry, keep_rows, metrics_before
 from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_aside
-from mifo_lightning.policy.loading import blueprint
 from mifo_lightning.steps.guards import check_format
 
 VERSION = "pytorch-lightning_version"
@@ -161,15 +160,14 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
                 "take last.ckpt"
             )
         check_format(checkpoint)
-    model = module.model_name
-    bare = blueprint(model, module.loading.trust_remote_code)
-    expected = {f"policy.model.{name}": tensor.shape for name, tensor in bare.state_dict().items()}
+    bare = module.blueprint().state_dict()
+    expected = {f"policy.model.{name}": tensor.shape for name, tensor in bare.items()}
     unlike = sorted(name for name in expected.keys() | weights.keys() if _shape(weights, name) != expected.get(name))
     if unlike:
         name = unlike[0]
         raise InputError(
-            f"ckpt_path: {path} is of another model than model.model {model}: {name} is {_say(_shape(weights, name))} "
-            f"there and {_say(expected.get(name))} here ({len(unlike)} of {len(expected)} weights differ)"
+            f"ckpt_path: {path} is of another model than model.model {module.model_name}: {name} is "
+            f"{_say(_shape(weights, name))} there and {_say(expected.get(name))} here ({len(unlike)} of {len(expected)} weights differ)"
         )
     if fit:
         module.seed.restore(checkpoint["mifo"].get("seed"))  # now, before any file of the run is touched

@@ -16,7 +16,6 @@ from mifo_lightning.checkpoints.files import existing, free_bytes, remove_file, 
 from mifo_lightning.checkpoints.sharded import seal
 from mifo_lightning.common.errors import InputError, Interrupted, TrainingError
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
-from mifo_lightning.policy.loading import blueprint
 
 LAST, PREVIOUS, NEXT = "last.ckpt", "previous.ckpt", "next.ckpt"  # next: being written
 PARTS = 6  # of 4 bytes a weight: the weight, two moments of each phase kind, the importance map
@@ -57,7 +56,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         for name in (LAST, PREVIOUS):
             keep_earlier(trainer, directory / name, "checkpoint.dirpath", start)
-        weights = blueprint(pl_module.model_name, pl_module.loading.trust_remote_code).parameters()
+        weights = pl_module.blueprint().parameters()
         needed = 4 * PARTS * sum(p.numel() for p in weights)
         there = sum(_bytes(directory / name) for name in (LAST, PREVIOUS, NEXT))
         problem, free = trainer.strategy.broadcast((disk_problem(directory, needed, there), free_bytes(directory)))
