@@ -167,7 +167,8 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
         name = unlike[0]
         raise InputError(
             f"ckpt_path: {path} is of another model than model.model {module.model_name}: {name} is "
-            f"{_say(_shape(weights, name))} there and {_say(expected.get(name))} here ({len(unlike)} of {len(expected)} weights differ)"
+            f"{_say(_shape(weights, name))} there and {_say(expected.get(name))} here ({len(unlike)} of "
+            f"{len(expected)} weights differ)"
         )
     if fit:
         module.seed.restore(checkpoint["mifo"].get("seed"))  # now, before any file of the run is touched
