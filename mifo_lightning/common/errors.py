@@ -5,6 +5,12 @@ class InputError(ValueError):
     """Bad input: the message is one line that names the file, row or key, the value and what is allowed."""
 
 
+def require(key: str, value: object, good: bool, what: str) -> None:
+    """Raise an InputError that names the key, its value and what it must be, unless the value is good."""
+    if not good:
+        raise InputError(f"{key}: {value} is not allowed; it must be {what}")
+
+
 class TrainingError(RuntimeError):
     """Training has broken down: the message is one line that names phase, step and metric; what was saved stays."""
 

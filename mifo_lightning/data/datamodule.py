@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks import BufferPhaseSwitch, Seed
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.columns import Columns
@@ -67,12 +67,9 @@ class QuestionData(LightningDataModule):
         schedule.check("data.schedule")
         prompts.check("data.prompts")
         demonstrations.check("data.demonstrations")
-        if eval_batch < 1:
-            raise InputError(f"data.eval_batch: {eval_batch} is not allowed; it must be at least 1")
-        if holdout < 0:
-            raise InputError(f"data.holdout: {holdout} is not allowed; it must be at least 0")
-        if columns.truth_after == "":
-            raise InputError("data.columns.truth_after: '' is not allowed; it must be a text, or null for the whole")
+        require("data.eval_batch", eval_batch, eval_batch >= 1, "at least 1")
+        require("data.holdout", holdout, holdout >= 0, "at least 0")
+        require("data.columns.truth_after", "''", columns.truth_after != "", "a text, or null for the whole")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         self.columns, self.prompts, self.demonstrations = columns, prompts, demonstrations
         self.holdout, self.schedule, self.eval_batch = holdout, schedule, eval_batch

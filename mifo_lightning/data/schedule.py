@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 
 
 @dataclass
@@ -63,8 +63,7 @@ class Schedule:
         least = dict.fromkeys(("prompts_per_step", "epochs_per_rollout", "minibatches", "sft_batch", "sft_epochs"), 1)
         for name, low in {**least, "rl_steps": 0, "sft_before": 0, "sft_after": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{key}.{name}: {value} is not allowed; it must be at least {low}")
+            require(f"{key}.{name}", value, value is None or value >= low, f"at least {low}")
         if self.rl_steps is None and self.sft_after:
             raise InputError(f"{key}.sft_after: {self.sft_after} never comes, since {key}.rl_steps is null")
         if self.rl_steps is None and self.final_sft == "drop":

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.policy.loading import Loading, load_tokenizer
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.isolation import state_of
@@ -27,8 +27,7 @@ class Prompts:
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
-        if self.max_tokens < 1:
-            raise InputError(f"{key}.max_tokens: {self.max_tokens} is not allowed; it must be at least 1")
+        require(f"{key}.max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
 
 
 @dataclass
@@ -50,10 +49,8 @@ class Demonstrations:
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
         share = self.damaged_share
-        if self.max_tokens < 1:
-            raise InputError(f"{key}.max_tokens: {self.max_tokens} is not allowed; it must be at least 1")
-        if not 0 <= share <= 1:
-            raise InputError(f"{key}.damaged_share: {share} is not allowed; it must be between 0 and 1")
+        require(f"{key}.max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        require(f"{key}.damaged_share", share, 0 <= share <= 1, "between 0 and 1")
         if share and not self.answer_after:
             raise InputError(f"{key}.damaged_share: {share} needs {key}.answer_after, so that answers stay right")
 

@@ -2,8 +2,9 @@
 
 import math
 
+from mifo_lightning.common.errors import require
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
-from mifo_lightning.methods.mixing import Mixing, require
+from mifo_lightning.methods.mixing import Mixing
 
 
 class Chord(Mixing):
@@ -28,8 +29,13 @@ class Chord(Mixing):
         super().__init__(token_weight)
         allowed = "between 0 and 1" if convex else "at least 0"
         for key, value in (("mu", mu), ("mu_end", mu if mu_end is None else mu_end)):
-            require(key, value, 0 <= value <= (1 if convex else math.inf), allowed)
-        require("decay_steps", decay_steps, decay_steps >= (mu_end is not None), "at least 1 with mu_end, else 0")
+            require(f"model.mixing.{key}", value, 0 <= value <= (1 if convex else math.inf), allowed)
+        require(
+            "model.mixing.decay_steps",
+            decay_steps,
+            decay_steps >= (mu_end is not None),
+            "at least 1 with mu_end, else 0",
+        )
         self.mu, self.mu_end, self.decay_steps, self.convex = mu, mu_end, decay_steps, convex
 
     def mu_at(self, step: int) -> float:

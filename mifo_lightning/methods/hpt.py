@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mifo_lightning.common.errors import require
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
-from mifo_lightning.methods.mixing import Mixing, require
+from mifo_lightning.methods.mixing import Mixing
 
 if TYPE_CHECKING:
     from mifo_lightning.rollout.graded import Graded
@@ -22,8 +23,8 @@ class HPT(Mixing):
 
     def __init__(self, gate: int = 0, sft: float = 1.0, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
         super().__init__(token_weight)
-        require("gate", gate, gate >= 0, "at least 0")
-        require("sft", sft, sft >= 0, "at least 0")
+        require("model.mixing.gate", gate, gate >= 0, "at least 0")
+        require("model.mixing.sft", sft, sft >= 0, "at least 0")
         self.gate, self.sft = gate, sft
 
     def lends(self, graded: "Graded") -> Tensor:

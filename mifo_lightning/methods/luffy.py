@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from mifo_lightning.common.errors import require
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
-from mifo_lightning.methods.mixing import Mixing, require
+from mifo_lightning.methods.mixing import Mixing
 
 
 class Luffy(Mixing):
@@ -18,7 +19,7 @@ class Luffy(Mixing):
 
     def __init__(self, shape: float = 0.1, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
         super().__init__(token_weight)
-        require("shape", shape, shape > 0, "above 0")
+        require("model.mixing.shape", shape, shape > 0, "above 0")
         self.shape = shape
 
     def lent_objective(self, advantage: Tensor, p: Tensor) -> Tensor:

@@ -80,9 +80,3 @@ class Mixing:
             p: [B, L] probabilities of the tokens, with gradient.
         """
         return advantage * p
-
-
-def require(key: str, value: float, good: bool, what: str) -> None:
-    """Raise an InputError unless `model.mixing.<key>` is good."""
-    if not good:
-        raise InputError(f"model.mixing.{key}: {value} is not allowed; it must be {what}")

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mifo_lightning.common.errors import require
 from mifo_lightning.losses.sft import mean_over
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
 from mifo_lightning.methods.luffy import Luffy
-from mifo_lightning.methods.mixing import require
 
 if TYPE_CHECKING:
     from mifo_lightning.rollout.graded import Graded
@@ -35,8 +35,8 @@ class SRFT(Luffy):
         token_weight: SFTWeightName | SFTWeight = "low_entropy",
     ) -> None:
         super().__init__(shape, token_weight)
-        require("positive_weight", positive_weight, positive_weight >= 0, "at least 0")
-        require("sft", sft, sft >= 0, "at least 0")
+        require("model.mixing.positive_weight", positive_weight, positive_weight >= 0, "at least 0")
+        require("model.mixing.sft", sft, sft >= 0, "at least 0")
         self.positive_weight, self.sft = positive_weight, sft
 
     def push(self, advantages: Tensor, graded: "Graded") -> Tensor:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 
 MOST_ROLLOUTS = 2**16  # per question; a rollout's first tokens alone would fill the memory long before
@@ -35,8 +35,8 @@ class Rollout:
             least: Responses that a group needs, a demonstration in it included.
         """
         self.sampling.check(f"{key}.sampling")
-        if self.group_size > MOST_ROLLOUTS:
-            raise InputError(f"{key}.group_size: {self.group_size} is not allowed; it must be at most {MOST_ROLLOUTS}")
+        most = self.group_size <= MOST_ROLLOUTS
+        require(f"{key}.group_size", self.group_size, most, f"at most {MOST_ROLLOUTS}")
         if self.group_size < least:
             raise InputError(
                 f"{key}.group_size: {self.group_size} is not allowed; group advantages need at least 2 rollouts"

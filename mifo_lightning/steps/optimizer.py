@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from mifo_callbacks.phase import other_number
 from mifo_callbacks.sharding import full, local, shard_like
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.restoring import check_moment
 
 Phase = Literal["rl", "sft"]
@@ -46,8 +46,8 @@ class AdamWSettings:
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
         for name in ("lr", "lr_factor", "eps", "weight_decay", "clip", "warmup_steps", "min_ratio"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be at least 0")
+            value = getattr(self, name)
+            require(f"{key}.{name}", value, 0 <= value < math.inf, "at least 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"{key}.betas: {list(self.betas)} is not allowed; both must be in [0, 1)")
         if self.schedule != "constant" and (self.decay_steps or 0) <= self.warmup_steps:
@@ -91,8 +91,7 @@ class OptimizerSettings:
         """Raise an InputError that names the key, its value and what is allowed."""
         self.rl.check(f"{key}.rl")
         self.sft.check(f"{key}.sft")
-        if self.micro_batches < 1:
-            raise InputError(f"{key}.micro_batches: {self.micro_batches} is not allowed; it must be at least 1")
+        require(f"{key}.micro_batches", self.micro_batches, self.micro_batches >= 1, "at least 1")
 
 
 class PhaseAdamW:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.losses.advantages import Advantage, AdvantageName, as_advantage
 from mifo_lightning.losses.corrections import Correction
 from mifo_lightning.losses.named import named
@@ -73,8 +73,7 @@ class PolicyLoss:
             ("dynamic_sampling", self.dynamic_sampling >= 0, "at least 0"),
         ]
         for name, good, what in allowed:
-            if not good:
-                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
+            require(f"{key}.{name}", getattr(self, name), good, what)
         as_advantage(self.advantage)
         self.objective()
 
@@ -110,8 +109,7 @@ class SFTLoss:
         """Raise an InputError that names the key, its value and what is allowed."""
         if self.demonstrations == "own" and as_sft_weight(self.weight).needs_initial_losses:
             raise InputError(f"{key}.weight: flow is not allowed with demonstrations own; it weighs the data's")
-        if not self.entropy_bonus >= 0:
-            raise InputError(f"{key}.entropy_bonus: {self.entropy_bonus} is not allowed; it must be at least 0")
+        require(f"{key}.entropy_bonus", self.entropy_bonus, self.entropy_bonus >= 0, "at least 0")
 
 
 def check_rl(rollout: Rollout, loss: PolicyLoss, mixing: Mixing | None) -> None:
