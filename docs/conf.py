@@ -48,6 +48,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(abc|collections|pathlib|torch|lightning|transformers)\..*"),
     (r"py:.*", r"mifo_\w+(\.\w+){2,}"),
     (r"py:.*", r"[A-Z]\w*"),  # named without its module, as in an annotation for the type checker alone
+    (r"py:obj", r"typing\.Literal\[.*"),  # a signature with a default factory is cut at its commas
     (r"py:class", r".* .*"),  # prose before a colon, which napoleon takes for a type
 ]
 

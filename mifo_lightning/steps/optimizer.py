@@ -75,7 +75,7 @@ class OptimizerSettings:
     Args:
         rl: AdamW of RL phases.
         sft: AdamW of SFT phases.
-        moments: SFT moments: reset at the start of each SFT phase, keep from one to the next, or shared with RL.
+        moments: Those of SFT: reset at the start of each phase, keep from one to the next, or shared with RL.
         skip_zero_gradient: Whether an optimizer step whose gradient is exactly 0 over all ranks moves nothing; without
             it momentum and weight decay go on moving the weights. Steps and schedules advance either way.
         micro_batches: Chunks that each rank cuts an optimizer step into; more need less memory, the step is the same.
