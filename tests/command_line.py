@@ -1,5 +1,6 @@
 """The command line as tests use it: a short run, what a configuration prints, the line that bad input gets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from mifo_lightning.cli import main
+from mifo_lightning.data.skills import Skills
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
@@ -46,3 +48,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+def write_rows(path: Path, demonstrated: bool) -> None:
+    rows = Skills(["addition", "mirrored"], 64).rows()
+    lines = [json.dumps(row if demonstrated else row | {"target": None}) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
