@@ -1,4 +1,4 @@
-"""The command line: merging, overrides, printed configurations, one-line errors, what a run leaves behind."""
+"""The command line: merging, overrides, printed configurations, what a run leaves behind."""
 
 import json
 import warnings

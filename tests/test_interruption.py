@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from interruptions import CASES, compare
-from small_grid import GRID, write
+from small_grid import GRID, ROOT, write
 
 from mifo_lightning.checkpoints import interruption
 from mifo_lightning.cli import main
@@ -26,22 +26,10 @@ from mifo_lightning.lab.grid import cells
 from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.monitors.export import ExportModel
 
-ROOT = Path(__file__).parents[1]
 SMALL = [
-    *(
-        "--config",
-        "tiny",
-        "--config",
-        "methods/mifo",
-        "--model.self_check",
-        "false",
-        "--buffer_size",
-        "8",
-        "--buffer.max_accuracy",
-        "0.75",
-    ),
+    *("--config", "tiny", "--config", "methods/mifo", "--model.self_check", "false", "--progress.lines", "100000"),
     *("--data.train.init_args.count", "64", "--data.schedule.prompts_per_step", "8", "--data.schedule.sft_batch", "8"),
-    *("--data.val.init_args.count", "16", "--progress.lines", "100000"),
+    *("--data.val.init_args.count", "16", "--buffer_size", "8", "--buffer.max_accuracy", "0.75"),
 ]
 ENDLESS = ["--data.schedule.rl_steps", "100000"]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import alive, children, linux, within
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import score
@@ -21,40 +22,6 @@ from mifo_lightning.rewards.math_reward import MathReward
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"  # one C call that holds the interpreter for hours
 DATA = Path(os.environ.get("MIFO_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
-
-
-def children(parent: int) -> list[int]:
-    """Process ids of the children of `parent`, those that wait to be reaped included."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent:
-                found.append(int(entry.name))
-    return found
-
-
-def running(process: int) -> bool:
-    """Whether the process exists and is more than a zombie that some init has not reaped yet."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Whether `condition` comes true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +147,7 @@ def test_a_child_that_dies_is_replaced(new_children: Callable[[], set[int]]) -> 
         reward([r"\boxed{1}"], ["1"])
         (child,) = new_children()
         os.kill(child, signal.SIGKILL)
-        assert within(5, lambda: not running(child))
+        assert within(5, lambda: not alive(child))
         assert reward([r"\boxed{1}"], ["1"]) == [1]
         assert reward.errors == 0, "it died between checks: no check is to blame"
 
@@ -261,7 +228,7 @@ def test_the_child_dies_with_its_parent(check: str) -> None:
         (child,) = children(parent.pid)
         time.sleep(0.3)
         parent.kill()
-    assert within(10, lambda: not running(child))
+    assert within(10, lambda: not alive(child))
 
 
 def test_the_child_imports_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""The report of an ablation: what it says first, that nothing from data becomes markup, what is left out or missing."""
+"""The report of an ablation: that nothing from data becomes markup, its files, its other questions, what is missing."""
 
 import re
 from html.parser import HTMLParser

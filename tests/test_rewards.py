@@ -1,4 +1,4 @@
-"""Rewards: verdicts, limits and accidents of the grading process, and the guard around any reward."""
+"""Rewards in this process: the last answer compared, and the guard around any reward."""
 
 import math
 import random
