@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 import mifo_callbacks
+from benchmarks import foreign_manual as manual
 from benchmarks import foreign_zoo as zoo
 from benchmarks.foreign_judges import (
     Case,
@@ -175,14 +176,14 @@ OURS, NEWLINE = Path(mifo_callbacks.__file__).parent, "\n"
 CASES = [
     Case("plain", zoo.Foreign),
     Case("CNN with BatchNorm", zoo.Convolution),
-    Case("GAN, two optimizers, toggle_optimizer", zoo.TwoPlayers),
-    Case("GAN, toggled by hand, weights clamped", zoo.HandToggled),
-    Case("manual optimization, two steps a batch", zoo.Manual),
-    Case("manual, optimizers(use_pl_optimizer=False)", zoo.Raw),
-    Case("manual, LBFGS without Lightning's wrapper", zoo.RawLBFGS),
-    Case("optimizer the Trainer does not know", zoo.OwnOptimizer),
+    Case("GAN, two optimizers, toggle_optimizer", manual.TwoPlayers),
+    Case("GAN, toggled by hand, weights clamped", manual.HandToggled),
+    Case("manual optimization, two steps a batch", manual.Manual),
+    Case("manual, optimizers(use_pl_optimizer=False)", manual.Raw),
+    Case("manual, LBFGS without Lightning's wrapper", manual.RawLBFGS),
+    Case("optimizer the Trainer does not know", manual.OwnOptimizer),
     Case("new optimizers at each phase", zoo.Recreated),
-    Case("weights moved by hand, no optimizer", zoo.ByHand),
+    Case("weights moved by hand, no optimizer", manual.ByHand),
     Case("mixture of experts, some without gradient", zoo.Experts),
     Case("low-rank adapters on a frozen base", zoo.Adapters),
     Case("torch.compile", zoo.Compiled),
