@@ -1,4 +1,4 @@
-"""What `benchmarks.foreign_modules` sees of a fit, and whether each callback was exact in it."""
+"""What `benchmarks.foreign_modules` sees of a fit; each judge says what is wrong with a callback in it, or nothing."""
 
 import itertools
 from collections.abc import Callable

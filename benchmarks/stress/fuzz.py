@@ -31,13 +31,12 @@ from typing import Any
 import yaml
 
 from benchmarks.stress.cases.case import MIFO, SMALL, TINY
-from benchmarks.stress.mutations import COMPOUND, mutate, scramble
+from benchmarks.stress.mutations import mutate, scramble
 from benchmarks.stress.table import finish, markdown
 from mifo_lightning.cli.packaged import DEFAULTS
 from mifo_lightning.common.terminal import quiet
 
 SECONDS = 20  # until a try counts as hanging
-COMPOUND += [{"init_args": {}}, {"class_path": "mifo_callbacks.GradientFreezing"}, [["x"] * 3] * 3, {"": ""}]
 
 
 @cache

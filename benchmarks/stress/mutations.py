@@ -7,54 +7,16 @@ from typing import Any
 
 SCALARS: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, -(10**30), 0.0, -0.0, 0.5, 1.5, -1.5, 1e-320, 1e308),
-    *(
-        float("nan"),
-        float("inf"),
-        float("-inf"),
-        "",
-        " ",
-        "x",
-        "1",
-        "1e-3",
-        "nan",
-        "null",
-        "true",
-        "~",
-        "-",
-        "0x1f",
-        "1_000",
-    ),
-    *(
-        "\n",
-        "\t",
-        "\r\n",
-        "\0",
-        "\x1b[2J",
-        "\x1b]0;t\x07",
-        "[/x]",
-        "[bold]",
-        "\u2028",
-        "\u202e",
-        "\U0001f986",
-        "\ufeff",
-        "\ud800",
-    ),
-    *(
-        "${nowhere}",
-        "${..x}",
-        "${oc.env:NOWHERE}",
-        "${",
-        "$",
-        "{{ x }}",
-        "{% for",
-        "../../x",
-        "/dev/null",
-        "os.system",
-        "os.path",
-    ),
+    *(float("nan"), float("inf"), float("-inf")),
+    *("", " ", "x", "1", "1e-3", "nan", "null", "true", "~", "-", "0x1f", "1_000"),
+    *("\n", "\t", "\r\n", "\0", "\x1b[2J", "\x1b]0;t\x07", "[/x]", "[bold]"),
+    *("\u2028", "\u202e", "\U0001f986", "\ufeff", "\ud800"),
+    *("${nowhere}", "${..x}", "${oc.env:NOWHERE}", "${", "$", "{{ x }}", "{% for"),
+    *("../../x", "/dev/null", "os.system", "os.path"),
     *("embedded", "top", "mean", "ddp", "x" * 5000, "9" * 4500, ">", "<think>", "user", "assistant", "system"),
 ]
 COMPOUND: list[Any] = [[], {}, [None], [[]], [1, 2, 3], {"a": 1}, {"class_path": "os.path"}, {"class_path": None}]
+COMPOUND += [{"init_args": {}}, {"class_path": "mifo_callbacks.GradientFreezing"}, [["x"] * 3] * 3, {"": ""}]
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
