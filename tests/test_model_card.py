@@ -9,7 +9,7 @@ import pytest
 from command_line import short
 from conftest import ALONE, make_data
 from huggingface_hub import ModelCard
-from test_questions import CHAT, make_tokenizer, one, row
+from question_rows import CHAT, make_tokenizer, one, row
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mifo_lightning.cli import main
