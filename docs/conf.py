@@ -11,7 +11,7 @@ from pygments.lexers.special import TextLexer
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # the pages' generator; the checkout
 
-from generate import write_pages  # noqa: E402
+from generate import with_link, write_full_pages, write_pages  # noqa: E402
 
 project = "mifo_lightning"
 author = "the mifo_lightning authors"
@@ -85,11 +85,19 @@ def results_apart(app: Any, page: str, source: list[str]) -> None:
     """Pages of studies are not searched, since their words hide what the words mean; old ones stand in no contents."""
     if page.startswith("results/"):
         orphan = "orphan: true\n" if page.endswith("/before_fix") else ""
-        source[0] = f"---\nnosearch: true\n{orphan}---\n\n{source[0]}"
+        text = with_link(source[0]) if page.endswith("/report") else source[0]
+        source[0] = f"---\nnosearch: true\n{orphan}---\n\n{text}"
+
+
+def full_pages(app: Any, error: Exception | None) -> None:
+    """Put the full page of every study beside the site's own page of it."""
+    if error is None and app.builder.format == "html":
+        write_full_pages(Path(app.outdir) / "results")
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-skip-member", skip_hooks)
     app.connect("source-read", results_apart)
+    app.connect("build-finished", full_pages)
     app.add_lexer("csv", TextLexer)  # pygments has none

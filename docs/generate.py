@@ -1,6 +1,7 @@
 """Pages of the site that follow the code: the reference of configuration and API, the map of modules, tutorials.
 
-Written into `docs/_generated` before Sphinx reads the pages, by `conf.py`; not kept in the repository.
+Written into `docs/_generated` before Sphinx reads the pages, by `conf.py`; not kept in the repository. Nor are the full
+pages of the studies, which go beside Sphinx's own when these are built.
 """
 
 import ast
@@ -18,6 +19,8 @@ from typing import Any, get_args, get_type_hints
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"mifo_lightning": ROOT / "mifo_lightning", "mifo_callbacks": ROOT / "callbacks" / "mifo_callbacks"}
 TUTORIALS = ROOT / "examples"
+STUDIES = ROOT / "docs" / "results"
+FULL_PAGE = "full.html"
 
 
 def write_pages(into: Path) -> None:
@@ -228,7 +231,7 @@ def methods_on(page: Path) -> list[str]:
 def results_of(methods: list[str]) -> str:
     """What the published studies say of some methods: their rows, and each study's own headline."""
     parts = []
-    for report in sorted((ROOT / "docs" / "results").glob("*/report.md")):
+    for report in sorted(STUDIES.glob("*/report.md")):
         text = report.read_text(encoding="utf-8")
         head, *rows = re.search(r"^\| arm .*\n(?:\|.*\n)+", text, re.M)[0].splitlines()  # type: ignore[index]
         found = [
@@ -248,6 +251,33 @@ def results_of(methods: list[str]) -> str:
 def columns(row: str) -> str:
     """The first three columns of a row: the arm, its score, the difference to the reference."""
     return "|".join(row.split("|")[:4]) + "|"
+
+
+# --- full pages of studies --------------------------------------------------------------------------------------------
+
+
+def write_full_pages(into: Path) -> None:
+    """Write the report's own page of every study, as `into`/STUDY/full.html; one that is up to date is left alone."""
+    pages = {plan.parent: into / plan.parent.name / FULL_PAGE for plan in sorted(STUDIES.glob("*/ablation.json"))}
+    code = [*(PACKAGES["mifo_lightning"] / "lab" / "report").iterdir()]
+    old = [study for study, page in pages.items() if not newer(page, [*study.iterdir(), *code])]
+    if old:
+        from mifo_lightning.lab.report import write_page  # takes seconds
+
+        for study in old:
+            write_page(study, pages[study])
+
+
+def newer(page: Path, sources: list[Path]) -> bool:
+    """Whether `page` is there and has been written after every file that it is made of."""
+    written = page.stat().st_mtime if page.exists() else 0.0
+    return written > max(path.stat().st_mtime for path in sources if path.is_file())
+
+
+def with_link(report: str) -> str:
+    """The Markdown of a study with a link to its full page below the title."""
+    title, _, rest = report.partition("\n")
+    return f'{title}\n\n<p><a href="{FULL_PAGE}">The full page of this study</a>, with every picture.</p>\n{rest}'
 
 
 # --- tutorials --------------------------------------------------------------------------------------------------------

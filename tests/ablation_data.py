@@ -1,10 +1,13 @@
 """An ablation as the runner leaves it, with what every monitor would have recorded: made up, from a seed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mifo_lightning.lab.report import write_report
 
 SOURCES = ["addition", "mirrored", "sorting", "reversal"]
 GROUPS = ["embedding", *(f"layers.{i}.{part}" for i in range(3) for part in ("attention", "mlp", "norm")), "head"]
@@ -139,3 +142,16 @@ def bare(root: Path) -> Path:
         (path / "history.jsonl").unlink()
         (path / "samples.jsonl").unlink()
     return root
+
+
+def verdict(root: Path) -> str:
+    """The sentences before the first question."""
+    write_report(root)
+    return (root / "report.md").read_text().split("## ")[0].replace("\\", "")
+
+
+def rows_of(root: Path, caption: str) -> list[list[str]]:
+    """Header and rows of the table whose caption has these words."""
+    text = (root / "report.md").read_text().replace("\\", "")
+    table = re.split(rf"{re.escape(caption)}.*:\n\n", text)[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in [table[0], *table[2:]]]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused, short
 from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Callback, Trainer
-from test_cli import refused, short
 
 from mifo_lightning.checkpoints import files as checkpoint_io
 from mifo_lightning.checkpoints.files import CheckedCheckpointIO, read_checkpoint, write_checkpoint

@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from command_line import BASES, CONFIGS, MIFO, TINY, printed, refused, short
 from lightning import Trainer
-from test_cli import BASES, CONFIGS, MIFO, TINY, printed, refused, short
 
 from mifo_lightning.cli import main
 from mifo_lightning.cli.packaged import DEFAULTS, find, names

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import CONFIGS, printed, short
 from safetensors.torch import load_file
-from test_cli import CONFIGS, printed, short
 
 from mifo_lightning.cli import main
 from mifo_lightning.cli.command_line import make_cli

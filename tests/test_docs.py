@@ -1,6 +1,7 @@
 """The pages say what is there: every logged key, method file, key of the configuration, link. Without Sphinx."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_a_method_s_results_are_those_of_the_studies(generate: ModuleType) -> No
     assert "The study: **" in shown
     assert "relift" not in shown.replace("half lr", "")
     assert generate.results_of(["nothing"]).startswith("No evidence")
+
+
+def test_every_study_has_its_full_page(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in DOCS.glob("results/*/*")}
+    generate.write_full_pages(tmp_path)
+    for report in DOCS.glob("results/*/report.md"):
+        linked = generate.with_link(report.read_text(encoding="utf-8"))
+        title, _, link, *_ = linked.splitlines()
+        (target,) = re.findall(r'href="([^"]+)"', link)
+        page = (tmp_path / report.parent.name / target).read_text(encoding="utf-8")
+        assert f"<h1>{title.removeprefix('# ')}</h1>" in page
+        assert page.count("<figure>") > 1, "the committed page has one picture"
+    assert {path: path.read_bytes() for path in DOCS.glob("results/*/*")} == before
+
+    made: list[str] = []
+    monkeypatch.setattr("mifo_lightning.lab.report.write_page", lambda study, page: made.append(study.name))
+    generate.write_full_pages(tmp_path)
+    assert made == [], "what is up to date is not made again"
+    os.utime(tmp_path / "sweep_k" / "full.html", (0, 0))
+    generate.write_full_pages(tmp_path)
+    assert made == ["sweep_k"]
 
 
 def reference(generate: ModuleType) -> list[Any]:

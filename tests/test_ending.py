@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import SAMPLING, make_data, make_module, method_callbacks, weights
 from lightning import Trainer
+from question_rows import CHAT, build, make_tokenizer, one, row
 from rl_steps import item, reinforcement
 from safetensors.torch import load_file
-from test_questions import CHAT, build, make_tokenizer, one, row
 from transformers import AutoTokenizer
 
 from mifo_callbacks import Seed

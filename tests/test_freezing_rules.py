@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import CONFIGS, MIFO, printed, refused, short
+from command_line import CONFIGS, MIFO, printed, refused, short
 
 from mifo_lightning.cli import main
 

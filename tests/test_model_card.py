@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import short
 from conftest import ALONE, make_data
 from huggingface_hub import ModelCard
-from test_cli import short
-from test_questions import CHAT, make_tokenizer, one, row
+from question_rows import CHAT, make_tokenizer, one, row
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mifo_lightning.cli import main

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused, short
 from conftest import make_data, make_module
 from lightning import Trainer
 from safetensors.torch import load_file
-from test_cli import refused, short
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mifo_lightning.cli import main

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_cli import CONFIGS, MIFO, SHORT, TINY, refused
+from command_line import CONFIGS, MIFO, SHORT, TINY, refused
 
 BASE = Path(__file__).parents[1] / "mifo_lightning" / "assets" / "base"
 LOGGERS: dict[str, list[str]] = {

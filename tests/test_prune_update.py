@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY
+from command_line import TINY
 from transformers import AutoModelForCausalLM
 
 from experiments.prune_update import Weights, main, prune, read_weights

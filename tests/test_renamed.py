@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cli import MIFO, TINY, printed, refused
+from command_line import MIFO, TINY, printed, refused
 
 from mifo_lightning.cli import main
 from mifo_lightning.cli.renamed import RENAMED, new_name, translated

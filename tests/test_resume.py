@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import CONFIGS, refused, short
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from test_cli import CONFIGS, refused, short
 
 from mifo_lightning.cli import main
 from mifo_lightning.cli.resume import VERSION, choose

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import own_rewards
 import pytest
 import torch
 from own_rewards import Remembering, obey
+from processes import alive, linux, within
 
 from mifo_lightning.checkpoints import interruption
 from mifo_lightning.common.errors import InputError, Interrupted
@@ -26,8 +27,6 @@ from mifo_lightning.rewards.base import Reward, score
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers, sum_up
 from mifo_lightning.rewards.weighted import FormatReward, WeightedRewards
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
 
 @pytest.fixture
@@ -40,22 +39,6 @@ def reward() -> Iterator[FunctionReward]:
 
 def graded(reward: Reward, *responses: str) -> list[float]:
     return score(reward, list(responses), [""] * len(responses))
-
-
-def alive(process: int) -> bool:
-    """Whether any of its threads is left: its parent is told of its end after the last one alone."""
-    try:
-        several = len(list(Path(f"/proc/{process}/task").iterdir())) > 1
-        return several or Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.parametrize(

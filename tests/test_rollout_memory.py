@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import short
 from conftest import make_data, make_module, weights
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_cli import short
 
 from mifo_lightning.cli import main
 from mifo_lightning.common.errors import InputError, TrainingError

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refused, short
 from conftest import make_data, make_module, method_callbacks, weights
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_cli import refused, short
 
 from mifo_callbacks.seeds import GLOBAL
 from mifo_lightning.cli import main

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ALONE, make_data, make_module, weights
 from lightning import Trainer
-from test_questions import CHAT, build, make_tokenizer, one, row
+from question_rows import CHAT, build, make_tokenizer, one, row
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import end_tokens

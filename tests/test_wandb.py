@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import MIFO, SHORT, refused, short
 from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from monitoring import Records
-from test_cli import MIFO, SHORT, refused, short
 
 from mifo_callbacks.logging import StepRows
 from mifo_lightning.cli import main

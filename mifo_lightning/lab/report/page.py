@@ -44,9 +44,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     Raises:
         InputError: A file of the ablation is missing or is not what the runner writes.
     """
-    ablation = load(directory)
-    words = verdict(ablation)
-    parts = [section for part in (OF_SCORES if ablation.scores_only else PARTS) if (section := part(ablation))]
+    ablation, words, parts = _told(directory)
     out = out or directory
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
@@ -57,6 +55,16 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     if out.resolve() != directory.resolve():
         (out / PLAN).write_bytes((directory / PLAN).read_bytes())
     return page
+
+
+def write_page(directory: Path, page: Path) -> None:
+    """Write the self-contained page of the ablation in `directory`, and nothing else, as the file `page`.
+
+    Raises:
+        InputError: A file of the ablation is missing or is not what the runner writes.
+    """
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(as_html(*_told(directory)), encoding="utf-8")
 
 
 def as_html(ablation: Ablation, words: Sequence[str], parts: Sequence[Section]) -> str:
@@ -97,6 +105,13 @@ def first_picture(parts: Sequence[Section]) -> str:
     """That of the primary metric."""
     galleries = (block for part in parts for block in part.blocks if isinstance(block, Gallery))
     return next(gallery.figures[0].svg for gallery in galleries if gallery.kind == "wide")
+
+
+def _told(directory: Path) -> tuple[Ablation, list[str], list[Section]]:
+    """The ablation in `directory`, what it says first, and its answers to the questions that it can answer."""
+    ablation = load(directory)
+    asked = OF_SCORES if ablation.scores_only else PARTS
+    return ablation, verdict(ablation), [section for part in asked if (section := part(ablation))]
 
 
 def _rows(table: Table) -> str:
