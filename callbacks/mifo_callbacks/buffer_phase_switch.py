@@ -4,20 +4,20 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.contracts import Group, groups_of, phase_loader_of
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.ownership import claim, distinct, renew, require_trainer, set_up
+from mifo_callbacks.ownership import TrainerCallback, claim, distinct, renew
 from mifo_callbacks.sharding import require_data_parallel
 
 Leftovers = Literal["keep", "clear"]
 
 
-class BufferPhaseSwitch(Callback):
+class BufferPhaseSwitch(TrainerCallback):
     """Buffer the questions that rollouts hardly solve; push them into the loader when enough wait (MIFO).
 
     A `training_step` that made fresh rollouts returns, beside the loss, `groups`: for each question of this
@@ -68,12 +68,6 @@ class BufferPhaseSwitch(Callback):
     @property
     def state_key(self) -> str:
         return distinct(self, super().state_key)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
-
-    def on_after_setup(self, fabric: Any, module: Any) -> None:
-        require_trainer(fabric, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_data_parallel(trainer, "BufferPhaseSwitch")

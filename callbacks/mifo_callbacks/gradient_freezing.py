@@ -26,7 +26,7 @@ from mifo_callbacks.freezing_rules import (
 )
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
-from mifo_callbacks.ownership import claim, distinct, renew, set_up
+from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import local, require_visible_weights, shard_group, shard_like
@@ -106,9 +106,6 @@ class GradientFreezing(PhaseCallback):
     def masks(self) -> dict[str, Tensor]:
         """Bool masks by parameter name, True where frozen, this rank's shards; empty outside the phase."""
         return self._masks
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

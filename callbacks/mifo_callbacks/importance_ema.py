@@ -14,7 +14,7 @@ from mifo_callbacks.checks import require_choice
 from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.ownership import claim, distinct, renew, set_up
+from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.sharding import full_on_first_rank, local, require_visible_weights, shard_group, shard_like
 from mifo_callbacks.thresholds import ceil_share, kth_largest
@@ -84,9 +84,6 @@ class ImportanceEMA(PhaseCallback):
     def importance(self) -> dict[str, Tensor] | None:
         """C by parameter name, fp32, sharded like the parameters; None before the first C."""
         return self._map or None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -3,19 +3,19 @@
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from mifo_callbacks.contracts import NUMBER, PhaseOf, phase_number, phase_of
 from mifo_callbacks.logging import profiled
-from mifo_callbacks.ownership import require_trainer
+from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.sharding import trainable
 from mifo_callbacks.steps import StepListener
 
 
-class PhaseCallback(Callback):
+class PhaseCallback(TrainerCallback):
     """Base of the callbacks that act on phases: finds the phase of each batch and reports every change.
 
     A phase is its label and, where batches have one, the integer `batch["phase_number"]`: two phases of one
@@ -150,9 +150,6 @@ class PhaseCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.release()
-
-    def on_after_setup(self, fabric: Any, module: Any) -> None:
-        require_trainer(fabric, self)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
@@ -88,7 +89,7 @@ class ActivityProfiler(Profiler):
 def group_class(callback: Callback) -> str:
     """Name of the class of the configuration group that a callback belongs to; a user's subclass counts there too."""
     ours = (c for c in type(callback).__mro__ if c.__module__.startswith(("mifo_callbacks.", "mifo_lightning.")))
-    found = next((c for c in ours if c not in (PhaseCallback, PhaseMonitor)), type(callback))
+    found = next((c for c in ours if c not in (TrainerCallback, PhaseCallback, PhaseMonitor)), type(callback))
     return found.__name__
 
 
