@@ -102,8 +102,7 @@ class PhaseCallback(TrainerCallback):
                     self.on_after_optimizer_step(trainer, pl_module, optimizer)
 
         self._close()
-        self._listener = StepListener(before, after)
-        self._listener.open(pl_module)
+        self._listener = StepListener(pl_module, before, after)
 
     def _close(self) -> None:
         if self._listener is not None:
