@@ -81,28 +81,24 @@ class BufferPhaseSwitch(TrainerCallback):
         if groups is None or trainer.fit_loop._skip_backward:
             return  # no rollout, or StochasticWeightAveraging's last pass over the data, which trains nothing
         self.rollouts += 1
-        metrics = self.buffer.add(gather_groups(groups), self.rollouts)
+        entered = self.buffer.add(gather_groups(groups), self.rollouts)
         ages = [self.rollouts - entry["step"] for entry in self.buffer.entries]
-        metrics |= {
+        metrics: dict[str, float] = {
+            **entered,
             "size": len(self.buffer),
             "solved_since_entry": len(self.buffer.solved),
             "no_demonstration": self.buffer.no_demonstration,
             "dropped": self.buffer.dropped,
+            "age_mean": sum(ages) / max(len(ages), 1),
+            "age_max": max(ages, default=0),
         }
         if len(self.buffer) >= self.size:
             phase_loader_of(trainer, "BufferPhaseSwitch").push(self.buffer.take(self.size))
             self.switches += 1
             if self.leftovers == "clear":
                 self.buffer.clear()
-        log_metrics(
-            trainer,
-            {f"buffer/{name}": value for name, value in metrics.items()}
-            | {
-                "buffer/age_mean": sum(ages) / max(len(ages), 1),
-                "buffer/age_max": max(ages, default=0),
-                "buffer/switches": self.switches,
-            },
-        )
+        metrics["switches"] = self.switches
+        log_metrics(trainer, {f"buffer/{name}": value for name, value in metrics.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"buffer": self.buffer.state_dict(), "rollouts": self.rollouts, "switches": self.switches}
