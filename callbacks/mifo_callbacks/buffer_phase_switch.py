@@ -1,6 +1,5 @@
 """BufferPhaseSwitch: hand what reinforcement learning cannot solve to supervised learning."""
 
-from itertools import zip_longest
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -8,8 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
-from mifo_callbacks.collectives import gather_ranks
-from mifo_callbacks.contracts import Group, groups_of, phase_loader_of
+from mifo_callbacks.collectives import gather_dealt
+from mifo_callbacks.contracts import groups_of, phase_loader_of
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import TrainerCallback, claim, distinct, renew
 from mifo_callbacks.sharding import require_data_parallel
@@ -81,7 +80,7 @@ class BufferPhaseSwitch(TrainerCallback):
         if groups is None or trainer.fit_loop._skip_backward:
             return  # no rollout, or StochasticWeightAveraging's last pass over the data, which trains nothing
         self.rollouts += 1
-        entered = self.buffer.add(gather_groups(groups), self.rollouts)
+        entered = self.buffer.add(gather_dealt(groups), self.rollouts)
         ages = [self.rollouts - entry["step"] for entry in self.buffer.entries]
         metrics: dict[str, float] = {
             **entered,
@@ -108,12 +107,3 @@ class BufferPhaseSwitch(TrainerCallback):
         self.buffer.load_state_dict(state_dict["buffer"])
         self.rollouts = state_dict["rollouts"]
         self.switches = state_dict["switches"]
-
-
-def gather_groups(groups: list[Group]) -> list[Group]:
-    """The groups of all ranks, on every rank; collective when there are several ranks.
-
-    They are dealt back as a DistributedSampler deals questions out (rank r has every R-th), so that the order, and with
-    it the buffer, is that of a single process.
-    """
-    return [entry for row in zip_longest(*gather_ranks(groups)) for entry in row if entry is not None]

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
+from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import as_trained
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved

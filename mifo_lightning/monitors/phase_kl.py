@@ -6,11 +6,11 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from mifo_callbacks.collectives import sum_ranks
+from mifo_callbacks.collectives import gather_dealt, sum_ranks
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Sequences

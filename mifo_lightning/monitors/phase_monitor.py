@@ -4,12 +4,10 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 from lightning import LightningModule, Trainer
 
-from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.common.errors import Interrupted
 
@@ -124,8 +122,3 @@ class PhaseMonitor(PhaseCallback):
         self._numbers, self._rl_step = dict(state_dict["numbers"]), state_dict["rl_step"]
         self._begins = state_dict.get("begins", False)
         self.load_own_state(state_dict["own"])
-
-
-def gather_dealt(mine: list[Any]) -> list[Any]:
-    """Items of all ranks in their common order, rank r holding every R-th from r; none is None; collective."""
-    return [item for row in zip_longest(*gather_ranks(mine)) for item in row if item is not None]
