@@ -45,39 +45,27 @@ class SampleTable(Callback):
             self._show(trainer)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first responses of each source."""
-        if not trainer.sanity_checking:
-            self._keep_first(trainer, "val", outputs["samples"], *where, **named)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
-    ) -> None:
-        """Keep the first responses of each source."""
-        self._keep_first(trainer, "test", outputs["samples"], *where, **named)
+        if trainer.sanity_checking:
+            return
+        kept = self._kept.get(dataloader_idx, 0) if batch_idx else 0
+        chosen = outputs["samples"][: self.per_evaluation - kept]
+        self._kept[dataloader_idx] = kept + len(chosen)
+        self._keep(trainer, "test" if trainer.testing else "val", chosen)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show them beside the metrics, which Lightning logs next."""
         self._show(trainer)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As validation."""
-        self._show(trainer)
-
-    def _keep_first(
-        self,
-        trainer: Trainer,
-        stage: str,
-        samples: list[dict[str, Any]],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        kept = self._kept.get(dataloader_idx, 0) if batch_idx else 0
-        chosen = samples[: self.per_evaluation - kept]
-        self._kept[dataloader_idx] = kept + len(chosen)
-        self._keep(trainer, stage, chosen)
+    on_test_batch_end, on_test_epoch_end = on_validation_batch_end, on_validation_epoch_end
 
     def _keep(self, trainer: Trainer, stage: str, samples: list[dict[str, Any]]) -> None:
         if not trainer.is_global_zero or not samples:
