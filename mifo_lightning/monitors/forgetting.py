@@ -57,8 +57,7 @@ class Forgetting(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = {} if data is None else data.val_dataloader()
         self.preflight(trainer, sources)
-        rank, ranks = trainer.global_rank, trainer.world_size
-        self._probe = {source: load.questions[: self.questions][rank::ranks] for source, load in sources.items()}
+        self._probe = {s: self.deal(trainer, load.questions[: self.questions]) for s, load in sources.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure at a change of phase and every few RL steps."""
@@ -97,8 +96,8 @@ class Forgetting(PhaseMonitor):
         for source, questions in self._probe.items():
             mine = module.evaluator.greedy_correct(module.policy, questions)
             solved[source] = gather_dealt(mine.tolist())
-        if self._first and {s: len(v) for s, v in solved.items()} != {s: len(v) for s, v in self._first.items()}:
-            then, now = ({s: len(v) for s, v in found.items()} for found in (self._first, solved))
+        then, now = ({s: len(v) for s, v in found.items()} for found in (self._first, solved))
+        if self._first and then != now:
             raise InputError(
                 f"ckpt_path: forgetting has been measured on {then} validation questions and would now be on {now}; "
                 "keep data.val, data.holdout and forgetting.questions the same for a whole run"

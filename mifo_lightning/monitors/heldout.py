@@ -47,9 +47,8 @@ class HeldOutLoss(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("heldout: takes its questions from a datamodule; the Trainer has none")
-        rank, ranks = trainer.global_rank, trainer.world_size
         self._probe = {
-            source: [q for q in loader.questions if q.demonstration][: self.questions][rank::ranks]
+            source: self.deal(trainer, [q for q in loader.questions if q.demonstration][: self.questions])
             for source, loader in data.val_dataloader().items()
         }
 

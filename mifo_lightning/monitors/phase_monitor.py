@@ -4,12 +4,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning import LightningModule, Trainer
 
 from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.common.errors import Interrupted
+
+T = TypeVar("T")
 
 
 class PhaseMonitor(PhaseCallback):
@@ -83,6 +85,10 @@ class PhaseMonitor(PhaseCallback):
         if found is not None:
             where = {"phase": phase, "number": self._numbers[phase], "rl_step": self._rl_step}
             self.phases.append(where | found)
+
+    def deal(self, trainer: Trainer, items: list[T]) -> list[T]:
+        """This rank's items, every R-th of R ranks; `gather_dealt` takes them back."""
+        return items[trainer.global_rank :: trainer.world_size]
 
     @contextmanager
     def timed(self) -> Iterator[None]:
