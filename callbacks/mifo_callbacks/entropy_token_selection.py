@@ -22,7 +22,7 @@ from mifo_callbacks.tokens import (
     Scope,
     Selection,
     Selector,
-    choose_tokens,
+    select_tokens,
     selection_metrics,
     threshold_metrics,
     with_forced,
@@ -138,17 +138,19 @@ class EntropyTokenSelection(TrainerCallback):
         trainer, group = self._trainer, world_group()
         with profiled(trainer, self, "select"):
             forced = self._forced(named or {})
-            chosen = choose_tokens(
+            plain = select_tokens(
                 entropy,
                 mask,
                 fraction=self.fraction,
                 selector=self.selector,
                 scope=self.scope,
                 threshold=self.threshold,
+                denominator=self.denominator,
                 seed=(self._seed(), *step_of(trainer)),
                 group=group,
             )
-            selection = with_forced(chosen, mask, forced, self.denominator, group)
+            chosen = plain.mask
+            selection = plain if forced is None else with_forced(chosen, mask, forced, self.denominator, group)
             if not trainer.training:
                 return selection
             if named and END in named:
