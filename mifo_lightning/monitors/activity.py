@@ -75,10 +75,8 @@ class ActivityProfiler(Profiler):
         Args:
             callbacks: Those of the Trainer.
         """
-        totals: dict[str, float] = defaultdict(float)
-        for name, seconds in self.by_callback(callbacks).items():
-            if name in CALLBACKS:
-                totals[CALLBACKS[name]] += seconds
+        by_callback = self.by_callback(callbacks)
+        totals = defaultdict(float, {CALLBACKS[name]: s for name, s in by_callback.items() if name in CALLBACKS})
         for action, seconds in self.seconds.items():
             activity = next((a for part, a in ACTIVITIES.items() if part in action), None)
             if activity is not None:
@@ -114,7 +112,5 @@ class SecondsByActivity(Callback):
         """Log the sums."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, ActivityProfiler) and trainer.global_step % self.every == 0:
-            log_metrics(
-                trainer,
-                {f"seconds/{name}": value for name, value in profiler.by_activity(trainer.callbacks).items()},  # type: ignore[attr-defined]
-            )
+            seconds = profiler.by_activity(trainer.callbacks)  # type: ignore[attr-defined]
+            log_metrics(trainer, {f"seconds/{name}": value for name, value in seconds.items()})
