@@ -11,8 +11,7 @@ from lightning.pytorch.profilers import Profiler
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.common.errors import InputError
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 
 # configuration group, by its class -> activity
 CALLBACKS = {
@@ -102,8 +101,7 @@ class SecondsByActivity(Callback):
     """
 
     def __init__(self, every: int = 10) -> None:
-        if every < 1:
-            raise InputError(f"seconds.every: {every} is not allowed; it must be at least 1")
+        require_at_least(1, "seconds.every", every)
         self.every = every
 
     def on_train_batch_end(

@@ -9,7 +9,7 @@ from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 from mifo_lightning.monitors.trained import as_trained
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
@@ -35,10 +35,8 @@ class Forgetting(PhaseMonitor):
 
     def __init__(self, questions: int = 64, every: int = 0) -> None:
         super().__init__()
-        if questions < 1:
-            raise InputError(f"forgetting.questions: {questions} is not allowed; it must be at least 1")
-        if every < 0:
-            raise InputError(f"forgetting.every: {every} is not allowed; it must be at least 0")
+        require_at_least(1, "forgetting.questions", questions)
+        require_at_least(0, "forgetting.every", every)
         self.questions, self.every = questions, every
         self.responses = 0
         self._probe: dict[str, list[Question]] = {}  # this rank's

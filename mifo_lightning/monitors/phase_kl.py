@@ -8,9 +8,8 @@ from torch import Tensor
 
 from mifo_callbacks.collectives import gather_dealt, sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Sequences
@@ -36,8 +35,7 @@ class PhaseKL(PhaseMonitor):
 
     def __init__(self, prompts: int = 32) -> None:
         super().__init__()
-        if prompts < 1:
-            raise InputError(f"phase_kl.prompts: {prompts} is not allowed; it must be at least 1")
+        require_at_least(1, "phase_kl.prompts", prompts)
         self.prompts = prompts
         self._probe: list[Question] = []  # this rank's
         self._responses: list[list[int]] = []  # to the questions of all ranks
