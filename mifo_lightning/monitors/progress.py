@@ -148,22 +148,22 @@ class DecodingView:
     def __init__(self, name: str, of: float | None = None) -> None:
         self.name, self.of = name, of
         self.batches = 0
-        self._far: Decoded | None = None
+        self._far = Decoded(0, 0, 0, 0, 0)
         self._began, self._tokens = time.perf_counter(), 0  # of this activity, before the present call
 
     def hear(self, far: Decoded, now: float) -> bool:
         """Take note; whether a new activity begins with it."""
-        if far.tokens == 0:
-            if self.of is None:
-                self._began, self._tokens = now, 0
-            elif self._far is not None:
-                self._tokens += self._far.tokens
+        begins = far.tokens == 0 and self.of is None
+        if begins:
+            self._began, self._tokens = now, 0
+        elif far.tokens == 0:
+            self._tokens += self._far.tokens
         self._far = far
-        return far.tokens == 0 and self.of is None
+        return begins
 
     def text(self, now: float) -> str:
         """One line: batches, responses, tokens of the longest one, tokens per second of this process."""
-        far = self._far or Decoded(0, 0, 0, 0, 0)
+        far = self._far
         speed = (self._tokens + far.tokens) / max(now - self._began, 1e-9)
         batches = "" if self.of is None else f" batch {self.batches + 1} of {self.of:g},"
         return (
