@@ -70,9 +70,7 @@ def prepare_files(trainer: Trainer, start: Start | None) -> None:
             set_aside(directory)
     for logger in loggers:
         if start is not None:
-            here = Path(logger.log_dir)
-            there = here if goes_on_here(trainer, here, start.path) else run_of(start.path)
-            carry(there / METRICS, here / METRICS, metrics_before, start.step)
+            carry(trainer, Path(logger.log_dir, METRICS), start.path, metrics_before, start.step)
         keep_rows(logger)
 
 

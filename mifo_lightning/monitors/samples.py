@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from mifo_lightning.monitors.kept_rows import carry, samples_before
-from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of
+from mifo_lightning.monitors.run_dir import run_dir
 
 FILE = "samples.jsonl"
 COLUMNS: list[str | int] = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
@@ -30,11 +30,8 @@ class SampleTable(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that goes on keeps the samples from before its checkpoint: what came after will come again."""
-        start = trainer.ckpt_path
-        if start is not None and trainer.is_global_zero:
-            here = run_dir(trainer)
-            there = here if goes_on_here(trainer, here, start) else run_of(Path(start))
-            carry(there / FILE, here / FILE, samples_before, trainer.global_step)
+        if trainer.ckpt_path is not None and trainer.is_global_zero:
+            carry(trainer, run_dir(trainer) / FILE, Path(trainer.ckpt_path), samples_before, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
