@@ -138,6 +138,7 @@ class EntropyTokenSelection(TrainerCallback):
         trainer, group = self._trainer, world_group()
         with profiled(trainer, self, "select"):
             forced = self._forced(named or {})
+            seed = self.seed.value if self.selector == "random" else 0
             plain = select_tokens(
                 entropy,
                 mask,
@@ -146,7 +147,7 @@ class EntropyTokenSelection(TrainerCallback):
                 scope=self.scope,
                 threshold=self.threshold,
                 denominator=self.denominator,
-                seed=(self._seed(), *step_of(trainer)),
+                seed=(seed, *step_of(trainer)),
                 group=group,
             )
             chosen = plain.mask
@@ -161,9 +162,6 @@ class EntropyTokenSelection(TrainerCallback):
                     metrics |= threshold_metrics(entropy, mask, chosen, self.selector, group)
                 log_metrics(trainer, {f"entropy/{name}": value for name, value in metrics.items()})
         return selection
-
-    def _seed(self) -> int:
-        return self.seed.value if self.selector == "random" else 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed.settled}
