@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mifo_callbacks import GradientFreezing
-from mifo_callbacks.buffer_phase_switch import gather_groups
+from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.sharding import full
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.methods import HPT, SRFT
@@ -49,7 +49,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "groups" in outputs:
-            self.seen["drawn"].append([group["id"] for group in gather_groups(outputs["groups"])])
+            self.seen["drawn"].append([group["id"] for group in gather_dealt(outputs["groups"])])
         parameters = dict(pl_module.named_parameters())
         moved = [(self.before[n] != _local(parameters[n]))[m].any() for n, m in self.masks.items()]
         self.seen["still"].append(all((self.before[n] == _local(p)).all() for n, p in parameters.items()))

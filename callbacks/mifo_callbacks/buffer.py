@@ -87,10 +87,9 @@ class DemonstrationBuffer:
             elif not has_demonstration:
                 self.no_demonstration += 1
             else:
-                before = self._entries.pop(question, None)
-                times = 1 if before is None else before["entries"] + 1
+                times = self._entries.pop(question, {"entries": 0})["entries"] + 1
                 entered += 1
-                re_entries += before is not None
+                re_entries += times > 1
                 self.solved.discard(question)
                 self._entries[question] = {
                     **{key: value for key, value in group.items() if key not in GROUP_KEYS},

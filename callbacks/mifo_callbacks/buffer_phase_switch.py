@@ -1,23 +1,22 @@
 """BufferPhaseSwitch: hand what reinforcement learning cannot solve to supervised learning."""
 
-from itertools import zip_longest
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
-from mifo_callbacks.collectives import gather_ranks
-from mifo_callbacks.contracts import Group, groups_of, phase_loader_of
+from mifo_callbacks.collectives import gather_dealt
+from mifo_callbacks.contracts import groups_of, phase_loader_of
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.ownership import claim, distinct, renew, require_trainer, set_up
+from mifo_callbacks.ownership import TrainerCallback, claim, distinct, renew
 from mifo_callbacks.sharding import require_data_parallel
 
 Leftovers = Literal["keep", "clear"]
 
 
-class BufferPhaseSwitch(Callback):
+class BufferPhaseSwitch(TrainerCallback):
     """Buffer the questions that rollouts hardly solve; push them into the loader when enough wait (MIFO).
 
     A `training_step` that made fresh rollouts returns, beside the loss, `groups`: for each question of this
@@ -69,12 +68,6 @@ class BufferPhaseSwitch(Callback):
     def state_key(self) -> str:
         return distinct(self, super().state_key)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
-
-    def on_after_setup(self, fabric: Any, module: Any) -> None:
-        require_trainer(fabric, self)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_data_parallel(trainer, "BufferPhaseSwitch")
         phase_loader_of(trainer, "BufferPhaseSwitch")
@@ -87,28 +80,24 @@ class BufferPhaseSwitch(Callback):
         if groups is None or trainer.fit_loop._skip_backward:
             return  # no rollout, or StochasticWeightAveraging's last pass over the data, which trains nothing
         self.rollouts += 1
-        metrics = self.buffer.add(gather_groups(groups), self.rollouts)
+        entered = self.buffer.add(gather_dealt(groups), self.rollouts)
         ages = [self.rollouts - entry["step"] for entry in self.buffer.entries]
-        metrics |= {
+        metrics: dict[str, float] = {
+            **entered,
             "size": len(self.buffer),
             "solved_since_entry": len(self.buffer.solved),
             "no_demonstration": self.buffer.no_demonstration,
             "dropped": self.buffer.dropped,
+            "age_mean": sum(ages) / max(len(ages), 1),
+            "age_max": max(ages, default=0),
         }
         if len(self.buffer) >= self.size:
             phase_loader_of(trainer, "BufferPhaseSwitch").push(self.buffer.take(self.size))
             self.switches += 1
             if self.leftovers == "clear":
                 self.buffer.clear()
-        log_metrics(
-            trainer,
-            {f"buffer/{name}": value for name, value in metrics.items()}
-            | {
-                "buffer/age_mean": sum(ages) / max(len(ages), 1),
-                "buffer/age_max": max(ages, default=0),
-                "buffer/switches": self.switches,
-            },
-        )
+        metrics["switches"] = self.switches
+        log_metrics(trainer, {f"buffer/{name}": value for name, value in metrics.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"buffer": self.buffer.state_dict(), "rollouts": self.rollouts, "switches": self.switches}
@@ -118,12 +107,3 @@ class BufferPhaseSwitch(Callback):
         self.buffer.load_state_dict(state_dict["buffer"])
         self.rollouts = state_dict["rollouts"]
         self.switches = state_dict["switches"]
-
-
-def gather_groups(groups: list[Group]) -> list[Group]:
-    """The groups of all ranks, on every rank; collective when there are several ranks.
-
-    They are dealt back as a DistributedSampler deals questions out (rank r has every R-th), so that the order, and with
-    it the buffer, is that of a single process.
-    """
-    return [entry for row in zip_longest(*gather_ranks(groups)) for entry in row if entry is not None]

@@ -1,5 +1,7 @@
 """The one file with collectives; in a single process each gives what it was given and communicates nothing."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TypeVar, cast
 
 import torch
@@ -55,6 +57,14 @@ def gather_ranks(value: T) -> list[T]:
     values: list[T | None] = [None] * ranks()
     dist.all_gather_object(values, value)
     return cast(list[T], values)
+
+
+def gather_dealt(mine: Sequence[T]) -> list[T]:
+    """The items of all ranks, none of them None, in the order in which they were dealt: rank r has every R-th from r.
+
+    So deals a DistributedSampler; the order is that of a single process.
+    """
+    return [item for row in zip_longest(*gather_ranks(mine)) for item in row if item is not None]
 
 
 def from_first_rank(value: T) -> T:

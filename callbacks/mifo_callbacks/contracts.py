@@ -116,14 +116,10 @@ def phase_of(phase: str | PhaseOf, trainer: Trainer, pl_module: LightningModule,
         label = batch[phase]
     else:
         has = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
+        hint = "; a plain list of batches needs DataLoader(batches, batch_size=None)" if isinstance(batch, list) else ""
         raise MisconfigurationException(
             f"the batch ({has}) has no key {phase!r}; allowed: a batch with that key, another key, or "
-            "phase=callable(trainer, pl_module, batch) -> str"
-            + (
-                "; a plain list of batches needs DataLoader(batches, batch_size=None)"
-                if isinstance(batch, list)
-                else ""
-            )
+            f"phase=callable(trainer, pl_module, batch) -> str{hint}"
         )
     if not isinstance(label, str):
         raise MisconfigurationException(f"the phase {phase!r} of the batch is {label!r}; allowed: a string")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.collectives import sum_over, world_group
 from mifo_callbacks.contracts import SelectTokens
 from mifo_callbacks.logging import log_metrics, profiled
-from mifo_callbacks.ownership import require_trainer
+from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import require_data_parallel
 from mifo_callbacks.tokens import (
@@ -22,7 +22,7 @@ from mifo_callbacks.tokens import (
     Scope,
     Selection,
     Selector,
-    choose_tokens,
+    select_tokens,
     selection_metrics,
     threshold_metrics,
     with_forced,
@@ -32,7 +32,7 @@ END = "eos"  # name of the mask of end tokens
 WATCHED = 64  # end tokens after which a selection that took none of them is reported
 
 
-class EntropyTokenSelection(Callback):
+class EntropyTokenSelection(TrainerCallback):
     """Choose the tokens a supervised step learns from by the model's entropy (entropy selection of MIFO).
 
     While a Trainer runs the module, its sanity check included, `pl_module.select_tokens` is this callback's
@@ -116,9 +116,6 @@ class EntropyTokenSelection(Callback):
             vars(pl_module).update(self._replaced)
             self._trainer = None
 
-    def on_after_setup(self, fabric: Any, module: Any) -> None:
-        require_trainer(fabric, self)
-
     def select(self, entropy: Tensor, mask: Tensor, named: Mapping[str, Tensor] | None = None) -> Selection:
         """Select the tokens of one optimizer step; collective: every rank calls it once per supervised step.
 
@@ -141,17 +138,20 @@ class EntropyTokenSelection(Callback):
         trainer, group = self._trainer, world_group()
         with profiled(trainer, self, "select"):
             forced = self._forced(named or {})
-            chosen = choose_tokens(
+            seed = self.seed.value if self.selector == "random" else 0
+            plain = select_tokens(
                 entropy,
                 mask,
                 fraction=self.fraction,
                 selector=self.selector,
                 scope=self.scope,
                 threshold=self.threshold,
-                seed=(self._seed(), *step_of(trainer)),
+                denominator=self.denominator,
+                seed=(seed, *step_of(trainer)),
                 group=group,
             )
-            selection = with_forced(chosen, mask, forced, self.denominator, group)
+            chosen = plain.mask
+            selection = plain if forced is None else with_forced(chosen, mask, forced, self.denominator, group)
             if not trainer.training:
                 return selection
             if named and END in named:
@@ -162,9 +162,6 @@ class EntropyTokenSelection(Callback):
                     metrics |= threshold_metrics(entropy, mask, chosen, self.selector, group)
                 log_metrics(trainer, {f"entropy/{name}": value for name, value in metrics.items()})
         return selection
-
-    def _seed(self) -> int:
-        return self.seed.value if self.selector == "random" else 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed.settled}

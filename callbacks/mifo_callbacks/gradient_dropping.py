@@ -12,7 +12,7 @@ from mifo_callbacks.checks import require_fraction
 from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import zero_
-from mifo_callbacks.ownership import distinct, set_up
+from mifo_callbacks.ownership import distinct
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import local, require_visible_weights, shard_like
@@ -57,9 +57,6 @@ class GradientDropping(PhaseCallback):
     @property
     def state_key(self) -> str:
         return distinct(self, self._generate_state_key(during=self.during))
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

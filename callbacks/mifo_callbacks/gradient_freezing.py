@@ -26,7 +26,7 @@ from mifo_callbacks.freezing_rules import (
 )
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
-from mifo_callbacks.ownership import claim, distinct, renew, set_up
+from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import local, require_visible_weights, shard_group, shard_like
@@ -107,24 +107,18 @@ class GradientFreezing(PhaseCallback):
         """Bool masks by parameter name, True where frozen, this rank's shards; empty outside the phase."""
         return self._masks
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         require_visible_weights(trainer, pl_module, "GradientFreezing")
-        if self.rule is not None and self.rule.needs_importance:
-            self._importance = self._find_importance(trainer)
+        self.preflight(trainer)
         claim(self, pl_module)
         if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
             self._freeze(trainer, pl_module)
 
     def preflight(self, trainer: Trainer, *rest: Any) -> None:
-        """Raise what `on_train_start` would for missing or late importance; needs nothing but the callbacks."""
-        if self.rule is not None and self.rule.needs_importance:
-            self._find_importance(trainer)
-
-    def _find_importance(self, trainer: Trainer) -> Importance:
+        """Find the importance that the rule needs, or raise if it is missing or late; looks at the callbacks alone."""
+        if self.rule is None or not self.rule.needs_importance:
+            return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         found = [c for c in callbacks if isinstance(c, Importance) and getattr(c, "measure", None) != self.during]
         if len(found) != 1:
@@ -139,7 +133,7 @@ class GradientFreezing(PhaseCallback):
                 f"{type(found[0]).__name__} stands after GradientFreezing in the list of callbacks; allowed: before "
                 "it, so that the map is complete when the mask is drawn"
             )
-        return found[0]
+        self._importance = found[0]
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         self._require_unmoved(pl_module)
@@ -194,10 +188,7 @@ class GradientFreezing(PhaseCallback):
         return shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self._masks:
-            return
-        params = [(p.grad, name) for name, p in pl_module.named_parameters() if name in self._masks]
-        found = [(grad, self._masks[name]) for grad, name in params if grad is not None]
+        found = [(p.grad, self._masks[name]) for name, p in self._frozen_weights(pl_module) if p.grad is not None]
         if not found:
             return
         norms = mask_gradients([local(grad) for grad, _ in found], [mask for _, mask in found])

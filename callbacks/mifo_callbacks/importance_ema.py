@@ -14,7 +14,7 @@ from mifo_callbacks.checks import require_choice
 from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.ownership import claim, distinct, renew, set_up
+from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.sharding import full_on_first_rank, local, require_visible_weights, shard_group, shard_like
 from mifo_callbacks.thresholds import ceil_share, kth_largest
@@ -71,10 +71,9 @@ class ImportanceEMA(PhaseCallback):
         self._map: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._unscored_said = False
-        # accumulate "step": the optimizer at work, whose weights `_start` holds for it, and whether it has stepped
+        # accumulate "step": the optimizer that is about to step, and the weights whose movement is not counted yet
         self._stepping: Optimizer | None = None
         self._pending: list[str] = []
-        self._moved = False
 
     @property
     def state_key(self) -> str:
@@ -84,9 +83,6 @@ class ImportanceEMA(PhaseCallback):
     def importance(self) -> dict[str, Tensor] | None:
         """C by parameter name, fp32, sharded like the parameters; None before the first C."""
         return self._map or None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        set_up(self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -107,7 +103,7 @@ class ImportanceEMA(PhaseCallback):
         if self.accumulate == "phase":
             self._update(pl_module, list(self._start))
         self._start.clear()
-        self._forget_step()
+        self._stepping, self._pending = None, []
         self._warn_of_unscored(pl_module)
         if self._map and trainer.loggers:
             log_metrics(trainer, {"importance/updates": self.updates} | importance_metrics(self._map))
@@ -131,7 +127,7 @@ class ImportanceEMA(PhaseCallback):
                 self._start[name] = params[name].detach().clone()
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._moved = True
+        self._stepping = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,12 +137,9 @@ class ImportanceEMA(PhaseCallback):
 
     def _measure_step(self, pl_module: LightningModule) -> None:
         """Count the last step, now that a `GradientFreezing` has put back what it holds, wherever it stands."""
-        if self._moved and self._pending:
+        if self._stepping is None and self._pending:
             self._update(pl_module, self._pending)
-            self._forget_step()
-
-    def _forget_step(self) -> None:
-        self._stepping, self._pending, self._moved = None, [], False
+            self._pending = []
 
     def _warn_of_unscored(self, pl_module: LightningModule) -> None:
         """Say once that a trainable parameter has no score."""

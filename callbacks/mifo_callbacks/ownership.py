@@ -4,11 +4,25 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 _set_up: WeakSet[Callback] = WeakSet()
 _trained: WeakKeyDictionary[Callback, "ref[LightningModule]"] = WeakKeyDictionary()  # beside the callbacks: a
 # weak reference in one of them could not be pickled
+
+
+class TrainerCallback(Callback):
+    """Base of the callbacks, which live on the hooks of a Trainer."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        _set_up.add(self)  # its Trainer has compared keys: from now on they are plain strings, as checkpoints need them
+
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        """Refuse a Fabric loop, which calls none of the other hooks."""
+        raise MisconfigurationException(
+            f"{type(self).__name__} lives on the hooks of lightning.pytorch.Trainer, which {type(fabric).__name__} "
+            "does not call; allowed: a Trainer"
+        )
 
 
 class _Key(str):
@@ -41,11 +55,6 @@ def distinct(callback: Callback, key: str) -> str:
     return own
 
 
-def set_up(callback: Callback) -> None:
-    """The callback's Trainer has compared keys: from now on they are plain strings, as checkpoints need them."""
-    _set_up.add(callback)
-
-
 def claim(callback: Callback, module: LightningModule) -> None:
     """Tie `callback` to the run of `module`, which it must be at the start of each fit.
 
@@ -65,11 +74,3 @@ def claim(callback: Callback, module: LightningModule) -> None:
 def renew(callback: Callback) -> None:
     """Its state has been replaced by that of a checkpoint, of whatever module."""
     _trained.pop(callback, None)
-
-
-def require_trainer(fabric: Any, callback: Callback) -> None:
-    """Refuse a Fabric loop, which calls none of the hooks that the callbacks live on."""
-    raise MisconfigurationException(
-        f"{type(callback).__name__} lives on the hooks of lightning.pytorch.Trainer, which {type(fabric).__name__} "
-        "does not call; allowed: a Trainer"
-    )

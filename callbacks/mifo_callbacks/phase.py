@@ -3,19 +3,19 @@
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from mifo_callbacks.contracts import NUMBER, PhaseOf, phase_number, phase_of
 from mifo_callbacks.logging import profiled
-from mifo_callbacks.ownership import require_trainer
+from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.sharding import trainable
 from mifo_callbacks.steps import StepListener
 
 
-class PhaseCallback(Callback):
+class PhaseCallback(TrainerCallback):
     """Base of the callbacks that act on phases: finds the phase of each batch and reports every change.
 
     A phase is its label and, where batches have one, the integer `batch["phase_number"]`: two phases of one
@@ -102,8 +102,7 @@ class PhaseCallback(Callback):
                     self.on_after_optimizer_step(trainer, pl_module, optimizer)
 
         self._close()
-        self._listener = StepListener(before, after)
-        self._listener.open(pl_module)
+        self._listener = StepListener(pl_module, before, after)
 
     def _close(self) -> None:
         if self._listener is not None:
@@ -150,9 +149,6 @@ class PhaseCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.release()
-
-    def on_after_setup(self, fabric: Any, module: Any) -> None:
-        require_trainer(fabric, self)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -6,42 +6,36 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 
 class StepListener:
-    """Calls `before` and `after` around every step of a torch optimizer on a module's weights, from `open` to `close`.
+    """Calls `before` and `after` around every step of a torch optimizer on a module's weights, until `close`.
 
     torch's hooks common to all optimizers are used, for the others miss steps: Lightning's `on_before_optimizer_step`
     those of `optimizers(use_pl_optimizer=False)`, hooks on `trainer.optimizers` those of optimizers that a module makes
-    or swaps in later. Between `open` and `close` lies one training batch, so that the steps with which torch fills an
-    optimizer's state for a checkpoint are not heard.
+    or swaps in later. It lives for one training batch, so that the steps with which torch fills an optimizer's
+    state for a checkpoint are not heard.
 
     Args:
+        module: Whose weights.
         before: Called with complete gradients before each step; several times where a closure is evaluated several
             times (LBFGS). Where Lightning makes the step it is called by `from_lightning`, ahead of clipping.
         after: Called after each step that was made, and whether Lightning made it and counts it.
     """
 
-    def __init__(self, before: Callable[[Optimizer], None], after: Callable[[Optimizer, bool], None]) -> None:
+    def __init__(
+        self, module: nn.Module, before: Callable[[Optimizer], None], after: Callable[[Optimizer, bool], None]
+    ) -> None:
         self._before, self._after = before, after
-        self._handles: list[RemovableHandle] = []
-        self._weights: set[int] = set()
+        self._weights = {id(p) for p in module.parameters()}
         self._running: Optimizer | None = None  # the outermost: an optimizer may be made of others
         self._prepared: Optimizer | None = None
-
-    def open(self, module: nn.Module) -> None:
-        """Begin to listen to steps on the parameters of `module`."""
-        self.close()
-        self._weights = {id(p) for p in module.parameters()}
         self._handles = [register_optimizer_step_pre_hook(self._pre), register_optimizer_step_post_hook(self._post)]
 
     def close(self) -> None:
         """Listen no more."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
-        self._running = self._prepared = None
 
     def from_lightning(self, optimizer: Optimizer) -> None:
         """Lightning's `on_before_optimizer_step`: unscaled gradients, not clipped yet."""

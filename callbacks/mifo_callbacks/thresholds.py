@@ -78,7 +78,8 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
             take -= histogram[bucket]
             bucket -= 1
         prefix, ties = prefix << bits | bucket, histogram[bucket]
-    return Cut(_value(prefix, order), prefix, take, ties)
+    value = _mirrored(torch.tensor(prefix, dtype=torch.int32), order).view(torch.float32).item()
+    return Cut(value, prefix, take, ties)
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None) -> float:
@@ -117,18 +118,15 @@ def _keys(scores: Tensor, order: Order) -> Iterator[Tensor]:
     if scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32")
     for chunk in torch.split(scores.reshape(-1), CHUNK):
-        bits = chunk.view(torch.int32)
-        if order == "largest":
-            yield bits
-        elif order == "smallest":
-            yield MAX_KEY - bits
-        else:
-            yield torch.where(bits == 0, 0, MAX_KEY - bits)
+        yield _mirrored(chunk.view(torch.int32), order)
 
 
-def _value(key: int, order: Order) -> float:
-    bits = key if order == "largest" or (order == "smallest_zero_last" and key == 0) else MAX_KEY - key
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+def _mirrored(bits: Tensor, order: Order) -> Tensor:
+    """The keys of int32 bits, and the bits of such keys: each is the mirror image of the other."""
+    if order == "largest":
+        return bits
+    mirrored = MAX_KEY - bits
+    return mirrored if order == "smallest" else torch.where(bits == 0, 0, mirrored)
 
 
 def _histogram(scores: Sequence[Tensor], order: Order, prefix: int, shift: int, bits: int) -> Tensor:

@@ -39,7 +39,11 @@ def select_tokens(
     seed: tuple[int, ...] = (0,),
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """Choose tokens by entropy as `choose_tokens` does, add the forced ones, and count the denominator.
+    """Choose tokens by entropy, add the forced ones, and count the denominator.
+
+    The count of the chosen ones comes from the scope and their order from the selector. "batch": ceil(fraction * n) of
+    the n valid tokens of all ranks. "sequence": ceil(fraction * n_i) of the n_i valid tokens of each sequence. "fixed":
+    as many as have an entropy of at least `threshold`. Ties are cut by position.
 
     Args:
         entropy: Entropy in nats, float [B, L]: all sequences of one optimizer step on this rank.
@@ -54,37 +58,7 @@ def select_tokens(
         group: Ranks that hold the other sequences of the step.
 
     Raises:
-        MisconfigurationException: If an entropy of a valid token is not finite.
-    """
-    chosen = choose_tokens(
-        entropy,
-        mask,
-        fraction=fraction,
-        selector=selector,
-        scope=scope,
-        threshold=threshold,
-        seed=seed,
-        group=group,
-    )
-    return with_forced(chosen, mask, forced, denominator, group)
-
-
-def choose_tokens(
-    entropy: Tensor,
-    mask: Tensor,
-    *,
-    fraction: float = 0.2,
-    selector: Selector = "top",
-    scope: Scope = "batch",
-    threshold: float | None = None,
-    seed: tuple[int, ...] = (0,),
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The chosen tokens, bool [B, L]; the count comes from the scope and the order from the selector.
-
-    "batch": ceil(fraction * n) of the n valid tokens of all ranks. "sequence": ceil(fraction * n_i) of the
-    n_i valid tokens of each sequence. "fixed": as many as have an entropy of at least `threshold`. Ties are
-    cut by position. Arguments and errors as in `select_tokens`.
+        MisconfigurationException: If shapes differ, or an entropy of a valid token is not finite.
     """
     if entropy.shape != mask.shape or entropy.dim() != 2 or mask.dtype != torch.bool:
         raise MisconfigurationException(
@@ -103,15 +77,16 @@ def choose_tokens(
         numbers = range(rank_in(group), len(counts) * len(mask), len(counts))
         noise = [random_scores((n,), *seed, i) for n, i in zip(mask.sum(1).tolist(), numbers, strict=True)]
         values = torch.cat([values.new_zeros(0, device="cpu"), *noise]).to(entropy.device)
-    chosen = torch.zeros_like(mask)
     if scope == "sequence":
         ranked = torch.zeros(mask.shape, device=mask.device)
         ranked[mask] = values
-        return _choose_per_sequence(ranked, mask, fraction, highest=selector != "bottom")
-    order: Order = "smallest" if selector == "bottom" else "largest"
-    k = reaching if scope == "fixed" else ceil_share(fraction, total)
-    chosen[mask] = top_mask([values], k, group, order)[0]
-    return chosen
+        chosen = _choose_per_sequence(ranked, mask, fraction, highest=selector != "bottom")
+    else:
+        order: Order = "smallest" if selector == "bottom" else "largest"
+        k = reaching if scope == "fixed" else ceil_share(fraction, total)
+        chosen = torch.zeros_like(mask)
+        chosen[mask] = top_mask([values], k, group, order)[0]
+    return with_forced(chosen, mask, forced, denominator, group)
 
 
 def _choose_per_sequence(scores: Tensor, mask: Tensor, fraction: float, highest: bool) -> Tensor:

@@ -20,7 +20,6 @@ from two_ranks import SCHEDULE, VARIANTS, run
 
 import mifo_callbacks
 from mifo_callbacks import collectives, select_tokens, top_mask
-from mifo_callbacks.buffer_phase_switch import gather_groups
 from mifo_callbacks.tokens import selection_metrics, threshold_metrics
 
 
@@ -99,7 +98,7 @@ def test_a_broken_entropy_on_one_rank_stops_all(tmp_path: Path) -> None:
 def test_groups_are_gathered_in_the_order_of_one_process(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         everything = [group(i) for i in range(5)]
-        assert gather_groups(everything[rank::2]) == everything
+        assert collectives.gather_dealt(everything[rank::2]) == everything
 
     in_two_processes(work, tmp_path)
 

@@ -50,12 +50,10 @@ class SaveConfig(SaveConfigCallback):
         for key, (_, taken) in trainer.datamodule.fitted.items():  # type: ignore[attr-defined]
             config[key.replace("buffer.", "buffer.init_args.")] = taken
         text = self.parser.dump(config, skip_none=False)
-        directory = run_dir(trainer)
-        directory.mkdir(parents=True, exist_ok=True)
-        if (
-            trainer.state.fn == TrainerFn.FITTING or not (directory / "config.yaml").exists()
-        ):  # else it is that of a fit
-            (directory / "config.yaml").write_text(text, encoding="utf-8")
+        path = run_dir(trainer) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if trainer.state.fn == TrainerFn.FITTING or not path.exists():  # else it is that of a fit
+            path.write_text(text, encoding="utf-8")
         if isinstance(trainer.logger, WandbLogger):
             trainer.logger.log_hyperparams(yaml.safe_load(text))
             Path(trainer.logger.experiment.dir, "mifo.yaml").write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """The configurations that travel with the package, by name: `tiny`, `methods/mifo`."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -28,11 +29,12 @@ def find(value: str) -> Path | None:
         InputError: It names a file that there is not; the line lists near names.
     """
     path = Path(value)
-    if _exists(path) and not path.is_dir():
+    exists = os.path.exists(path)  # unlike `path.exists()` False, no error, for what no path can be
+    if exists and not path.is_dir():
         return path
     if (name := value.removesuffix(".yaml")) in names():
         return CONFIGS / f"{name}.yaml"
-    if _exists(path):
+    if exists:
         return path
     if not NAME.fullmatch(value):
         return None
@@ -44,11 +46,3 @@ def _near(name: str) -> str:
     near = difflib.get_close_matches(name, names(), n=3)
     near += [known for known in names() if known.rpartition("/")[2] == name.rpartition("/")[2] and known not in near]
     return f"did you mean {' or '.join(near)}?" if near else f"packaged are {', '.join(names())}"
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such a path; what is none may be configuration itself."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False

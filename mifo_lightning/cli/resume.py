@@ -69,9 +69,7 @@ def prepare_files(trainer: Trainer, start: Start | None) -> None:
             set_aside(directory)
     for logger in loggers:
         if start is not None:
-            here = Path(logger.log_dir)
-            there = here if goes_on_here(trainer, here, start.path) else run_of(start.path)
-            carry(there / METRICS, here / METRICS, metrics_before, start.step)
+            carry(trainer, Path(logger.log_dir, METRICS), start.path, metrics_before, start.step)
         keep_rows(logger)
 
 
@@ -114,17 +112,14 @@ def newest(trainer: Trainer) -> Path:
     if not own:
         for logger in trainer.loggers:
             places += Path(logger.save_dir or root, str(logger.name)).glob("*/checkpoints")
-    found = {path.stat().st_mtime_ns: path for place in places for path in _checkpoints(place)}
+    paths = [place / name for place in places for name in (LAST, PREVIOUS)]
+    found = {path.stat().st_mtime_ns: path for path in paths if path.exists()}
     if not found:
         raise InputError(
             f"resume: no run with a checkpoint lies in {own or root}; begin one without --resume, or name a file with "
             "--ckpt_path"
         )
     return found[max(found)].with_name(LAST)
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    return [path for name in (LAST, PREVIOUS) if (path := directory / name).exists()]
 
 
 def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module: MifoModule, fit: bool) -> None:

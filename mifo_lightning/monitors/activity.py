@@ -9,9 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.common.errors import InputError
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 
 # configuration group, by its class -> activity
 CALLBACKS = {
@@ -74,10 +74,8 @@ class ActivityProfiler(Profiler):
         Args:
             callbacks: Those of the Trainer.
         """
-        totals: dict[str, float] = defaultdict(float)
-        for name, seconds in self.by_callback(callbacks).items():
-            if name in CALLBACKS:
-                totals[CALLBACKS[name]] += seconds
+        by_callback = self.by_callback(callbacks)
+        totals = defaultdict(float, {CALLBACKS[name]: s for name, s in by_callback.items() if name in CALLBACKS})
         for action, seconds in self.seconds.items():
             activity = next((a for part, a in ACTIVITIES.items() if part in action), None)
             if activity is not None:
@@ -88,7 +86,7 @@ class ActivityProfiler(Profiler):
 def group_class(callback: Callback) -> str:
     """Name of the class of the configuration group that a callback belongs to; a user's subclass counts there too."""
     ours = (c for c in type(callback).__mro__ if c.__module__.startswith(("mifo_callbacks.", "mifo_lightning.")))
-    found = next((c for c in ours if c not in (PhaseCallback, PhaseMonitor)), type(callback))
+    found = next((c for c in ours if c not in (TrainerCallback, PhaseCallback, PhaseMonitor)), type(callback))
     return found.__name__
 
 
@@ -103,8 +101,7 @@ class SecondsByActivity(Callback):
     """
 
     def __init__(self, every: int = 10) -> None:
-        if every < 1:
-            raise InputError(f"seconds.every: {every} is not allowed; it must be at least 1")
+        require_at_least(1, "seconds.every", every)
         self.every = every
 
     def on_train_batch_end(
@@ -113,7 +110,5 @@ class SecondsByActivity(Callback):
         """Log the sums."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, ActivityProfiler) and trainer.global_step % self.every == 0:
-            log_metrics(
-                trainer,
-                {f"seconds/{name}": value for name, value in profiler.by_activity(trainer.callbacks).items()},  # type: ignore[attr-defined]
-            )
+            seconds = profiler.by_activity(trainer.callbacks)  # type: ignore[attr-defined]
+            log_metrics(trainer, {f"seconds/{name}": value for name, value in seconds.items()})

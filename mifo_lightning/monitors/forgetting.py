@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
+from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 from mifo_lightning.monitors.trained import as_trained
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
@@ -34,10 +35,8 @@ class Forgetting(PhaseMonitor):
 
     def __init__(self, questions: int = 64, every: int = 0) -> None:
         super().__init__()
-        if questions < 1:
-            raise InputError(f"forgetting.questions: {questions} is not allowed; it must be at least 1")
-        if every < 0:
-            raise InputError(f"forgetting.every: {every} is not allowed; it must be at least 0")
+        require_at_least(1, "forgetting.questions", questions)
+        require_at_least(0, "forgetting.every", every)
         self.questions, self.every = questions, every
         self.responses = 0
         self._probe: dict[str, list[Question]] = {}  # this rank's
@@ -56,8 +55,7 @@ class Forgetting(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = {} if data is None else data.val_dataloader()
         self.preflight(trainer, sources)
-        rank, ranks = trainer.global_rank, trainer.world_size
-        self._probe = {source: load.questions[: self.questions][rank::ranks] for source, load in sources.items()}
+        self._probe = {s: self.deal(trainer, load.questions[: self.questions]) for s, load in sources.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure at a change of phase and every few RL steps."""
@@ -96,8 +94,8 @@ class Forgetting(PhaseMonitor):
         for source, questions in self._probe.items():
             mine = module.evaluator.greedy_correct(module.policy, questions)
             solved[source] = gather_dealt(mine.tolist())
-        if self._first and {s: len(v) for s, v in solved.items()} != {s: len(v) for s, v in self._first.items()}:
-            then, now = ({s: len(v) for s, v in found.items()} for found in (self._first, solved))
+        then, now = ({s: len(v) for s, v in found.items()} for found in (self._first, solved))
+        if self._first and then != now:
             raise InputError(
                 f"ckpt_path: forgetting has been measured on {then} validation questions and would now be on {now}; "
                 "keep data.val, data.holdout and forgetting.questions the same for a whole run"

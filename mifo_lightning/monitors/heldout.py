@@ -8,7 +8,7 @@ from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 from mifo_lightning.monitors.trained import as_trained
 
 
@@ -30,8 +30,7 @@ class HeldOutLoss(PhaseMonitor):
 
     def __init__(self, questions: int = 64) -> None:
         super().__init__()
-        if questions < 1:
-            raise InputError(f"heldout.questions: {questions} is not allowed; it must be at least 1")
+        require_at_least(1, "heldout.questions", questions)
         self.questions = questions
         self._edge: float | None = None  # the loss at the last change of phase
         self._probe: dict[str, list[Question]] = {}
@@ -47,9 +46,8 @@ class HeldOutLoss(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("heldout: takes its questions from a datamodule; the Trainer has none")
-        rank, ranks = trainer.global_rank, trainer.world_size
         self._probe = {
-            source: [q for q in loader.questions if q.demonstration][: self.questions][rank::ranks]
+            source: self.deal(trainer, [q for q in loader.questions if q.demonstration][: self.questions])
             for source, loader in data.val_dataloader().items()
         }
 

@@ -100,18 +100,12 @@ class _Recorder(Logger):
     """Hands everything logged on to a `History`; attached only while training runs, so that it names no directory."""
 
     immediate = True  # a line says where the run was when it was logged, also between two optimizer steps
+    name: str | None = None
+    version: str | None = None
 
     def __init__(self, history: History) -> None:
         super().__init__()
         self.history = history
-
-    @property
-    def name(self) -> str | None:
-        return None
-
-    @property
-    def version(self) -> str | None:
-        return None
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...

@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from mifo_lightning.monitors.run_dir import goes_on_here, run_of
 
 METRICS = ExperimentWriter.NAME_METRICS_FILE
 
@@ -35,8 +38,17 @@ def metrics_before(text: str, step: int) -> str:
     return kept.getvalue()
 
 
-def carry(source: Path, target: Path, keep: Callable[[str, int], str], step: int) -> None:
-    """Make `target` hold what `keep` leaves of `source`, which may be the same file; it is never there by half."""
+def carry(trainer: Trainer, target: Path, start: Path, keep: Callable[[str, int], str], step: int) -> None:
+    """Make `target` hold what `keep` leaves of the same file of the run that goes on; it is never there by half.
+
+    Args:
+        trainer: Of the run; it may go on in a directory of its own.
+        target: The file, in the directory where the run goes on.
+        start: The checkpoint that it goes on from.
+        keep: As `samples_before`.
+        step: Optimizer steps that were done.
+    """
+    source = target if goes_on_here(trainer, target.parent, start) else run_of(start) / target.name
     if source.is_file():
         with open(source, encoding="utf-8", newline="") as file:
             text = keep(file.read(), step)

@@ -59,7 +59,8 @@ def model_card(
         f"- Versions: {', '.join(f'{name} {version(name)}' for name in PACKAGES)}, Python {platform.python_version()}",
     ]
     parts = [f"# {escaped(Path(model['model']).name)}, trained with mifo-lightning", "\n".join(lines)]
-    parts += ["## Data", _table(["split", "source", "questions", "with demonstration"], _counted(counts))]
+    counted = [[split, source, *n] for split, sources in counts.items() for source, n in sources.items()]
+    parts += ["## Data", _table(["split", "source", "questions", "with demonstration"], counted)]
     if after:
         metrics, rows = comparison(before, after)
         cells = [[name, *(values.get(metric, "") for metric in metrics)] for name, values in rows.items()]
@@ -115,12 +116,6 @@ def _system(prompt: str | None) -> str:
     return f", with the system message {escaped(prompt)!r} where a conversation brings none"
 
 
-def _counted(counts: Counts) -> list[list[object]]:
-    return [[split, name, *n] for split, sources in counts.items() for name, n in sources.items()]
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(x if x == "---" else escaped(x) for x in map(str, line)) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)

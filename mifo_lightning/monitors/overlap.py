@@ -28,12 +28,6 @@ class FrozenOverlap(PhaseMonitor):
     def __init__(self) -> None:
         super().__init__()
         self._shares: list[list[float]] = []  # of each optimizer step of the running phase
-        self._due = False
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look for SFT steps."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._due = batch["phase"] == "sft"
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last phase."""
@@ -43,7 +37,7 @@ class FrozenOverlap(PhaseMonitor):
         """Measure the step's gradient; masks are applied later, in `on_before_optimizer_step`."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         masks = next((c.masks for c in callbacks if isinstance(c, GradientFreezing) and c.masks), None)
-        if self._due and masks is not None:
+        if self._current == "sft" and masks is not None:
             with self.timed():
                 gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
                 self._shares.append(frozen_shares(gradients, masks))

@@ -6,11 +6,10 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from mifo_callbacks.collectives import sum_ranks
+from mifo_callbacks.collectives import gather_dealt, sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, gather_dealt
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Sequences
@@ -36,8 +35,7 @@ class PhaseKL(PhaseMonitor):
 
     def __init__(self, prompts: int = 32) -> None:
         super().__init__()
-        if prompts < 1:
-            raise InputError(f"phase_kl.prompts: {prompts} is not allowed; it must be at least 1")
+        require_at_least(1, "phase_kl.prompts", prompts)
         self.prompts = prompts
         self._probe: list[Question] = []  # this rank's
         self._responses: list[list[int]] = []  # to the questions of all ranks
@@ -49,7 +47,7 @@ class PhaseKL(PhaseMonitor):
         questions: list[Question] = trainer.train_dataloader.questions  # type: ignore[union-attr]
         key = as_trained(pl_module, "phase_kl").responder.key
         ranked = sorted(questions, key=lambda q: key("phase_kl", q.id))
-        self._probe = self._mine(trainer, ranked[: self.prompts])
+        self._probe = self.deal(trainer, ranked[: self.prompts])
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and score one response to each prompt."""
@@ -65,9 +63,9 @@ class PhaseKL(PhaseMonitor):
 
     def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any]:
         """Score the same responses again."""
-        responses = self._mine(trainer, self._responses)
+        responses = self.deal(trainer, self._responses)
         after = self._score(as_trained(pl_module, "phase_kl"), responses)
-        before = _padded(self._mine(trainer, self._before)).to(after)
+        before = _padded(self.deal(trainer, self._before)).to(after)
         mask = _padded([[1.0] * len(r) for r in responses]).to(after).bool()
         counts = [mask.sum(), torch.tensor(len(mask), device=mask.device)]
         k3, plain, tokens, n = (float(x) for x in sum_ranks([*kl_sums(before, after, mask), *counts]))
@@ -84,9 +82,6 @@ class PhaseKL(PhaseMonitor):
             pad = padding(module.tokenizer)
             sequences = Sequences.pack([q.prompt for q in self._probe], responses, pad).to(policy.device)
             return score_without_gradient(policy, sequences, module.sampling.temperature)[0]
-
-    def _mine(self, trainer: Trainer, items: list[Any]) -> list[Any]:
-        return items[trainer.global_rank :: trainer.world_size]
 
     def own_state(self) -> dict[str, Any]:
         """The responses of the running phase and their scores when it began."""

@@ -4,14 +4,20 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning import LightningModule, Trainer
 
-from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.common.errors import Interrupted
+from mifo_lightning.common.errors import InputError, Interrupted
+
+T = TypeVar("T")
+
+
+def require_at_least(least: int, key: str, value: int) -> None:
+    """Raise an InputError if the `value` of the setting `key` is smaller."""
+    if value < least:
+        raise InputError(f"{key}: {value} is not allowed; it must be at least {least}")
 
 
 class PhaseMonitor(PhaseCallback):
@@ -86,6 +92,10 @@ class PhaseMonitor(PhaseCallback):
             where = {"phase": phase, "number": self._numbers[phase], "rl_step": self._rl_step}
             self.phases.append(where | found)
 
+    def deal(self, trainer: Trainer, items: list[T]) -> list[T]:
+        """This rank's items, every R-th of R ranks; `gather_dealt` takes them back."""
+        return items[trainer.global_rank :: trainer.world_size]
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Add the wall seconds of the block to `seconds`."""
@@ -124,8 +134,3 @@ class PhaseMonitor(PhaseCallback):
         self._numbers, self._rl_step = dict(state_dict["numbers"]), state_dict["rl_step"]
         self._begins = state_dict.get("begins", False)
         self.load_own_state(state_dict["own"])
-
-
-def gather_dealt(mine: list[Any]) -> list[Any]:
-    """Items of all ranks in their common order, rank r holding every R-th from r; none is None; collective."""
-    return [item for row in zip_longest(*gather_ranks(mine)) for item in row if item is not None]

@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.common.errors import InputError
@@ -36,7 +36,6 @@ class PhaseProgress(ProgressBar):
         self.lines, self.seconds = lines, seconds
         self._console = Console()
         self._progress: Progress | None = None
-        self._task: TaskID | None = None
         self._printed = 0
         self._enabled = True
         self._decoding = DecodingView("rollout")
@@ -64,23 +63,27 @@ class PhaseProgress(ProgressBar):
 
     def _hear(self, far: Decoded) -> None:
         now = time.perf_counter()
-        begins = self._decoding.hear(far, now)
-        if begins:
+        if self._decoding.hear(far, now):
             self._shown = now
-        if self._progress is not None and self._task is not None:
-            if now - self._shown > TICK:
-                self._shown = now
-                self._progress.update(self._task, description=self._decoding.text(now))
-        elif now - self._shown > self.seconds:
+        if now - self._shown > (self.seconds if self._progress is None else TICK):
             self._shown = now
-            self._console.print(f"      {self._decoding.text(now)}", highlight=False, soft_wrap=True)
+            text = self._decoding.text(now)
+            if not self._update(description=text):
+                self._console.print(f"      {text}", highlight=False, soft_wrap=True)
 
     def _open(self, total: float) -> None:
         if self._enabled and self._console.is_terminal and self._progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
             self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
             self._progress.start()
-            self._task = self._progress.add_task("", total=total)
+            self._progress.add_task("", total=total)
+
+    def _update(self, **changes: Any) -> bool:
+        """Change the bar; whether one is open."""
+        if self._progress is None:
+            return False
+        self._progress.update(self._progress.task_ids[0], **changes)
+        return True
 
     def _close(self) -> None:
         if self._progress is not None:
@@ -99,51 +102,31 @@ class PhaseProgress(ProgressBar):
             return
         share = progress_share(trainer)
         text = describe(trainer, pl_module, batch)
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=text, completed=share)
-        elif share * self.lines >= self._printed + 1:
+        if not self._update(description=text, completed=share) and share * self.lines >= self._printed + 1:
             self._printed = int(share * self.lines)
             self._console.print(f"{share:4.0%}  {text}", highlight=False, soft_wrap=True)
 
-    def _begin_evaluation(self, batches: list[int | float]) -> None:
-        self._decoding = DecodingView("evaluation", sum(batches))
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar, unless that of training is open."""
+        batches = sum(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        self._decoding = DecodingView("evaluation", batches)
         self._shown = time.perf_counter()
         self._own_bar = self._progress is None  # amid training its bar is open
-        self._open(sum(batches))
+        self._open(batches)
 
-    def _end_batch(self) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, *rest: Any, **named: Any) -> None:
+        """Count it."""
         self._decoding.batches += 1
-        if self._own_bar and self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._decoding.batches)
+        if self._own_bar:
+            self._update(completed=self._decoding.batches)
 
-    def _end_evaluation(self) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar, unless it is that of training."""
         self._decoding = DecodingView("rollout")
         if self._own_bar:
             self._close()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a bar, unless that of training is open."""
-        self._begin_evaluation(trainer.num_val_batches)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As validation."""
-        self._begin_evaluation(trainer.num_test_batches)
-
-    def on_validation_batch_end(self, trainer: Trainer, *rest: Any, **named: Any) -> None:
-        """Count it."""
-        self._end_batch()
-
-    def on_test_batch_end(self, trainer: Trainer, *rest: Any, **named: Any) -> None:
-        """Count it."""
-        self._end_batch()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar, unless it is that of training."""
-        self._end_evaluation()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As validation."""
-        self._end_evaluation()
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
@@ -165,22 +148,22 @@ class DecodingView:
     def __init__(self, name: str, of: float | None = None) -> None:
         self.name, self.of = name, of
         self.batches = 0
-        self._far: Decoded | None = None
+        self._far = Decoded(0, 0, 0, 0, 0)
         self._began, self._tokens = time.perf_counter(), 0  # of this activity, before the present call
 
     def hear(self, far: Decoded, now: float) -> bool:
         """Take note; whether a new activity begins with it."""
-        if far.tokens == 0:
-            if self.of is None:
-                self._began, self._tokens = now, 0
-            elif self._far is not None:
-                self._tokens += self._far.tokens
+        begins = far.tokens == 0 and self.of is None
+        if begins:
+            self._began, self._tokens = now, 0
+        elif far.tokens == 0:
+            self._tokens += self._far.tokens
         self._far = far
-        return far.tokens == 0 and self.of is None
+        return begins
 
     def text(self, now: float) -> str:
         """One line: batches, responses, tokens of the longest one, tokens per second of this process."""
-        far = self._far or Decoded(0, 0, 0, 0, 0)
+        far = self._far
         speed = (self._tokens + far.tokens) / max(now - self._began, 1e-9)
         batches = "" if self.of is None else f" batch {self.batches + 1} of {self.of:g},"
         return (

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from mifo_lightning.monitors.kept_rows import carry, samples_before
-from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of
+from mifo_lightning.monitors.run_dir import run_dir
 
 FILE = "samples.jsonl"
 COLUMNS: list[str | int] = ["step", "stage", "source", "prompt", "response", "truth", "reward"]
@@ -30,11 +30,8 @@ class SampleTable(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that goes on keeps the samples from before its checkpoint: what came after will come again."""
-        start = trainer.ckpt_path
-        if start is not None and trainer.is_global_zero:
-            here = run_dir(trainer)
-            there = here if goes_on_here(trainer, here, start) else run_of(Path(start))
-            carry(there / FILE, here / FILE, samples_before, trainer.global_step)
+        if trainer.ckpt_path is not None and trainer.is_global_zero:
+            carry(trainer, run_dir(trainer) / FILE, Path(trainer.ckpt_path), samples_before, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,39 +42,27 @@ class SampleTable(Callback):
             self._show(trainer)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first responses of each source."""
-        if not trainer.sanity_checking:
-            self._keep_first(trainer, "val", outputs["samples"], *where, **named)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *where: Any, **named: Any
-    ) -> None:
-        """Keep the first responses of each source."""
-        self._keep_first(trainer, "test", outputs["samples"], *where, **named)
+        if trainer.sanity_checking:
+            return
+        kept = self._kept.get(dataloader_idx, 0) if batch_idx else 0
+        chosen = outputs["samples"][: self.per_evaluation - kept]
+        self._kept[dataloader_idx] = kept + len(chosen)
+        self._keep(trainer, "test" if trainer.testing else "val", chosen)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show them beside the metrics, which Lightning logs next."""
         self._show(trainer)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As validation."""
-        self._show(trainer)
-
-    def _keep_first(
-        self,
-        trainer: Trainer,
-        stage: str,
-        samples: list[dict[str, Any]],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        kept = self._kept.get(dataloader_idx, 0) if batch_idx else 0
-        chosen = samples[: self.per_evaluation - kept]
-        self._kept[dataloader_idx] = kept + len(chosen)
-        self._keep(trainer, stage, chosen)
+    on_test_batch_end, on_test_epoch_end = on_validation_batch_end, on_validation_epoch_end
 
     def _keep(self, trainer: Trainer, stage: str, samples: list[dict[str, Any]]) -> None:
         if not trainer.is_global_zero or not samples:
