@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mifo_callbacks.tokens import select_tokens
-from mifo_lightning.losses import token_scores as scoring
 from mifo_lightning.losses.advantages import ADVANTAGES, GroupMean, GroupStd, LeaveOneOut
 from mifo_lightning.losses.sft import mean_over, sft_loss
 from mifo_lightning.losses.sft_weights import SFTWeightName, as_sft_weight
+from mifo_lightning.policy import token_scores as scoring
 from mifo_lightning.policy.token_scores import token_scores
 
 
