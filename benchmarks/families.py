@@ -206,7 +206,7 @@ def judge(model: PreTrainedModel, directory: Path) -> tuple[str, str]:
         tokenizer = load_tokenizer("embedded")
         model.save_pretrained(directory)
         policy = load_policy(str(directory))
-        responder = Responder(InProcessEngine(), tokenizer, LastAnswerReward(), 1.0, Seed(0))
+        responder = Responder(InProcessEngine(), tokenizer, LastAnswerReward(), 1.0, Seed(0, "seed"))
         self_check(responder, policy, PROMPTS, Sampling())
         worst = worst_difference(policy, tokenizer)
     except InputError as error:

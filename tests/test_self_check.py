@@ -56,7 +56,7 @@ class Broken(InProcessEngine):
 def check(engine: Any, policy: Policy, tokenizer: Any, low: bool = False) -> dict[str, float]:
     if low:
         policy.numerics = partial(torch.autocast, "cpu", torch.bfloat16)
-    responder = Responder(engine, tokenizer, LastAnswerReward(), 1.0, Seed(0))
+    responder = Responder(engine, tokenizer, LastAnswerReward(), 1.0, Seed(0, "seed"))
     return self_check(responder, policy, PROMPTS, Sampling(max_new_tokens=14), mixed=low)
 
 
