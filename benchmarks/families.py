@@ -18,12 +18,15 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from mifo_callbacks import Seed
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
 from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.self_check import EXACT, self_check
 
 LIMIT = 240  # seconds a family may take; most take two
@@ -203,7 +206,8 @@ def judge(model: PreTrainedModel, directory: Path) -> tuple[str, str]:
         tokenizer = load_tokenizer("embedded")
         model.save_pretrained(directory)
         policy = load_policy(str(directory))
-        self_check(InProcessEngine(), policy, tokenizer, PROMPTS, Sampling())
+        responder = Responder(InProcessEngine(), tokenizer, LastAnswerReward(), 1.0, Seed(0, "seed"))
+        self_check(responder, policy, PROMPTS, Sampling())
         worst = worst_difference(policy, tokenizer)
     except InputError as error:
         return "refused", str(error).replace(str(directory), "DIRECTORY")

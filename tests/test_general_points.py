@@ -10,8 +10,8 @@ import pytest
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.general_points import RANKS, RULES, GeneralPoints, solutions, values, ways
 from mifo_lightning.data.source import Row, Split
-from mifo_lightning.rewards.base import score
 from mifo_lightning.rewards.points import PointsReward
+from mifo_lightning.rewards.scoring import score
 
 BOTH = list(RULES)
 SPLITS: list[Split] = ["train", "val", "test"]

@@ -17,8 +17,8 @@ import pytest
 from processes import alive, children, linux, within
 
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.rewards.base import score
 from mifo_lightning.rewards.math_reward import MathReward
+from mifo_lightning.rewards.scoring import score
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"  # one C call that holds the interpreter for hours
 DATA = Path(os.environ.get("MIFO_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rewards.scoring import score
 
 
 @pytest.mark.parametrize(

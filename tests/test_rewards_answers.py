@@ -9,11 +9,12 @@ import pytest
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.answer_format import readings
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.choice import ChoiceReward
 from mifo_lightning.rewards.code import CodeReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward
+from mifo_lightning.rewards.scoring import score
 
 BOXED = r"Put the answer into \boxed{}."
 

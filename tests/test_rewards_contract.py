@@ -14,11 +14,12 @@ from own_rewards import echo_late
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch, check_success_threshold, grade_answers
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward
+from mifo_lightning.rewards.scoring import score
 from mifo_lightning.rewards.weighted import FormatReward, OverlongPenalty, WeightedRewards
 
 QUESTIONS = [

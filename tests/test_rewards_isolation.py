@@ -23,9 +23,10 @@ from mifo_lightning.checkpoints import interruption
 from mifo_lightning.common.errors import InputError, Interrupted
 from mifo_lightning.common.question import Question
 from mifo_lightning.rewards import isolation
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.grading import FailureWatch, grade_answers, sum_up
+from mifo_lightning.rewards.scoring import score
 from mifo_lightning.rewards.weighted import FormatReward, WeightedRewards
 
 
@@ -232,7 +233,7 @@ def test_a_keyboard_interrupt_is_the_user_s_unless_a_handler_takes_ctrl_c() -> N
 def test_the_child_ends_with_its_parent(deed: str) -> None:
     program = (
         "import sys, own_rewards\n"
-        "from mifo_lightning.rewards.base import score\n"
+        "from mifo_lightning.rewards.scoring import score\n"
         "from mifo_lightning.rewards.function import FunctionReward\n"
         "reward = FunctionReward(own_rewards.obey, timeout=2.0)\n"
         "print(int(score(reward, ['who'], [''])[0]), flush=True)\n"

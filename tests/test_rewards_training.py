@@ -21,9 +21,10 @@ from mifo_lightning.common.question import Question
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.policy.policy import Policy
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rewards.scoring import score
 from mifo_lightning.rewards.weighted import OverlongPenalty, WeightedRewards
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, Evaluator

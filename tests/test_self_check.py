@@ -11,6 +11,7 @@ from conftest import make_data, make_module, weights
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mifo_callbacks import Seed
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.schedule import Schedule
@@ -18,9 +19,11 @@ from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.history import History
 from mifo_lightning.policy.loading import check_vocabulary, positions
 from mifo_lightning.policy.policy import Policy
+from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.evaluation import Evaluation, EvaluationSampling
 from mifo_lightning.rollout.in_process import InProcessEngine
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.self_check import self_check, unequal_prompts
 from mifo_lightning.steps.guards import check_lengths, warn_of_long_demonstrations
 
@@ -53,7 +56,8 @@ class Broken(InProcessEngine):
 def check(engine: Any, policy: Policy, tokenizer: Any, low: bool = False) -> dict[str, float]:
     if low:
         policy.numerics = partial(torch.autocast, "cpu", torch.bfloat16)
-    return self_check(engine, policy, tokenizer, PROMPTS, Sampling(max_new_tokens=14), mixed=low)
+    responder = Responder(engine, tokenizer, LastAnswerReward(), 1.0, Seed(0, "seed"))
+    return self_check(responder, policy, PROMPTS, Sampling(max_new_tokens=14), mixed=low)
 
 
 def test_a_right_engine_passes_in_both_precisions(policy: Policy, tokenizer: Any) -> None:

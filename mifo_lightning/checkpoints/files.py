@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from torch.utils._pytree import tree_leaves
 
 from mifo_lightning.common.errors import InputError, TrainingError
 
@@ -115,20 +116,8 @@ def unwritten(path: Path, error: OSError, needed: int) -> str:
 
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in nested dictionaries and lists, what they share counted once."""
-    sizes: dict[int, int] = {}
-
-    def visit(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            sizes[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            for part in item.values():
-                visit(part)
-        elif isinstance(item, (list, tuple)):
-            for part in item:
-                visit(part)
-
-    visit(value)
-    return sum(sizes.values())
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def existing(path: Path) -> Path:

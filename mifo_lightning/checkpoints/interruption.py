@@ -157,26 +157,21 @@ def handled(arguments: Sequence[str]) -> Iterator[None]:
     Args:
         arguments: Of the command line.
     """
-    with noted(), _ended_by_one_line(arguments):
-        yield
-
-
-@contextmanager
-def _ended_by_one_line(arguments: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except Interrupted as stop:
-        end_others(LAST_WORDS if stop.together else 0.0)
-        if _started_by_lightning():
-            if not stop.together:
-                _tell_first(stop.signum)
-            raise SystemExit(0) from None  # Lightning kills the first rank, at its last words, for any other status
-        if is_first():
-            print(last_line(stop, arguments), file=sys.stderr, flush=True)
-        raise SystemExit(128 + stop.signum) from None
-    except Exception:
-        end_others(SOON)  # a rank that fails alone is waited for in a collective
-        raise
+    with noted():
+        try:
+            yield
+        except Interrupted as stop:
+            end_others(LAST_WORDS if stop.together else 0.0)
+            if _started_by_lightning():
+                if not stop.together:
+                    _tell_first(stop.signum)
+                raise SystemExit(0) from None  # Lightning kills the first rank, at its last words, for any other status
+            if is_first():
+                print(last_line(stop, arguments), file=sys.stderr, flush=True)
+            raise SystemExit(128 + stop.signum) from None
+        except Exception:
+            end_others(SOON)  # a rank that fails alone is waited for in a collective
+            raise
 
 
 def _tell_first(signum: int) -> None:

@@ -1,7 +1,6 @@
 """The chat template: read from a file or a text, rendered with the date of the run, checked to show every message."""
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import cached_property
@@ -55,12 +54,7 @@ class ChatTemplate:
 
     def check_bounded(self, messages: Messages, where: str) -> None:
         """Raise an InputError that begins with `where` if rendering does not end, or takes more than memory holds."""
-
-        def render() -> None:
-            with suppress(InputError):
-                self.render(messages, where)
-
-        if not ends(render, CPU, WALL, MEMORY):
+        if not ends(lambda: self.render(messages, where), CPU, WALL, MEMORY):
             raise InputError(
                 f"{where}: the chat template does not end within {CPU} s and {MEMORY >> 20} MiB; "
                 "set data.prompts.chat_template to another"

@@ -7,16 +7,12 @@ import copy
 import math
 import reprlib
 import signal
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mifo_lightning.common.errors import InputError
-
-if TYPE_CHECKING:
-    from mifo_lightning.rewards.base import Reward
-
-Context = Mapping[str, Sequence[Any]]
+from mifo_lightning.rewards.base import Context, Reward
 
 
 class Failure(NamedTuple):
@@ -33,7 +29,7 @@ class Outcome(NamedTuple):
     components: dict[str, list[float]]
 
 
-def attempt(reward: "Reward", responses: list[str], truths: list[str], wanted: Context) -> Outcome | Failure:
+def attempt(reward: Reward, responses: list[str], truths: list[str], wanted: Context) -> Outcome | Failure:
     """Call a reward in this process with copies of all lists, which it may change or keep.
 
     Args:

@@ -53,10 +53,25 @@ class FunctionReward(Reward):
             scores: list[float] = self.function(**wanted)
             return scores
         rows = [{key: [values[i]] for key, values in wanted.items()} for i in range(len(responses))]
-        late = TimeoutError(f"{self.name} took more than {self.timeout} s")
-        work = _gather(self.function, rows, self.timeout, self.concurrency, late)
         with ThreadPoolExecutor(1) as pool:  # this thread may have a running loop, as in a notebook
-            return pool.submit(asyncio.run, work).result()
+            return pool.submit(asyncio.run, self._gather(rows)).result()
+
+    async def _gather(self, rows: list[dict[str, Any]]) -> list[Any]:
+        """What the coroutine function returns for each row, or the exception that it ended in."""
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def one(row: dict[str, Any]) -> Any:
+            async with gate:
+                value = await self.function(**row)
+            return value[0] if isinstance(value, Sequence) else value
+
+        tasks = [asyncio.create_task(one(row)) for row in rows]
+        _, late = await asyncio.wait(tasks, timeout=self.timeout)
+        for task in late:
+            task.cancel()
+        values = await asyncio.gather(*tasks, return_exceptions=True)
+        too_late = TimeoutError(f"{self.name} took more than {self.timeout} s")
+        return [too_late if isinstance(value, asyncio.CancelledError) else value for value in values]
 
 
 def as_reward(reward: Reward | Callable[..., Any]) -> Reward:
@@ -70,26 +85,3 @@ def as_reward(reward: Reward | Callable[..., Any]) -> Reward:
     if isinstance(reward, type) or not callable(reward):
         raise InputError(f"reward: {reward!r:.120} is not allowed; it must be an object of a Reward, or a function")
     return FunctionReward(reward)
-
-
-async def _gather(
-    function: Callable[..., Any],
-    rows: list[dict[str, Any]],
-    timeout: float | None,
-    concurrency: int,
-    too_late: TimeoutError,
-) -> list[Any]:
-    """What the coroutine function returns for each row, or the exception that it ended in."""
-    gate = asyncio.Semaphore(concurrency)
-
-    async def one(row: dict[str, Any]) -> Any:
-        async with gate:
-            value = await function(**row)
-        return value[0] if isinstance(value, Sequence) else value
-
-    tasks = [asyncio.create_task(one(row)) for row in rows]
-    _, late = await asyncio.wait(tasks, timeout=timeout)
-    for task in late:
-        task.cancel()
-    values = await asyncio.gather(*tasks, return_exceptions=True)
-    return [too_late if isinstance(value, asyncio.CancelledError) else value for value in values]

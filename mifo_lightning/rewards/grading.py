@@ -9,7 +9,8 @@ from mifo_callbacks.collectives import gather_ranks
 from mifo_lightning.checkpoints import interruption
 from mifo_lightning.common.errors import InputError, Interrupted
 from mifo_lightning.common.question import Question
-from mifo_lightning.rewards.base import Reward, score
+from mifo_lightning.rewards.base import Reward
+from mifo_lightning.rewards.scoring import score
 
 
 class Scores(NamedTuple):

@@ -1,13 +1,11 @@
 """User code in a child process: what hangs is killed, and what exits or crashes ends the child and not the run."""
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mifo_lightning.rewards.attempt import Context, Failure, Outcome, attempt
+from mifo_lightning.rewards.attempt import Failure, Outcome, attempt
+from mifo_lightning.rewards.base import Context, Reward
 from mifo_lightning.rewards.child import START_SECONDS, Child, ChildDied
-
-if TYPE_CHECKING:
-    from mifo_lightning.rewards.base import Reward
 
 WORKER = "mifo_lightning.rewards.worker"
 GRACE = 1.0  # seconds in which a reward may close what it holds
@@ -18,7 +16,7 @@ inside = False  # whether this process is such a child: what a reward calls ther
 
 
 def run(
-    reward: "Reward", responses: list[str], truths: list[str], wanted: Context, limit: float | None
+    reward: Reward, responses: list[str], truths: list[str], wanted: Context, limit: float | None
 ) -> Outcome | Failure:
     """Call a reward, in its child process unless its `isolate` is false or it cannot be sent there.
 
@@ -38,7 +36,7 @@ def run(
     return isolation.run(reward, responses, truths, wanted, limit)
 
 
-def release(reward: "Reward") -> None:
+def release(reward: Reward) -> None:
     """Close a reward in the process in which it was called, and end its child."""
     isolation = vars(reward).get("isolation")
     if isolation is None or isolation.refused:
@@ -47,7 +45,7 @@ def release(reward: "Reward") -> None:
         isolation.child.close()  # before it ends it calls `close`
 
 
-def state_of(reward: "Reward") -> dict[str, Any]:
+def state_of(reward: Reward) -> dict[str, Any]:
     """What a reward was made with and has been assigned since, without what is counted of it."""
     return {name: value for name, value in vars(reward).items() if name not in OURS}
 
@@ -69,7 +67,7 @@ class Isolation:
         return Isolation, ()
 
     def run(
-        self, reward: "Reward", responses: list[str], truths: list[str], wanted: Context, limit: float | None
+        self, reward: Reward, responses: list[str], truths: list[str], wanted: Context, limit: float | None
     ) -> Outcome | Failure:
         """As `isolation.run`; in this process where the reward cannot be sent."""
         try:
@@ -100,14 +98,14 @@ class Isolation:
             raise outcome
         return outcome
 
-    def _send(self, reward: "Reward") -> None:
+    def _send(self, reward: Reward) -> None:
         """Start a child with a copy of the reward."""
         self._sent = state_of(reward)
         problem = self.child.ask(("load", pickle.dumps(reward), None), START_SECONDS)
         if problem is not None:
             self._refuse(reward, problem)
 
-    def _refuse(self, reward: "Reward", why: str) -> None:
+    def _refuse(self, reward: Reward, why: str) -> None:
         self.refused = True
         self.child.close()
         from lightning.pytorch.utilities import rank_zero_warn  # the child must not import it

@@ -10,7 +10,8 @@ import logging
 import re
 import signal
 import sys
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,6 +42,20 @@ def parse_truth(truth: str) -> list[Any]:
     return readings
 
 
+def one_holds(checks: Iterable[Callable[[], bool]]) -> bool:
+    """Whether one of several checks holds; if none does, the last exception of any is raised."""
+    problem: Exception | None = None
+    for check in checks:
+        try:
+            if check():
+                return True
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return False
+
+
 def grade(text: str, truth: str, relations: bool = False) -> bool:
     r"""Whether the final answer in `text` equals `truth`.
 
@@ -54,37 +69,17 @@ def grade(text: str, truth: str, relations: bool = False) -> bool:
     Raises:
         Exception: A comparison failed and none of the others succeeded.
     """
-    problem: Exception | None = None
     answers = parse(text, parsing_timeout=None, raise_on_error=True)
     golds = parse_truth(truth)
     if other_base(truth, answers):
         return False
     options: dict[str, Any] = {"timeout_seconds": None, "raise_on_error": True, "allow_set_relation_comp": relations}
-    for gold in golds:
-        for answer in answers:
-            # One pair a call: `verify` on the lists would either hide an exception or stop at the first.
-            try:
-                if verify(gold, answer, **options) and not apart(gold, answer):
-                    return True
-            except Exception as error:
-                problem = error
-    if problem is not None:
-        raise problem
-    return False
 
+    def equal(gold: Any, answer: Any) -> bool:
+        return verify(gold, answer, **options) and not apart(gold, answer)
 
-def grade_any(texts: list[str], truth: str, relations: bool) -> bool:
-    """Whether one of several readings of a response equals `truth`; raises as `grade` if none does."""
-    problem: Exception | None = None
-    for text in texts:
-        try:
-            if grade(text, truth, relations):
-                return True
-        except Exception as error:
-            problem = error
-    if problem is not None:
-        raise problem
-    return False
+    # One pair a call: `verify` on the lists would either hide an exception or stop at the first.
+    return one_holds(partial(equal, gold, answer) for gold in golds for answer in answers)
 
 
 def serve(connection: Connection, timeout: float) -> None:
@@ -99,7 +94,7 @@ def serve(connection: Connection, timeout: float) -> None:
         # Should the parent die during this check: the kernel's alarm, without a handler, ends even a C call.
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_FACTOR * timeout)
         try:
-            verdict: bool | str = grade_any(texts, truth, relations)
+            verdict: bool | str = one_holds(partial(grade, text, truth, relations) for text in texts)
         except Exception as error:
             verdict = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)

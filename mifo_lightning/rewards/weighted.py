@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.rewards.base import Reward, checked_timeout, score
+from mifo_lightning.rewards.base import Reward, checked_timeout
 from mifo_lightning.rewards.isolation import release
+from mifo_lightning.rewards.scoring import score
 
 
 class WeightedRewards(Reward):

@@ -113,12 +113,11 @@ class Graded:
     def describe(self, device: torch.device) -> dict[str, float]:
         """Means over the responses of all ranks; collective."""
         flat = [c for group in self.completions for c in group]
-        tokens = sum(len(c.tokens) for c in flat)
         sums = {
             "reward": float(self.rewards.sum()),
             "correct": float(self.correct.sum()),
             "truncated": float(sum(not c.finished for c in flat)),
-            "length": float(tokens),
+            "length": float(sum(len(c.tokens) for c in flat)),
             "entropy": -sum(sum(c.logp) for c in flat),
             "groups_without_signal": float((~self.differ).sum()),
             "responses": float(len(flat)),
@@ -126,15 +125,11 @@ class Graded:
         }
         parts = {f"reward/{name}": float(values.sum()) for name, values in self.components.items()}
         sums |= parts
-        keys = list(sums)
-        totals = dict(zip(keys, sum_ranks([torch.tensor(sums[k], device=device) for k in keys]), strict=True))
-        means = {
-            k: float(totals[k] / totals["responses"]) for k in ("reward", "correct", "truncated", "length", *parts)
-        }
-        # Monte-Carlo estimate: the mean over all sampled tokens of all ranks
-        means["entropy"] = float(totals["entropy"] / totals["length"])
-        means["groups_without_signal"] = float(totals["groups_without_signal"] / totals["groups"])
-        return means
+        totals = dict(zip(sums, sum_ranks([torch.tensor(x, device=device) for x in sums.values()]), strict=True))
+        # entropy: a Monte-Carlo estimate, the mean over all sampled tokens of all ranks
+        counted = {"entropy": "length", "groups_without_signal": "groups"}
+        names = ("reward", "correct", "truncated", "length", *parts, *counted)
+        return {name: float(totals[name] / totals[counted.get(name, "responses")]) for name in names}
 
 
 class Chosen(NamedTuple):

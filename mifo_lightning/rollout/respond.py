@@ -51,8 +51,16 @@ class Responder:
     def draw(
         self, policy: Policy, prompts: list[list[int]], keys: list[int], samples: int, sampling: Sampling
     ) -> list[list[Completion]]:
-        """As `draw`, with this engine."""
-        return draw(self.engine, policy, self.tokenizer, prompts, keys, samples, sampling)
+        """`RolloutEngine.generate`, which an engine may leave by `poll`; collective.
+
+        Raises:
+            Interrupted: On all ranks, or on none.
+        """
+        drawn: list[list[Completion]] = []
+        with suppress(Interrupted):  # the others learn of it where all meet
+            drawn = self.engine.generate(policy, self.tokenizer, prompts, keys, samples, sampling)
+        agree(policy.device)
+        return drawn
 
     def grade(
         self, questions: list[Question], completions: list[list[Completion]], stop: list[str], what: str | None = None
@@ -107,24 +115,3 @@ class Responder:
         """Let an engine end what it has begun, such as a server."""
         if close := getattr(self.engine, "close", None):
             close()
-
-
-def draw(
-    engine: RolloutEngine,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    keys: list[int],
-    samples: int,
-    sampling: Sampling,
-) -> list[list[Completion]]:
-    """`RolloutEngine.generate`, which an engine may leave by `poll`; collective.
-
-    Raises:
-        Interrupted: On all ranks, or on none.
-    """
-    drawn: list[list[Completion]] = []
-    with suppress(Interrupted):  # the others learn of it where all meet
-        drawn = engine.generate(policy, tokenizer, prompts, keys, samples, sampling)
-    agree(policy.device)
-    return drawn

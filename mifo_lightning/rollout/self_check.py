@@ -5,15 +5,15 @@ from dataclasses import replace
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_lightning.common.errors import InputError, TrainingError
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
-from mifo_lightning.rollout.engine import RolloutEngine, Sampling
-from mifo_lightning.rollout.respond import Responder, draw
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.respond import Responder
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 8  # few, so that the check costs less than a second on a small model
 EXACT = 1e-3  # nats: largest difference in fp32
@@ -37,9 +37,7 @@ class SelfCheck:
         """As `self_check`, unless that was done in this precision, or there is nothing to ask."""
         if prompts and self._precision != str(precision):
             self._precision = str(precision)
-            mixed = precision != "32-true"
-            engine, tokenizer = self.responder.engine, self.responder.tokenizer
-            self._found = self_check(engine, policy, tokenizer, prompts, self.sampling, mixed)
+            self._found = self_check(self.responder, policy, prompts, self.sampling, mixed=precision != "32-true")
 
     def take(self) -> dict[str, float]:
         """What it found and nobody has taken, as `self_check/<name>`."""
@@ -48,21 +46,15 @@ class SelfCheck:
 
 
 def self_check(
-    engine: RolloutEngine,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    mixed: bool = False,
+    responder: Responder, policy: Policy, prompts: list[list[int]], sampling: Sampling, mixed: bool = False
 ) -> dict[str, float]:
     """Compare the engine with a teacher-forced forward on a few prompts; collective, the same on every rank.
 
     Nothing of the run changes: randomness comes from keys, and no state or counter is touched.
 
     Args:
-        engine: The run's engine.
+        responder: Has the run's engine.
         policy: The model.
-        tokenizer: The model's.
         prompts: Token ids, as many as there are; a few of unequal length are taken.
         sampling: How the run draws rollouts.
         mixed: Whether the run's precision (`policy.numerics`) is another than the weights' own fp32.
@@ -75,12 +67,12 @@ def self_check(
     """
     asked = unequal_prompts(prompts)
     short = replace(sampling, top_p=1.0, top_k=0, max_new_tokens=min(TOKENS, sampling.max_new_tokens))
-    family, name = type(policy.model).__name__, type(engine).__name__
+    family, name = type(policy.model).__name__, type(responder.engine).__name__
     advice = "give another model.rollout.engine or another model.model"
     try:
         with policy.in_own_precision():
-            exact = differences(engine, policy, tokenizer, asked, short)
-        found = differences(engine, policy, tokenizer, asked, short) if mixed else exact
+            exact = differences(responder, policy, asked, short)
+        found = differences(responder, policy, asked, short) if mixed else exact
     except (InputError, TrainingError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -117,18 +109,12 @@ def unequal_prompts(prompts: list[list[int]]) -> list[list[int]]:
     return [prompt[min(n - 1 - i, len(prompt) - 1) :] for i, prompt in enumerate(chosen)]
 
 
-def differences(
-    engine: RolloutEngine,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    sampling: Sampling,
-) -> Tensor:
+def differences(responder: Responder, policy: Policy, prompts: list[list[int]], sampling: Sampling) -> Tensor:
     """[N] fp32 absolute differences in nats of the engine's log-probabilities to a teacher-forced forward, by token."""
     keys = [stable_key(0, "self-check", i) for i in range(len(prompts))]
-    drawn = draw(engine, policy, tokenizer, prompts, keys, SAMPLES, sampling)
+    drawn = responder.draw(policy, prompts, keys, SAMPLES, sampling)
     pairs = [(prompt, c) for prompt, group in zip(prompts, drawn, strict=True) for c in group]
-    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], padding(tokenizer))
+    sequences = Sequences.pack([p for p, _ in pairs], [c.tokens for _, c in pairs], padding(responder.tokenizer))
     sequences = sequences.to(policy.device)
     with policy.sampling():
         logp, _ = policy(sequences, sampling.temperature or 1.0)
