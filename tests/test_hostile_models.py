@@ -125,9 +125,9 @@ AUTO_MAP = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel
 def test_code_of_a_model_is_not_run_and_nobody_is_asked(model: Path, own_code: Path) -> None:
     configure(model, model_type="own", auto_map=AUTO_MAP)
     assert "set model.loading.trust_remote_code: true" in refusal(model)
-    with pytest.raises(InputError, match=r"model\.trust_remote_code"):
+    with pytest.raises(InputError, match=r"model\.loading\.trust_remote_code"):
         stored_dtype(str(model))
-    with pytest.raises(InputError, match=r"model\.trust_remote_code"):
+    with pytest.raises(InputError, match=r"model\.loading\.trust_remote_code"):
         load_policy(str(model))
     assert not own_code.exists()
 

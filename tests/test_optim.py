@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.steps.optimizer import AdamWSettings, PhaseAdamW
+from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings, PhaseAdamW
 
 RL = AdamWSettings(lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
 SFT = AdamWSettings(lr=0.02, betas=(0.5, 0.9))
@@ -15,7 +15,7 @@ SFT = AdamWSettings(lr=0.02, betas=(0.5, 0.9))
 
 def make(moments: Literal["reset", "keep", "shared"]) -> tuple[torch.nn.Parameter, PhaseAdamW]:
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    return p, PhaseAdamW(AdamW([p], lr=9.0, fused=True), {"p": p}, RL, SFT, moments)
+    return p, PhaseAdamW(AdamW([p], lr=9.0, fused=True), {"p": p}, OptimizerSettings(RL, SFT, moments))
 
 
 def run(p: torch.nn.Parameter, phased: PhaseAdamW, phases: str, start: int = 0) -> None:

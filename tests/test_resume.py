@@ -20,10 +20,11 @@ from mifo_lightning.cli import main
 from mifo_lightning.cli.resume import VERSION, choose
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.kept_rows import metrics_before, samples_before
+from mifo_lightning.policy.loading import blueprint
 from mifo_lightning.steps.guards import check_flags
 
 CSV = ["--config", str(CONFIGS / "logger" / "csv.yaml")]
-MODULE: Any = SimpleNamespace(model_name="embedded", trust_remote_code=False)
+MODULE: Any = SimpleNamespace(model_name="embedded", blueprint=lambda: blueprint("embedded"))
 MakeTrainer = Callable[..., Trainer]
 Change = Callable[[Path, dict[str, Any]], Any]
 

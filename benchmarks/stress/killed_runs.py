@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
     "history": {},
     "samples": {"every": 1},
     "checkpoint": {"every": 2},
-    "model": {"group_size": 4, "self_check": False},
+    "model": {"rollout": {"group_size": 4, "self_check": False}},
     "data": {
         "train": {
             "class_path": "mifo_lightning.data.skills.Skills",
@@ -54,7 +54,13 @@ ONE_PROCESS = [
     Variant("mifo", [SWITCH]),
     Variant(
         "mifo, 2 micro-batches, 2 passes",
-        [SWITCH, {"model": {"micro_batches": 2}, "data": {"schedule": {"epochs_per_rollout": 2, "rl_steps": 15}}}],
+        [
+            SWITCH,
+            {
+                "model": {"optimizer": {"micro_batches": 2}},
+                "data": {"schedule": {"epochs_per_rollout": 2, "rl_steps": 15}},
+            },
+        ],
     ),
     Variant("luffy", [], ("methods/luffy.yaml",)),
     Variant("mifo, dynamic sampling", [SWITCH], ("methods/mifo.yaml", "losses/dapo.yaml")),

@@ -18,7 +18,7 @@ BASE = Path(__file__).parents[3] / "mifo_lightning" / "assets" / "base"
 SMALL = {
     "trainer": {"logger": False, "profiler": None, "enable_progress_bar": False},
     "progress": None,
-    "model": {"group_size": 2, "self_check": False},
+    "model": {"rollout": {"group_size": 2, "self_check": False}},
     "data": {
         "train": {
             "class_path": "mifo_lightning.data.skills.Skills",
