@@ -28,7 +28,7 @@ from mifo_lightning.cli.parts import ALWAYS, METHOD, MONITORS, SEEDED, check_met
 from mifo_lightning.cli.preflight import check_run
 from mifo_lightning.cli.resume import Start, choose, prepare_files
 from mifo_lightning.cli.wandb_run import begin_runs, end_runs, prepare_runs
-from mifo_lightning.common.errors import InputError, TrainingError
+from mifo_lightning.common.errors import InputError, TrainingError, require
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
@@ -115,8 +115,7 @@ class MifoCLI(LightningCLI):
     def _set_seed(self) -> None:
         """Seed everything, with a number that all generators take."""
         seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and not 0 <= seed <= LARGEST:
-            raise InputError(f"seed_everything: {seed} is not allowed; it must be between 0 and {LARGEST}")
+        require("seed_everything", seed, isinstance(seed, bool) or 0 <= seed <= LARGEST, f"between 0 and {LARGEST}")
         super()._set_seed()
 
     def instantiate_classes(self) -> None:

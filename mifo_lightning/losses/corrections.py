@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import require
 
 
 class Correction(ABC):
@@ -34,10 +34,8 @@ class TruncatedImportance(Correction):
     """
 
     def __init__(self, level: Literal["token", "sequence"] = "token", cap: float = 2.0) -> None:
-        if level not in ("token", "sequence"):
-            raise InputError(f"model.loss.correction.level: {level!r} is not allowed; it must be token or sequence")
-        if not cap > 0:
-            raise InputError(f"model.loss.correction.cap: {cap} is not allowed; it must be above 0")
+        require("model.loss.correction.level", repr(level), level in ("token", "sequence"), "token or sequence")
+        require("model.loss.correction.cap", cap, cap > 0, "above 0")
         self.level, self.cap = level, cap
 
     def __call__(self, logp_old: Tensor, logp_sampler: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

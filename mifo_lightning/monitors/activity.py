@@ -11,7 +11,8 @@ from lightning.pytorch.profilers import Profiler
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.ownership import TrainerCallback
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
+from mifo_lightning.common.errors import require
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 # configuration group, by its class -> activity
 CALLBACKS = {
@@ -101,7 +102,7 @@ class SecondsByActivity(Callback):
     """
 
     def __init__(self, every: int = 10) -> None:
-        require_at_least(1, "seconds.every", every)
+        require("seconds.every", every, every >= 1, "at least 1")
         self.every = every
 
     def on_train_batch_end(

@@ -7,9 +7,9 @@ from lightning import LightningModule, Trainer
 
 from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import as_trained
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
@@ -35,8 +35,8 @@ class Forgetting(PhaseMonitor):
 
     def __init__(self, questions: int = 64, every: int = 0) -> None:
         super().__init__()
-        require_at_least(1, "forgetting.questions", questions)
-        require_at_least(0, "forgetting.every", every)
+        require("forgetting.questions", questions, questions >= 1, "at least 1")
+        require("forgetting.every", every, every >= 0, "at least 0")
         self.questions, self.every = questions, every
         self.responses = 0
         self._probe: dict[str, list[Question]] = {}  # this rank's

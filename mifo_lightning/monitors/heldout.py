@@ -6,9 +6,9 @@ from lightning import LightningModule, Trainer
 
 from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import as_trained
 
 
@@ -30,7 +30,7 @@ class HeldOutLoss(PhaseMonitor):
 
     def __init__(self, questions: int = 64) -> None:
         super().__init__()
-        require_at_least(1, "heldout.questions", questions)
+        require("heldout.questions", questions, questions >= 1, "at least 1")
         self.questions = questions
         self._edge: float | None = None  # the loss at the last change of phase
         self._probe: dict[str, list[Question]] = {}

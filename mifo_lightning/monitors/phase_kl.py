@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mifo_callbacks.collectives import gather_dealt, sum_ranks
 from mifo_callbacks.logging import log_metrics
+from mifo_lightning.common.errors import require
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor, require_at_least
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Sequences
@@ -35,7 +36,7 @@ class PhaseKL(PhaseMonitor):
 
     def __init__(self, prompts: int = 32) -> None:
         super().__init__()
-        require_at_least(1, "phase_kl.prompts", prompts)
+        require("phase_kl.prompts", prompts, prompts >= 1, "at least 1")
         self.prompts = prompts
         self._probe: list[Question] = []  # this rank's
         self._responses: list[list[int]] = []  # to the questions of all ranks

@@ -9,15 +9,9 @@ from typing import Any, ClassVar, TypeVar
 from lightning import LightningModule, Trainer
 
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.errors import Interrupted
 
 T = TypeVar("T")
-
-
-def require_at_least(least: int, key: str, value: int) -> None:
-    """Raise an InputError if the `value` of the setting `key` is smaller."""
-    if value < least:
-        raise InputError(f"{key}: {value} is not allowed; it must be at least {least}")
 
 
 class PhaseMonitor(PhaseCallback):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mifo_callbacks import BufferPhaseSwitch
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import require
 from mifo_lightning.rollout.engine import Decoded, Listener
 
 TICK = 0.5  # seconds between two updates of the bar while a rollout lasts
@@ -31,8 +31,7 @@ class PhaseProgress(ProgressBar):
 
     def __init__(self, lines: int = 12, seconds: float = 30.0) -> None:
         super().__init__()
-        if not seconds > 0:
-            raise InputError(f"progress.seconds: {seconds} is not allowed; it must be above 0")
+        require("progress.seconds", seconds, seconds > 0, "above 0")
         self.lines, self.seconds = lines, seconds
         self._console = Console()
         self._progress: Progress | None = None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,13 +39,10 @@ class Sampling:
             ("top_k", self.top_k >= 0, "at least 0"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ]
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(
-                f"{key}.stop: {self.stop!r} is not allowed; it must be a list of texts, none of them empty"
-            )
+        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
+        require(f"{key}.stop", repr(self.stop), texts, "a list of texts, none of them empty")
         for name, good, what in allowed:
-            if not good:
-                raise InputError(f"{key}.{name}: {getattr(self, name)} is not allowed; it must be {what}")
+            require(f"{key}.{name}", getattr(self, name), good, what)
 
 
 @dataclass(slots=True)

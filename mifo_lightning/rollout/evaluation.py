@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -68,10 +68,8 @@ class Evaluation:
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
         beside(self.sampling, Sampling()).check(f"{key}.sampling")
-        if self.samples < 0 or (self.samples == 0 and not self.greedy):
-            raise InputError(
-                f"{key}.samples: {self.samples} is not allowed; it must be at least 1, or 0 with greedy true"
-            )
+        some = self.samples >= 1 or (self.samples == 0 and self.greedy)
+        require(f"{key}.samples", self.samples, some, "at least 1, or 0 with greedy true")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise InputError(
                 f"{key}.samples: {self.samples} samples at temperature 0 are all the same; set a temperature"
