@@ -132,7 +132,7 @@ class MifoModule(LightningModule):
         self.optimizer_of_phase: PhaseAdamW | None = None
         self._restored: dict[str, Any] = {}
         self._metrics = StepMetrics()
-        self._step = OptimizerStep(self.reinforcement, self.supervision, optimizer.micro_batches, self._metrics)
+        self._step = OptimizerStep(self.reinforcement, self.supervision, optimizer, self._metrics)
         self._number = 0  # of the optimizer step, in the running phase kind
         self._finite = FiniteSteps()
 
@@ -150,9 +150,9 @@ class MifoModule(LightningModule):
         Args:
             checkpoint_path: Such as `last.ckpt`.
             map_location: Where the weights go.
-            settings: Arguments of the constructor, in place of the checkpoint's. Objects, such as a reward, are in no
-                checkpoint: they are given again, a loaded model as (model, tokenizer). Whether code of the model's may
-                run is never taken from a file.
+            settings: Arguments of the constructor, in place of the checkpoint's; `**{"rollout.engine": ...}` is one of
+                a group. Objects, such as a reward, are in no checkpoint: they are given again, a loaded model as
+                (model, tokenizer). Whether code of the model's may run is never taken from a file.
 
         Raises:
             InputError: The file is no checkpoint of this module, or an object is missing.
@@ -160,8 +160,11 @@ class MifoModule(LightningModule):
         checkpoint = read_checkpoint(Path(checkpoint_path))
         if "hyper_parameters" not in checkpoint:
             raise InputError(f"load_from_checkpoint: {checkpoint_path} is no checkpoint of a {cls.__name__}")
-        saved = dict(checkpoint["hyper_parameters"])
-        saved["loading"] = {name: value for name, value in saved["loading"].items() if name != "trust_remote_code"}
+        saved = checkpoint["hyper_parameters"]
+        if not isinstance(saved.get("loading"), dict):
+            raise InputError(f"load_from_checkpoint: {checkpoint_path} was written by another version")
+        for never in (saved, saved["loading"]):
+            never.pop("trust_remote_code", None)
         module = cls(**settings_again(saved, defaults_of(cls, MifoModule), settings))
         module.load()
         module.load_state_dict(checkpoint["state_dict"])
@@ -360,9 +363,12 @@ class MifoModule(LightningModule):
         """Log `val/<source>/<metric>` and `val/<metric>` over all questions, or the same of `test`."""
         self.log_dict(self.evaluator.compute("test" if self.trainer.testing else "val"))
 
+    def test_step(self, *batch: Any, **named: Any) -> dict[str, Any]:
+        """As validation, a subclass's too."""
+        return self.validation_step(*batch, **named)
+
     on_test_start = on_validation_start
     on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
     @property

@@ -165,3 +165,28 @@ def test_a_run_does_not_go_on_with_other_demonstrations_or_weights(
     resumed = [*arguments, "--ckpt_path", str(tmp_path / "last.ckpt"), "--data.schedule.rl_steps", "4"]
     assert "damaged_share" in refused(capsys, *resumed, "--data.demonstrations.damaged_share", "1.0")
     assert "model.sft_loss.weight: flow" in refused(capsys, *resumed, "--model.sft_loss.weight", "flow")
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--lr", "--model.optimizer.rl.lr or --model.optimizer.sft.lr?"),
+        ("--model.rollout.groupsize", "--model.rollout.group_size?"),
+        ("--max_new_tokens", "--model.evaluation.sampling.max_new_tokens or --model.rollout.sampling.max_new_tokens?"),
+    ],
+)
+def test_a_misspelt_key_is_told_from_its_last_part(capsys: pytest.CaptureFixture[str], flag: str, near: str) -> None:
+    assert f"did you mean {near}" in refused(capsys, "fit", "--config", TINY, flag, "3")
+
+
+def test_a_misspelt_key_in_a_file_is_told_with_its_place(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "over.yaml").write_text("data: {eval_batch: 4}\nmodel: {rollout: {grup_size: 4}}\n")
+    line = refused(capsys, "fit", "--config", TINY, "--config", str(tmp_path / "over.yaml"))
+    assert "over.yaml, line 2: " in line
+    assert "did you mean model.rollout.group_size?" in line
+
+
+def test_a_setting_of_what_is_null_says_to_name_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "fit", "--config", TINY, "--model.rollout.engine.rows", "4")
+    assert "model.rollout.engine.rows: model.rollout.engine is null" in line
+    assert "--model.rollout.engine CLASS" in line

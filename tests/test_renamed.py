@@ -84,8 +84,8 @@ def test_every_old_key_has_a_new_name() -> None:
     [
         ({"in_group": True, "shape": 0.2}, Luffy, {"shape": 0.2}),
         ({"in_group": True, "own": "sign", "sft": 0.5, "token_weight": "low_entropy"}, SRFT, {"sft": 0.5}),
-        ({"in_group": True, "own": "sign"}, SRFT, {"sft": 0.0}),
-        ({"questions": "failed"}, HPT, {"sft": 0.0}),
+        ({"in_group": True, "own": "sign", "sft": 0.0}, SRFT, {"sft": 0.0}),
+        ({"questions": "failed", "sft": 0.0}, HPT, {"sft": 0.0}),
         ({"questions": "failed", "gate": 1, "sft": 0.3}, HPT, {"gate": 1, "sft": 0.3}),
         ({"convex": True, "sft": 0.1, "token_weight": "chord"}, Chord, {"mu": 0.1, "mu_end": None, "convex": True}),
         ({"convex": False, "sft": 1.0}, Chord, {"mu": 1.0, "convex": False}),
@@ -113,6 +113,32 @@ def test_a_mixture_that_no_method_is_is_refused(knobs: dict[str, Any]) -> None:
         translated({"model": {"mixing": knobs}})
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"model": {"mixing": {"convex": False}}}, {"model": {"mixing": {"in_group": True, "own": "sign", "shape": 0.2}}}],
+)
+def test_a_mixture_without_its_weight_is_a_part_of_one(config: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="part of a mixture"):
+        translated(config)
+
+
+def test_batches_that_were_micro_batches_become_steps_or_are_refused() -> None:
+    trainer = {"accumulate_grad_batches": 4, "limit_train_batches": 0, "fast_dev_run": 8, "overfit_batches": 0.5}
+    found = translated({"trainer": trainer, "model": {}})["trainer"]
+    assert found == {"limit_train_batches": 0, "fast_dev_run": 2, "overfit_batches": 0.5}
+    with pytest.raises(InputError, match=r"trainer\.val_check_interval: .* 4 of them"):
+        translated({"trainer": {"accumulate_grad_batches": 4, "val_check_interval": 6}})
+    assert translated({"trainer": None, "model": None}) == {"trainer": None, "model": None}
+    empty = {"trainer": {"accumulate_grad_batches": None, "val_check_interval": 8}}
+    assert translated(empty)["trainer"] == {"val_check_interval": 8}
+
+
+def test_values_that_follow_other_keys_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.yaml").write_text("model: {group_size: 4}\ndata: {eval_batch: '${..model.group_size}'}\n")
+    main(["translate", str(tmp_path / "old.yaml")])
+    assert "by hand: data.eval_batch may name other keys" in capsys.readouterr().err
+
+
 def test_an_old_key_is_one_line_that_says_the_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "old.yaml"
     path.write_text(yaml.safe_dump(OLD))
@@ -122,6 +148,8 @@ def test_an_old_key_is_one_line_that_says_the_new_one(tmp_path: Path, capsys: py
     assert "mifo translate FILE" in line
     line = refused(capsys, "fit", "--config", TINY, "--data.schedule.passes", "2")
     assert "data.schedule.passes is now data.schedule.epochs_per_rollout" in line
+    line = refused(capsys, "fit", "--config", TINY, "--model.sft.weight", "dft")  # never was a key
+    assert "did you mean --model.sft_loss.weight?" in line
     line = refused(capsys, "fit", "--config", TINY, "--model.mixing.in_group", "true")
     assert "class_path of a method such as mifo_lightning.methods.Luffy" in line
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from mifo_lightning.common.errors import InputError
@@ -15,10 +15,10 @@ def plain_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Numbers, texts and lists as they are, settings as dicts of theirs; objects, such as a reward, by name alone in
-        `GIVEN_AGAIN`.
+        `GIVEN_AGAIN`, those in settings as `group.name`.
     """
-    plain = {name: _plain(value) for name, value in arguments.items()}
-    objects = [name for name, value in plain.items() if value is _OBJECT]
+    objects: list[str] = []
+    plain = {name: _plain(value, name, objects) for name, value in arguments.items()}
     return {**{name: value for name, value in plain.items() if value is not _OBJECT}, GIVEN_AGAIN: objects}
 
 
@@ -28,19 +28,26 @@ def settings_again(saved: Mapping[str, Any], defaults: Mapping[str, Any], given:
     Args:
         saved: What `plain_settings` made.
         defaults: The constructor's defaults by name: settings are built like theirs.
-        given: Arguments that are given now.
+        given: Arguments that are given now; `group.name` is one of a group of settings.
 
     Raises:
         InputError: An object is missing, or a setting has a part that this version does not know.
     """
-    missing = [name for name in saved.get(GIVEN_AGAIN, []) if name not in given]
+    missing = [name for name in saved.get(GIVEN_AGAIN, []) if not given.keys() & {name, name.partition(".")[0]}]
     if missing:
         raise InputError(
             f"load_from_checkpoint: {', '.join(missing)}: an object that no checkpoint holds; give "
-            + ", ".join(f"{name}=…" for name in missing)
+            + ", ".join(f'**{{"{name}": …}}' if "." in name else f"{name}=…" for name in missing)
         )
     known = {name: value for name, value in saved.items() if name in defaults}
-    return {**{name: _built(name, value, defaults[name]) for name, value in known.items()}, **given}
+    built = {name: _built(name, value, defaults[name]) for name, value in known.items()}
+    built |= {name: value for name, value in given.items() if "." not in name}
+    for name, value in given.items():
+        group, _, part = name.partition(".")
+        if part:
+            settings: Any = built.get(group, defaults.get(group))
+            built[group] = replace(settings, **{part: value})
+    return built
 
 
 def defaults_of(kind: type, base: type) -> dict[str, Any]:
@@ -53,15 +60,18 @@ def defaults_of(kind: type, base: type) -> dict[str, Any]:
 _OBJECT = object()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str, objects: list[str]) -> Any:
+    """The value, or `_OBJECT`; names of objects are added to `objects`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        return _OBJECT if _OBJECT in parts.values() else parts
+        parts = {f.name: _plain(getattr(value, f.name), f"{name}.{f.name}", objects) for f in fields(value)}
+        return {part: plain for part, plain in parts.items() if plain is not _OBJECT}
     if isinstance(value, (list, tuple)):
-        items = [_plain(item) for item in value]
-        return _OBJECT if any(item is _OBJECT for item in items) else items
+        items = [_plain(item, name, []) for item in value]
+        if all(item is not _OBJECT for item in items):
+            return items
+    objects.append(name)
     return _OBJECT
 
 

@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
             check_characters(OneLineParser.arguments)
             values = given(OneLineParser.arguments)
             check_names(values)
-            OneLineParser.empty = left_empty(values)
+            OneLineParser.empty, OneLineParser.places = left_empty(values), {one.key: one.place for one in values}
             check_seeds(OneLineParser.arguments)
             check_configured(OneLineParser.arguments)
             with to_its_end():

@@ -25,11 +25,16 @@ UNION = re.compile(
 )
 
 
+UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'")
+
+
 def in_short(message: str) -> str:
     """An error line of such a key: the value, the names and the class that are allowed, and why a class is none."""
     if not (found := UNION.search(message)):
         return message
     key, subtypes, errors, value = found.groups()
+    if nested := re.search(r"NestedArg\(key='([\w.]+)'", value):
+        return f"{key}.{nested[1]}: {key} is null and has no settings; name its class first: --{key} CLASS"
     allowed = re.findall(r"'(\w+)'(?!>)", subtypes) + ["null"] * ("NoneType" in subtypes)
     allowed += [f"the class_path of a {name}" for name in re.findall(r"\.(\w+)'>", subtypes)]
     reason = re.search(r"Problem with given class_path '[^']*': (.*?)(?: - Expected|$)", errors)
@@ -54,6 +59,7 @@ class OneLineParser(LightningArgumentParser):
     """
 
     arguments: list[str] = []  # what the command line gave
+    places: dict[str, str] = {}  # where each key was given
     empty: dict[str, str] = {}  # where its configuration files leave a key empty
     done = False  # whether all that was asked for was to print something, such as `--help`
 
@@ -77,11 +83,26 @@ class OneLineParser(LightningArgumentParser):
             if name.startswith("--") and name[2:] not in text and any(name.endswith(word) for word in quoted):
                 text = f"{name}: {text}"
         text = in_short(text)
-        unknown = re.search(r"unrecognized arguments: (--[\w.]+)", text)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=3)
+        if unknown := UNKNOWN.search(text):
+            key = unknown[1] or unknown[2]
+            near = [f"{'--' if unknown[1] else ''}{name}" for name in self._near(key)]
             text += f"; did you mean {' or '.join(near)}?" if near else "; `--help` lists all"
+            if ", line " in (place := self.places.get(key, "")):
+                text = f"{place}: {text}"
         fail(with_place(text, self.empty))
+
+    def _near(self, key: str) -> list[str]:
+        """Keys that hold a value, of the subcommand that was given: those of the same last part, and similar ones."""
+        action = getattr(self, "_subcommands_action", None)
+        parsers = action._name_parser_map if action else {}
+        parser: Any = next((parsers[word] for word in self.arguments if word in parsers), self)
+        names = parser._option_string_actions
+        options = sorted(name[2:] for name in names if name.startswith("--") and not name.endswith(".help"))
+        leaves = [a for a, b in zip(options, [*options[1:], ""], strict=True) if not b.startswith(f"{a}.")]
+        lasts = {name: name.rpartition(".")[2] for name in leaves}
+        alike = difflib.get_close_matches(key.rpartition(".")[2], sorted(set(lasts.values())), n=1, cutoff=0.8)
+        same = [name for name, last in lasts.items() if last in alike]
+        return list(dict.fromkeys([*same[:3], *difflib.get_close_matches(key, leaves, n=3, cutoff=0.75)]))[:3]
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End the program as `--help` does."""

@@ -110,8 +110,9 @@ def newest(trainer: Trainer) -> Path:
     own = next((c.dirpath for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None)  # type: ignore[attr-defined]
     places = [Path(own)] if own else [p for up in ("", "*/", "*/*/") for p in root.glob(f"{up}checkpoints")]
     if not own:
-        for logger in trainer.loggers:
-            places += Path(logger.save_dir or root, str(logger.name)).glob("*/checkpoints")
+        logged = [Path(logger.save_dir or root, str(logger.name)) for logger in trainer.loggers]
+        # a run without a logger, whose files lie beside, is another run
+        places = [p for place in logged for p in place.glob("*/checkpoints")] or places
     paths = [place / name for place in places for name in (LAST, PREVIOUS)]
     found = {path.stat().st_mtime_ns: path for path in paths if path.exists()}
     if not found:

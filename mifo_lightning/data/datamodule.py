@@ -1,6 +1,7 @@
 """QuestionData: rows from files, hub or a generator become questions for the PhaseLoader and for evaluation."""
 
 import operator
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -71,8 +72,9 @@ class QuestionData(LightningDataModule):
         require("data.holdout", holdout, holdout >= 0, "at least 0")
         require("data.columns.truth_after", "''", columns.truth_after != "", "a text, or null for the whole")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
-        self.columns, self.prompts, self.demonstrations = columns, prompts, demonstrations
-        self.holdout, self.schedule, self.eval_batch = holdout, schedule, eval_batch
+        # copies: a default is one object for all data
+        self.columns, self.prompts, self.demonstrations = columns, replace(prompts), replace(demonstrations)
+        self.holdout, self.schedule, self.eval_batch = holdout, replace(schedule), eval_batch
         self.fitted: dict[str, tuple[int, int]] = {}
         self.given: dict[str, Any] = dict.fromkeys(Settings._fields)
         self.settings: Settings | None = None  # those of the module, once there is one
@@ -226,7 +228,9 @@ class QuestionData(LightningDataModule):
         module = trainer.lightning_module
         lent = sum(q.demonstration is not None for q in self._questions["train"])
         if getattr(module, "needs_demonstrations", False) and not lent:
-            raise InputError("data.train: no question has a demonstration; model.mixing and sft_loss flow need some")
+            raise InputError(
+                "data.train: no question has a demonstration; model.mixing and sft_loss.weight flow want one"
+            )
         sizes = [callback.size for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)]
         self._loader = PhaseLoader(
             self._questions["train"],

@@ -123,7 +123,7 @@ def build_questions(
     if not questions:
         reasons = ", ".join(f"{reason} {count}" for reason, count in drops.by_reason().items()) or "no rows"
         raise InputError(
-            f"{where}: no question left of {len(rows)} ({reasons}); prompts.max_tokens is {prompts.max_tokens}"
+            f"{where}: no question left of {len(rows)} ({reasons}); data.prompts.max_tokens is {prompts.max_tokens}"
         )
     damaged = damage(pairs) if damage else {}
     pairs = [(question, damaged.get(question.id, text)) for question, text in pairs]

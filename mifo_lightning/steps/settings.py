@@ -26,14 +26,14 @@ class PolicyLoss:
         ratio: One probability ratio per token, or one per sequence (GSPO).
         aggregation: Mean over sequences of their token means, over all tokens, the sum over a constant (Dr.GRPO), or
             the sum over the longest possible response alone (ReLIFT, LUFFY, HPT); see `token_weights`.
-        sum_sequences: Sequences that `aggregation: sum` adds up. A GPU of its authors holds 64, and gradients are
-            averaged over GPUs: a number of its own keeps the loss the same on any number of ranks.
+        sum_sequences: Sequences that `aggregation: sum` adds up. A GPU of ReLIFT, LUFFY and HPT holds 64, and
+            gradients are averaged over GPUs: a number of its own keeps the loss the same on any number of ranks.
         clip_low: Lower clip range of the probability ratio.
         clip_high: Upper clip range of the probability ratio.
         ratio_cap: Largest ratio of the truncated surrogate.
         kl_coefficient: Weight of the KL to the initial model (estimator k3); 0 loads no reference.
         entropy_bonus: Weight of the entropy of the policy, which is added to the objective; aggregated as the loss is,
-            with `sum` as its authors do, by the mean over tokens.
+            with `sum` as in the code of ReLIFT, LUFFY and HPT, by the mean over tokens.
         entropy_fraction: Share of tokens, those of highest entropy under the policy that sampled, that push the policy;
             1 takes all. The denominator stays all tokens (arXiv 2506.01939 takes 0.2).
         dynamic_sampling: 0 keeps all groups. N drops groups of equal rewards (where the reward names a `solved_by`:

@@ -13,6 +13,7 @@ from mifo_lightning.policy.scoring import score_without_gradient
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.metrics import StepMetrics
 from mifo_lightning.steps.objective import Objective
+from mifo_lightning.steps.optimizer import OptimizerSettings
 from mifo_lightning.steps.reinforcement import Reinforcement
 from mifo_lightning.steps.supervision import Supervision, selected
 
@@ -23,7 +24,7 @@ class OptimizerStep:
     Args:
         reinforcement: RL steps.
         supervision: SFT steps.
-        micro_batches: Chunks that each rank cuts a step into.
+        settings: Say how many chunks each rank cuts a step into.
         metrics: Takes what is logged of a step.
 
     Attributes:
@@ -31,10 +32,14 @@ class OptimizerStep:
     """
 
     def __init__(
-        self, reinforcement: Reinforcement, supervision: Supervision, micro_batches: int, metrics: StepMetrics
+        self,
+        reinforcement: Reinforcement,
+        supervision: Supervision,
+        settings: OptimizerSettings,
+        metrics: StepMetrics,
     ) -> None:
         self.reinforcement, self.supervision = reinforcement, supervision
-        self.micro_batches, self.metrics = micro_batches, metrics
+        self.settings, self.metrics = settings, metrics
         self.last_reward: float | None = None
 
     def __call__(self, trainer: Trainer, policy: Policy, item: WorkItem, select_tokens: Any) -> dict[str, Any]:
@@ -52,7 +57,7 @@ class OptimizerStep:
         else:
             objective = self.supervision.objective
             whole = self._sft_batch(trainer, policy, item, select_tokens, output)
-        chunks = whole.chunks(item["update"] % item["minibatches"], self.micro_batches)
+        chunks = whole.chunks(item["update"] % item["minibatches"], self.settings.micro_batches)
         late = select_tokens if item["phase"] == "sft" and len(chunks) == 1 else None
         output["loss"] = self._descend(trainer, policy, chunks, objective, item["phase"], late)
         output["work"] |= {
@@ -77,7 +82,7 @@ class OptimizerStep:
     ) -> Batch:
         """The demonstrations of the step, and, if it is cut into chunks, which of their tokens it learns from."""
         batch = self.supervision.batch(item["questions"], policy.device)
-        if select_tokens is not None and self.micro_batches > 1:
+        if select_tokens is not None and self.settings.micro_batches > 1:
             # the threshold belongs to the optimizer step: all entropies are needed before the first backward
             output["work"]["scored"] = batch.sequences.token_count()
             with profiled(trainer, "entropies"):
