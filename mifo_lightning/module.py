@@ -37,6 +37,7 @@ from mifo_lightning.policy.loading import (
     load_policy,
     load_tokenizer,
     shard_policy,
+    shares_prompts,
 )
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.template import ChatTemplate
@@ -201,7 +202,10 @@ class MifoModule(LightningModule):
             initial = copy.deepcopy(self.model_name) if self.reinforcement.needs_reference else None
             self.policy = load_policy(self.model_name, self.loading.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
+            self.policy.share_prompts = shares_prompts(self.policy, self.loading)
             self.reinforcement.set_reference(load_policy(initial, trust_remote_code=trust) if initial else None)
+            for reference in self.reinforcement.references:
+                reference.share_prompts = self.policy.share_prompts
         if self._trainer is None:  # `generate` before a fit
             return
         for policy in (self._policy, *self.reinforcement.references):

@@ -20,6 +20,7 @@ from mifo_callbacks.sharding import full
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
 from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.policy.prefix import share_prompts
 from mifo_lightning.policy.pretrained import (
     first_line,
     quiet_loading,
@@ -49,10 +50,13 @@ class Loading:
     Args:
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
+        share_prompts: Whether the prompt of a group runs once, forward and backward, instead of once a rollout; null
+            does so from ten million weights on where a test of the loaded model, values and gradients, finds it right.
     """
 
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    share_prompts: bool | None = None
 
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
@@ -149,6 +153,14 @@ def blueprint(model: str | Loaded, trust_remote_code: bool = False) -> PreTraine
         InputError: If it is none.
     """
     return model.model if isinstance(model, Loaded) else read_blueprint(model, locate(model), trust_remote_code)
+
+
+def shares_prompts(policy: Policy, loading: Loading) -> bool:
+    """Whether rows of a group share their prompt; an InputError if that is wanted and would be wrong."""
+    against = None if policy.split_head else "its head caps or scales logits"
+    if loading.gradient_checkpointing:
+        against = "model.loading.gradient_checkpointing makes layers again, which would fill the cache twice"
+    return share_prompts(policy.model, loading.share_prompts, against)
 
 
 @torch.no_grad()

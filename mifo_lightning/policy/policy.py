@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from mifo_lightning.policy.decoding import Decoding, accepted
+from mifo_lightning.policy.prefix import shared_states
 from mifo_lightning.policy.token_scores import token_scores
 
 
@@ -63,6 +64,7 @@ class Policy(nn.Module):
     Attributes:
         numerics: The context that every forward runs in, whoever asks for it and from wherever; MifoModule puts the
             Trainer's precision here.
+        share_prompts: Whether rows of a group share their prompt's forward and backward pass.
         version: Rises whenever the weights are others: after each optimizer step, and where they are loaded.
     """
 
@@ -75,11 +77,12 @@ class Policy(nn.Module):
         with torch.no_grad():
             self.decoding = Decoding.of(model)
         self.split_head = _head_is_last(model)
+        self.share_prompts = False
         self.version = 0
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def forward(
-        self, sequences: Sequences, temperature: float = 1.0, entropy_gradient: bool = False
+        self, sequences: Sequences, temperature: float = 1.0, entropy_gradient: bool = False, grouped: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced scores of the response tokens.
 
@@ -87,6 +90,8 @@ class Policy(nn.Module):
             sequences: B prompts with responses.
             temperature: Logits are divided by it before both scores.
             entropy_gradient: Whether a gradient flows through the entropy.
+            grouped: Whether several rows may have the same prompt, which runs once then if `share_prompts` allows it.
+                The same on all ranks.
 
         Returns:
             `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response.
@@ -96,14 +101,16 @@ class Policy(nn.Module):
         position = sequences.prompt_lengths[row] + step
         targets = sequences.tokens[row, position]
         with self.numerics():
-            if self.split_head:
-                hidden = _run(self.model.base_model, sequences.tokens).last_hidden_state
-                head: Any = self.model.get_output_embeddings()
+            head: Any = self.model.get_output_embeddings() if self.split_head else nn.Identity()
+            if grouped and self.share_prompts:
+                states = shared_states(self.model, sequences.tokens, sequences.prompt_lengths, mask.shape[1])
+                hidden = states[row, step]
+            elif self.split_head:
+                hidden = _run(self.model.base_model, sequences.tokens).last_hidden_state[row, position - 1]
             else:
-                hidden = _run(self.model, sequences.tokens).logits
-                head = nn.Identity()
+                hidden = _run(self.model, sequences.tokens).logits[row, position - 1]
             # the state before a token predicts it; only response positions ever reach the head
-            scores = token_scores(head, hidden[row, position - 1], targets, temperature, entropy_gradient)
+            scores = token_scores(head, hidden, targets, temperature, entropy_gradient)
         logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
         return logp, entropy
 

@@ -207,13 +207,13 @@ class Reinforcement:
             batch.logp_sampler = padded.to(policy.device)
         masked = settings.entropy_fraction < 1
         if item["updates"] > 1 or masked:
-            logp, entropy = score_without_gradient(policy, sequences, batch.temperature)
+            logp, entropy = score_without_gradient(policy, sequences, batch.temperature, grouped=True)
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             batch.logp_old = logp if item["updates"] > 1 else None
             batch.keep = forking_tokens(entropy, batch, minibatches, settings.entropy_fraction) if masked else None
         for reference in self.references:
             reference.to(policy.device)
-            batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature)[0]
+            batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
         return batch
 
     def _demonstration_rewards(self, graded: Graded) -> Tensor | None:

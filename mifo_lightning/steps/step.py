@@ -103,7 +103,9 @@ class OptimizerStep:
         for chunk in chunks:
             with_bonus = chunk.bonus is not None and chunk.bonus.scale > 0
             with profiled(trainer, "forward"):
-                logp, entropy = policy(chunk.sequences, chunk.temperature, entropy_gradient=with_bonus)
+                logp, entropy = policy(
+                    chunk.sequences, chunk.temperature, entropy_gradient=with_bonus, grouped=phase == "rl"
+                )
             chosen = chunk if late is None else selected(chunk, late, entropy.detach())
             loss, metrics = objective(chosen, logp, entropy)
             self.metrics.add(phase, metrics)
