@@ -86,7 +86,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
     # SFT sees all tokens here
-    "dynamic sampling": {"loss": PolicyLoss(clip_high=0.28, aggregation="token", dynamic_sampling=3)},
+    # prompts run once a group, whatever a rank has of it
+    "dynamic sampling": {
+        "loss": PolicyLoss(clip_high=0.28, aggregation="token", dynamic_sampling=3),
+        "share_prompts": True,
+    },
 }
 
 
