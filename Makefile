@@ -12,7 +12,7 @@ READY = $(VENV)/.ready
 WORKERS ?= 2
 DEMO = $(RUN) -m mifo_lightning fit --config tiny --config methods/mifo $(if $(SHORT),--data.schedule.rl_steps 30)
 
-.PHONY: help demo test docs stress lint clean
+.PHONY: help demo test docs stress bench lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
@@ -30,18 +30,28 @@ docs: $(VENV)/.docs ## this documentation as a site, docs/_build/index.html; war
 stress: $(READY) ## faults, kills, hostile input, long runs: an hour (SHORT=1: a minute); TRL=python compares resuming
 	$(RUN) -m benchmarks.stress $(if $(SHORT),--short) $(if $(TRL),--trl $(TRL))
 
+bench: $(READY) $(VENV)-trl/.ready ## a GRPO step beside TRL's; MODEL=directory
+	$(RUN) -m benchmarks.run --model $(MODEL) --trl $(abspath $(VENV))-trl/bin/python
+
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean: ## remove the environment and what runs have written
-	rm -rf $(VENV) runs docs/_build docs/_generated
+	rm -rf $(VENV) $(VENV)-trl runs docs/_build docs/_generated
 
 $(READY): pyproject.toml callbacks/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q $(TORCH)
 	$(RUN) -m pip install -q -c constraints.txt -e ./callbacks -e ".[dev]"
+	touch $@
+
+# TRL has an environment of its own: neither side waits for the other's versions
+$(VENV)-trl/.ready:
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install -q $(TORCH)
+	$(VENV)-trl/bin/python -m pip install -q trl==1.16.0
 	touch $@
 
 # what the site needs comes with the first `make docs`, so that demo and tests do not wait for it

@@ -34,8 +34,8 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 def coin(texts: Sequence[str]) -> list[float]:
-    """Right for about half of all responses."""
-    return [float(zlib.crc32(text.encode()) % 2) for text in texts]
+    """0 or -1 at random: what was cut off gets at most 0 here, and every response is."""
+    return [-float(zlib.crc32(text.encode()) % 2) for text in texts]
 
 
 def prompts(tokenizer: Any) -> list[str]:
@@ -85,7 +85,7 @@ def ours(model: str, share: bool | None, bf16: bool, clock: Clock) -> None:
         return coin(responses)
 
     texts = prompts(load_tokenizer(model))
-    rows = [
+    rows: Any = [
         {"prompt": text, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": None} for text in texts
     ]
     lightning.seed_everything(0, verbose=False)
