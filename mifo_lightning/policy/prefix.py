@@ -19,7 +19,7 @@ def shared_states(model: PreTrainedModel, tokens: Tensor, prompt_lengths: Tensor
     """[B, L, D] the last hidden state before each response token, as of a forward pass over whole rows.
 
     Two passes of the base model, whatever the rows are: one over each different prompt, one over the responses.
-    Prompts are padded on the right; what pads them is masked where responses look back, and positions are given.
+    Prompts are padded on the left, as in generation: responses follow them without a gap, whatever looks back.
 
     Args:
         model: One that `cannot_share` has nothing against.
@@ -27,25 +27,31 @@ def shared_states(model: PreTrainedModel, tokens: Tensor, prompt_lengths: Tensor
         prompt_lengths: [B] int64.
         length: L, the longest response in tokens.
     """
-    device, width = tokens.device, int(prompt_lengths.max())
-    inside = torch.arange(width, device=device) < prompt_lengths[:, None]
-    prompts, row = torch.unique(tokens[:, :width].masked_fill(~inside, -1), dim=0, return_inverse=True)
-    last = (prompts >= 0).sum(-1) - 1
+    width, device = int(prompt_lengths.max()), tokens.device
+    place = torch.arange(width, device=device) - width + prompt_lengths[:, None]
+    prompts, row = torch.unique(
+        tokens.gather(1, place.clamp_min(0)).masked_fill(place < 0, -1), dim=0, return_inverse=True
+    )
+    known = prompts >= 0
     cache = DynamicCache(config=model.config)
     base: Any = model.base_model
-    states = base(input_ids=prompts.clamp_min(0), past_key_values=cache, use_cache=True).last_hidden_state
-    first = states[torch.arange(len(prompts), device=device), last][row]
+    first = base(
+        input_ids=prompts.clamp_min(0),
+        attention_mask=known.long(),
+        position_ids=(known.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1:][row]
     cache.batch_select_indices(row)
     place = prompt_lengths[:, None] + torch.arange(max(length - 1, 1), device=device)
-    after = torch.ones_like(place, dtype=torch.bool)
-    states = base(
+    rest = base(
         input_ids=tokens.gather(1, place.clamp_max(tokens.shape[1] - 1)),
-        attention_mask=torch.cat([inside, after], 1).long(),
+        attention_mask=torch.cat([known[row], torch.ones_like(place, dtype=torch.bool)], 1).long(),
         position_ids=place,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    return torch.cat([first[:, None], states], 1)[:, :length]
+    return torch.cat([first, rest], 1)[:, :length]
 
 
 def cannot_share(model: PreTrainedModel) -> str | None:
@@ -65,22 +71,22 @@ def cannot_share(model: PreTrainedModel) -> str | None:
 def differences(model: PreTrainedModel) -> tuple[float, float]:
     """How far hidden states and gradients of shared prompts are from those of whole rows, relative to their size.
 
-    Two prompts of unequal length, three responses each, of one token and more; the gradient is that of the first
-    layer's vectors, which all that comes after goes into.
+    Two prompts of unequal length, two responses each, of one token and more: few, since the model may be large. The
+    gradient is that of the first layers' vectors, which all that comes after goes into.
     """
     device, embedding = model.device, next(p for p in model.get_input_embeddings().parameters())
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(len(embedding), (6, 12), generator=generator)
-    tokens[1:3, :6], tokens[4:, :3] = tokens[0, :6], tokens[3, :3]
-    tokens, prompts = tokens.to(device), torch.tensor([6, 6, 6, 3, 3, 3], device=device)
-    lengths = torch.tensor([1, 4, 6, 5, 6, 2], device=device)
-    row, step = (torch.arange(6, device=device) < lengths[:, None]).nonzero(as_tuple=True)
+    tokens = torch.randint(len(embedding), (4, 8), generator=generator)
+    tokens[1, :4], tokens[3, :2] = tokens[0, :4], tokens[2, :2]
+    tokens, prompts = tokens.to(device), torch.tensor([4, 4, 2, 2], device=device)
+    lengths = torch.tensor([1, 4, 4, 2], device=device)
+    row, step = (torch.arange(4, device=device) < lengths[:, None]).nonzero(as_tuple=True)
     base: Any = model.base_model
     vectors = [p for p in base.parameters() if p.dim() == 1 and p.requires_grad][:4] or [next(base.parameters())]
     found = []
     for shared in (False, True):
         if shared:
-            states = shared_states(model, tokens, prompts, 6)[row, step]
+            states = shared_states(model, tokens, prompts, 4)[row, step]
         else:
             whole = base(input_ids=tokens, **accepted(base.forward, use_cache=False)).last_hidden_state
             states = whole[row, prompts[row] + step - 1]
