@@ -72,9 +72,12 @@ def test_small_models_are_left_alone_and_none_is_forced() -> None:
     assert not share_prompts(model, False, None)
 
 
-def test_positions_that_are_stretched_with_length_are_refused() -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_positions_that_are_stretched_with_length_are_refused(nested: bool) -> None:
     rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny_model(tiny_config("llama", rope_parameters=rotation))
+    if nested:
+        model.config.rope_parameters = {"full_attention": rotation}
     with pytest.raises(InputError, match="positions are stretched"):
         share_prompts(model, True, None)
 
@@ -99,6 +102,12 @@ def test_what_the_test_at_the_start_would_see(broken: str, monkeypatch: pytest.M
     monkeypatch.setattr(model.base_model, "forward", forward)
     with pytest.raises(InputError, match="differ"):
         share_prompts(model, True, None)
+
+
+def test_a_model_that_cannot_even_be_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "SHARED_FROM", 0)
+    monkeypatch.setattr(prefix, "DynamicCache", lambda config: config.no_such_thing)
+    assert not share_prompts(tiny_model(tiny_config("llama")), None, None)
 
 
 def test_layers_that_are_made_again_are_refused() -> None:

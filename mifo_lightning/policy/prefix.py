@@ -63,8 +63,9 @@ def cannot_share(model: PreTrainedModel) -> str | None:
     if any(type(layer) is not DynamicLayer for layer in layers):
         return "not all of its layers look back at everything"
     rotation: Any = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if rotation.get("rope_type") in STRETCHED:
-        return f"its positions are stretched ({rotation['rope_type']})"
+    of_layers = [part for part in rotation.values() if isinstance(part, dict)]  # some have one for each kind of layer
+    if stretched := {part.get("rope_type") for part in (rotation, *of_layers)} & set(STRETCHED):
+        return f"its positions are stretched ({min(stretched)})"
     return None
 
 
@@ -110,14 +111,16 @@ def share_prompts(model: PreTrainedModel, wanted: bool | None, against: str | No
     """
     if wanted is False or (wanted is None and sum(p.numel() for p in model.parameters()) < SHARED_FROM):
         return False
-    reason = against or cannot_share(model) or _unlike(model)
+    reason = against or _wrong(model)
     if reason and wanted:
         raise InputError(f"model.loading.share_prompts: true is not allowed for {type(model).__name__}: {reason}")
     return reason is None
 
 
-def _unlike(model: PreTrainedModel) -> str | None:
+def _wrong(model: PreTrainedModel) -> str | None:
     try:
+        if reason := cannot_share(model):
+            return reason
         values, gradients = differences(model)
     except Exception as error:  # whatever a model's own code raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
