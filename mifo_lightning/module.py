@@ -21,7 +21,7 @@ from mifo_callbacks.sharding import full, require_data_parallel
 from mifo_lightning.checkpoints import interruption, safe_points
 from mifo_lightning.checkpoints.files import read_checkpoint
 from mifo_lightning.checkpoints.hyperparameters import defaults_of, plain_settings, settings_again
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, check_kinds
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
@@ -110,11 +110,11 @@ class MifoModule(LightningModule):
         seed: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_kinds("model", given, MifoModule)
         super().__init__()
         self.save_hyperparameters(plain_settings(given), logger=False)
         optimizer.check("model.optimizer")
         evaluation.check("model.evaluation")
-        sft_loss.check("model.sft_loss")
         model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
         self.model_name, self.loading, self.optimizer_settings = model, loading, optimizer
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, loading.trust_remote_code)

@@ -95,6 +95,13 @@ def test_what_data_is_given_must_be_the_module_s(make_trainer: MakeTrainer, name
         make_trainer([]).fit(make_module(), make_data(schedule=ONE, **{**ALONE, name: value}))
 
 
+def test_a_dict_in_the_place_of_a_group_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"^model.rollout: \{'group_size': 4\} is not allowed; it must be a Rollout$"):
+        mifo.MifoModule("embedded", LastAnswerReward(), rollout={"group_size": 4})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^data.schedule: None is not allowed; it must be a Schedule$"):
+        mifo.QuestionData("rows.jsonl", schedule=None)  # type: ignore[arg-type]
+
+
 def test_data_without_a_module_says_what_it_needs() -> None:
     data = mifo.QuestionData(mifo.Skills(["addition"], 8))
     with pytest.raises(InputError, match=r"^data: nothing says what its reward is: let a Trainer set it up for a Mifo"):

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from mifo_callbacks.collectives import rank
-from mifo_callbacks.collectives import sum_over as sum_over  # where mifo_lightning.steps looks for them
-from mifo_callbacks.collectives import world_group as world_group
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

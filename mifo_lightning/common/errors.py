@@ -1,5 +1,9 @@
 """What ends a run: bad input (exit status 2), training that has broken down (1), a signal (128 + its number)."""
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from inspect import signature
+
 
 class InputError(ValueError):
     """Bad input: the message is one line that names the file, row or key, the value and what is allowed."""
@@ -9,6 +13,20 @@ def require(key: str, value: object, good: bool, what: str) -> None:
     """Raise an InputError that names the key, its value and what it must be, unless the value is good."""
     if not good:
         raise InputError(f"{key}: {value} is not allowed; it must be {what}")
+
+
+def check_kinds(key: str, given: Mapping[str, object], constructor: type) -> None:
+    """Raise an InputError for a group of settings that is none, such as a dict in the place of its dataclass.
+
+    Args:
+        key: Names what is constructed.
+        given: The arguments by name.
+        constructor: Its defaults say which class a group has.
+    """
+    for name, parameter in signature(constructor).parameters.items():
+        kind = type(parameter.default)
+        if is_dataclass(kind):
+            require(f"{key}.{name}", repr(given[name])[:80], isinstance(given[name], kind), f"a {kind.__name__}")
 
 
 class TrainingError(RuntimeError):

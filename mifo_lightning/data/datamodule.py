@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks import BufferPhaseSwitch, Seed
-from mifo_lightning.common.errors import InputError, require
+from mifo_lightning.common.errors import InputError, check_kinds, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.columns import Columns
@@ -64,6 +64,7 @@ class QuestionData(LightningDataModule):
         eval_batch: int = 64,
         seed: int | None = None,
     ) -> None:
+        check_kinds("data", locals(), QuestionData)
         super().__init__()
         schedule.check("data.schedule")
         prompts.check("data.prompts")

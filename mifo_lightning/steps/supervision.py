@@ -26,7 +26,10 @@ class Supervision:
 
     Args:
         tokenizer: The model's.
-        settings: The loss, checked already.
+        settings: The loss.
+
+    Raises:
+        InputError: If a setting is impossible.
 
     Attributes:
         objective: The loss of a chunk.
@@ -34,6 +37,7 @@ class Supervision:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: SFTLoss) -> None:
+        settings.check("model.sft_loss")
         self.tokenizer, self.settings = tokenizer, settings
         self.objective = Objective(sft_weight=as_sft_weight(settings.weight))
         self.initial_losses: Tensor | None = None
