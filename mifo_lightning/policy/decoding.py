@@ -23,12 +23,14 @@ class Decoding:
         given: Whether it fills a cache that it is given, and makes none itself.
         movable: Whether rows can be repeated and dropped; if not, every row is prefilled and stays.
         padded: Whether prompts of unequal length can be padded on the left; if not, those of equal length go together.
+        slots: Whether rows can be decoded in slots, entering and leaving as they like (`slots.Slots`).
     """
 
     argument: str
     given: bool
     movable: bool
     padded: bool
+    slots: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Decoding":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mifo_lightning.policy.decoding import Decoding, accepted
 from mifo_lightning.policy.prefix import shared_states
+from mifo_lightning.policy.slots import decodes_in_slots
 from mifo_lightning.policy.token_scores import token_scores
 
 
@@ -76,6 +78,7 @@ class Policy(nn.Module):
         self.model = untyped.eval()
         with torch.no_grad():
             self.decoding = Decoding.of(model)
+        self.decoding = replace(self.decoding, slots=decodes_in_slots(self))
         self.split_head = _head_is_last(model)
         self.share_prompts = False
         self.version = 0
@@ -169,7 +172,8 @@ class Policy(nn.Module):
             shard.set_reshard_after_forward(False)
             shard.unshard()
         try:
-            with torch.no_grad():
+            # entered once: the casts of the weights are made once and not at every token
+            with torch.no_grad(), self.numerics():
                 yield
         finally:
             for shard in shards:

@@ -64,9 +64,9 @@ class Decoded(NamedTuple):
     """How far one call of an engine is.
 
     Attributes:
-        responses: Responses that are complete; they are told batch by batch.
+        responses: Responses that are complete and have left the batch.
         asked: Responses that the call was asked for.
-        step: Tokens of the longest response of the batch under way.
+        step: Tokens of the longest response in the batch.
         limit: Most tokens that a response may have.
         tokens: Response tokens drawn in this call so far, 0 when it begins.
     """
