@@ -25,10 +25,10 @@ from mifo_lightning.data.skills import Skills
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.summary import RunSummary
-from mifo_lightning.rollout import in_process
+from mifo_lightning.rollout import decoder
 from mifo_lightning.steps.settings import PolicyLoss
 
-in_process.BLOCK = 5  # three looks at the flag in a response of 14 tokens
+decoder.TURNS = 5  # three looks at the flag in a response of 14 tokens
 
 CASES: dict[str, dict[str, Any]] = {
     "mifo": {"schedule": Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)},
