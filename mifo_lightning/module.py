@@ -178,7 +178,7 @@ class MifoModule(LightningModule):
         if self._trainer is not None:
             require_data_parallel(self.trainer, "MifoModule")
             check_trainer(self.trainer)
-            check_chunks(self.trainer, self.optimizer_settings.micro_batches)
+            check_chunks(self.trainer, self.optimizer_settings)
         self.load()
         if isinstance(self.model_name, Loaded):
             check_same_weights(self._policy)

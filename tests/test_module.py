@@ -60,17 +60,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("chunks", [{"micro_batches": 3}, {"micro_batch_tokens": 100}], ids=["rows", "tokens"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_gradients_of_chunks_add_up_to_those_of_one_batch(
-    make_trainer: MakeTrainer, setting: str, micro_batches: int
+    make_trainer: MakeTrainer, setting: str, chunks: dict[str, int]
 ) -> None:
     runs = []
-    for micro in (1, micro_batches):
+    for cut in ({}, chunks):
         watch = Watch()
         # learning rate 0 in both phases: each step's gradient is of the same weights
         still = AdamWSettings(lr=0.0)
-        module = make_module(rl=still, sft=still, micro_batches=micro, **SETTINGS[setting])
+        module = make_module(rl=still, sft=still, **cut, **SETTINGS[setting])
         schedule = Schedule(rl_steps=3, prompts_per_step=8, sft_batch=8, epochs_per_rollout=2)
         callbacks = [watch, *method_callbacks(size=8)[:1], method_callbacks(size=8)[3]]
         make_trainer(callbacks).fit(module, datamodule=make_data(schedule=schedule))
@@ -322,6 +322,10 @@ def test_lightnings_own_accumulation_is_refused(make_trainer: MakeTrainer) -> No
         make_trainer(accumulate_grad_batches=2).fit(make_module(), datamodule=make_data())
     with pytest.raises(InputError, match=r"model.optimizer.micro_batches: 0"):
         make_module(micro_batches=0)
+    with pytest.raises(InputError, match=r"model.optimizer.micro_batch_tokens: 0"):
+        make_module(micro_batch_tokens=0)
+    with pytest.raises(InputError, match=r"model.optimizer.micro_batches: 2 is not allowed; it must be 1 with"):
+        make_module(micro_batches=2, micro_batch_tokens=100)
 
 
 def test_a_finished_run_can_be_extended(make_trainer: MakeTrainer, tmp_path: Path) -> None:

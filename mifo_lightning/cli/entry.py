@@ -56,8 +56,9 @@ def main(args: list[str] | None = None) -> None:
         if not out_of_memory(error):
             raise
         fail(
-            f"memory ran out: {str(error).splitlines()[0]}; raise model.optimizer.micro_batches, set "
-            "model.loading.gradient_checkpointing or lower data.schedule.sft_batch; what was saved stays",
+            f"memory ran out: {str(error).splitlines()[0]}; raise model.optimizer.micro_batches (or lower "
+            "micro_batch_tokens), set model.loading.gradient_checkpointing or lower data.schedule.sft_batch; what was "
+            "saved stays",
             status=1,
         )
     except OSError as error:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mifo_lightning.policy.policy import Sequences
+from mifo_lightning.steps.cutting import by_tokens
 
 
 class Stream(NamedTuple):
@@ -77,14 +78,18 @@ class Batch:
     temperature: float = 1.0
     idle: bool = False
 
-    def chunks(self, update: int, count: int) -> list["Batch"]:
-        """What optimizer step number `update` of a pass works on, cut into `count` parts of equally many rows.
+    def chunks(self, update: int, count: int, tokens: int | None = None, shared: bool = False) -> list["Batch"]:
+        """What optimizer step number `update` of a pass works on, in `count` parts of equally many rows.
 
-        Rows that cannot give a gradient, those of advantage 0 above all, are left out; they still count. Every rank
-        runs every chunk: one without a row is a row that weighs nothing, with gradients of exactly 0.
+        Or in parts of at most `tokens` (`cutting.by_tokens`). Rows that cannot give a gradient, those of advantage 0
+        above all, are left out; they still count. Every rank runs every chunk: one without a row is a row that weighs
+        nothing, with gradients of exactly 0.
         """
         rows = (self.minibatch == update).nonzero()[:, 0]
-        parts = rows[self.active[rows]].tensor_split(count)
+        rows = rows[self.active[rows]]
+        parts = rows.tensor_split(count)
+        if tokens is not None:
+            parts = by_tokens(self.sequences, self.question, rows, tokens, shared)
         return [self.rows(part) if len(part) else self._nothing() for part in parts]
 
     def rows(self, chosen: Tensor) -> "Batch":

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.policy.loading import positions
+from mifo_lightning.steps.optimizer import OptimizerSettings
 
 FORMAT = 4  # of what MifoModule, its loader and its callbacks put into a checkpoint
 PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
@@ -40,11 +41,13 @@ def check_accumulation(trainer: Trainer) -> None:
         )
 
 
-def check_chunks(trainer: Trainer, micro_batches: int) -> None:
+def check_chunks(trainer: Trainer, settings: OptimizerSettings) -> None:
     """Raise an InputError where DDP counts every backward of a step, those of chunks too."""
-    if micro_batches > 1 and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+    name = "micro_batches" if settings.micro_batch_tokens is None else "micro_batch_tokens"
+    value = getattr(settings, name)
+    if value != 1 and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
         raise InputError(
-            f"model.optimizer.micro_batches: {micro_batches} is not allowed with DDPStrategy(static_graph=True), "
+            f"model.optimizer.{name}: {value} is not allowed with DDPStrategy(static_graph=True), "
             "whose gradients would be wrong; leave static_graph out"
         )
 

@@ -79,6 +79,8 @@ class OptimizerSettings:
         skip_zero_gradient: Whether an optimizer step whose gradient is exactly 0 over all ranks moves nothing; without
             it momentum and weight decay go on moving the weights. Steps and schedules advance either way.
         micro_batches: Chunks that each rank cuts an optimizer step into; more need less memory, the step is the same.
+        micro_batch_tokens: Instead, most tokens of a chunk, padding included: as many chunks as that takes, of
+            sequences of like length, groups whole where they share their prompt; null goes by `micro_batches`.
     """
 
     rl: AdamWSettings = field(default_factory=AdamWSettings)
@@ -86,12 +88,17 @@ class OptimizerSettings:
     moments: Literal["reset", "keep", "shared"] = "reset"
     skip_zero_gradient: bool = False
     micro_batches: int = 1
+    micro_batch_tokens: int | None = None
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
         self.rl.check(f"{key}.rl")
         self.sft.check(f"{key}.sft")
         require(f"{key}.micro_batches", self.micro_batches, self.micro_batches >= 1, "at least 1")
+        tokens = self.micro_batch_tokens
+        require(f"{key}.micro_batch_tokens", tokens, tokens is None or tokens >= 1, "at least 1, or null")
+        alone = tokens is None or self.micro_batches == 1
+        require(f"{key}.micro_batches", self.micro_batches, alone, "1 with micro_batch_tokens")
 
 
 class PhaseAdamW:

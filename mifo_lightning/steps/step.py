@@ -52,13 +52,18 @@ class OptimizerStep:
             select_tokens: What `EntropyTokenSelection` put on the module; None takes all tokens.
         """
         output: dict[str, Any] = {"work": {"generated": 0, "scored": 0}}
-        if item["phase"] == "rl":
+        is_rl = item["phase"] == "rl"
+        if is_rl:
             objective, whole = self.reinforcement.objective, self._rl_batch(trainer, policy, item, output)
         else:
-            objective = self.supervision.objective
-            whole = self._sft_batch(trainer, policy, item, select_tokens, output)
-        chunks = whole.chunks(item["update"] % item["minibatches"], self.settings.micro_batches)
-        late = select_tokens if item["phase"] == "sft" and len(chunks) == 1 else None
+            objective, whole = self.supervision.objective, self.supervision.batch(item["questions"], policy.device)
+        cut = {"tokens": self.settings.micro_batch_tokens, "shared": is_rl and policy.share_prompts}
+        update = item["update"] % item["minibatches"]
+        chunks = whole.chunks(update, self.settings.micro_batches, **cut)
+        late = None if is_rl else select_tokens
+        if late is not None and len(chunks) > 1:
+            whole, late = self._select(trainer, policy, whole, select_tokens, output), None
+            chunks = whole.chunks(update, self.settings.micro_batches, **cut)
         output["loss"] = self._descend(trainer, policy, chunks, objective, item["phase"], late)
         output["work"] |= {
             "trained": sum(chunk.sequences.token_count() for chunk in chunks if not chunk.idle),
@@ -77,18 +82,17 @@ class OptimizerStep:
             self.last_reward = fresh.metrics["reward"]
         return batch
 
-    def _sft_batch(
-        self, trainer: Trainer, policy: Policy, item: WorkItem, select_tokens: Any, output: dict[str, Any]
+    def _select(
+        self, trainer: Trainer, policy: Policy, batch: Batch, select_tokens: Any, output: dict[str, Any]
     ) -> Batch:
-        """The demonstrations of the step, and, if it is cut into chunks, which of their tokens it learns from."""
-        batch = self.supervision.batch(item["questions"], policy.device)
-        if select_tokens is not None and self.settings.micro_batches > 1:
-            # the threshold belongs to the optimizer step: all entropies are needed before the first backward
-            output["work"]["scored"] = batch.sequences.token_count()
-            with profiled(trainer, "entropies"):
-                entropy = score_without_gradient(policy, batch.sequences, temperature=1.0)[1]
-            batch = selected(batch, select_tokens, entropy)
-        return batch
+        """The demonstrations of a step of several chunks, and which of their tokens it learns from.
+
+        The threshold belongs to the optimizer step: all entropies are needed before the first backward.
+        """
+        output["work"]["scored"] = batch.sequences.token_count()
+        with profiled(trainer, "entropies"):
+            entropy = score_without_gradient(policy, batch.sequences, temperature=1.0)[1]
+        return selected(batch, select_tokens, entropy)
 
     def _descend(
         self, trainer: Trainer, policy: Policy, chunks: list[Batch], objective: Objective, phase: str, late: Any
