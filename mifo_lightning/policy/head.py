@@ -90,7 +90,7 @@ def _scale(x: Tensor, y: Tensor) -> float:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
 def _run(model: torch.nn.Module, tokens: Tensor) -> Any:

@@ -176,7 +176,7 @@ def _accumulate(tile: _Tile, of_hidden: Tensor | None, of_weight: Tensor | None,
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     with torch.autocast(total.device.type, enabled=False):
         if a.dtype == total.dtype:
-            total.addmm_(a, b)
+            torch.addmm(total, a, b, out=total)
         else:
             total.add_(a @ b)
 

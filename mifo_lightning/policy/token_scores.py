@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from mifo_lightning.policy.head import LogitTransform
 from mifo_lightning.policy.running_scores import RunningScores, Settings
 
-CHUNK_ELEMENTS = 2**25  # fp32 logits alive at once: 128 MiB; small vocabularies fit in one chunk and stay plain
+RUNNING_FROM = 2**22  # logits, 16 MiB in fp32: fewer are faster made once and kept for the backward pass
+CHUNK_ELEMENTS = 2**25  # 128 MiB: as many are made at once where the head is no linear layer
 
 
 def token_scores(
@@ -23,9 +25,9 @@ def token_scores(
 ) -> tuple[Tensor, Tensor]:
     """Score each target token under softmax(transform(head(hidden)) / temperature).
 
-    Where the logits would exceed `CHUNK_ELEMENTS` they never exist at once: `RunningScores` of a linear head, chunks of
-    tokens that are made again in the backward pass of any other. Under autocast the head computes in its dtype,
-    whatever the cache of casts around it holds.
+    Where there are many logits they never exist at once: from `RUNNING_FROM` on a linear head's are made in tiles, from
+    `CHUNK_ELEMENTS` on any other's in chunks of tokens, both made again in the backward pass. Under autocast the head
+    computes in its dtype, whatever the cache of casts around it holds.
 
     Args:
         head: Maps hidden states [n, D] to outputs [n, V].
@@ -40,14 +42,14 @@ def token_scores(
     """
     if transform.input_scale != 1.0:
         hidden = hidden * transform.input_scale
+    if _is_linear(head) and len(hidden) * len(head.weight) >= RUNNING_FROM:
+        settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient)
+        logp, entropy = RunningScores.apply(hidden, head.weight, head.bias, targets, settings)
+        return logp.float(), entropy.float()
     with _without_cache(hidden.device.type):
         n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
     if len(hidden) <= n:
         return _score(head, hidden, targets, temperature, entropy_gradient, transform)
-    if isinstance(head, nn.Linear) and _is_plain(head):
-        settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient)
-        logp, entropy = RunningScores.apply(hidden, head.weight, head.bias, targets, settings)
-        return logp.float(), entropy.float()
     parts = [
         checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, use_reentrant=False)
         for h, t in zip(hidden.split(n), targets.split(n), strict=True)
@@ -61,9 +63,11 @@ def vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     return int(weight.shape[0]) if weight is not None else int(head(hidden[:1]).shape[-1])
 
 
-def _is_plain(head: nn.Linear) -> bool:
+def _is_linear(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
     """Whether nothing else than its weight and bias makes the head's outputs."""
-    return type(head).forward is nn.Linear.forward and not head._forward_hooks and not head._forward_pre_hooks
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks)
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
