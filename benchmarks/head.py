@@ -48,9 +48,7 @@ def limit(head: torch.nn.Linear, hidden: Tensor) -> tuple[Work, Callable[[Any], 
     return forward, backward
 
 
-def scores(
-    head: torch.nn.Linear, hidden: Tensor, targets: Tensor, bf16: bool
-) -> tuple[Work, Callable[[Any], None]]:
+def scores(head: torch.nn.Linear, hidden: Tensor, targets: Tensor, bf16: bool) -> tuple[Work, Callable[[Any], None]]:
     """Log-probability with gradient and entropy without, as SFT and most of RL want them."""
 
     def forward() -> Tensor:
@@ -86,7 +84,10 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     middle = {
         side: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for side, rounds in found.items()
     }
-    lines = ["| scores | forward s | of the limit | backward s | of the limit | growth GiB | of naive |", "|---" * 7 + "|"]
+    lines = [
+        "| scores | forward s | of the limit | backward s | of the limit | growth GiB | of naive |",
+        "|---" * 7 + "|",
+    ]
     for side, row in middle.items():
         cells = [side]
         for key in ("forward", "backward"):

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.families import judge, tiny_config, tiny_model
-from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.head import LogitTransform
+from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy, Sequences
 
 RIGHT = [

@@ -105,7 +105,9 @@ def test_order_company_and_place_of_a_token_do_not_matter(monkeypatch: pytest.Mo
     given = case(3)
     order = torch.randperm(len(given.targets))[: len(given.targets) // 2 + 1]
     some = given._replace(hidden=given.hidden[order], targets=given.targets[order])
-    for whole, part in zip(running(given, Settings(torch.float64)), running(some, Settings(torch.float64)), strict=True):
+    for whole, part in zip(
+        running(given, Settings(torch.float64)), running(some, Settings(torch.float64)), strict=True
+    ):
         torch.testing.assert_close(whole[order], part)
 
 
@@ -122,7 +124,8 @@ def score(head: nn.Linear, hidden: Tensor, targets: Tensor, bf16: bool) -> list[
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logp, entropy = token_scores.token_scores(head, hidden, targets, 0.7, entropy_gradient=True)
     (logp * torch.linspace(-1, 1, len(logp)) + entropy).sum().backward()
-    assert head.weight.grad is not None and hidden.grad is not None
+    assert head.weight.grad is not None
+    assert hidden.grad is not None
     return [logp.detach(), entropy.detach(), hidden.grad, head.weight.grad]
 
 

@@ -94,13 +94,13 @@ class _Ranking(NamedTuple):
     scores: Sequence[Tensor]
     order: Order
 
-    def keys(self) -> Iterator[Tensor]:
+    def ranked(self) -> Iterator[Tensor]:
         """All int32 keys, in chunks."""
         return (keys for tensor in self.scores for keys in _keys(tensor, self.order))
 
 
 def _cut(ranking: _Ranking, k: int, group: dist.ProcessGroup | None, order: Order) -> Cut:
-    """The cut after the first `k`: a histogram of the highest bits, one of the next among those that matter, and so on."""
+    """The cut after the first `k`: a histogram of the highest bits, then of the next among those that matter."""
     prefix, take, ties = 0, k, 0
     for shift, bits in LEVELS:
         histogram = sum_over(_histogram(ranking, prefix, shift, bits), group).tolist()
@@ -124,12 +124,12 @@ def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, tuple[_Ranking,
     if n < NARROWED_FROM:
         return {}
     step = n // SAMPLE | 1  # odd: no column of a matrix is all of it
-    sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).keys()])
+    sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).ranked()])
     sample = sample.sort(descending=True).values
     between = [_bracket(sample, k / n) for k in ks]
     above = torch.zeros(len(ks), dtype=torch.int64, device=sample.device)
     taken, count = [], 0
-    for keys in ranking.keys():
+    for keys in ranking.ranked():
         inside = torch.zeros_like(keys)
         for i, (low, high) in enumerate(between):
             # comparisons with int32 results: a CPU takes three times as long for bool ones
@@ -204,7 +204,7 @@ def _histogram(ranking: _Ranking, prefix: int, shift: int, bits: int) -> Tensor:
     """Counts [2**bits] of the next `bits` bits among the keys that begin with `prefix`."""
     counts = torch.zeros(1 << bits, dtype=torch.int64, device=ranking.scores[0].device)
     first = shift == LEVELS[0][0]
-    for keys in ranking.keys():
+    for keys in ranking.ranked():
         matching = keys if first else keys[keys >> (shift + bits) == prefix]
         counts += torch.bincount(matching >> shift & ((1 << bits) - 1), minlength=1 << bits)
     return counts

@@ -107,9 +107,7 @@ class _Tile(NamedTuple):
 
 
 @torch.no_grad()
-def _tiles(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings
-) -> Iterator[_Tile]:
+def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings) -> Iterator[_Tile]:
     """All tiles, entries of the vocabulary outside: their weights are cast once, and their gradient is done with."""
     dtype, wide, device = settings.dtype, settings.wide, hidden.device
     height, width = CPU_TILE if device.type == "cpu" else GPU_TILE
