@@ -2,9 +2,9 @@
 
     python -m benchmarks.callbacks --model DIR    # a Hugging Face directory
 
-One run with all four: two RL steps as in `benchmarks.run` (4 prompts of 75 tokens x 8 responses of 32), which fill
-the buffer, then two SFT steps on 16 demonstrations of 32 tokens. What a callback does where a phase begins (the copy
-of the weights; map, mask and copy of what is frozen) is told apart from what it does at each step.
+One run with all four: an RL step as in `benchmarks.run` (4 prompts of 75 tokens x 8 responses of 32, a group at a
+time), which fills the buffer, then two SFT steps on 16 demonstrations of 32 tokens. What a callback does once a phase
+(copy of the weights and map; mask and copy of what is frozen) is told apart from what it does at each step.
 """
 
 import argparse
@@ -24,27 +24,29 @@ from mifo_callbacks.recipe import mifo as recipe
 from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_tokenizer
 
-RL_STEPS, SFT_STEPS, SFT_BATCH = 2, 2, 16
+RL_STEPS, SFT_STEPS, SFT_BATCH = 1, 2, 16
+NAMES = ("EntropyTokenSelection", "ImportanceEMA", "GradientFreezing", "BufferPhaseSwitch")
 
 
 class Seconds(Profiler):
-    """CPU seconds of the method's callbacks: by the phase of the step, and whether a phase had just begun."""
+    """CPU seconds of the method's callbacks: by name, and whether a phase had just begun."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.at: tuple[str, bool] = ("", False)
+        self.first = True
         self.spent: dict[tuple[str, bool], float] = defaultdict(float)
         self._open: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
         """Begin an action."""
-        if action_name.startswith("[Callback]") and any(name in action_name for name in mifo_callbacks.__all__):
+        if action_name.startswith("[Callback]"):
             self._open[action_name] = time.process_time()
 
     def stop(self, action_name: str) -> None:
         """End it."""
-        if action_name in self._open:
-            self.spent[self.at] += time.process_time() - self._open.pop(action_name)
+        name = next((name for name in NAMES if name in action_name), None)
+        if name and action_name in self._open:
+            self.spent[name, self.first] += time.process_time() - self._open.pop(action_name)
 
 
 class Steps(lightning.Callback):
@@ -57,7 +59,7 @@ class Steps(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The clock starts."""
-        self.seconds.at = (batch["phase"], batch["phase"] not in self.took)
+        self.seconds.first = batch["phase"] not in self.took
         self.began = time.process_time()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -86,6 +88,7 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
         model,
         mifo.FunctionReward(reward, isolate=False),
         mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH), self_check=False),
+        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
     )
     size = RL_STEPS * PROMPTS
     data = mifo.QuestionData(
@@ -126,13 +129,14 @@ def main() -> None:
     torch.set_num_threads(1)
     steps, seconds, weights = run(given.model)
     print(f"{platform.processor() or platform.machine()}, one thread, {weights:,} weights\n")
-    print("| step | CPU seconds | callbacks, first of a phase | callbacks, later | share, first | share, later |")
+    took = {phase: min(seconds) for phase, seconds in steps.took.items()}  # the first has what begins a phase in it
+    print(", ".join(f"{phase} step {seconds:.1f} CPU seconds" for phase, seconds in took.items()) + "\n")
+    print("| callback | once a phase, s | of an RL step | of an SFT step | a step, s | of an SFT step |")
     print("|---|---|---|---|---|---|")
-    for phase, took in steps.took.items():
-        first, later = seconds.spent[phase, True], seconds.spent[phase, False] / max(len(took) - 1, 1)
-        plain = min(t for t in took)  # the later one: the first has the beginning of the phase in it
-        shares = f"{first / plain:.1%} | {later / plain:.1%}"
-        print(f"| {phase} | {plain:.1f} | {first:.2f} | {later:.2f} | {shares} |")
+    for name in NAMES:
+        once, later = seconds.spent[name, True], seconds.spent[name, False] / (SFT_STEPS - 1)
+        shares = [f"{s / took[phase]:.1%}" for s, phase in ((once, "rl"), (once, "sft"), (later, "sft"))]
+        print(f"| {name} | {once:.2f} | {shares[0]} | {shares[1]} | {later:.2f} | {shares[2]} |")
     for phase, held in steps.bytes.items():
         print(f"\nbytes a weight in {phase}: " + ", ".join(f"{name} {n / weights:.3f}" for name, n in held.items()))
 

@@ -160,8 +160,8 @@ def test_a_frozen_weight_and_tokens_without_a_gradient_cost_nothing() -> None:
 
 def test_tokens_without_a_gradient_get_none() -> None:
     given = case(5)
-    slopes = given.slopes[0] * (torch.arange(len(given.targets)) % 3 == 0)
-    given = given._replace(slopes=(slopes, slopes))
+    place = torch.arange(len(given.targets))
+    given = given._replace(slopes=(given.slopes[0] * (place % 3 == 0), given.slopes[1] * (place % 2 == 0)))
     settings = Settings(torch.float64, entropy_gradient=True)
     found, wanted = (with_gradients(f(given, settings), given, True) for f in (running, naive))
     for a, b in zip(found, wanted, strict=True):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def token_scores(
         hidden = hidden * transform.input_scale
     if _is_linear(head) and len(hidden) * len(head.weight) >= RUNNING_FROM:
         settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient)
-        logp, entropy = RunningScores.apply(hidden, head.weight, head.bias, targets, settings)
+        apply: Any = RunningScores.apply
+        logp, entropy = apply(hidden, head.weight, head.bias, targets, settings)
         return logp.float(), entropy.float()
     with _without_cache(hidden.device.type):
         n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
