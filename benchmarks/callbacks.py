@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import Profiler
 
 import mifo_callbacks
@@ -109,7 +110,7 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
         accelerator="cpu",
         devices=1,
         max_epochs=-1,
-        logger=False,
+        logger=DummyLogger(),  # with one, quantiles and the like are computed
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
