@@ -1,11 +1,9 @@
-"""How fast are decoding and scoring, and what do the method's parts cost? CPU seconds and memory, one thread.
+"""How fast is decoding, and what do the method's parts cost? CPU seconds, one thread; `benchmarks.head` times scoring.
 
 python -m benchmarks.speed            # everything
-python -m benchmarks.speed decode     # one part: decode | score | method
+python -m benchmarks.speed decode     # one part: decode | method
 """
 
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +14,6 @@ import torch
 from mifo_callbacks.thresholds import top_mask
 from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
-from mifo_lightning.policy.token_scores import token_scores
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 
@@ -45,37 +42,6 @@ def decode() -> None:
         print(f"decode, 32 questions x 8, {name}: {tokens} tokens, {tokens / seconds(work):,.0f} tokens/s")
 
 
-def score() -> None:
-    """Seconds and peak memory of log-probabilities and entropies, Qwen2.5's vocabulary, forward and backward."""
-    n, width, vocabulary = 2048, 256, 151_936
-    for chunked in (False, True):
-        script = (
-            "import sys, torch; torch.set_num_threads(1); from benchmarks.speed import score_once; "
-            f"score_once({n}, {width}, {vocabulary}, {chunked})"
-        )
-        subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def score_once(n: int, width: int, vocabulary: int, chunked: bool) -> None:
-    """One measurement in a process of its own, since peak memory never falls."""
-    from mifo_lightning.policy import token_scores as module
-
-    if not chunked:
-        module.CHUNK_ELEMENTS = 2**40
-    torch.manual_seed(0)
-    head = torch.nn.Linear(width, vocabulary, bias=False)
-    hidden, targets = torch.randn(n, width, requires_grad=True), torch.randint(vocabulary, (n,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    logp, _ = token_scores(head, hidden, targets)
-    logp.sum().backward()
-    took = time.process_time() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    gradient = vocabulary * width * 4 / 2**30
-    name = "in chunks" if chunked else "at once  "
-    print(f"score {n} tokens, V = {vocabulary:,}, {name}: {took:.1f} s, {peak:.2f} GiB (of it {gradient:.2f} gradient)")
-
-
 def method() -> None:
     """The exact half of 50 million scores, beside one fused AdamW step on as many weights."""
     n = 50_000_000
@@ -93,7 +59,7 @@ def method() -> None:
 def main() -> None:
     """Run the named part or all."""
     torch.set_num_threads(1)
-    parts = {"decode": decode, "score": score, "method": method}
+    parts = {"decode": decode, "method": method}
     chosen = sys.argv[1:] or list(parts)
     if unknown := set(chosen) - set(parts):
         raise SystemExit(f"{', '.join(unknown)}: unknown; allowed: {', '.join(parts)}")

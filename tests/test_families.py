@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.families import judge, tiny_config, tiny_model
+from mifo_lightning.policy.head import LogitTransform
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy, Sequences
 
@@ -41,12 +42,12 @@ def fresh(family: str, **changes: Any) -> PreTrainedModel:
     ("family", "changes"), [("gemma2", {}), ("cohere", {}), ("granite", {"logits_scaling": 8.0}), ("minicpm3", {})]
 )
 def test_capped_or_scaled_logits_are_seen_on_a_fresh_model(family: str, changes: dict[str, Any]) -> None:
-    assert not Policy(fresh(family, **changes)).split_head
+    assert Policy(fresh(family, **changes)).transform not in (None, LogitTransform())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "gemma3_text", "mamba"])
-def test_plain_heads_are_applied_to_response_positions_only(family: str) -> None:
-    assert Policy(fresh(family)).split_head
+def test_plain_heads_have_no_transform(family: str) -> None:
+    assert Policy(fresh(family)).transform == LogitTransform()
 
 
 def test_a_cap_holds_when_logits_have_grown() -> None:

@@ -136,6 +136,7 @@ def test_chunks_change_neither_scores_nor_gradients(monkeypatch: pytest.MonkeyPa
 
     plain = run()
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 150)  # chunks of 3 tokens, the last one shorter
+    head.register_forward_hook(lambda *_: None)  # whatever else a head does is left to it
     for a, b in zip(plain, run(), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -25,7 +25,7 @@ from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.steps.guards import check_chunks
-from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings
 from mifo_lightning.steps.settings import PolicyLoss
 
 MakeTrainer = Callable[..., Trainer]
@@ -312,9 +312,11 @@ def test_what_would_step_otherwise_than_the_module_is_refused(make_trainer: Make
     with pytest.raises(InputError, match=r"accumulate_grad_batches: 2 .* model.optimizer.micro_batches"):
         make_trainer([GradientAccumulationScheduler({0: 2})]).fit(make_module(), datamodule=make_data())
     trainer: Any = SimpleNamespace(strategy=DDPStrategy(static_graph=True))
-    check_chunks(trainer, 1)
+    check_chunks(trainer, OptimizerSettings())
     with pytest.raises(InputError, match=r"model.optimizer.micro_batches: 2 is not allowed with .*static_graph"):
-        check_chunks(trainer, 2)
+        check_chunks(trainer, OptimizerSettings(micro_batches=2))
+    with pytest.raises(InputError, match=r"model.optimizer.micro_batch_tokens: 9 is not allowed with .*static_graph"):
+        check_chunks(trainer, OptimizerSettings(micro_batch_tokens=9))
 
 
 def test_lightnings_own_accumulation_is_refused(make_trainer: MakeTrainer) -> None:

@@ -58,7 +58,7 @@ def test_a_model_that_caps_its_logits_is_scored_with_the_cap() -> None:
     sequences = Sequences.pack([[2, 3]], [[4, 5, 6]], 0)
     logp, _ = capped(sequences)
     expected = capped.model(sequences.tokens).logits.log_softmax(-1)[0, 1:4].gather(-1, torch.tensor([[4], [5], [6]]))
-    assert not capped.split_head
+    assert capped.split_head
     torch.testing.assert_close(logp[0], expected[:, 0])
 
 

@@ -17,7 +17,7 @@ from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.prefix import differences, share_prompts
 
 # the layers of gpt_neo have a window that its cache knows nothing of
-RIGHT = ["llama", "qwen2", "gpt2", "opt", "qwen3_moe", "olmo2", "phi3", "gpt_neo"]
+RIGHT = ["llama", "qwen2", "gpt2", "opt", "qwen3_moe", "olmo2", "phi3", "gpt_neo", "cohere", "minicpm3"]
 WRONG = {
     "gemma3_text": "look back at everything",
     "mamba": "takes no cache",

@@ -1,7 +1,7 @@
 """Which coordinates a phase freezes: a rule scores them, and those that come first in its order are frozen."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mifo_callbacks.checks import require_choice
 from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.sharding import local, shard_group, shard_like
-from mifo_callbacks.thresholds import Cut, cut_mask, find_cut, floor_share
+from mifo_callbacks.thresholds import cut_mask, find_cut, floor_share
 
 RuleName = Literal["rl_topk", "rl_bottomk", "random", "none"]
 Scope = Literal["tensor", "global"]
@@ -157,22 +157,35 @@ def freezing_masks(
         scope: n is the size of each "tensor", or of all of them together ("global").
         order: "largest" scores first, or "smallest_zero_last": smallest first, zeros at the end.
     """
+    return together(frozen_blocks(scores, fraction, scope, order))
+
+
+def frozen_blocks(
+    scores: Iterable[tuple[str, Tensor]], fraction: float, scope: Scope, order: Order
+) -> Iterator[Frozen]:
+    """`freezing_masks` of one tensor after the other, or of all at once; arguments as there."""
     blocks = ([named] for named in scores) if scope == "tensor" else [list(scores)]
-    masks: dict[str, Tensor] = {}
-    cuts: list[Cut] = []
-    total = count = 0
     for block in filter(None, blocks):
         group = shard_group(score for _, score in block)
         parts = [local(score) for _, score in block]
         n = sum(score.numel() for _, score in block)
-        if (k := floor_share(fraction, n)) == 0:
+        k, cut = floor_share(fraction, n), None
+        if k == 0:
             drawn = [torch.zeros(part.shape, dtype=torch.bool, device=part.device) for part in parts]
         else:
-            cuts.append(find_cut(parts, k, group, order))
-            drawn = cut_mask(parts, cuts[-1], group, order)
-        masks |= {name: mask for (name, _), mask in zip(block, drawn, strict=True)}
-        total += n
-        count += int(sum_over(torch.stack([mask.count_nonzero() for mask in drawn]).sum(), group))
-    tied = sum(cut.ties for cut in cuts if cut.take < cut.ties)
-    zero = sum(cut.take for cut in cuts if cut.value == 0)  # zeros come last, so they are the ones at the cut
-    return Frozen(masks, count, total, tied, zero)
+            cut = find_cut(parts, k, group, order)
+            drawn = cut_mask(parts, cut, group, order)
+        count = int(sum_over(torch.stack([mask.count_nonzero() for mask in drawn]).sum(), group))
+        tied = cut.ties if cut and cut.take < cut.ties else 0
+        zero = cut.take if cut and cut.value == 0 else 0  # zeros come last, so they are the ones at the cut
+        yield Frozen({name: mask for (name, _), mask in zip(block, drawn, strict=True)}, count, n, tied, zero)
+
+
+def together(blocks: Iterable[Frozen]) -> Frozen:
+    """Blocks as one."""
+    masks: dict[str, Tensor] = {}
+    counts = [0, 0, 0, 0]
+    for block in blocks:
+        masks |= block.masks
+        counts = [a + b for a, b in zip(counts, block[1:], strict=True)]
+    return Frozen(masks, *counts)

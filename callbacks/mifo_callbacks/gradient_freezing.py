@@ -1,6 +1,6 @@
 """GradientFreezing: hold the most important coordinates still during one phase."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,12 @@ from mifo_callbacks.freezing_rules import (
     RuleName,
     Scope,
     checked_score,
-    freezing_masks,
+    frozen_blocks,
     rule_of,
+    together,
 )
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.masking import mask_gradients, moved, restore_, zero_
+from mifo_callbacks.masking import PackedMask, Unpacked, keep_, mask_gradients, moved, restore_
 from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
@@ -93,7 +94,7 @@ class GradientFreezing(PhaseCallback):
         self._frozen_phases = 0  # how many phases have been frozen: the mask of "random" depends on it
         self._warned = False
         self._importance: Importance | None = None
-        self._masks: dict[str, Tensor] = {}
+        self._masks: dict[str, PackedMask] = {}
         self._reference: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}  # buffers by name
         self._checked = False  # whether a batch of this phase has been found to leave frozen weights alone
@@ -103,9 +104,12 @@ class GradientFreezing(PhaseCallback):
         return distinct(self, self._generate_state_key(during=self.during))
 
     @property
-    def masks(self) -> dict[str, Tensor]:
-        """Bool masks by parameter name, True where frozen, this rank's shards; empty outside the phase."""
-        return self._masks
+    def masks(self) -> Mapping[str, Tensor]:
+        """Bool masks by parameter name, True where frozen, this rank's shards; empty outside the phase.
+
+        Kept in one bit a coordinate; each is unpacked when it is asked for.
+        """
+        return Unpacked(self._masks)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -152,14 +156,20 @@ class GradientFreezing(PhaseCallback):
             rank_zero_warn(f"phase {self.during!r} begins before there is an importance map: nothing is frozen")
             return
         params = self.trained(pl_module)
-        frozen = freezing_masks(self._scores(self.rule, params, known), self.fraction, self.scope, self.rule.order)
-        self._masks = frozen.masks
-        self._reference = {name: zero_(local(params[name]).clone(), ~m) for name, m in frozen.masks.items()}
+        scores = self._scores(self.rule, params, known)
+        frozen = together(self._packed(frozen_blocks(scores, self.fraction, self.scope, self.rule.order)))
+        self._reference = {name: keep_(local(params[name]).clone(), mask) for name, mask in self._masks.items()}
         metrics = {"freeze/share": frozen.frozen / max(frozen.total, 1), "freeze/ties": frozen.tied}
         if self.rule.needs_importance:
             metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)
             self._warn_of_ties(frozen)
         log_metrics(trainer, metrics)
+
+    def _packed(self, blocks: Iterable[Frozen]) -> Iterator[Frozen]:
+        """Keep the masks, each packed before the next is drawn; the counts go on."""
+        for block in blocks:
+            self._masks |= {name: PackedMask(mask) for name, mask in block.masks.items()}
+            yield block._replace(masks={})
 
     def _warn_of_ties(self, frozen: Frozen) -> None:
         """Say once that position, not importance, chose much of what is frozen."""

@@ -14,10 +14,11 @@ from mifo_callbacks.checks import require_choice
 from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.contracts import PhaseOf
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.masking import flat_chunks
 from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.sharding import full_on_first_rank, local, require_visible_weights, shard_group, shard_like
-from mifo_callbacks.thresholds import ceil_share, kth_largest
+from mifo_callbacks.thresholds import ceil_share, find_cuts
 
 Movement = Literal["square", "abs"]
 Accumulate = Literal["phase", "step"]
@@ -209,9 +210,13 @@ def update_importance(
     Returns:
         The new C: `importance`, or `start` if that was None, so no memory is allocated.
     """
-    start.sub_(end)
-    moved = start.square_() if movement == "square" else start.abs_()
-    return moved if importance is None else importance.lerp_(moved, 1 - alpha)
+    known = () if importance is None else (importance,)
+    for before, after, *scores in flat_chunks(start, end, *known):  # one pass over memory instead of three
+        before.sub_(after)
+        moved = before.square_() if movement == "square" else before.abs_()
+        for c in scores:
+            c.lerp_(moved, 1 - alpha)
+    return start if importance is None else importance
 
 
 def importance_metrics(importance: dict[str, Tensor]) -> dict[str, float]:
@@ -221,5 +226,6 @@ def importance_metrics(importance: dict[str, Tensor]) -> dict[str, float]:
     n = sum(t.numel() for t in importance.values())
     sums = [torch.stack([t.sum().double(), (t.numel() - t.count_nonzero()).double()]) for t in parts]
     total, zeros = sum_over(torch.stack(sums).sum(0), group).tolist()
-    metrics = {f"importance/q{q}": kth_largest(parts, n + 1 - ceil_share(q, n), group) for q in QUANTILES}
+    cuts = find_cuts(parts, [n + 1 - ceil_share(q, n) for q in QUANTILES], group)
+    metrics = {f"importance/q{q}": cut.value for q, cut in zip(QUANTILES, cuts, strict=True)}
     return metrics | {"importance/mean": total / n, "importance/zero_share": zeros / n}

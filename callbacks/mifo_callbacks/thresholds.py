@@ -2,7 +2,8 @@
 
 Non-negative fp32 numbers order like their bits read as int32, so three histograms of 11, 11 and 9 bits, each
 summed over the tensors, in chunks, and over the ranks, give the k-th largest key exactly. The smallest ones
-come from the same algorithm on mirrored keys.
+come from the same algorithm on mirrored keys. Where one rank holds many scores, a sample says between which keys the
+k-th almost surely is: one pass counts what lies above and takes out what lies between, and histograms are of that.
 """
 
 import hashlib
@@ -19,8 +20,10 @@ from mifo_callbacks.collectives import gather_over, rank_in, sum_over
 Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)
 
-CHUNK = 1 << 20  # elements: the largest temporary, about the size of a second-level cache
+CHUNK = 1 << 17  # elements: the largest temporary; a few of them fit into a second-level cache
 MAX_KEY = 0x7FFFFFFF
+NARROWED_FROM = 1 << 20  # scores
+SAMPLE = 1 << 15
 LEVELS = ((20, 11), (9, 11), (0, 9))  # (shift, bits) of the three histograms: 31 bits without the sign
 
 
@@ -68,9 +71,39 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
     Raises:
         ValueError: If `k` is not between 1 and the number of scores, or a tensor is not fp32.
     """
+    return find_cuts(scores, [k], group, order)[0]
+
+
+def find_cuts(
+    scores: Sequence[Tensor], ks: Sequence[int], group: dist.ProcessGroup | None = None, order: Order = "largest"
+) -> list[Cut]:
+    """`find_cut` for each of `ks`; several cost little more than one."""
+    ranking = _Ranking(scores, order)
+    narrowed = _narrowed(ranking, ks) if group is None else {}
+    return [_cut(*narrowed.get(k, (ranking, k)), group, order) for k in ks]
+
+
+def kth_largest(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None) -> float:
+    """The exact `k`-th largest of all scores; arguments and errors as in `find_cut`."""
+    return find_cut(scores, k, group).value
+
+
+class _Ranking(NamedTuple):
+    """Scores as keys that are larger for what comes earlier."""
+
+    scores: Sequence[Tensor]
+    order: Order
+
+    def ranked(self) -> Iterator[Tensor]:
+        """All int32 keys, in chunks."""
+        return (keys for tensor in self.scores for keys in _keys(tensor, self.order))
+
+
+def _cut(ranking: _Ranking, k: int, group: dist.ProcessGroup | None, order: Order) -> Cut:
+    """The cut after the first `k`: a histogram of the highest bits, then of the next among those that matter."""
     prefix, take, ties = 0, k, 0
     for shift, bits in LEVELS:
-        histogram = sum_over(_histogram(scores, order, prefix, shift, bits), group).tolist()
+        histogram = sum_over(_histogram(ranking, prefix, shift, bits), group).tolist()
         if shift == LEVELS[0][0] and not 1 <= k <= sum(histogram):
             raise ValueError(f"k = {k}; allowed: 1 to the number of scores, {sum(histogram)}")
         bucket = len(histogram) - 1
@@ -82,9 +115,47 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
     return Cut(value, prefix, take, ties)
 
 
-def kth_largest(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None) -> float:
-    """The exact `k`-th largest of all scores; arguments and errors as in `find_cut`."""
-    return find_cut(scores, k, group).value
+def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, tuple[_Ranking, int]]:
+    """For those `k` where a sample tells between which keys the cut is: the scores there, and how many of them to take.
+
+    Empty where there are few scores, or too many between (one number that is most of them, for example).
+    """
+    n = sum(tensor.numel() for tensor in ranking.scores)
+    if n < NARROWED_FROM:
+        return {}
+    step = n // SAMPLE | 1  # odd: no column of a matrix is all of it
+    sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).ranked()])
+    sample = sample.sort(descending=True).values
+    between = [_bracket(sample, k / n) for k in ks]
+    above = torch.zeros(len(ks), dtype=torch.int64, device=sample.device)
+    taken, count = [], 0
+    for keys in ranking.ranked():
+        inside = torch.zeros_like(keys)
+        for i, (low, high) in enumerate(between):
+            # comparisons with int32 results: a CPU takes three times as long for bool ones
+            over, from_low = (torch.empty_like(keys) for _ in range(2))
+            above[i] += torch.gt(keys, high, out=over).sum(dtype=torch.int32)
+            inside += torch.ge(keys, low, out=from_low).sub_(over)
+        taken.append(keys[inside.nonzero()[:, 0]])
+        count += len(taken[-1])
+        if count > n // 8:
+            return {}
+    kept = torch.cat(taken)
+    found = {}
+    for k, (low, high), before in zip(ks, between, above.tolist(), strict=True):
+        part = kept[(kept >= low) & (kept <= high)]
+        if 1 <= k - before <= len(part):
+            # keys mirrored twice are themselves: the part is ranked as the scores were
+            found[k] = _Ranking([_mirrored(part, ranking.order).view(torch.float32)], ranking.order), k - before
+    return found
+
+
+def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
+    """Keys between which the cut after a share of all keys is, by a sorted sample, but for five standard deviations."""
+    place, margin = share * len(sample), 5 * (len(sample) * share * (1 - share)) ** 0.5 + 5
+    first, last = int(place - margin), int(place + margin)
+    low = int(sample[last]) if last < len(sample) else 0
+    return low, int(sample[first]) if first >= 0 else MAX_KEY
 
 
 def cut_mask(
@@ -129,14 +200,13 @@ def _mirrored(bits: Tensor, order: Order) -> Tensor:
     return mirrored if order == "smallest" else torch.where(bits == 0, 0, mirrored)
 
 
-def _histogram(scores: Sequence[Tensor], order: Order, prefix: int, shift: int, bits: int) -> Tensor:
+def _histogram(ranking: _Ranking, prefix: int, shift: int, bits: int) -> Tensor:
     """Counts [2**bits] of the next `bits` bits among the keys that begin with `prefix`."""
-    counts = torch.zeros(1 << bits, dtype=torch.int64, device=scores[0].device)
+    counts = torch.zeros(1 << bits, dtype=torch.int64, device=ranking.scores[0].device)
     first = shift == LEVELS[0][0]
-    for tensor in scores:
-        for keys in _keys(tensor, order):
-            matching = keys if first else keys[keys >> (shift + bits) == prefix]
-            counts += torch.bincount(matching >> shift & ((1 << bits) - 1), minlength=1 << bits)
+    for keys in ranking.ranked():
+        matching = keys if first else keys[keys >> (shift + bits) == prefix]
+        counts += torch.bincount(matching >> shift & ((1 << bits) - 1), minlength=1 << bits)
     return counts
 
 

@@ -147,3 +147,17 @@ def test_several_optimizers_count_their_own_steps() -> None:
     assert importance.importance is not None
     for name, value in by_hand(recorder.weights, [(0, 1), (1, 2)], 0.5, "square").items():
         torch.testing.assert_close(importance.importance[name], value, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("movement", ["square", "abs"])
+@pytest.mark.parametrize("first", [False, True])
+def test_chunks_change_no_bit_of_the_map(movement: Any, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as `start - end`, its size and the average over whole tensors, one after the other."""
+    monkeypatch.setattr("mifo_callbacks.masking.CHUNK", 24)
+    for shape in ((1000,), (37, 11)):
+        start, end, known = (torch.randn(shape) for _ in range(3))
+        size = (start - end).square() if movement == "square" else (start - end).abs()
+        expected = size if first else known.clone().lerp_(size, 0.7)
+        found = update_importance(None if first else known, start, end, alpha=0.3, movement=movement)
+        assert torch.equal(found, expected)
+        assert found is (start if first else known)

@@ -1,11 +1,13 @@
 """The radix selection against a full sort."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from mifo_callbacks import kth_largest, thresholds, top_mask
-from mifo_callbacks.thresholds import ceil_share, find_cut, floor_share, random_scores
+from mifo_callbacks.thresholds import ceil_share, find_cut, find_cuts, floor_share, random_scores
 
 
 def scores(kind: str) -> list[Tensor]:
@@ -27,14 +29,18 @@ def scores(kind: str) -> list[Tensor]:
 KINDS = ["normal", "tied", "zero-heavy", "constant", "extreme"]
 
 
-@pytest.fixture(params=[thresholds.CHUNK, 64])
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(thresholds, "CHUNK", request.param)
+@pytest.fixture(params=["whole", "chunks", "narrowed", "badly narrowed"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "whole":
+        monkeypatch.setattr(thresholds, "CHUNK", 64)
+    if "narrowed" in request.param:
+        monkeypatch.setattr(thresholds, "NARROWED_FROM", 1)
+        monkeypatch.setattr(thresholds, "SAMPLE", 4 if request.param == "badly narrowed" else 200)
     return request.param
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kth_largest_equals_a_full_sort(kind: str, chunk: int) -> None:
+def test_kth_largest_equals_a_full_sort(kind: str, chunk: str) -> None:
     tensors = scores(kind)
     ordered = torch.cat([t.flatten() for t in tensors]).sort(descending=True).values.tolist()
     for k in (1, 2, 17, len(ordered) // 2, len(ordered) - 1, len(ordered)):
@@ -53,7 +59,7 @@ def sorted_mask(flat: Tensor, k: int, order: str) -> Tensor:
 
 @pytest.mark.parametrize("order", ["largest", "smallest", "smallest_zero_last"])
 @pytest.mark.parametrize("kind", KINDS[:4])
-def test_top_mask_equals_a_stable_sort(kind: str, order: str, chunk: int) -> None:
+def test_top_mask_equals_a_stable_sort(kind: str, order: str, chunk: str) -> None:
     tensors = scores(kind)
     flat = torch.cat([t.flatten() for t in tensors])
     for k in (0, 1, 100, len(flat) // 2, len(flat) - 1, len(flat)):
@@ -105,3 +111,22 @@ def test_random_scores_depend_on_every_seed() -> None:
     assert torch.equal(base, random_scores((50,), 1, 2, 3))
     for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (12, 3)):
         assert not torch.equal(base, random_scores((50,), *other))
+
+
+def test_several_cuts_are_those_of_each_and_look_at_little_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    keys_of = thresholds._keys
+
+    def counted(tensor: Tensor, order: thresholds.Order) -> Iterator[Tensor]:
+        looked.append(tensor.numel())
+        return keys_of(tensor, order)
+
+    tensors = [torch.randn(1 << 20).square(), torch.randn(300, 1001).square()]
+    n = sum(t.numel() for t in tensors)
+    ks = [n // 2, n // 10, n // 100, n, 1]
+    whole = [find_cut(tensors, k) for k in ks]
+    monkeypatch.setattr(thresholds, "_keys", counted)
+    assert find_cuts(tensors, ks) == whole
+    assert sum(looked) < 2 * n
+    monkeypatch.setattr(thresholds, "NARROWED_FROM", 1 << 60)
+    assert find_cuts(tensors, ks) == whole

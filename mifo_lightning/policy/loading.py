@@ -157,7 +157,7 @@ def blueprint(model: str | Loaded, trust_remote_code: bool = False) -> PreTraine
 
 def shares_prompts(policy: Policy, loading: Loading) -> bool:
     """Whether rows of a group share their prompt; an InputError if that is wanted and would be wrong."""
-    against = None if policy.split_head else "its head caps or scales logits"
+    against = None if policy.split_head else "its logits are not its head's outputs, capped or scaled at most"
     if loading.gradient_checkpointing:
         against = "model.loading.gradient_checkpointing makes layers again, which would fill the cache twice"
     return share_prompts(policy.model, loading.share_prompts, against)

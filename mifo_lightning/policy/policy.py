@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from mifo_lightning.policy.decoding import Decoding, accepted
+from mifo_lightning.policy.head import LogitTransform, head_transform
 from mifo_lightning.policy.prefix import shared_states
 from mifo_lightning.policy.slots import decodes_in_slots
 from mifo_lightning.policy.token_scores import token_scores
@@ -79,7 +80,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             self.decoding = Decoding.of(model)
         self.decoding = replace(self.decoding, slots=decodes_in_slots(self))
-        self.split_head = _head_is_last(model)
+        self.transform = head_transform(model)
         self.share_prompts = False
         self.version = 0
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
@@ -113,7 +114,8 @@ class Policy(nn.Module):
             else:
                 hidden = _run(self.model, sequences.tokens).logits[row, position - 1]
             # the state before a token predicts it; only response positions ever reach the head
-            scores = token_scores(head, hidden, targets, temperature, entropy_gradient)
+            transform = self.transform or LogitTransform()
+            scores = token_scores(head, hidden, targets, temperature, entropy_gradient, transform)
         logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
         return logp, entropy
 
@@ -156,6 +158,11 @@ class Policy(nn.Module):
             self.numerics = numerics
 
     @property
+    def split_head(self) -> bool:
+        """Whether the head can be applied to chosen hidden states alone."""
+        return self.transform is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -192,30 +199,3 @@ def _loaded(policy: nn.Module, _: Any) -> None:
 def _run(model: nn.Module, tokens: Tensor) -> Any:
     """A forward pass over whole sequences, without a cache."""
     return model(input_ids=tokens, **accepted(model.forward, use_cache=False))
-
-
-@torch.no_grad()
-def _head_is_last(model: PreTrainedModel) -> bool:
-    """Whether logits == output_embeddings(last_hidden_state): false for models that cap or scale their logits.
-
-    The head's output is replaced by numbers of all sizes: a cap does not show on the small logits of a fresh model.
-    """
-    untyped: Any = model
-    head: nn.Module | None = untyped.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return False
-    tokens = torch.arange(3, device=model.device)[None]
-    seen: dict[str, Tensor] = {}
-
-    def replace_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        sizes = torch.logspace(-3, 4, output.numel(), device=output.device, dtype=output.dtype)
-        sizes[::2] *= -1
-        seen["hidden"], seen["logits"] = inputs[0], sizes.view_as(output)
-        return seen["logits"]
-
-    hook = head.register_forward_hook(replace_output)
-    logits = _run(model, tokens).logits
-    hook.remove()
-    hidden = _run(model.base_model, tokens).last_hidden_state
-    pairs = [(hidden, seen["hidden"]), (logits, seen["logits"])] if seen else [(logits, hidden)]
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)

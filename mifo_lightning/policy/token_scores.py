@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**25  # fp32 logits alive at once: 128 MiB; small vocabularies fit in one chunk and stay plain
+from mifo_lightning.policy.head import LogitTransform
+from mifo_lightning.policy.running_scores import RunningScores, Settings
+
+RUNNING_FROM = 2**22  # logits, 16 MiB in fp32: fewer are faster made once and kept for the backward pass
+CHUNK_ELEMENTS = 2**25  # 128 MiB: as many are made at once where the head is no linear layer
 
 
 def token_scores(
@@ -16,28 +21,38 @@ def token_scores(
     targets: Tensor,
     temperature: float = 1.0,
     entropy_gradient: bool = False,
+    transform: LogitTransform = LogitTransform(),
 ) -> tuple[Tensor, Tensor]:
-    """Score each target token under softmax(head(hidden) / temperature).
+    """Score each target token under softmax(transform(head(hidden)) / temperature).
 
-    Where the logits would exceed `CHUNK_ELEMENTS`, they are made chunk by chunk and made again in the backward pass.
-    Under autocast the head computes in its dtype, whatever the cache of casts around it holds.
+    Where there are many logits they never exist at once: from `RUNNING_FROM` on a linear head's are made in tiles, from
+    `CHUNK_ELEMENTS` on any other's in chunks of tokens, both made again in the backward pass. Under autocast the head
+    computes in its dtype, whatever the cache of casts around it holds.
 
     Args:
-        head: Maps hidden states [n, D] to logits [n, V].
+        head: Maps hidden states [n, D] to outputs [n, V].
         hidden: [N, D] hidden states, one per scored token.
         targets: [N] int64 token ids.
         temperature: The sampling temperature; 1 in SFT.
         entropy_gradient: Whether the entropy needs a gradient: a bonus does, a selection does not.
+        transform: What makes logits of the head's outputs.
 
     Returns:
         `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats.
     """
+    if transform.input_scale != 1.0:
+        hidden = hidden * transform.input_scale
+    if _is_linear(head) and len(hidden) * len(head.weight) >= RUNNING_FROM:
+        settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient)
+        apply: Any = RunningScores.apply
+        logp, entropy = apply(hidden, head.weight, head.bias, targets, settings)
+        return logp.float(), entropy.float()
     with _without_cache(hidden.device.type):
         n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
     if len(hidden) <= n:
-        return _score(head, hidden, targets, temperature, entropy_gradient)
+        return _score(head, hidden, targets, temperature, entropy_gradient, transform)
     parts = [
-        checkpoint(_score, head, h, t, temperature, entropy_gradient, use_reentrant=False)
+        checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, use_reentrant=False)
         for h, t in zip(hidden.split(n), targets.split(n), strict=True)
     ]
     return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
@@ -49,11 +64,29 @@ def vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
     return int(weight.shape[0]) if weight is not None else int(head(hidden[:1]).shape[-1])
 
 
+def _is_linear(head: Callable[[Tensor], Tensor]) -> TypeGuard[nn.Linear]:
+    """Whether nothing else than its weight and bias makes the head's outputs."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What the head computes in."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def _score(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+    transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
     with _without_cache(hidden.device.type):  # here, not in the caller: chunks are made again in the backward pass
-        logits = head(hidden).float()
+        logits = transform(head(hidden).float())
     if temperature != 1.0:
         logits = logits / temperature
     log_z = logits.logsumexp(-1)

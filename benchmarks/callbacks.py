@@ -1,0 +1,146 @@
+"""What do MIFO's four callbacks cost on a real model? CPU seconds and memory, one thread.
+
+    python -m benchmarks.callbacks --model DIR    # a Hugging Face directory
+
+One run with all four: an RL step as in `benchmarks.run` (4 prompts of 75 tokens x 8 responses of 32, a group at a
+time), which fills the buffer, then two SFT steps on 16 demonstrations of 32 tokens. What a callback does once a phase
+(copy of the weights and map; mask and copy of what is frozen) is told apart from what it does at each step.
+"""
+
+import argparse
+import platform
+import time
+from collections import defaultdict
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.profilers import Profiler
+
+import mifo_callbacks
+import mifo_lightning as mifo
+from benchmarks.run import GROUP, LENGTH, PROMPTS, coin, prompts
+from mifo_callbacks.recipe import mifo as recipe
+from mifo_lightning.policy.ending import set_ends
+from mifo_lightning.policy.loading import load_tokenizer
+
+RL_STEPS, SFT_STEPS, SFT_BATCH = 1, 2, 16
+NAMES = ("EntropyTokenSelection", "ImportanceEMA", "GradientFreezing", "BufferPhaseSwitch")
+
+
+class Seconds(Profiler):
+    """CPU seconds of the method's callbacks: by name, and whether a phase had just begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = True
+        self.spent: dict[tuple[str, bool], float] = defaultdict(float)
+        self._open: dict[str, float] = {}
+
+    def start(self, action_name: str) -> None:
+        """Begin an action."""
+        if action_name.startswith("[Callback]"):
+            self._open[action_name] = time.process_time()
+
+    def stop(self, action_name: str) -> None:
+        """End it."""
+        name = next((name for name in NAMES if name in action_name), None)
+        if name and action_name in self._open:
+            self.spent[name, self.first] += time.process_time() - self._open.pop(action_name)
+
+
+class Steps(lightning.Callback):
+    """Seconds of steps, and bytes of the callbacks' state; stands before the other callbacks."""
+
+    def __init__(self, seconds: Seconds) -> None:
+        self.seconds = seconds
+        self.took: dict[str, list[float]] = defaultdict(list)
+        self.bytes: dict[str, dict[str, int]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The clock starts."""
+        self.seconds.first = batch["phase"] not in self.took
+        self.began = time.process_time()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """It stops; what others do at the end of the batch is theirs."""
+        self.took[batch["phase"]].append(time.process_time() - self.began)
+        found = {type(c): c for c in trainer.callbacks}
+        importance: Any = found[mifo_callbacks.ImportanceEMA]
+        freezing: Any = found[mifo_callbacks.GradientFreezing]
+        parts = {"map": importance._map, "copy": {**importance._start, **freezing._reference}, "mask": freezing._masks}
+        self.bytes[batch["phase"]] = {name: sum(t.nbytes for t in held.values()) for name, held in parts.items()}
+
+
+def run(model: str) -> tuple[Steps, Seconds, int]:
+    """The run; also how many weights there are."""
+
+    def reward(responses: list[str], truths: list[str]) -> list[float]:
+        return coin(responses)
+
+    target = " ".join(str(i % 10) for i in range(LENGTH // 2))
+    rows: Any = [
+        {"prompt": text, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": target}
+        for text in prompts(load_tokenizer(model))
+    ]
+    lightning.seed_everything(0, verbose=False)
+    module = mifo.MifoModule(
+        model,
+        mifo.FunctionReward(reward, isolate=False),
+        mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH), self_check=False),
+        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
+    )
+    size = RL_STEPS * PROMPTS
+    data = mifo.QuestionData(
+        rows,
+        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+        demonstrations=mifo.Demonstrations(verify=False),
+        schedule=mifo.Schedule(
+            rl_steps=RL_STEPS,
+            prompts_per_step=PROMPTS,
+            sft_batch=SFT_BATCH,
+            sft_epochs=SFT_STEPS * SFT_BATCH // size,
+            fit_sizes=False,
+        ),
+    )
+    seconds = Seconds()
+    steps = Steps(seconds)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=-1,
+        logger=DummyLogger(),  # with one, quantiles and the like are computed
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[steps, *recipe(size=size, max_accuracy=1.0)],
+        profiler=seconds,
+    )
+    set_ends(module.tokenizer, set())  # every response is of full length
+    trainer.fit(module, data)
+    return steps, seconds, sum(p.numel() for p in module.parameters())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Hugging Face directory")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    steps, seconds, weights = run(given.model)
+    print(f"{platform.processor() or platform.machine()}, one thread, {weights:,} weights\n")
+    took = {phase: min(seconds) for phase, seconds in steps.took.items()}  # the first has what begins a phase in it
+    print(", ".join(f"{phase} step {seconds:.1f} CPU seconds" for phase, seconds in took.items()) + "\n")
+    print("| callback | once a phase, s | of an RL step | of an SFT step | a step, s | of an SFT step |")
+    print("|---|---|---|---|---|---|")
+    for name in NAMES:
+        once, later = seconds.spent[name, True], seconds.spent[name, False] / (SFT_STEPS - 1)
+        shares = [f"{s / took[phase]:.1%}" for s, phase in ((once, "rl"), (once, "sft"), (later, "sft"))]
+        print(f"| {name} | {once:.2f} | {shares[0]} | {shares[1]} | {later:.2f} | {shares[2]} |")
+    for phase, held in steps.bytes.items():
+        print(f"\nbytes a weight in {phase}: " + ", ".join(f"{name} {n / weights:.3f}" for name, n in held.items()))
+
+
+if __name__ == "__main__":
+    main()
