@@ -18,10 +18,11 @@ from typing import Any
 
 HEAVY = [
     *("lightning.pytorch.cli", "lightning.pytorch.loggers", "lightning.pytorch.strategies", "torch.distributed.fsdp"),
-    *("transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2", "datasets", "wandb"),
-]
+    *("transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2", "datasets"),
+]  # not wandb: its directory for media belongs to the process that imports it, and goes with the first that ends
 CONTEXT = multiprocessing.get_context("forkserver")
-RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# what this process is to other processes
+OWN = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
 
 
 def ready() -> None:
@@ -48,7 +49,7 @@ class Program:
         directory: Path | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
-        given = {name: value for name, value in os.environ.items() if name not in RANKS} | {"OMP_NUM_THREADS": "1"}
+        given = {name: value for name, value in os.environ.items() if name not in OWN} | {"OMP_NUM_THREADS": "1"}
         arguments = (list(words), output, directory or Path.cwd(), given | (environment or {}))
         self.output = output
         ready()
