@@ -325,6 +325,8 @@ class MifoModule(LightningModule):
         super().optimizer_step(*arguments, **named)
         self._policy.version += 1
         self.reinforcement.end_update()
+        if self._phase_optimizer.phase == "rl":
+            self.reinforcement.sync_reference(self._policy, self._number + 1)
         self._phase_optimizer.look()
         self._say_under_way(False)
         check_weights(self._policy, self._where())
@@ -392,6 +394,7 @@ class MifoModule(LightningModule):
                 "seed": self.seed.settled,
                 "optimizer": self.optimizer_of_phase.state_dict(),
                 "rollouts": gather_ranks(self.reinforcement.state_dict()),
+                "reference": self.reinforcement.reference_state(),
                 "engines": gather_ranks(self.responder.state_dict()),
                 "initial_losses": self.supervision.initial_losses,
                 "finite": self._finite.state_dict(),
@@ -409,6 +412,7 @@ class MifoModule(LightningModule):
         self._phase_optimizer.load_state_dict(state["optimizer"])
         rollout = own_rollout(state["rollouts"], self.trainer.global_rank, self.trainer.world_size)
         self.reinforcement.load_state_dict(rollout, self.device)
+        self.reinforcement.load_reference(state.get("reference", {}))
         self.supervision.load_initial_losses(state["initial_losses"])
         self._finite.load_state_dict(state["finite"])
         check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))

@@ -3,16 +3,14 @@
 import contextlib
 import fcntl
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from small_grid import BASE, GRID, ROOT, write
 
 from mifo_lightning.common.errors import InputError
@@ -25,18 +23,13 @@ from mifo_lightning.lab.reading import read_ablation
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    warm.ready()
 
 
-def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(config: Path, *arguments: str) -> warm.Program:
     """The runner in a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "callbacks"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "mifo_lightning.lab", "ablation", "--config", str(config), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    words = ["-m", "mifo_lightning.lab", "ablation", "--config", str(config), *arguments]
+    return warm.Program(words, config.with_name("printed.txt"))
 
 
 def until(condition: Any, seconds: float = 60) -> bool:
@@ -100,11 +93,13 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     assert (cell.directory / "thesis.tex").exists()
 
 
-def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_path: Path) -> None:
+def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     arms = {"bad": {"set": {"data.schedule.prompts_per_step": 0}}, "mifo": {}}
-    runner = start(write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"]), "--wandb", "offline")
-    printed = runner.communicate()[0]
-    assert runner.returncode == 1, printed
+    config = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"])
+    assert ablation.main(["--config", str(config), "--wandb", "offline"]) == 1
+    printed = capfd.readouterr().out
     rows = {row["arm"]: row for row in json.loads((tmp_path / "out" / "cells.json").read_text(encoding="utf-8"))}
     assert (rows["bad"]["status"], rows["mifo"]["status"]) == ("failed", "done")
     assert rows["bad"]["error"].startswith("error: data.schedule.prompts_per_step: 0")
@@ -119,12 +114,11 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(tmp_pat
     assert "WARNING" not in log  # of what nobody set
     settings = {**GRID["set"], "data.schedule.rl_steps": 4}
     changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"], set=settings)
-    refused = start(changed)
-    printed = refused.communicate()[0]
-    assert refused.returncode == 2
-    assert printed.count("\n") == 1
-    assert "bad/shipped/seed0" in printed
-    assert "other arguments; choose another `out`" in printed
+    assert ablation.main(["--config", str(changed)]) == 2
+    out, refused = capfd.readouterr()
+    assert (out, refused.count("\n")) == ("", 1)
+    assert "bad/shipped/seed0" in refused
+    assert "other arguments; choose another `out`" in refused
 
 
 @pytest.mark.parametrize(
@@ -171,9 +165,7 @@ def test_a_grid_of_many_bases_with_a_seed_each_ends_in_a_page(tmp_path: Path) ->
     settings = {**GRID["set"], "data.schedule.rl_steps": 1, "data.val.init_args.count": 8}
     bases = {f"b{i}": BASE for i in range(2)}
     config = write(tmp_path, bases=bases, seeds=[0], design="nested", margin=0.5, set=settings)
-    runner = start(config)
-    printed = runner.communicate()[0]
-    assert runner.returncode == 0, printed
+    assert ablation.main(["--config", str(config)]) == 0
     page = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "**Primary contrast, named before the run: 'interleave, half + lr' minus 'mifo' in avg@1 is" in page
     assert "every base has seeds of its own" in page
@@ -203,41 +195,27 @@ def test_commit_and_command_are_those_of_the_calls_that_ran_fits(
 
 
 @pytest.mark.slow
-def test_fits_end_with_their_runner(tmp_path: Path) -> None:
-    config = write(tmp_path, set={**GRID["set"], "data.schedule.rl_steps": 1000})
-    runner, out = start(config, "--only", "mifo"), tmp_path / "out"
-    assert until(lambda: len(_stamps(out)) == 2 or runner.poll() is not None)
-    assert not _free(out)
-    runner.kill()
-    runner.wait()
-    assert until(lambda: _free(out), 20)
-
-
-@pytest.mark.slow
 def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(tmp_path: Path) -> None:
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
     calm, killed = write(tmp_path / "calm", seeds=[0]), write(tmp_path / "killed", seeds=[0])
-    undisturbed = start(calm)
-    printed = undisturbed.communicate()[0]
-    assert undisturbed.returncode == 0, printed
-    out, generator, halfway = tmp_path / "killed" / "out", random.Random(0), set()
+    assert ablation.main(["--config", str(calm)]) == 0
+    out, halfway = tmp_path / "killed" / "out", set()
     # at the first checkpoint at once, so that on a fast machine too something has to go on from one
-    for delay in (0, generator.uniform(0, 0.6), generator.uniform(0, 0.6)):
+    for delay in (0, random.Random(0).uniform(0, 0.6)):
         runner = start(killed)
         seen = _stamps(out)
         until(lambda r=runner, s=seen: r.poll() is not None or _stamps(out) != s)
         time.sleep(delay)
+        assert delay or not _free(out)
         runner.kill()
         runner.wait()
-        assert until(lambda: _free(out), 20)
+        assert until(lambda: _free(out), 20), "fits end with their runner"
         halfway |= {path.parents[1] for path in _stamps(out) if outcome(path.parents[1]).status != "done"}
     assert halfway
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/summary.json")}
     ended = {path for path in kept if outcome(path.parent).status == "done"}
-    last = start(killed)
-    printed = last.communicate()[0]
-    assert last.returncode == 0, printed
+    assert ablation.main(["--config", str(killed)]) == 0
     assert all(path.stat().st_mtime_ns == kept[path] for path in ended)
     assert all("Restor" in (cell / "log.txt").read_text(encoding="utf-8") for cell in halfway)
     for cell in cells(read_ablation(calm)):

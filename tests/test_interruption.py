@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import warm
 from interruptions import CASES, compare
 from small_grid import GRID, ROOT, write
 
@@ -43,54 +44,59 @@ SMALL = [
 ENDLESS = ["--data.schedule.rl_steps", "100000"]
 
 
-def heard() -> None:
-    """Let a new process have the signals that whoever runs these tests ignores, as a shell's background does."""
-    for signum in interruption.SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)
-
-
 class Program:
-    """A run as a process of its own, whose output is read line by line.
+    """A run as a process of its own, whose output is looked at while it comes.
 
     Args:
         directory: Where it writes.
         arguments: Further ones of the command line.
-        setup: Called in the process before the program.
+        cold: Whether it is the program as a shell starts it, which imports everything for itself.
     """
 
-    def __init__(self, directory: Path, *arguments: str, setup: Callable[[], None] | None = None) -> None:
-        self.lines: list[str] = []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
-        places = ["--trainer.default_root_dir", str(directory)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mifo_lightning", *arguments, *places],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=setup or heard,
-        )
+    def __init__(self, directory: Path, *arguments: str, cold: bool = False) -> None:
+        words = ["-m", "mifo_lightning", *arguments, "--trainer.default_root_dir", str(directory)]
+        environment = {"PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+        self.output = directory / "printed.txt"
+        self.process: warm.Program | subprocess.Popen[bytes]
+        if not cold:
+            self.process = warm.Program(words, self.output, ROOT, environment)
+            return
+        with open(self.output, "w", encoding="utf-8") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=heard,
+            )
 
-    def until(self, pattern: str) -> str:
-        """Read until a line matches; all that was read."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if re.search(pattern, line):
-                return "".join(self.lines)
-        raise AssertionError(f"{pattern} never came: {''.join(self.lines)[-2000:]}")
+    @property
+    def lines(self) -> list[str]:
+        """What it has printed so far."""
+        return self.output.read_text(encoding="utf-8").splitlines() if self.output.exists() else []
+
+    def until(self, pattern: str) -> None:
+        """Wait until a line matches."""
+        while not any(re.search(pattern, line) for line in self.lines):
+            assert self.process.poll() is None, f"{pattern} never came: {self.lines[-30:]}"
+            time.sleep(0.02)
 
     def end(self) -> tuple[int, str, float]:
         """Wait for the end; exit status, the last line, and how long it took."""
         began = time.monotonic()
-        rest, _ = self.process.communicate(timeout=120)
-        self.lines += rest.splitlines(keepends=True)
-        assert "Traceback" not in "".join(self.lines), "".join(self.lines)
+        status = self.process.wait(120)
+        assert not any("Traceback" in line for line in self.lines), self.lines
         said = [line for line in self.lines if line.startswith("interrupted by ")]
         assert len(said) <= 1, said
-        return self.process.returncode, said[0].strip() if said else "", time.monotonic() - began
+        return status, said[0].strip() if said else "", time.monotonic() - began
+
+
+def heard() -> None:
+    """Let a new process have the signals that whoever runs these tests ignores, as a shell's background does."""
+    for signum in interruption.SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -139,7 +145,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_says_how_to_go_on(
 
 
 def test_a_signal_while_the_program_is_imported_is_one_line(start: Callable[..., Program], tmp_path: Path) -> None:
-    program = fit(start, tmp_path, *ENDLESS)
+    program = fit(start, tmp_path, *ENDLESS, cold=True)
     while "torch" not in Path(f"/proc/{program.process.pid}/maps").read_text():
         assert program.process.poll() is None, program.end()
         time.sleep(0.02)
@@ -186,7 +192,7 @@ def test_two_ranks_stop_together(start: Callable[..., Program], tmp_path: Path, 
             *("--trainer.strategy.init_args.tensor_parallel_size", "1"),
         ],
     }[strategy]
-    program = fit(start, tmp_path, *ENDLESS, "--trainer.devices", "2", *chosen)
+    program = fit(start, tmp_path, *ENDLESS, "--trainer.devices", "2", *chosen, cold=True)
     program.until(r"RL step 3")
     pid = program.process.pid
     if to == "group":
@@ -250,14 +256,8 @@ def test_what_is_stopped_after_the_last_step_is_completed(tmp_path: Path, monkey
 
 def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_path: Path) -> None:
     ablation = write(tmp_path, seeds=[0], set={**GRID["set"], "data.schedule.rl_steps": 100000})
-    runner = subprocess.Popen(
-        [sys.executable, "-m", "mifo_lightning.lab", "ablation", "--config", str(ablation)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    words = ["-m", "mifo_lightning.lab", "ablation", "--config", str(ablation)]
+    runner = warm.Program(words, tmp_path / "printed.txt", ROOT)
     grid = cells(read_ablation(ablation))
     try:
         for cell in grid:
@@ -265,11 +265,12 @@ def test_a_signal_to_the_runner_cuts_its_fits_off_and_the_next_call_goes_on(tmp_
                 assert runner.poll() is None
                 time.sleep(0.1)
         runner.send_signal(signal.SIGTERM)
-        _, said = runner.communicate(timeout=60)
+        status = runner.wait(60)
     finally:
         if runner.poll() is None:
             os.killpg(runner.pid, signal.SIGKILL)
-    assert (runner.returncode, said.splitlines()) == (143, ["interrupted by SIGTERM; the same command goes on"])
+    said = [line for line in runner.said().splitlines() if not line.startswith("cut off ")]
+    assert (status, said) == (143, ["interrupted by SIGTERM; the same command goes on"])
     for cell in grid:
         ended = outcome(cell.directory)
         assert ended.status == "cut off"
@@ -296,11 +297,8 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path: Path, case: st
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_stopped_anywhere_end_with_the_same_bits(tmp_path: Path, strategy: str) -> None:
     out, many = tmp_path / "found.json", 3
-    program = str(Path(__file__).with_name("interruptions.py"))
-    ended = subprocess.run(
-        [sys.executable, program, strategy, "mifo", str(out), str(many)], capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    program = Path(__file__).with_name("interruptions.py")
+    warm.run(program, strategy, "mifo", out, many, output=tmp_path / "printed.txt", ranks=2)
     found = json.loads(out.read_text())
     assert found["unlike"] == {}
     assert found["checkpoints"] == many

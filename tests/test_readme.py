@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from ast import literal_eval
 from importlib.metadata import EntryPoint
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 
 from mifo_lightning.cli import main, program
@@ -72,12 +71,12 @@ def test_the_command_that_shells_complete_is_the_command_line() -> None:
 
 
 def test_the_program_trains_and_answers(tmp_path: Path) -> None:
-    """In a process of its own, which nothing has seeded or imported before."""
+    """In a process of its own, which nothing has seeded before."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"^<!-- program -->\n```python\n(.*?)```\n<!-- program: end -->$", readme, re.S | re.M)
-    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    ((*responses,),) = literal_eval(ended.stdout.splitlines()[-1])
+    (tmp_path / "program.py").write_text(program, encoding="utf-8")
+    printed = warm.run(tmp_path / "program.py", output=tmp_path / "printed.txt", directory=tmp_path)
+    ((*responses,),) = literal_eval(next(line for line in printed.splitlines() if line.startswith("[")))
     assert len(responses) == 4
     assert all(">" in response for response in responses)
 

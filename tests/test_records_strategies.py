@@ -2,23 +2,17 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 PROGRAM = Path(__file__).with_name("two_process_records.py")
 
 
 def run(strategy: str, out: Path) -> dict[str, Any]:
-    ranks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
-    environment = {k: v for k, v in os.environ.items() if k not in ranks} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), strategy, str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr[-4000:]
+    warm.run(PROGRAM, strategy, out, output=out.with_suffix(".txt"), ranks=1 if strategy == "single" else 2)
     return json.loads(out.read_text())
 
 

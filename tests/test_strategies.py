@@ -1,31 +1,19 @@
 """Two processes, replicated (DDP) or sharded (FSDP2), compute what one process computes, and resume exactly."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from transformers import AutoModelForCausalLM
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
 
 
-def run(*arguments: Any) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
-    result = subprocess.run(
-        [sys.executable, str(PROGRAM), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return torch.load(arguments[2], weights_only=False)
+def run(strategy: str, mode: str, out: Path) -> dict[str, Any]:
+    warm.run(PROGRAM, strategy, mode, out, output=out.with_suffix(".txt"), ranks=1 if strategy == "single" else 2)
+    return torch.load(out, weights_only=False)
 
 
 @pytest.fixture(scope="module")

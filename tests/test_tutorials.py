@@ -1,30 +1,19 @@
 """The tutorials run as they stand, each in a process of its own and in an empty directory."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name: str, directory: Path) -> list[str]:
     """The lines that a tutorial prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert not list(directory.iterdir()), "it leaves nothing behind"
-    return ended.stdout.splitlines()
+    printed = warm.run(EXAMPLES / f"{name}.py", output=directory / "printed.txt", directory=directory)
+    assert [path.name for path in directory.iterdir()] == ["printed.txt"], "it leaves nothing behind"
+    return printed.splitlines()
 
 
 def numbers(lines: list[str], start: str) -> list[float]:

@@ -72,7 +72,7 @@ def _local(p: torch.Tensor) -> torch.Tensor:
 
 # what the module does; each case turns on all that a rank must not see alone
 CASES: dict[str, dict[str, Any]] = {
-    "phases": {"loss": PolicyLoss(kl_coefficient=0.05, entropy_fraction=0.5)},
+    "phases": {"loss": PolicyLoss(kl_coefficient=0.05, entropy_fraction=0.5, reference_sync_steps=2)},
     "mixed": {
         "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
@@ -88,7 +88,14 @@ CASES: dict[str, dict[str, Any]] = {
     # SFT sees all tokens here
     # prompts run once a group, whatever a rank has of it
     "dynamic sampling": {
-        "loss": PolicyLoss(clip_high=0.28, aggregation="token", dynamic_sampling=3),
+        "loss": PolicyLoss(
+            "batch_std",
+            clip_high=0.28,
+            aggregation="token",
+            dynamic_sampling=3,
+            kl_coefficient=0.05,
+            kl_in_reward=True,
+        ),
         "share_prompts": True,
     },
 }

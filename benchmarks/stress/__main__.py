@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 SHORT = {
-    "inputs": ["--every", "49"],
-    "fuzz": ["--tries", "12"],
+    "inputs": ["--every", "98"],
+    "fuzz": ["--tries", "6"],
     "security": ["--only", "code in data"],
     "kills": ["--only", "luffy", "--points", "2", "--jobs", "1"],
     "endurance": ["--steps", "200"],

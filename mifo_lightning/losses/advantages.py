@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from mifo_callbacks.collectives import gather_ranks
 from mifo_lightning.losses.named import named
 
 
@@ -30,6 +32,10 @@ class Advantage(ABC):
         # the mean of equal numbers can be off by one rounding; that must not become a gradient
         equal = (groups == groups[:, :1]).all(-1, keepdim=True)
         return advantages.masked_fill(equal, 0.0)
+
+    def within(self, rewards: Tensor) -> "Advantage":
+        """The same among all rewards [N, G] that a step trains on, of which these are the rank's; may be collective."""
+        return self
 
     @abstractmethod
     def scale(self, centred: Tensor, groups: Tensor) -> Tensor:
@@ -60,8 +66,31 @@ class LeaveOneOut(Advantage):
         return centred * (groups.shape[-1] / (groups.shape[-1] - 1))
 
 
-AdvantageName = Literal["group_std", "group_mean", "leave_one_out"]
-ADVANTAGES = {"group_std": GroupStd, "group_mean": GroupMean, "leave_one_out": LeaveOneOut}
+class BatchStd(Advantage):
+    """`(R - mean) / (std + eps)`, the mean of the group, the deviation of all responses of the step.
+
+    So no group is amplified because its rewards hardly differ (Lite PPO, arXiv 2508.08221).
+
+    Args:
+        eps: Added to the deviation.
+        std: The deviation; None takes that of the rewards which are given.
+    """
+
+    def __init__(self, eps: float = 1e-4, std: float | None = None) -> None:
+        self.eps, self.std = eps, std
+
+    def within(self, rewards: Tensor) -> Advantage:
+        everything = [reward for part in gather_ranks(rewards.flatten().tolist()) for reward in part]
+        # over n - 1 degrees of freedom; in double, so that the order of the ranks decides nothing
+        std = torch.tensor(everything, dtype=torch.double).std() if len(everything) > 1 else torch.zeros(())
+        return BatchStd(self.eps, float(std))
+
+    def scale(self, centred: Tensor, groups: Tensor) -> Tensor:
+        return centred / ((groups.std() if self.std is None else self.std) + self.eps)
+
+
+AdvantageName = Literal["group_std", "group_mean", "leave_one_out", "batch_std"]
+ADVANTAGES = {"group_std": GroupStd, "group_mean": GroupMean, "leave_one_out": LeaveOneOut, "batch_std": BatchStd}
 
 
 def as_advantage(choice: AdvantageName | Advantage) -> Advantage:

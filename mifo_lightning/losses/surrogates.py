@@ -24,15 +24,25 @@ class Surrogate(ABC):
 
 
 class Clipped(Surrogate):
-    """`min(r A, clip(r, 1 - low, 1 + high) A)` (PPO, GRPO)."""
+    """`min(r A, clip(r, 1 - low, 1 + high) A)` (PPO, GRPO); where A < 0 at least `dual A` (dual clip, 1912.09729).
 
-    def __init__(self, low: float = 0.2, high: float = 0.2) -> None:
-        self.low, self.high = low, high
+    Args:
+        low: Lower clip range of r.
+        high: Upper clip range of r.
+        dual: Largest r that still pushes where A < 0, above 1 + high; None: however large.
+    """
+
+    def __init__(self, low: float = 0.2, high: float = 0.2, dual: float | None = None) -> None:
+        self.low, self.high, self.dual = low, high, dual
 
     def __call__(self, logp: Tensor, ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
         clipped = ratio.clamp(1.0 - self.low, 1.0 + self.high) * advantage
-        limited = (clipped < ratio * advantage).float()
-        return torch.minimum(ratio * advantage, clipped), limited
+        limited = clipped < ratio * advantage
+        objective = torch.minimum(ratio * advantage, clipped)
+        if self.dual is not None:
+            beyond = (advantage < 0) & (ratio > self.dual)
+            objective, limited = torch.where(beyond, self.dual * advantage, objective), limited | beyond
+        return objective, limited.float()
 
 
 class Unclipped(Surrogate):

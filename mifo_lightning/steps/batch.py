@@ -49,6 +49,7 @@ class Batch:
         advantages: [B] fp32; None without `rl`.
         logp_old: [B, L] log-probabilities in nats under the policy that sampled; None with one on-policy update.
         logp_ref: [B, L] the same under the reference; None without a KL term.
+        charged: [B] fp32, what the KL has taken off each reward; None where it takes nothing off.
         logp_sampler: [B, L] the same as the engine had them where it drew; None where nothing corrects for it.
         keep: [B, L] bool, tokens that push the policy; None without an entropy mask.
         initial: [B] fp32 loss of each demonstration before training, in units of the median; None where no weight
@@ -71,6 +72,7 @@ class Batch:
     advantages: Tensor | None = None
     logp_old: Tensor | None = None
     logp_ref: Tensor | None = None
+    charged: Tensor | None = None
     logp_sampler: Tensor | None = None
     keep: Tensor | None = None
     initial: Tensor | None = None

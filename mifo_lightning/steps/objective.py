@@ -1,5 +1,6 @@
 """The loss of optimizer steps of either kind: one formula over the streams of a `Batch`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class Objective:
         sft_weight: What multiplies each demonstration token's cross-entropy.
         correction: For an engine whose numerics are not the policy's; None where they are.
         mixing: How demonstrations are mixed into the batch; None if they are not.
+        kl: Estimate of the KL per token, by log-probabilities under policy and reference.
     """
 
     surrogate: Surrogate = field(default_factory=Clipped)
@@ -34,6 +36,7 @@ class Objective:
     sft_weight: SFTWeight = field(default_factory=Uniform)
     correction: Correction | None = None
     mixing: Mixing | None = None
+    kl: Callable[[Tensor, Tensor], Tensor] = kl_k3
 
     def __call__(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one chunk of an optimizer step, and what is logged of it.
@@ -50,7 +53,7 @@ class Objective:
         if batch.rl is not None:
             loss, metrics = self._policy_loss(batch, logp, entropy)
         if batch.kl is not None and batch.logp_ref is not None:
-            kl = batch.kl.mean(kl_k3(logp, batch.logp_ref))
+            kl = batch.kl.mean(self.kl(logp, batch.logp_ref))
             loss, metrics["kl_ref"] = loss + batch.kl.scale * kl, kl.detach()
         if batch.bonus is not None:
             bonus = batch.bonus.mean(entropy)

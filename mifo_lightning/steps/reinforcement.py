@@ -14,6 +14,7 @@ from mifo_callbacks.collectives import gather_ranks, mean_ranks, rank, ranks
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import WorkItem
+from mifo_lightning.losses.kl import KL_ESTIMATORS
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -24,6 +25,7 @@ from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.settings import Rollout
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.objective import Objective
+from mifo_lightning.steps.reference import follow, load_weights, weights_of
 from mifo_lightning.steps.rl_batch import forking_tokens, rl_batch
 from mifo_lightning.steps.rows import as_completion, training_rows
 from mifo_lightning.steps.settings import PolicyLoss, check_rl
@@ -69,7 +71,12 @@ class Reinforcement:
         self.references: list[Policy] = []
         weight = {} if mixing is None else {"sft_weight": mixing.token_weight}
         self.objective = Objective(
-            settings.objective(), settings.ratio, correction=settings.correction, mixing=mixing, **weight
+            settings.objective(),
+            settings.ratio,
+            correction=settings.correction,
+            mixing=mixing,
+            kl=KL_ESTIMATORS[settings.kl_estimator],
+            **weight,
         )
         self._under_way: Batch | None = None  # a rollout with updates to come, or the last one being done
         self._used_up = False
@@ -77,12 +84,28 @@ class Reinforcement:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss has a KL term."""
+        """Whether the loss or the reward has a KL term."""
         return self.settings.kl_coefficient > 0
 
     def set_reference(self, reference: Policy | None) -> None:
         """Keep the frozen initial model for the KL term."""
         self.references = [] if reference is None else [reference.requires_grad_(False)]
+
+    def sync_reference(self, policy: Policy, steps: int) -> None:
+        """Let the reference follow the policy if, after so many RL optimizer steps, it is time."""
+        every = self.settings.reference_sync_steps
+        if every and steps % every == 0:
+            for reference in self.references:
+                follow(reference, policy, self.settings.reference_mixup)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Weights of a reference that follows the policy, on the first rank; collective."""
+        return weights_of(self.references) if self.settings.reference_sync_steps else {}
+
+    def load_reference(self, state: dict[str, Tensor]) -> None:
+        """Go on with the reference of a checkpoint; without one it stays the initial model."""
+        if state:
+            load_weights(self.references, state)
 
     def batch(self, policy: Policy, item: WorkItem, more: More, profile: Profile) -> "tuple[Batch, Fresh | None]":
         """What the rollout under way trains on, and what is new of it: its first update draws it; collective then.
@@ -187,15 +210,20 @@ class Reinforcement:
         settings, minibatches = self.settings, item["minibatches"]
         graded = drawn.select(chosen.picked)
         scales = (1.0, 0.0) if self.mixing is None else self.mixing.scales(item["rollout"])
-        rows = training_rows(graded, settings, self.mixing, self._demonstration_rewards(graded), scales[1] > 0)
+        shown = self._demonstration_rewards(graded)
+        rows = training_rows(graded, settings, self.mixing, shown, scales[1] > 0)
         questions = [graded.questions[i] for i in rows.question.tolist()]
         sequences = Sequences.pack([q.prompt for q in questions], rows.tokens, padding(self.responder.tokenizer))
         minibatch = torch.tensor(chosen.place)[rows.question] * minibatches // chosen.total
         sequences, minibatch = sequences.to(policy.device), minibatch.to(policy.device)
-        longest = self.sampling.max_new_tokens
+        longest, charged = self.sampling.max_new_tokens, None
+        if settings.kl_in_reward:
+            charged = self._charged(policy, sequences)
+            taken = charged.cpu().view_as(graded.rewards)
+            rows = training_rows(graded, settings, self.mixing, shown, scales[1] > 0, taken)
         batch = rl_batch(rows, sequences, minibatch, minibatches, scales, settings, self.mixing, longest)
         batch.question = torch.tensor([q.id for q in questions], device=policy.device)
-        batch.temperature = self.sampling.temperature
+        batch.temperature, batch.charged = self.sampling.temperature, charged
         if settings.correction is not None:
             if unlike := [(len(t), len(x)) for t, x in zip(rows.tokens, rows.logp, strict=True) if len(t) != len(x)]:
                 engine = type(self.responder.engine).__name__
@@ -211,10 +239,21 @@ class Reinforcement:
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             batch.logp_old = logp if item["updates"] > 1 else None
             batch.keep = forking_tokens(entropy, batch, minibatches, settings.entropy_fraction) if masked else None
-        for reference in self.references:
+        for reference in self.references if charged is None else []:
             reference.to(policy.device)
             batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
         return batch
+
+    def _charged(self, policy: Policy, sequences: Sequences) -> Tensor:
+        """[B] fp32: the KL of each whole response, under the policy that sampled, by its coefficient."""
+        (reference,) = self.references
+        reference.to(policy.device)
+        now, then = (
+            score_without_gradient(model, sequences, self.sampling.temperature, grouped=True)[0]
+            for model in (policy, reference)
+        )
+        kl = KL_ESTIMATORS[self.settings.kl_estimator](now, then)
+        return self.settings.kl_coefficient * (kl * sequences.mask()).sum(-1)
 
     def _demonstration_rewards(self, graded: Graded) -> Tensor | None:
         """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""
@@ -243,10 +282,13 @@ class Reinforcement:
             "reward_errors": float(self.responder.reward.errors * ranks()),
             "reward_timeouts": float(self.responder.reward.timeouts * ranks()),
         }
+        if batch.charged is not None:
+            rest["kl_penalty"] = float(batch.charged.mean())
         device = batch.question.device
         return drawn.describe(device) | mean_ranks(rest, device)
 
     def work(self, drawn: Graded, batch: Batch) -> dict[str, int]:
         """Tokens that drawing ran through the model, and those that were scored without a gradient."""
         scored = (batch.logp_old is not None or batch.keep is not None) + (batch.logp_ref is not None)
+        scored += 2 * (batch.charged is not None)
         return {"generated": drawn.tokens, "scored": scored * batch.sequences.token_count()}

@@ -39,7 +39,7 @@ def rl_batch(
     rl, ce, own_mean = _weights(rows, mask, minibatch, minibatches, settings, mixing, max_length)
     demonstrated = mask & rows.demonstrated.to(device)[:, None]
     own = rl.masked_fill(demonstrated, 0.0)
-    kl, bonus = settings.kl_coefficient, settings.entropy_bonus
+    kl, bonus = settings.kl_in_loss, settings.entropy_bonus
     return Batch(
         sequences=sequences,
         question=rows.question.to(device),

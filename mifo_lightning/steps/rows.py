@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mifo_lightning.common.question import Question
-from mifo_lightning.losses.advantages import as_advantage
+from mifo_lightning.losses.advantages import Advantage, as_advantage
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.rollout.engine import Completion
 from mifo_lightning.rollout.graded import Graded
@@ -41,6 +41,7 @@ def training_rows(
     mixing: Mixing | None = None,
     demonstration_rewards: Tensor | None = None,
     supervised: bool = False,
+    charged: Tensor | None = None,
 ) -> Rows:
     """Lay out what an RL step trains on.
 
@@ -51,17 +52,21 @@ def training_rows(
         demonstration_rewards: [Q] fp32 rewards of the demonstrations, 0 where there is none; needed if they are in
             groups.
         supervised: Whether the step has an SFT loss.
+        charged: [Q, R] fp32, what is taken off the rewards before advantages; None takes nothing off.
     """
     q, r = graded.rewards.shape
     lent = torch.zeros(q, dtype=torch.bool)
     if mixing is not None:
         lent = torch.tensor([bool(x.demonstration) for x in graded.questions]) & mixing.lends(graded)
     trains = torch.ones_like(lent) if mixing is None else mixing.trains(lent)
-    advantages = _advantages(graded, settings, lent, demonstration_rewards)
+    rewards = graded.rewards if charged is None else graded.rewards - charged
+    with_signal = graded.undecided if settings.dynamic_sampling else torch.ones(q, dtype=torch.bool)
+    rule = as_advantage(settings.advantage).within(rewards[with_signal])
+    advantages = _advantages(rewards, rule, lent, demonstration_rewards)
     # dynamic sampling leaves a group without a signal out of everything
     counted = torch.ones(q, 1).bool()
     if settings.dynamic_sampling:
-        counted = (advantages != 0).any(-1, keepdim=True) & graded.undecided[:, None]
+        counted = (advantages != 0).any(-1, keepdim=True) & with_signal[:, None]
     if mixing is not None:
         advantages[:, :r] = mixing.push(advantages[:, :r], graded)
     advantages[~trains, :r] = 0.0
@@ -72,7 +77,7 @@ def training_rows(
     in_policy = (exists & (~demonstrated | (demonstration_rewards is not None))) & counted
     if settings.mask_truncated:
         in_policy[:, :r] &= graded.finished
-    always = settings.kl_coefficient > 0 or settings.entropy_bonus > 0
+    always = settings.kl_in_loss > 0 or settings.entropy_bonus > 0
     active = in_policy & ((advantages != 0) | (always & ~demonstrated & trains[:, None]))
     if supervised:
         active |= exists & demonstrated
@@ -93,14 +98,14 @@ def as_completion(question: Question) -> Completion:
     return Completion(tokens, [0.0] * len(tokens), True)
 
 
-def _advantages(graded: Graded, settings: PolicyLoss, lent: Tensor, demonstration_rewards: Tensor | None) -> Tensor:
+def _advantages(rewards: Tensor, rule: Advantage, lent: Tensor, demonstration_rewards: Tensor | None) -> Tensor:
     """[Q, R + 1] advantages of whole groups, the last column the demonstration's, whether there is one or not."""
-    q, r = graded.rewards.shape
-    rule, advantages = as_advantage(settings.advantage), torch.zeros(q, r + 1)
+    q, r = rewards.shape
+    advantages = torch.zeros(q, r + 1)
     together = lent & (demonstration_rewards is not None)
     if not together.all():
-        advantages[~together, :r] = rule(graded.rewards[~together])
+        advantages[~together, :r] = rule(rewards[~together])
     if demonstration_rewards is not None and together.any():
-        joined = torch.cat([graded.rewards, demonstration_rewards[:, None]], dim=1)
+        joined = torch.cat([rewards, demonstration_rewards[:, None]], dim=1)
         advantages[together] = rule(joined[together])
     return advantages

@@ -1,11 +1,13 @@
 """Settings of the losses of both phases."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from mifo_lightning.common.errors import InputError, require
-from mifo_lightning.losses.advantages import Advantage, AdvantageName, as_advantage
+from mifo_lightning.losses.advantages import Advantage, AdvantageName, BatchStd, as_advantage
 from mifo_lightning.losses.corrections import Correction
+from mifo_lightning.losses.kl import KL_ESTIMATORS, KLName
 from mifo_lightning.losses.named import named
 from mifo_lightning.losses.policy import Aggregation, Ratio
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
@@ -21,7 +23,8 @@ class PolicyLoss:
     """The policy loss; the default is GRPO, `configs/losses/` has the others.
 
     Args:
-        advantage: group_std (GRPO), group_mean (Dr.GRPO), leave_one_out (RLOO), or an `Advantage` by class_path.
+        advantage: group_std (GRPO), group_mean (Dr.GRPO), leave_one_out (RLOO), batch_std (the deviation of all
+            responses of the step), or an `Advantage` by class_path.
         surrogate: clipped, unclipped, truncated (CISPO), reinforce, or a `Surrogate` by class_path.
         ratio: One probability ratio per token, or one per sequence (GSPO).
         aggregation: Mean over sequences of their token means, over all tokens, the sum over a constant (Dr.GRPO), or
@@ -30,8 +33,16 @@ class PolicyLoss:
             gradients are averaged over GPUs: a number of its own keeps the loss the same on any number of ranks.
         clip_low: Lower clip range of the probability ratio.
         clip_high: Upper clip range of the probability ratio.
+        clip_dual: Largest ratio that the clipped surrogate lets push where the advantage is below 0 (dual clip), above
+            1 + clip_high; None: however large.
         ratio_cap: Largest ratio of the truncated surrogate.
-        kl_coefficient: Weight of the KL to the initial model (estimator k3); 0 loads no reference.
+        kl_coefficient: Weight of the KL to the reference, which begins as the initial model; 0 loads none.
+        kl_estimator: k1, k2 or k3 (`losses.kl`).
+        kl_in_reward: Whether the KL is no term of the loss, but is taken off the reward before advantages: of each
+            response `kl_coefficient` times the sum over its tokens, under the policy that sampled.
+        reference_sync_steps: RL optimizer steps after which the reference follows the policy, again and again; 0: it
+            stays the initial model.
+        reference_mixup: Share of the policy in the reference then: a * policy + (1 - a) * reference (TR-DPO).
         entropy_bonus: Weight of the entropy of the policy, which is added to the objective; aggregated as the loss is,
             with `sum` as in the code of ReLIFT, LUFFY and HPT, by the mean over tokens.
         entropy_fraction: Share of tokens, those of highest entropy under the policy that sampled, that push the policy;
@@ -52,8 +63,13 @@ class PolicyLoss:
     sum_sequences: float = 64.0
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_dual: float | None = None
     ratio_cap: float = 5.0
     kl_coefficient: float = 0.0
+    kl_estimator: KLName = "k3"
+    kl_in_reward: bool = False
+    reference_sync_steps: int = 0
+    reference_mixup: float = 0.6
     entropy_bonus: float = 0.0
     entropy_fraction: float = 1.0
     dynamic_sampling: int = 0
@@ -62,12 +78,20 @@ class PolicyLoss:
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
+        without, dual = "unless kl_coefficient is above 0", math.inf if self.clip_dual is None else self.clip_dual
         allowed = [
             ("clip_low", 0 < self.clip_low < 1, "in (0, 1)"),
             ("clip_high", self.clip_high > 0, "above 0"),
+            ("clip_dual", dual > 1 + self.clip_high, "above 1 + clip_high, or null"),
+            ("clip_dual", self.clip_dual is None or self.surrogate == "clipped", "null unless surrogate is clipped"),
             ("ratio_cap", self.ratio_cap > 0, "above 0"),
             ("sum_sequences", self.sum_sequences > 0, "above 0"),
             ("kl_coefficient", self.kl_coefficient >= 0, "at least 0"),
+            ("kl_estimator", self.kl_estimator in KL_ESTIMATORS, "k1, k2 or k3"),
+            ("kl_in_reward", self.kl_coefficient > 0 or not self.kl_in_reward, f"false {without}"),
+            ("reference_sync_steps", self.reference_sync_steps >= 0, "at least 0"),
+            ("reference_sync_steps", self.kl_coefficient > 0 or not self.reference_sync_steps, f"0 {without}"),
+            ("reference_mixup", 0 < self.reference_mixup <= 1, "in (0, 1]"),
             ("entropy_bonus", self.entropy_bonus >= 0, "at least 0"),
             ("entropy_fraction", 0 < self.entropy_fraction <= 1, "in (0, 1]"),
             ("dynamic_sampling", self.dynamic_sampling >= 0, "at least 0"),
@@ -77,10 +101,15 @@ class PolicyLoss:
         as_advantage(self.advantage)
         self.objective()
 
+    @property
+    def kl_in_loss(self) -> float:
+        """Weight of the KL as a term of the loss."""
+        return 0.0 if self.kl_in_reward else self.kl_coefficient
+
     def objective(self) -> Surrogate:
         """The surrogate that is named, with the settings that it has here."""
         table = {
-            "clipped": lambda: Clipped(self.clip_low, self.clip_high),
+            "clipped": lambda: Clipped(self.clip_low, self.clip_high, self.clip_dual),
             "unclipped": Unclipped,
             "truncated": lambda: Truncated(self.ratio_cap),
             "reinforce": Reinforce,
@@ -120,4 +149,13 @@ def check_rl(rollout: Rollout, loss: PolicyLoss, mixing: Mixing | None) -> None:
         raise InputError(
             f"model.loss.dynamic_sampling: {loss.dynamic_sampling} is not allowed with model.mixing; it would "
             f"drop the groups whose demonstrations are wanted most"
+        )
+    if mixing is not None and loss.kl_in_reward:
+        raise InputError(
+            "model.loss.kl_in_reward: True is not allowed with model.mixing; the policy has not drawn demonstrations"
+        )
+    if mixing is not None and mixing.in_group and isinstance(as_advantage(loss.advantage), BatchStd):
+        raise InputError(
+            "model.loss.advantage: batch_std is not allowed with demonstrations in groups (model.mixing); groups "
+            "with and without one have no deviation in common"
         )
