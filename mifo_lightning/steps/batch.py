@@ -89,8 +89,9 @@ class Batch:
         """
         rows = (self.minibatch == update).nonzero()[:, 0]
         rows = rows[self.active[rows]]
-        parts = rows.tensor_split(count)
-        if tokens is not None:
+        if tokens is None:
+            parts = list(rows.tensor_split(count))
+        else:
             parts = by_tokens(self.sequences, self.question, rows, tokens, shared)
         return [self.rows(part) if len(part) else self._nothing() for part in parts]
 

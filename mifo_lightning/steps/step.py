@@ -57,13 +57,13 @@ class OptimizerStep:
             objective, whole = self.reinforcement.objective, self._rl_batch(trainer, policy, item, output)
         else:
             objective, whole = self.supervision.objective, self.supervision.batch(item["questions"], policy.device)
-        cut = {"tokens": self.settings.micro_batch_tokens, "shared": is_rl and policy.share_prompts}
-        update = item["update"] % item["minibatches"]
-        chunks = whole.chunks(update, self.settings.micro_batches, **cut)
+        settings, shared = self.settings, is_rl and policy.share_prompts
+        cut = item["update"] % item["minibatches"], settings.micro_batches, settings.micro_batch_tokens, shared
+        chunks = whole.chunks(*cut)
         late = None if is_rl else select_tokens
         if late is not None and len(chunks) > 1:
             whole, late = self._select(trainer, policy, whole, select_tokens, output), None
-            chunks = whole.chunks(update, self.settings.micro_batches, **cut)
+            chunks = whole.chunks(*cut)
         output["loss"] = self._descend(trainer, policy, chunks, objective, item["phase"], late)
         output["work"] |= {
             "trained": sum(chunk.sequences.token_count() for chunk in chunks if not chunk.idle),
