@@ -156,8 +156,7 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
                 "take last.ckpt"
             )
         check_format(checkpoint)
-    bare = module.blueprint().state_dict()
-    expected = {f"policy.model.{name}": tensor.shape for name, tensor in bare.items()}
+    expected = module.saved_weights()
     unlike = sorted(name for name in expected.keys() | weights.keys() if _shape(weights, name) != expected.get(name))
     if unlike:
         name = unlike[0]

@@ -1,8 +1,8 @@
 """One RL step up to its `Batch`, without Lightning: draw, grade, choose, prepare."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -211,10 +211,19 @@ class Reinforcement:
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             batch.logp_old = logp if item["updates"] > 1 else None
             batch.keep = forking_tokens(entropy, batch, minibatches, settings.entropy_fraction) if masked else None
-        for reference in self.references:
-            reference.to(policy.device)
-            batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
+        if self.needs_reference:
+            with self._reference(policy) as reference:
+                batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
         return batch
+
+    @contextmanager
+    def _reference(self, policy: Policy) -> Iterator[Policy]:
+        """The initial model: the kept one, or the policy itself without its adapter."""
+        if policy.adapter is None:
+            yield self.references[0].to(policy.device)
+        else:
+            with policy.adapter.disabled():
+                yield policy
 
     def _demonstration_rewards(self, graded: Graded) -> Tensor | None:
         """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""
