@@ -56,6 +56,7 @@ from mifo_lightning.steps.finite import FiniteSteps, check_weights
 from mifo_lightning.steps.guards import (
     FORMAT,
     check_accumulation,
+    check_adapter,
     check_chunks,
     check_ends,
     check_format,
@@ -186,6 +187,7 @@ class MifoModule(LightningModule):
         if self._trainer is not None:
             require_data_parallel(self.trainer, "MifoModule")
             check_trainer(self.trainer)
+            check_adapter(self.trainer, self.adapter)
             check_chunks(self.trainer, self.optimizer_settings.micro_batches)
         self.load()
         if isinstance(self.model_name, Loaded):

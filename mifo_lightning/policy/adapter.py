@@ -61,7 +61,8 @@ class Adapter:
         Raises:
             InputError: A target names none, or a layer has fewer inputs than the rank.
         """
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = model.get_output_embeddings()
+        linear: dict[str, nn.Module]
         linear = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
         if self.targets != ALL:
             for target in self.targets:
@@ -147,12 +148,21 @@ class Adapters:
             if ".lora_" in name:
                 continue
             layer, _, rest = name.rpartition(".base_layer.")
-            if layer and rest == "weight":
-                a, b = self._factors(layer, weights)
-                change = b @ a * self.scale
-                weight = weight + (change.T if isinstance(self.layers[layer].base_layer, Conv1D) else change)
-            merged[f"{layer}.{rest}" if layer else name] = weight
+            merged[f"{layer}.{rest}" if layer else name] = (
+                self.merged(layer, weights) if layer and rest == "weight" else weight
+            )
         return merged
+
+    def merged(self, layer: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """The whole weight of an adapted layer, as it lies, with its adapters, fp32; collective if they are sharded.
+
+        Args:
+            layer: Its name, in the model or in a module around it.
+            weights: By names that begin alike.
+        """
+        a, b = self._factors(layer, weights)
+        weight, change = full(weights[f"{layer}.base_layer.weight"]).detach(), b @ a * self.scale
+        return weight + (change if weight.shape == change.shape else change.T)
 
     def changes(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[tuple[str, Change]]:
         """Name of each adapted layer in the module, and the change of its weight; collective if they are sharded.
