@@ -27,7 +27,7 @@ from mifo_lightning.common.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.methods.mixing import Mixing
-from mifo_lightning.policy.adapter import FINGERPRINT, Adapter, add_adapters
+from mifo_lightning.policy.adapter import FINGERPRINT, Adapter, add_adapters, own_weights
 from mifo_lightning.policy.ending import end_tokens
 from mifo_lightning.policy.loading import (
     Loaded,
@@ -201,17 +201,16 @@ class MifoModule(LightningModule):
         return blueprint(self.model_name, self.loading.trust_remote_code)
 
     def saved_weights(self) -> dict[str, torch.Size]:
-        """Names and shapes of the weights that a checkpoint of this module holds; they need not be loaded."""
-        if self.adapter is None:
-            weights = self.blueprint().state_dict()
-            return {f"policy.model.{name}": weight.shape for name, weight in weights.items()}
-        if self.policy is not None:
-            return {f"policy.{name}": weight.shape for name, weight in self.policy.state_dict().items()}
-        shapes = self.adapter.shapes(self.blueprint())
-        return {f"policy.{FINGERPRINT}": torch.Size([1]), **{f"policy.model.{n}": s for n, s in shapes.items()}}
+        """Names and shapes of the weights that a checkpoint needs, without a base of adapters; none need be loaded."""
+        if self.adapter is not None and self.policy is not None:
+            return {f"policy.{name}": weight.shape for name, weight in own_weights(self.policy.state_dict()).items()}
+        if self.adapter is not None:
+            shapes = {f"policy.model.{name}": shape for name, shape in self.adapter.shapes(self.blueprint()).items()}
+            return {f"policy.{FINGERPRINT}": torch.Size([1]), **shapes}
+        return {f"policy.model.{name}": weight.shape for name, weight in self.blueprint().state_dict().items()}
 
     def trained_size(self) -> int:
-        """How many weights are trained, and kept by a checkpoint."""
+        """How many weights are trained, and what a checkpoint keeps for each is kept of them."""
         if self.adapter is None:
             return sum(p.numel() for p in self.blueprint().parameters())
         return sum(shape.numel() for shape in self.saved_weights().values())

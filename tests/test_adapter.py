@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import mifo_lightning as mifo
 from mifo_callbacks import GradientFreezing
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.data.datamodule import QuestionData
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.update_norm import UpdateNorm
@@ -53,6 +55,11 @@ def method(**changes: Any) -> list[Callback]:
     return [c for c in method_callbacks(size=8) if changes.get("freeze", True) or not isinstance(c, GradientFreezing)]
 
 
+def short() -> QuestionData:
+    """Four RL steps of four questions each."""
+    return make_data(schedule=Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4))
+
+
 class Watch(Callback):
     """Phases, weights before each optimizer step and after it, and what is frozen."""
 
@@ -72,10 +79,10 @@ def test_with_a_frozen_a_the_frozen_coordinates_of_b_keep_every_bit_and_the_othe
 ) -> None:
     watch = Watch()
     module = adapted(frozen_a=True)
-    make_trainer([*method(), watch]).fit(module, make_data())
+    make_trainer([*method(), watch]).fit(module, short())
     phases = [phase for phase, *_ in watch.seen]
     sft = [(before, after, masks) for phase, before, after, masks in watch.seen if phase == "sft" and masks]
-    assert phases.count("rl") == 6
+    assert phases.count("rl") == 4
     assert len(sft) > 1
     assert {name.split(".lora_")[1] for name in sft[0][2]} == {"B.lora.weight"}
     for before, after, masks in sft:
@@ -153,13 +160,13 @@ def test_a_checkpoint_holds_the_adapters_alone_and_resuming_is_exact(
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     watch, module = Watch(), adapted(**settings)
     callbacks = [*method(freeze=freeze), watch, saver]
-    make_trainer(callbacks, enable_checkpointing=True).fit(module, make_data())
+    make_trainer(callbacks, enable_checkpointing=True).fit(module, short())
     inside_sft = [phase for phase, *_ in watch.seen].index("sft") + 1
     path = tmp_path / f"step={inside_sft}.ckpt"
     held = torch.load(path, weights_only=True)["state_dict"]
     assert {n for n in held if ".lora_" not in n} == {"policy.adapter_base"}
     again = adapted(**settings)
-    make_trainer([*method(freeze=freeze)]).fit(again, make_data(), ckpt_path=path)
+    make_trainer([*method(freeze=freeze)]).fit(again, short(), ckpt_path=path)
     for name, weight in weights(module).items():
         assert torch.equal(weights(again)[name], weight), name
     loaded = mifo.MifoModule.load_from_checkpoint(path, reward=LastAnswerReward())
@@ -169,23 +176,23 @@ def test_a_checkpoint_holds_the_adapters_alone_and_resuming_is_exact(
 
 def test_adapters_do_not_go_beside_other_weights(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1)
-    make_trainer([saver], enable_checkpointing=True, max_steps=1).fit(adapted(), make_data())
+    make_trainer([saver], enable_checkpointing=True, max_steps=1).fit(adapted(), short())
     other = load_policy("embedded").model
     other.get_input_embeddings().weight.data[3, 3] += 1e-6
     module = adapted(model=Loaded(other, load_tokenizer("embedded")))
     with pytest.raises(InputError, match="ckpt_path: its adapters were trained beside other weights"):
-        make_trainer().fit(module, make_data(), ckpt_path=tmp_path / "step=1.ckpt")
+        make_trainer().fit(module, short(), ckpt_path=tmp_path / "step=1.ckpt")
 
 
 def test_each_kind_of_phase_trains_its_own_adapter(make_trainer: Callable[..., Trainer]) -> None:
     watch = Watch()
-    make_trainer([*method(freeze=False), watch]).fit(adapted(per_phase=True), make_data())
+    make_trainer([*method(freeze=False), watch]).fit(adapted(per_phase=True), short())
     assert {phase for phase, *_ in watch.seen} == {"rl", "sft"}
     for phase, before, after, _ in watch.seen:
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert {name.split(".lora_")[1].split(".")[1] for name in moved} == {phase}
     with pytest.raises(InputError, match=r"^model.adapter.per_phase: true is not allowed with freezing by importance"):
-        make_trainer(method()).fit(adapted(per_phase=True), make_data())
+        make_trainer(method()).fit(adapted(per_phase=True), short())
 
 
 def test_the_reference_is_the_model_without_its_adapters(make_trainer: Callable[..., Trainer]) -> None:
@@ -197,7 +204,7 @@ def test_the_reference_is_the_model_without_its_adapters(make_trainer: Callable[
             self.kl.append(float(trainer.callback_metrics["rl/kl_ref"]))
 
     seen, module = Seen(), adapted(loss=PolicyLoss(kl_coefficient=0.1))
-    make_trainer([seen]).fit(module, make_data())
+    make_trainer([seen]).fit(module, short())
     assert module.reinforcement.references == []
     assert seen.kl[0] == 0
     assert all(kl > 0 for kl in seen.kl[1:])
@@ -225,7 +232,7 @@ def test_monitors_measure_the_weights_that_adapters_change(make_trainer: Callabl
 
     plain, layers, costs = Plain(), LayerUpdates(), Costs()
     module = adapted(targets=["up_proj", "q_proj"])
-    make_trainer([UpdateNorm(), layers, costs, plain]).fit(module, make_data())
+    make_trainer([UpdateNorm(), layers, costs, plain]).fit(module, short())
     expected = [
         sum(float((new[name] - old[name]).square().sum()) for name in old) ** 0.5
         for old, new in zip(plain.seen, plain.seen[1:], strict=False)
@@ -272,7 +279,7 @@ def test_groups_share_their_prompt_through_adapters() -> None:
 
 def test_a_module_generates_and_checks_its_engine_with_adapters(make_trainer: Callable[..., Trainer]) -> None:
     module = adapted(frozen_a=True)
-    make_trainer().fit(module, make_data())  # its self-check passes at the start, while B = 0
+    make_trainer().fit(module, short())  # its self-check passes at the start, while B = 0
     module.self_check.run(module.policy, [[1, 2, 3], [4, 5]], "bf16-mixed")  # anew, in another precision
     assert len(module.generate(["2+2="], samples=2, sampling=SAMPLING)[0]) == 2
 

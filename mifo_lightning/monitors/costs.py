@@ -13,7 +13,7 @@ from mifo_callbacks.sharding import trainable
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
-from mifo_lightning.monitors.trained import adapters_of
+from mifo_lightning.policy.adapter import adapters_of
 
 TOKENS = ("generated", "scored", "trained")
 

@@ -20,8 +20,7 @@ from mifo_callbacks.sharding import (
 )
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
-from mifo_lightning.monitors.trained import adapters_of
-from mifo_lightning.policy.adapter import Adapters
+from mifo_lightning.policy.adapter import Adapters, adapters_of
 
 
 class LayerUpdates(PhaseMonitor):

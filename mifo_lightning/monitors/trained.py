@@ -6,7 +6,6 @@ from lightning import LightningModule
 from transformers import PreTrainedTokenizerBase
 
 from mifo_callbacks.contracts import require_offer
-from mifo_lightning.policy.adapter import Adapters
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluator
@@ -39,8 +38,3 @@ def as_trained(pl_module: LightningModule, who: str) -> Trained:
     """
     require_offer(Trained, pl_module, who, "the module")
     return cast(Trained, pl_module)
-
-
-def adapters_of(pl_module: LightningModule) -> Adapters | None:
-    """The adapters that a module trains in place of its weights; None where it trains the weights."""
-    return getattr(getattr(pl_module, "policy", None), "adapter", None)

@@ -11,7 +11,7 @@ from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.sharding import local, shard_group, trainable
-from mifo_lightning.monitors.trained import adapters_of
+from mifo_lightning.policy.adapter import adapters_of
 
 
 class UpdateNorm(PhaseCallback):

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -186,6 +187,11 @@ class Adapters:
         return torch.cat(a), torch.cat(b, 1)
 
 
+def adapters_of(module: nn.Module) -> Adapters | None:
+    """The adapters that a module trains in place of its weights; None where it trains the weights."""
+    return getattr(getattr(module, "policy", None), "adapter", None)
+
+
 def add_adapters(policy: Policy, settings: Adapter, seed: int) -> None:
     """Freeze the weights of a policy and put adapters beside them, which change nothing before they are trained: B = 0.
 
@@ -227,9 +233,20 @@ def add_adapters(policy: Policy, settings: Adapter, seed: int) -> None:
 
 
 def _without_base(policy: Any, weights: dict[str, Any], prefix: str, _: Any) -> None:
-    """Checkpoints hold the adapters alone: the base is where it was loaded from."""
-    for name in [name for name in weights if name.startswith(f"{prefix}model.") and ".lora_" not in name]:
-        del weights[name]
+    """Checkpoints hold the adapters alone: the base is where it was loaded from. Lightning's FSDP2 wants it there."""
+    if not isinstance(policy, FSDPModule):
+        for name in [name for name in weights if name.startswith(prefix) and not _is_own(name)]:
+            del weights[name]
+
+
+def _is_own(name: str) -> bool:
+    """Whether a weight of a policy with adapters is none of the base."""
+    return ".lora_" in name or name.endswith(FINGERPRINT)
+
+
+def own_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a checkpoint's weights is no base of adapters."""
+    return {name: weight for name, weight in weights.items() if _is_own(name)}
 
 
 def _with_base(policy: Any, weights: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -238,7 +255,7 @@ def _with_base(policy: Any, weights: dict[str, Any], prefix: str, *_: Any) -> No
     if there is not None and not torch.equal(there.cpu(), here.cpu()):
         raise InputError("ckpt_path: its adapters were trained beside other weights than those of model.model")
     for name, weight in policy.model.state_dict().items():
-        if ".lora_" not in name:
+        if not _is_own(name):
             weights.setdefault(f"{prefix}model.{name}", weight)
 
 
