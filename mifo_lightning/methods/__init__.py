@@ -1,4 +1,4 @@
-"""Methods that mix demonstrations into RL steps, and freezing for adapters, one a file; `configs/methods/` has these and those made of phases."""
+"""Methods that mix demonstrations into RL steps, one a file, and freezing for adapters; `configs/methods/` has more."""
 
 from mifo_lightning.methods.chord import Chord
 from mifo_lightning.methods.direction_freezing import DirectionFreezing
