@@ -166,6 +166,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_resuming_is_exact(
     held = torch.load(path, weights_only=True)["state_dict"]
     assert {n for n in held if ".lora_" not in n} == {"policy.adapter_base"}
     again = adapted(**settings)
+    assert again.saved_weights() == {name: weight.shape for name, weight in held.items()}, "known before it is loaded"
     make_trainer([*method(freeze=freeze)]).fit(again, short(), ckpt_path=path)
     for name, weight in weights(module).items():
         assert torch.equal(weights(again)[name], weight), name
