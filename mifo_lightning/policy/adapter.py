@@ -74,6 +74,8 @@ class Adapter:
                         f"are {kinds}"
                     )
             linear = {name: m for name, m in linear.items() if any(_ends(name, target) for target in self.targets)}
+        if not linear:
+            raise InputError(f"model.adapter: {type(model).__name__} has no linear layers; set it to null")
         name, inputs = min(((name, _sizes(m)[0]) for name, m in linear.items()), key=lambda one: one[1])
         require("model.adapter.rank", self.rank, self.rank <= inputs, f"at most {inputs}, the inputs of {name}")
         return linear
