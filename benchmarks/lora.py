@@ -2,10 +2,10 @@
 
     python -m benchmarks.lora --model DIR    # DIR: a Hugging Face directory
 
-Two RL steps of 4 prompts of 75 tokens x 8 responses of exactly 32, graded by a coin, and after each an SFT phase of
-two steps on 2 demonstrations of 150 tokens, with entropy selection, importance and freezing. Seconds are CPU seconds
-of an optimizer step without what callbacks do between phases, medians without the first of each kind; the checkpoint
-is the one at the end.
+Two RL steps of 4 prompts of 75 tokens x 8 responses of exactly 32, a prompt at a time, graded by a coin; after each an
+SFT phase of two steps on 2 demonstrations of 150 tokens, with entropy selection, importance and freezing. Seconds are
+CPU seconds of an optimizer step without what callbacks do between phases, medians without the first of each kind; the
+checkpoint is the one at the end.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
         model,
         mifo.FunctionReward(reward, isolate=False),
         mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH)),
+        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
         adapter=None if adapter is None else mifo.Adapter(**adapter),
     )
     texts = prompts(module.tokenizer)
