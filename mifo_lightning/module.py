@@ -175,7 +175,10 @@ class MifoModule(LightningModule):
             raise InputError(f"load_from_checkpoint: {checkpoint_path} was written by another version")
         for never in (saved, saved["loading"]):
             never.pop("trust_remote_code", None)
-        module = cls(**settings_again(saved, {**defaults_of(cls, MifoModule), "adapter": Adapter()}, settings))
+        defaults = defaults_of(cls, MifoModule)
+        if isinstance(saved.get("adapter"), dict) and "adapter" in defaults:
+            defaults["adapter"] = Adapter()  # which its default, none, does not say
+        module = cls(**settings_again(saved, defaults, settings))
         module.load()
         module.load_state_dict(checkpoint["state_dict"])
         return module.to(map_location)
