@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mifo_lightning.losses.surrogates import Surrogate
     from mifo_lightning.methods import HPT, SRFT, Chord, Luffy, Mixing
     from mifo_lightning.module import MifoModule
+    from mifo_lightning.policy.adapter import Adapter
     from mifo_lightning.policy.loading import Loading
     from mifo_lightning.rewards.base import Reward
     from mifo_lightning.rewards.function import FunctionReward
@@ -38,6 +39,7 @@ __version__ = version("mifo_lightning")
 
 _HOMES = {
     "AdamWSettings": "steps.optimizer",
+    "Adapter": "policy.adapter",
     "Advantage": "losses.advantages",
     "Chord": "methods",
     "Columns": "data.columns",
@@ -73,6 +75,7 @@ __all__ = [
     "HPT",
     "SRFT",
     "AdamWSettings",
+    "Adapter",
     "Advantage",
     "Chord",
     "Columns",

@@ -21,12 +21,13 @@ from mifo_callbacks.sharding import full, require_data_parallel
 from mifo_lightning.checkpoints import interruption, safe_points
 from mifo_lightning.checkpoints.files import read_checkpoint
 from mifo_lightning.checkpoints.hyperparameters import defaults_of, plain_settings, settings_again
-from mifo_lightning.common.errors import InputError, check_kinds
+from mifo_lightning.common.errors import InputError, check_kinds, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.restoring import restoring
 from mifo_lightning.data.datamodule import QuestionData
 from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.methods.mixing import Mixing
+from mifo_lightning.policy.adapter import FINGERPRINT, Adapter, add_adapters, own_weights
 from mifo_lightning.policy.ending import end_tokens
 from mifo_lightning.policy.loading import (
     Loaded,
@@ -34,6 +35,7 @@ from mifo_lightning.policy.loading import (
     blueprint,
     check_same_weights,
     check_vocabulary,
+    freeze_unused,
     load_policy,
     load_tokenizer,
     shard_policy,
@@ -54,6 +56,7 @@ from mifo_lightning.steps.finite import FiniteSteps, check_weights
 from mifo_lightning.steps.guards import (
     FORMAT,
     check_accumulation,
+    check_adapter,
     check_chunks,
     check_ends,
     check_format,
@@ -88,6 +91,7 @@ class MifoModule(LightningModule):
         optimizer: AdamW of both kinds of phases.
         evaluation: How validation and test draw responses.
         loading: How the model is loaded.
+        adapter: Low-rank adapters that are trained in place of the weights (LoRA); null trains the weights.
         seed: Seed of all rollouts; None follows `seed_everything`.
 
     Raises:
@@ -107,6 +111,7 @@ class MifoModule(LightningModule):
         optimizer: OptimizerSettings = OptimizerSettings(),
         evaluation: Evaluation = Evaluation(),
         loading: Loading = Loading(),
+        adapter: Adapter | None = None,
         seed: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -115,8 +120,14 @@ class MifoModule(LightningModule):
         self.save_hyperparameters(plain_settings(given), logger=False)
         optimizer.check("model.optimizer")
         evaluation.check("model.evaluation")
+        if adapter is not None:
+            require("model.adapter", repr(adapter)[:80], isinstance(adapter, Adapter), "an Adapter, or null")
+            adapter.check("model.adapter")
+            fixed = "0 with an adapter: its reference is the model without it"
+            require("model.loss.reference_sync_steps", loss.reference_sync_steps, not loss.reference_sync_steps, fixed)
         model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
         self.model_name, self.loading, self.optimizer_settings = model, loading, optimizer
+        self.adapter = adapter
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, loading.trust_remote_code)
         self.policy: Policy | None = None
         self.seed = Seed(seed, "model.seed")
@@ -166,7 +177,10 @@ class MifoModule(LightningModule):
             raise InputError(f"load_from_checkpoint: {checkpoint_path} was written by another version")
         for never in (saved, saved["loading"]):
             never.pop("trust_remote_code", None)
-        module = cls(**settings_again(saved, defaults_of(cls, MifoModule), settings))
+        defaults = defaults_of(cls, MifoModule)
+        if isinstance(saved.get("adapter"), dict) and "adapter" in defaults:
+            defaults["adapter"] = Adapter()  # which its default, none, does not say
+        module = cls(**settings_again(saved, defaults, settings))
         module.load()
         module.load_state_dict(checkpoint["state_dict"])
         return module.to(map_location)
@@ -178,6 +192,7 @@ class MifoModule(LightningModule):
         if self._trainer is not None:
             require_data_parallel(self.trainer, "MifoModule")
             check_trainer(self.trainer)
+            check_adapter(self.trainer, self.adapter)
             check_chunks(self.trainer, self.optimizer_settings)
         self.load()
         if isinstance(self.model_name, Loaded):
@@ -190,6 +205,21 @@ class MifoModule(LightningModule):
         """The model without its weights, on the meta device: names and shapes alone."""
         return blueprint(self.model_name, self.loading.trust_remote_code)
 
+    def saved_weights(self) -> dict[str, torch.Size]:
+        """Names and shapes of the weights that a checkpoint needs, without a base of adapters; none need be loaded."""
+        if self.adapter is not None and self.policy is not None:
+            return {f"policy.{name}": weight.shape for name, weight in own_weights(self.policy.state_dict()).items()}
+        if self.adapter is not None:
+            shapes = {f"policy.model.{name}": shape for name, shape in self.adapter.shapes(self.blueprint()).items()}
+            return {f"policy.{FINGERPRINT}": torch.Size([1]), **shapes}
+        return {f"policy.model.{name}": weight.shape for name, weight in self.blueprint().state_dict().items()}
+
+    def trained_size(self) -> int:
+        """How many weights are trained, and what a checkpoint keeps for each is kept of them."""
+        if self.adapter is None:
+            return sum(p.numel() for p in self.blueprint().parameters())
+        return sum(shape.numel() for shape in self.saved_weights().values())
+
     def load(self) -> None:
         """Load the weights (fp32 master copy), once, and take the Trainer's precision, if there is a Trainer.
 
@@ -199,13 +229,17 @@ class MifoModule(LightningModule):
         if self.policy is None:
             trust = self.loading.trust_remote_code
             # of a loaded model, before anything is done to it
-            initial = copy.deepcopy(self.model_name) if self.reinforcement.needs_reference else None
+            second = self.reinforcement.needs_reference and self.adapter is None
+            initial = copy.deepcopy(self.model_name) if second else None
             self.policy = load_policy(self.model_name, self.loading.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
             self.policy.share_prompts = shares_prompts(self.policy, self.loading)
             self.reinforcement.set_reference(load_policy(initial, trust_remote_code=trust) if initial else None)
             for reference in self.reinforcement.references:
                 reference.share_prompts = self.policy.share_prompts
+            if self.adapter is not None:
+                add_adapters(self.policy, self.adapter, self.seed.value)
+                freeze_unused(self.policy)  # text does not reach all adapters of, say, a vision tower
         if self._trainer is None:  # `generate` before a fit
             return
         for policy in (self._policy, *self.reinforcement.references):
@@ -300,6 +334,11 @@ class MifoModule(LightningModule):
     def last_reward(self) -> float | None:
         """Mean reward of the last rollout, for the progress bar; None before the first."""
         return self._step.last_reward
+
+    def on_after_backward(self) -> None:
+        """One kind of phase does not train the other's adapter."""
+        if self._policy.adapter is not None:
+            self._policy.adapter.keep_still(self._phase_optimizer.phase or "rl")
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Nothing: Lightning would do it after `training_step`, which has gradients of all chunks but the last."""

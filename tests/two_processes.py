@@ -21,6 +21,7 @@ from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.methods import HPT, SRFT
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary
+from mifo_lightning.policy.adapter import Adapter
 from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.steps.settings import PolicyLoss
 
@@ -45,7 +46,8 @@ class Watch(Callback):
         self.before = {n: _local(p).clone() for n, p in pl_module.named_parameters()}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.seen["gradients"].append({n: full(p.grad).clone() for n, p in pl_module.named_parameters()})
+        found = {n: full(p.grad).clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+        self.seen["gradients"].append(found)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "groups" in outputs:
@@ -98,6 +100,8 @@ CASES: dict[str, dict[str, Any]] = {
         ),
         "share_prompts": True,
     },
+    # a part of each shard has a gradient; the reference is the sharded model itself
+    "adapters": {"adapter": Adapter(4, 8.0, frozen_a=True), "loss": PolicyLoss(kl_coefficient=0.05)},
 }
 
 

@@ -8,6 +8,7 @@ from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDro
 from mifo_lightning.cli.config_files import NULL, Given
 from mifo_lightning.cli.packaged import names
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.methods.direction_freezing import DirectionFreezing
 from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.costs import Costs
@@ -28,6 +29,7 @@ METHOD = {
     "entropy": EntropyTokenSelection,
     "importance": ImportanceEMA,
     "freeze": GradientFreezing,
+    "directions": DirectionFreezing,
     "drop": GradientDropping,
     "buffer": BufferPhaseSwitch,
 }
@@ -53,18 +55,19 @@ MONITORS: dict[str, type[Callback]] = {
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 # whose random choices follow seed_everything
-SEEDED = ("entropy", "freeze", "drop")
+SEEDED = ("entropy", "freeze", "directions", "drop")
 
 # the key of each part of a method that says how much of it: whoever gives it, or the class, wants the part
 AMOUNTS = {
     "entropy": "fraction",
     "importance": "alpha",
     "freeze": "fraction",
+    "directions": "k",
     "drop": "probability",
     "buffer": "max_accuracy",
 }
 # configurations that switch a part on
-EXAMPLES = {"drop": "controls/drop_sft_gradients", "buffer": "methods/interleave"}
+EXAMPLES = {"directions": "", "drop": "controls/drop_sft_gradients", "buffer": "methods/interleave"}
 
 
 def check_method(given: Iterable[Given]) -> None:
@@ -120,7 +123,8 @@ def check_parts(given: Iterable[Given]) -> None:
     for part, one in adjusted.items():
         if part not in wanted:
             example = EXAMPLES.get(part, "methods/mifo")
+            lay = f"lay it over a configuration that does, such as --config {example}, or " if example else ""
             raise InputError(
-                f"{one.key}: {part} is off (null), and this alone does not switch it on; lay it over a configuration "
-                f"that does, such as --config {example}, or give {part}.{AMOUNTS[part]} as well ({one.place})"
+                f"{one.key}: {part} is off (null), and this alone does not switch it on; {lay}"
+                f"give {part}.{AMOUNTS[part]} as well ({one.place})"
             )

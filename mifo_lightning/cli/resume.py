@@ -16,6 +16,7 @@ from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LAST, PREVIOUS, LastCheckpoint
 from mifo_lightning.monitors.kept_rows import METRICS, carry, keep_rows, metrics_before
 from mifo_lightning.monitors.run_dir import goes_on_here, run_dir, run_of, set_aside
+from mifo_lightning.policy.adapter import own_weights
 from mifo_lightning.steps.guards import check_format
 
 VERSION = "pytorch-lightning_version"
@@ -156,8 +157,9 @@ def check_fits(checkpoint: dict[str, Any], path: Path, trainer: Trainer, module:
                 "take last.ckpt"
             )
         check_format(checkpoint)
-    bare = module.blueprint().state_dict()
-    expected = {f"policy.model.{name}": tensor.shape for name, tensor in bare.items()}
+    expected = module.saved_weights()
+    if module.adapter is not None:
+        weights = own_weights(weights)
     unlike = sorted(name for name in expected.keys() | weights.keys() if _shape(weights, name) != expected.get(name))
     if unlike:
         name = unlike[0]

@@ -19,6 +19,7 @@ CALLBACKS = {
     "EntropyTokenSelection": "selection",
     "ImportanceEMA": "importance",
     "GradientFreezing": "freezing",
+    "DirectionFreezing": "freezing",
     "GradientDropping": "dropping",
     "BufferPhaseSwitch": "buffer",
 }

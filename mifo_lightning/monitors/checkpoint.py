@@ -56,8 +56,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         for name in (LAST, PREVIOUS):
             keep_earlier(trainer, directory / name, "checkpoint.dirpath", start)
-        weights = pl_module.blueprint().parameters()
-        needed = 4 * PARTS * sum(p.numel() for p in weights)
+        needed = 4 * PARTS * pl_module.trained_size()
         there = sum(_bytes(directory / name) for name in (LAST, PREVIOUS, NEXT))
         problem, free = trainer.strategy.broadcast((disk_problem(directory, needed, there), free_bytes(directory)))
         if problem:

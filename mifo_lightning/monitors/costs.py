@@ -9,9 +9,11 @@ from torch import nn
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.sharding import trainable
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.policy.adapter import adapters_of
 
 TOKENS = ("generated", "scored", "trained")
 
@@ -26,8 +28,9 @@ class Costs(Callback):
     training are not in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of
     a few integers per optimizer step.
 
-    FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 6 N per trained token, N as
-    `multiplying` counts; attention between tokens and recomputed activations are left out.
+    FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 4 N + 2 T per trained token,
+    N as `multiplying` counts and T those of them that are trained: all, or the adapters' alone. Attention between
+    tokens and recomputed activations are left out.
 
     Raises:
         InputError: If `training_step` returns no `work`.
@@ -39,7 +42,7 @@ class Costs(Callback):
         self.accounts: dict[str, dict[str, float]] = {"rl": _empty(), "sft": _empty()}
         self.questions: set[int] = set()
         self.demonstrations: set[int] = set()
-        self._weights = 0  # N
+        self._weights = self._trained = 0  # N and T
         self._began = 0.0
         self._profiler: Any = None
         self._callbacks: list[Callback] = []
@@ -47,7 +50,10 @@ class Costs(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the weights."""
-        self._weights = multiplying(pl_module.policy.model)  # type: ignore[union-attr,arg-type]
+        model: Any = pl_module.policy.model  # type: ignore[union-attr]
+        self._weights = self._trained = multiplying(model)
+        if adapters_of(pl_module) is not None:
+            self._trained = sum(p.numel() for p in trainable(model).values())
         self._profiler, self._callbacks = trainer.profiler, trainer.callbacks  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -76,12 +82,12 @@ class Costs(Callback):
             account[name] += len(ids)
             distinct.update(ids)
         totals = {f"{kind}_tokens": sum(a[f"{kind}_tokens"] for a in self.accounts.values()) for kind in TOKENS}
-        totals["flops"] = sum(flops(a, self._weights) for a in self.accounts.values())
+        totals["flops"] = sum(flops(a, self._weights, self._trained) for a in self.accounts.values())
         log_metrics(trainer, {f"costs/{name}": value for name, value in totals.items()})
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON: both accounts, distinct questions and demonstrations, seconds of callbacks by group."""
-        accounts = {phase: {**a, "flops": flops(a, self._weights)} for phase, a in self.accounts.items()}
+        accounts = {phase: {**a, "flops": flops(a, self._weights, self._trained)} for phase, a in self.accounts.items()}
         distinct = {"distinct_questions": len(self.questions), "distinct_demonstrations": len(self.demonstrations)}
         return {**accounts, **distinct, "callbacks": self._seconds_of_callbacks()}
 
@@ -132,6 +138,7 @@ def multiplying(model: nn.Module) -> int:
     return total if tied else total - sum(p.numel() for p in embedding.parameters())
 
 
-def flops(account: dict[str, float], weights: int) -> float:
-    """Floating-point operations of the matrix products of an account: 2 N forward, 4 N backward per token."""
-    return weights * (2 * (account["generated_tokens"] + account["scored_tokens"]) + 6 * account["trained_tokens"])
+def flops(account: dict[str, float], weights: int, trained: int) -> float:
+    """Floating-point operations of the matrix products of an account: 2 N forward, 2 N + 2 T backward per token."""
+    forward = 2 * weights * (account["generated_tokens"] + account["scored_tokens"])
+    return forward + (4 * weights + 2 * trained) * account["trained_tokens"]

@@ -1,7 +1,7 @@
 """How far each phase moves each part of the model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,14 +20,16 @@ from mifo_callbacks.sharding import (
 )
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.policy.adapter import Adapters, adapters_of
 
 
 class LayerUpdates(PhaseMonitor):
     """Measures what each phase changes: L2 norm of the net change and share of changed weights, by part of the model.
 
     Logs `layer_updates/<phase>/<part>/l2` and `.../changed` when a phase ends; parts are `embedding`, of every layer
-    `layers.<n>.attention`, `.mlp` and `.norm`, the last `norm` and the `head` where it is not the embedding. Costs one
-    fp32 copy of the weights, also in checkpoints, and two passes over them per phase.
+    `layers.<n>.attention`, `.mlp` and `.norm`, the last `norm` and the `head` where it is not the embedding. With
+    `model.adapter` the weights are those beside which there is an adapter, as an export has them. Costs one fp32 copy
+    of what is trained, also in checkpoints, and two passes over it per phase.
     """
 
     summary_key = "layer_updates"
@@ -58,7 +60,11 @@ class LayerUpdates(PhaseMonitor):
 
     def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any]:
         """Compare."""
-        layers = layer_changes(self._start, trainable(pl_module))
+        adapter = adapters_of(pl_module)
+        if adapter is None:
+            layers = layer_changes(self._start, trainable(pl_module))
+        else:
+            layers = adapted_changes(adapter, self._start, dict(pl_module.named_parameters()))
         metrics = {f"layer_updates/{phase}/{part}/{name}": x for part, v in layers.items() for name, x in v.items()}
         log_metrics(trainer, metrics)
         return {"steps": trainer.global_step - self._start_step, "layers": layers}
@@ -82,10 +88,32 @@ def layer_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     names = list(before)
     sums = [_squares_and_changes(local(before[name]), local(after[name])) for name in names]
     found = sum_over(torch.stack(sums), shard_group(before.values())).tolist()
+    return _by_part([(name, *sums, before[name].numel()) for name, sums in zip(names, found, strict=True)])
+
+
+def adapted_changes(
+    adapter: Adapters, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """The same of the weights that adapters change, one layer at a time; collective if they are sharded.
+
+    Args:
+        adapter: Those of the module.
+        before: What was trained, by its names in the module, as it was.
+        after: All parameters of the module.
+    """
+    found = []
+    for name, change in adapter.changes(before, after):
+        old, new = adapter.merged(name, {**after, **before}), adapter.merged(name, after)
+        found.append((name, float(change.squares()), float((old != new).sum()), new.numel()))
+    return _by_part(found)
+
+
+def _by_part(found: Iterable[tuple[str, float, float, int]]) -> dict[str, dict[str, float]]:
+    """Norms and shares of the parts from names, squares, numbers of changed weights and of all."""
     totals: dict[str, list[float]] = {}
-    for name, (squares, changed) in zip(names, found, strict=True):
+    for name, *values in found:
         total = totals.setdefault(layer_group(name), [0.0, 0.0, 0.0])
-        for i, value in enumerate((squares, changed, before[name].numel())):
+        for i, value in enumerate(values):
             total[i] += value
     return {part: {"l2": squares**0.5, "changed": changed / n} for part, (squares, changed, n) in totals.items()}
 

@@ -17,7 +17,14 @@ from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary, comparison
 from mifo_lightning.policy.loading import locate
 
-GROUPS = ("entropy", "importance", "freeze", "drop", "buffer")  # of the method, as the command line names them
+GROUPS = (
+    "entropy",
+    "importance",
+    "freeze",
+    "directions",
+    "drop",
+    "buffer",
+)  # of the method, as the command line names them
 PACKAGES = ("mifo-lightning", "torch", "lightning", "transformers")
 Counts = Mapping[str, Mapping[str, tuple[int, int]]]
 
@@ -51,6 +58,7 @@ def model_card(
         f"- Method: {escaped(config.get('method') or 'none named')}",
         f"- Callbacks: {'; '.join(f'{name} ({settings(values)})' for name, values in on.items()) or 'none'}",
         f"- Policy loss: {settings(model['loss'])}",
+        *([f"- Adapters, merged: {settings(model['adapter'])}"] if model.get("adapter") else []),
         *([f"- Demonstrations in RL steps: {_named(model['mixing'])}"] if model.get("mixing") else []),
         f"- Rollouts: {settings({'group_size': model['rollout']['group_size'], **model['rollout']['sampling']})}",
         f"- Schedule: {settings(data['schedule'])}",

@@ -193,7 +193,7 @@ def freeze_unused(policy: Policy) -> list[str]:
     modules = set()
     for name, p in policy.model.named_parameters():
         # an expert that these few tokens miss is used by others
-        if id(p) not in reached and "expert" not in name:
+        if p.requires_grad and id(p) not in reached and "expert" not in name:
             p.requires_grad_(False)
             modules.add(".".join(name.split(".")[:2]))
     return sorted(modules)
@@ -282,6 +282,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def plain_weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """The whole weights on the CPU by Hugging Face's names, adapters merged in; collective if they are sharded."""
+    weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
+    return weights if policy.adapter is None else policy.adapter.plain(weights)
+
+
 def export_model(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -300,7 +306,7 @@ def export_model(
         dtype: Of the written floating-point weights; another than fp32 rounds them.
         chat_template: Jinja text in place of the tokenizer's own.
     """
-    weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
+    weights = plain_weights(policy)
     if write:
         directory.mkdir(parents=True, exist_ok=True)
         rounded = {name: w.to(dtype) if w.dtype == torch.float32 else w for name, w in weights.items()}

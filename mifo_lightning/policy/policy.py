@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from mifo_lightning.policy.head import LogitTransform, head_transform
 from mifo_lightning.policy.prefix import shared_states
 from mifo_lightning.policy.slots import decodes_in_slots
 from mifo_lightning.policy.token_scores import token_scores
+
+if TYPE_CHECKING:
+    from mifo_lightning.policy.adapter import Adapters
 
 
 class Sequences(NamedTuple):
@@ -68,6 +71,7 @@ class Policy(nn.Module):
         numerics: The context that every forward runs in, whoever asks for it and from wherever; MifoModule puts the
             Trainer's precision here.
         share_prompts: Whether rows of a group share their prompt's forward and backward pass.
+        adapter: The low-rank adapters that are trained in place of the weights; None where there are none.
         version: Rises whenever the weights are others: after each optimizer step, and where they are loaded.
     """
 
@@ -82,6 +86,7 @@ class Policy(nn.Module):
         self.decoding = replace(self.decoding, slots=decodes_in_slots(self))
         self.transform = head_transform(model)
         self.share_prompts = False
+        self.adapter: Adapters | None = None
         self.version = 0
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 

@@ -7,8 +7,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedConfig
 
+from mifo_callbacks import GradientFreezing
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
+from mifo_lightning.policy.adapter import Adapter
 from mifo_lightning.policy.loading import positions
 from mifo_lightning.steps.optimizer import OptimizerSettings
 
@@ -30,6 +32,18 @@ def check_trainer(trainer: Trainer) -> None:
         )
     check_accumulation(trainer)
     check_flags(trainer)
+
+
+def check_adapter(trainer: Trainer, adapter: Adapter | None) -> None:
+    """Raise an InputError where freezing would go by the importance of an adapter that RL does not move."""
+    if adapter is None or not adapter.per_phase:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientFreezing) and callback.rule is not None and callback.rule.needs_importance:
+            raise InputError(
+                "model.adapter.per_phase: true is not allowed with freezing by importance, as RL moves nothing that "
+                "SFT trains; leave freeze out, or set per_phase to false"
+            )
 
 
 def check_accumulation(trainer: Trainer) -> None:

@@ -1,8 +1,8 @@
 """One RL step up to its `Batch`, without Lightning: draw, grade, choose, prepare."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -239,21 +239,27 @@ class Reinforcement:
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             batch.logp_old = logp if item["updates"] > 1 else None
             batch.keep = forking_tokens(entropy, batch, minibatches, settings.entropy_fraction) if masked else None
-        for reference in self.references if charged is None else []:
-            reference.to(policy.device)
-            batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
+        if self.needs_reference and charged is None:
+            with self._reference(policy) as reference:
+                batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
         return batch
 
     def _charged(self, policy: Policy, sequences: Sequences) -> Tensor:
         """[B] fp32: the KL of each whole response, under the policy that sampled, by its coefficient."""
-        (reference,) = self.references
-        reference.to(policy.device)
-        now, then = (
-            score_without_gradient(model, sequences, self.sampling.temperature, grouped=True)[0]
-            for model in (policy, reference)
-        )
+        now = score_without_gradient(policy, sequences, self.sampling.temperature, grouped=True)[0]
+        with self._reference(policy) as reference:
+            then = score_without_gradient(reference, sequences, self.sampling.temperature, grouped=True)[0]
         kl = KL_ESTIMATORS[self.settings.kl_estimator](now, then)
         return self.settings.kl_coefficient * (kl * sequences.mask()).sum(-1)
+
+    @contextmanager
+    def _reference(self, policy: Policy) -> Iterator[Policy]:
+        """The initial model: the kept one, or the policy itself without its adapter."""
+        if policy.adapter is None:
+            yield self.references[0].to(policy.device)
+        else:
+            with policy.adapter.disabled():
+                yield policy
 
     def _demonstration_rewards(self, graded: Graded) -> Tensor | None:
         """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""

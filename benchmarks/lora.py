@@ -1,0 +1,120 @@
+"""What does an adapter save? MIFO on all weights and on low-rank adapters, each in a process of its own, one thread.
+
+    python -m benchmarks.lora --model DIR    # DIR: a Hugging Face directory
+
+Two RL steps of 4 prompts of 75 tokens x 8 responses of exactly 32, a prompt at a time, graded by a coin; after each an
+SFT phase of two steps on 2 demonstrations of 150 tokens, with entropy selection, importance and freezing. Seconds are
+CPU seconds of an optimizer step without what callbacks do between phases, medians without the first of each kind; the
+checkpoint is the one at the end.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.run import GROUP, LENGTH, PROMPTS, TOKENS, Clock, coin, prompts
+
+STEPS = 2
+SIDES: dict[str, dict[str, Any] | None] = {
+    "all weights": None,
+    "rank 16": {},
+    "rank 16, frozen A": {"frozen_a": True},
+}
+
+
+def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
+    """Seconds of an RL step and of an SFT step, trained weights, bytes of a checkpoint and peak memory in GiB."""
+    import lightning
+    import torch
+
+    import mifo_lightning as mifo
+    from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+    from mifo_callbacks.sharding import trainable
+    from mifo_lightning.policy.ending import set_ends
+
+    torch.set_num_threads(1)
+    clocks = {"rl": Clock(), "sft": Clock()}
+
+    class Timing(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            clocks[batch["phase"]].begin()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            clocks[batch["phase"]].end()
+
+    def reward(responses: list[str], truths: list[str]) -> list[float]:
+        return coin(responses)
+
+    lightning.seed_everything(0, verbose=False)
+    module = mifo.MifoModule(
+        model,
+        mifo.FunctionReward(reward, isolate=False),
+        mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH)),
+        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
+        adapter=None if adapter is None else mifo.Adapter(**adapter),
+    )
+    texts = prompts(module.tokenizer)
+    rows: Any = [
+        {"prompt": t, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": 2 * t} for t in texts
+    ]
+    data = mifo.QuestionData(
+        rows,
+        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+        demonstrations=mifo.Demonstrations(verify=False),
+        schedule=mifo.Schedule(rl_steps=STEPS, prompts_per_step=PROMPTS, sft_batch=2, fit_sizes=False),
+    )
+    method = [EntropyTokenSelection(), ImportanceEMA(), GradientFreezing(), BufferPhaseSwitch(size=PROMPTS)]
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*method, Timing()],
+    )
+    set_ends(module.tokenizer, set())  # every response is of full length
+    trainer.fit(module, data)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, "last.ckpt")
+        trainer.save_checkpoint(path)
+        kept = path.stat().st_size / 2**20
+    seconds = {phase: statistics.median(clock.took[1:]) for phase, clock in clocks.items()}
+    return {**seconds, "trained": sum(p.numel() for p in trainable(module).values()), "kept": kept, "peak": peak}
+
+
+def main() -> None:
+    """Measure every side in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a Hugging Face directory")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        print(json.dumps(train(given.model, SIDES[given.side])))
+        return
+    print(f"{PROMPTS} prompts of {TOKENS} tokens x {GROUP} responses of {LENGTH}, one thread\n")
+    print("| trained | weights, millions | RL step, s | SFT step, s | peak GiB | checkpoint MiB |")
+    print("|---|---|---|---|---|---|")
+    for side in SIDES:
+        command = [sys.executable, "-m", "benchmarks.lora", "--model", given.model, "--side", side]
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        )
+        if ended.returncode:
+            raise SystemExit(f"{side}: {ended.stderr.strip().splitlines()[-1]}")
+        found = json.loads(ended.stdout.strip().splitlines()[-1])
+        numbers = f"{found['trained'] / 1e6:.2f} | {found['rl']:.1f} | {found['sft']:.1f} | {found['peak']:.1f}"
+        print(f"| {side} | {numbers} | {found['kept']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
