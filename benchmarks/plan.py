@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan --model DIR    # DIR: a Hugging Face directory, beside two random shapes
 
-A run makes RL steps of 4 prompts of 75 tokens x 8 responses of exactly 32, graded by a coin, and SFT steps where its
+A run makes RL steps of 2 prompts of 75 tokens x 8 responses of exactly 32, graded by a coin, and SFT steps where its
 configuration has them; `mifo plan` reads the same configuration. Measured is what the process holds at most in each
 moment beyond what it held before there was a model (and after a run of almost none had loaded the libraries): on a CPU
 the resident set, the kernel's peak being reset at every moment; with --accelerator gpu what CUDA's allocator gave out.
@@ -24,8 +24,8 @@ import yaml
 
 from mifo_lightning.rewards.base import Reward
 
-PROMPTS, TOKENS, GROUP, LENGTH, DEMONSTRATION = 4, 75, 8, 32, 48
-STEPS = 3
+PROMPTS, TOKENS, GROUP, LENGTH, DEMONSTRATION = 2, 75, 8, 32, 48
+STEPS = 4  # two phases of two: the second begins with a map
 SHAPES: dict[str, dict[str, int | bool]] = {
     "random, 12 x 384, V = 8192": {
         "hidden_size": 384,
@@ -57,7 +57,7 @@ MIFO = {
     "importance": {"alpha": 0.5},
     "freeze": {"fraction": 0.5},
     "entropy": {"fraction": 0.2},
-    "buffer": {"size": 8, "max_accuracy": 1.0},
+    "buffer": {"size": 4, "max_accuracy": 1.0},
 }
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -104,7 +104,7 @@ def configuration(model: str, case: dict[str, Any], place: Path, accelerator: st
             "columns": {"truth": "truth"},
             "prompts": {"max_tokens": TOKENS, "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"},
             "demonstrations": {"max_tokens": DEMONSTRATION, "verify": False},
-            "schedule": {"rl_steps": STEPS, "prompts_per_step": PROMPTS, "sft_batch": 8},
+            "schedule": {"rl_steps": STEPS, "prompts_per_step": PROMPTS, "sft_batch": 4, "sft_epochs": 2},
         },
         **dict.fromkeys(("seconds", "samples", "export", "checkpoint", "progress", "summary")),
     }

@@ -154,9 +154,7 @@ class Plan:
         """The passes of an RL optimizer step."""
         work, (rows, prompts) = self.work, self.work.chunk()
         shared = prompts if self.shared else None
-        traced = self.tracer.update(
-            rows, shared, work.prompt, work.response, work.micro_batches, work.entropy_gradient
-        )
+        traced = self.tracer.update(rows, shared, work.prompt, work.response, work.micro_batches, work.entropy_gradient)
         return self._moment("RL update", traced)
 
     def sft_update(self) -> Moment:

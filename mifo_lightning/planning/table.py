@@ -40,8 +40,8 @@ def verdict(plan: Plan, memory: float) -> list[str]:
     if not over:
         return [f"fits: {gigabytes(plan.peak.total)} GB ({plan.peak.name}) of {memory:g} GB"]
     return [
-        f"does not fit: {moment.name} needs {gigabytes(moment.total)} GB of {memory:g} GB, a tenth of which is kept free"
-        f"; {advice(plan, moment, limit)}"
+        f"does not fit: {moment.name} needs {gigabytes(moment.total)} GB of {memory:g} GB, a tenth of which is kept "
+        f"free; {advice(plan, moment, limit)}"
         for moment in over
     ]
 

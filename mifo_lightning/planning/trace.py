@@ -8,7 +8,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -103,24 +103,22 @@ class Tracer:
     def update(
         self, rows: int, prompts: int | None, prompt: int, response: int, chunks: int, entropy_gradient: bool
     ) -> Bytes:
-        """At the peak of an optimizer step's passes: `OptimizerStep._descend` on chunks of equal size.
+        """At the peak of an optimizer step's passes: those of its last chunk, as `OptimizerStep._descend` has them.
 
         Args:
             rows: Of a chunk.
             prompts: Different prompts of a chunk, which run once each; None runs every row with its own.
             prompt: Tokens of each.
             response: Tokens of each.
-            chunks: Of the optimizer step; from the second on gradients are there before its forward.
+            chunks: Of the optimizer step; from the second on gradients are there before a forward.
             entropy_gradient: Whether a gradient flows through the entropy.
         """
         with self._counting() as alive:
+            if chunks > 1:
+                for p in self.model.parameters():
+                    p.grad = torch.empty_like(p)
             with self._precision():
-                for chunk in range(min(chunks, 2)):
-                    if chunk:
-                        with torch.autocast("cpu", enabled=False):
-                            loss.backward()  # noqa: F821  # of the chunk before
-                        torch.clear_autocast_cache()
-                    loss = self._scores(rows, prompts, prompt, response, entropy_gradient)
+                loss = self._scores(rows, prompts, prompt, response, entropy_gradient)
             loss.backward()
             del loss
             self.model.zero_grad(set_to_none=True)
@@ -134,17 +132,16 @@ class Tracer:
 
     def prefill(self, prompts: int, tokens: int) -> Bytes:
         """At the peak of the pass that fills the cache, the cache left out."""
-        with self._counting(self._cache_shapes(prompts)) as alive, torch.no_grad(), self._precision():
+        with self._counting(prompts) as alive, torch.no_grad(), self._precision():
             self._decode(prompts, tokens, DynamicCache(config=self.model.config), tokens)
         return self._found(alive)
 
     def step(self, rows: int, tokens: int, sampling: Sampling) -> Bytes:
         """At the peak of drawing one more token after `tokens`, the cache left out."""
-        shapes = self._cache_shapes(rows)
-        with self._counting(shapes) as alive, torch.no_grad():
+        with self._counting(rows) as alive, torch.no_grad():
             with self._precision():
                 cache = DynamicCache(config=self.model.config)
-                for i, (_, heads, width, dtype) in enumerate(shapes):
+                for i, (heads, width, dtype) in enumerate(self._cached_layers):
                     states = torch.empty(rows, heads, tokens, width, dtype=dtype)
                     cache.update(states, states, i)
                 logits = self._decode(rows, 1, cache, tokens + 1).float()
@@ -153,14 +150,15 @@ class Tracer:
 
     def cache_per_token(self) -> int:
         """Bytes that one token of one row takes in the cache, over all layers."""
-        return sum(2 * heads * width * dtype.itemsize for _, heads, width, dtype in self._cache_shapes(1))
+        return sum(2 * heads * width * dtype.itemsize for heads, width, dtype in self._cached_layers)
 
-    def _cache_shapes(self, rows: int) -> list[tuple[int, int, int, torch.dtype]]:
-        """(rows, heads, width, dtype) of the keys of each layer, as a pass over one token leaves them."""
+    @cached_property
+    def _cached_layers(self) -> list[tuple[int, int, torch.dtype]]:
+        """Heads, width and dtype of the keys of each layer, as a pass over one token leaves them."""
         with self._running(), torch.no_grad(), self._precision():
             cache = DynamicCache(config=self.model.config)
             self._decode(1, 1, cache, 1)
-        return [(rows, k.shape[1], k.shape[3], k.dtype) for k in (layer.keys for layer in cache.layers)]
+        return [(k.shape[1], k.shape[3], k.dtype) for k in (layer.keys for layer in cache.layers)]
 
     # --- passes -------------------------------------------------------------------------------------------------
 
@@ -220,9 +218,9 @@ class Tracer:
             ) from error
 
     @contextmanager
-    def _counting(self, cached: list[tuple[int, int, int, torch.dtype]] | None = None) -> Iterator[Alive]:
-        """A count of what is made inside; tensors of the shape of `cached` layers belong to the cache."""
-        cache = {(rows, heads, width) for rows, heads, width, _ in cached or []}
+    def _counting(self, cached: int = 0) -> Iterator[Alive]:
+        """A count of what is made inside, but for the cache of so many rows."""
+        cache = {(cached, heads, width) for heads, width, _ in self._cached_layers} if cached else set()
 
         def label(tensor: Tensor) -> str | None:
             shape = tuple(tensor.shape)

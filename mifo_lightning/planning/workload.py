@@ -103,8 +103,8 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
     lengths = (prompt or data.prompts.max_tokens, response or rollout.sampling.max_new_tokens)
     if prompt is None or response is None:
         said.append(
-            f"prompts of {lengths[0]} and responses of {lengths[1]} tokens, the longest that are allowed, since only the "
-            "data tells: --prompt_tokens and --response_tokens say what is usual"
+            f"prompts of {lengths[0]} and responses of {lengths[1]} tokens, the longest that are allowed, since only "
+            "the data tells: --prompt_tokens and --response_tokens say what is usual"
         )
     engine = rollout.engine
     if engine is not None and not engine.class_path.endswith(InProcessEngine.__name__):
@@ -159,5 +159,3 @@ def sharded(strategy: Any) -> bool:
     if "deepspeed" in name.lower() or name.lower().rpartition(".")[2].startswith("fsdp"):
         raise InputError(f"trainer.strategy: {name} is not allowed; DDP and ModelParallelStrategy (FSDP2) are")
     return name.endswith("ModelParallelStrategy")
-
-
