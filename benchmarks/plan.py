@@ -59,6 +59,13 @@ MIFO = {
     "entropy": {"fraction": 0.2},
     "buffer": {"size": 4, "max_accuracy": 1.0},
 }
+FSDP2 = {
+    "devices": 2,
+    "strategy": {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    },
+}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16-mixed": {"trainer": {"precision": "bf16-mixed"}},
@@ -86,12 +93,12 @@ class Coin(Reward):
         return [-float(zlib.crc32(f"{i} {text}".encode()) % 2) for i, text in enumerate(responses)]
 
 
-def configuration(model: str, case: dict[str, Any], place: Path, accelerator: str) -> Path:
-    """A file that `mifo plan` and the run read alike."""
-    rows = place / "rows.jsonl"
-    texts = [f"{i:0{TOKENS}d}" for i in range(1, 4 * PROMPTS * STEPS)]
+def configuration(model: str, case: dict[str, Any], place: Path, accelerator: str, rows: int = PROMPTS * STEPS) -> Path:
+    """A file that `mifo plan` and the run read alike, beside a file of `rows` questions."""
+    file = place / "rows.jsonl"
+    texts = [f"{i:0{TOKENS}d}" for i in range(rows)]
     answer = "1" * (DEMONSTRATION - 1)
-    rows.write_text("".join(json.dumps({"prompt": t, "truth": "1", "target": answer}) + "\n" for t in texts))
+    file.write_text("".join(json.dumps({"prompt": t, "truth": "1", "target": answer}) + "\n" for t in texts))
     base: dict[str, Any] = {
         "reward": {"class_path": "benchmarks.plan.Coin"},
         "trainer": {"accelerator": accelerator, "logger": False, "enable_progress_bar": False, "profiler": None},
@@ -100,7 +107,7 @@ def configuration(model: str, case: dict[str, Any], place: Path, accelerator: st
             "rollout": {"group_size": GROUP, "sampling": {"max_new_tokens": LENGTH}, "self_check": False},
         },
         "data": {
-            "train": str(rows),
+            "train": str(file),
             "columns": {"truth": "truth"},
             "prompts": {"max_tokens": TOKENS, "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"},
             "demonstrations": {"max_tokens": DEMONSTRATION, "verify": False},
@@ -206,7 +213,8 @@ def measure(path: str, accelerator: str) -> dict[str, int]:
         case = yaml.safe_load(Path(path).read_text())
         small = random_model(Path(place) / "model", **SMALL)
         small_path = Path(place) / "run.yaml"
-        small_path.write_text(yaml.safe_dump(merged(case, {"model": {"model": small}})))
+        alone = {"devices": 1, "strategy": "auto"}
+        small_path.write_text(yaml.safe_dump(merged(case, {"model": {"model": small}, "trainer": alone})))
         run(str(small_path), accelerator, None)
     gc.collect()
     meter.reset()
@@ -276,13 +284,17 @@ def main() -> None:
     if given.measure:
         with redirect_stdout(sys.stderr):
             found = measure(given.measure, given.accelerator)
-        print(json.dumps(found))
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(json.dumps(found))
         return
     print("MB (10^6 bytes)")
     with tempfile.TemporaryDirectory() as root:
         runs = [(f"{Path(given.model).name}, {c}", given.model, CASES[c]) for c in given.case or CASES if given.model]
         if not given.case:
-            runs += [(name, random_model(Path(root) / name, **shape), MIFO) for name, shape in SHAPES.items()]
+            shapes = {name: random_model(Path(root) / name, **shape) for name, shape in SHAPES.items()}
+            runs += [(name, directory, MIFO) for name, directory in shapes.items()]
+            for kind, trainer in {"DDP": {"devices": 2}, "FSDP2": FSDP2}.items():
+                runs += [(f"{name}, {kind} x 2", shapes[name], {"trainer": trainer}) for name in list(shapes)[:1]]
         for number, (title, model, case) in enumerate(runs):
             place = Path(root) / str(number)
             place.mkdir()

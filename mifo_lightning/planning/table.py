@@ -74,6 +74,9 @@ def without_room(plan: Plan, moment: Moment) -> str:
     """What helps where what is always there is too much."""
     if not plan.work.sharded:
         return "shard the weights: trainer.strategy ModelParallelStrategy (FSDP2), on more GPUs"
-    if moment.parts["gathered"] > sum(moment.parts[name] for name in ("weights", "gradients", "optimizer")):
-        return "every GPU gathers all fp32 weights while it samples: no number of GPUs helps, a smaller model does"
+    shards = sum(moment.parts[name] for name in ("weights", "gradients", "optimizer", "importance", "reference"))
+    if moment.total - shards > shards:
+        why = "gathers all fp32 weights while it samples" if moment.parts["gathered"] > moment.parts["casts"] else ""
+        why = why or "keeps bf16 casts of all weights through an update"
+        return f"every GPU {why}: no number of GPUs helps, a smaller model does"
     return "more GPUs (--gpus) make every shard smaller"
