@@ -50,9 +50,9 @@ def measure(path: str) -> float:
         def on_train_batch_end(self, *_: Any) -> None:
             took.append(time.perf_counter() - self.began)
 
-    cli = make_cli(["--config", path], run=False)
+    cli: Any = make_cli(["--config", path], run=False)
     set_ends(cli.model.tokenizer, set())  # every response is of full length
-    cli.trainer.callbacks.append(Clock())  # type: ignore[attr-defined]
+    cli.trainer.callbacks.append(Clock())
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return statistics.median(took[1:])
 

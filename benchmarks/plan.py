@@ -193,7 +193,7 @@ def run(path: str, accelerator: str, watched: tuple[Any, Any] | None) -> None:
     from mifo_lightning.cli.command_line import make_cli
     from mifo_lightning.policy.ending import set_ends
 
-    cli = make_cli(["--config", path], run=False)
+    cli: Any = make_cli(["--config", path], run=False)
     set_ends(cli.model.tokenizer, set())
     if watched:
         cli.trainer.profiler = watched[0]
@@ -218,7 +218,8 @@ def measure(path: str, accelerator: str) -> dict[str, int]:
         run(str(small_path), accelerator, None)
     gc.collect()
     meter.reset()
-    before, found = meter.most(), {}
+    before = meter.most()
+    found: dict[str, int] = {}
     run(path, accelerator, watching(meter, found))
     return {name: most - before for name, most in found.items()}
 

@@ -120,7 +120,7 @@ class Plan:
             found += [self.sft_update(), self.step("SFT step", sft=True)]
         if work.evaluated:
             rows = min(work.engine_rows, work.evaluated)
-            found.append(self.generation("evaluation", rows, 1, work.sampling))
+            found.append(self.generation("evaluation", rows, work.samples, work.sampling))
         return found
 
     @property

@@ -40,7 +40,7 @@ class Alive(TorchDispatchMode):
     """
 
     def __init__(self, label: Callable[[Tensor], str | None], known: Iterator[Tensor], gradients: float = 1.0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.label, self.gradients = label, gradients
         self.now: defaultdict[str, float] = defaultdict(float)
         self.peak: dict[str, float] = {}
@@ -156,7 +156,7 @@ class Tracer:
     def _cached_layers(self) -> list[tuple[int, int, torch.dtype]]:
         """Heads, width and dtype of the keys of each layer, as a pass over one token leaves them."""
         with self._running(), torch.no_grad(), self._precision():
-            cache = DynamicCache(config=self.model.config)
+            cache: Any = DynamicCache(config=self.model.config)
             self._decode(1, 1, cache, 1)
         return [(k.shape[1], k.shape[3], k.dtype) for k in (layer.keys for layer in cache.layers)]
 

@@ -36,6 +36,7 @@ class Workload:
         freezing: Whether SFT phases freeze weights.
         movement: Whether a monitor keeps a copy of the weights during the step.
         evaluated: Responses of an evaluation batch on each process; 0: there is none.
+        samples: Responses to each of its questions.
         sampling: Of evaluation.
     """
 
@@ -62,6 +63,7 @@ class Workload:
     freezing: bool = False
     movement: bool = False
     evaluated: int = 0
+    samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
@@ -111,7 +113,7 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         said.append(f"the memory and the speed of {engine.class_path} are its own; decoding is planned as in process")
     settings = engine.init_args if engine is not None and "init_args" in engine else {}
     own = model.evaluation.sampling
-    evaluated = data.eval_batch * (model.evaluation.samples or 1) if data.val or data.holdout else 0
+    samples = model.evaluation.samples or 1
     buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
     updates = schedule.epochs_per_rollout * schedule.minibatches
     return Workload(
@@ -137,7 +139,8 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         importance=config.importance is not None,
         freezing=config.freeze is not None,
         movement=config.updates is not None,
-        evaluated=evaluated,
+        evaluated=data.eval_batch * samples if data.val or data.holdout else 0,
+        samples=samples,
         sampling=Sampling(own.temperature, own.top_p, own.top_k, own.max_new_tokens or lengths[1]),
     ), said
 
