@@ -103,7 +103,7 @@ class Tracer:
     def update(
         self, rows: int, prompts: int | None, prompt: int, response: int, chunks: int, entropy_gradient: bool
     ) -> Bytes:
-        """At the peak of an optimizer step's passes: those of its last chunk, as `OptimizerStep._descend` has them.
+        """At the peak of an optimizer step's passes, as `OptimizerStep._descend` has them: of several chunks a middle one.
 
         Args:
             rows: Of a chunk.
@@ -119,7 +119,11 @@ class Tracer:
                     p.grad = torch.empty_like(p)
             with self._precision():
                 loss = self._scores(rows, prompts, prompt, response, entropy_gradient)
-            loss.backward()
+                if chunks > 1:  # of all but the last the casts of autocast's cache stay through the backward
+                    with torch.autocast("cpu", enabled=False):
+                        loss.backward()
+            if chunks == 1:
+                loss.backward()
             del loss
             self.model.zero_grad(set_to_none=True)
         return self._found(alive)
