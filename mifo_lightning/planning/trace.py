@@ -103,7 +103,7 @@ class Tracer:
     def update(
         self, rows: int, prompts: int | None, prompt: int, response: int, chunks: int, entropy_gradient: bool
     ) -> Bytes:
-        """At the peak of an optimizer step's passes, as `OptimizerStep._descend` has them: of several chunks a middle one.
+        """At the peak of an optimizer step's passes, as of `OptimizerStep`: of several chunks a middle one.
 
         Args:
             rows: Of a chunk.
