@@ -120,17 +120,20 @@ class MifoCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build reward, model, data and Trainer; a value that a constructor refuses is bad input."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        self.check_configuration(self.config[self.subcommand] if self.subcommand else self.config)
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
+            raise InputError(_meant(error)) from error
+
+    def check_configuration(self, config: Any) -> None:
+        """Refuse what no constructor need see."""
         try:
             self._parser(self.subcommand).validate(config, skip_unset=False)  # parsing lets null stand for any number
         except TypeError as error:
             raise InputError(str(error)) from error
         check_groups(config.model, "model", MifoModule)
         check_groups(config.data, "data", QuestionData)
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
-            raise InputError(_meant(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with the named callbacks that are not null, in their order."""
@@ -227,10 +230,10 @@ def as_script() -> bool:
     return Path(sys.argv[0]).name == COMMAND
 
 
-def make_cli(args: list[str] | None, run: bool = True) -> MifoCLI:
+def make_cli(args: list[str] | None, run: bool = True, kind: type[MifoCLI] = MifoCLI) -> MifoCLI:
     """The command line of `args`; unless it is to run, model, data and trainer are built and nothing is written."""
     defaults = {"default_config_files": [DEFAULTS]}
-    return MifoCLI(
+    return kind(
         MifoModule,
         QuestionData,
         run=run,

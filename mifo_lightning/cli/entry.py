@@ -16,10 +16,12 @@ from mifo_lightning.cli.command_line import MifoCLI, as_script, make_cli
 from mifo_lightning.cli.config_files import Given, check_characters, given, left_empty, with_place
 from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.cli.parts import SEEDED
+from mifo_lightning.cli.plan import plan
 from mifo_lightning.cli.renamed import COMMAND, new_name, translate
 from mifo_lightning.common.errors import InputError, TrainingError, out_of_memory
 from mifo_lightning.common.terminal import fail, quiet
 
+PLAN = "plan"  # the subcommand that runs nothing
 LIGHTNINGS = "trainer.accumulate_grad_batches"  # a key that Lightning still has: 1 is allowed, others are refused later
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)  # whatever was being written: a log, a table, the model
 
@@ -47,7 +49,10 @@ def main(args: list[str] | None = None) -> None:
             check_seeds(OneLineParser.arguments)
             check_configured(OneLineParser.arguments)
             with to_its_end():
-                make_cli(args)
+                if OneLineParser.arguments[:1] == [PLAN]:
+                    print(plan(OneLineParser.arguments[1:]))
+                else:
+                    make_cli(args)
     except (InputError, MisconfigurationException) as error:
         fail(with_place(str(error), OneLineParser.empty))
     except TrainingError as error:
@@ -100,7 +105,7 @@ def check_configured(arguments: list[str]) -> None:
     Raises:
         InputError: A subcommand stands alone.
     """
-    if len(arguments) == 1 and arguments[0] in MifoCLI.subcommands():
+    if len(arguments) == 1 and arguments[0] in (*MifoCLI.subcommands(), PLAN):
         raise InputError(
             f"{arguments[0]}: needs a configuration, such as --config tiny --config methods/mifo, or files of your "
             "own; `--help` lists all keys"

@@ -1,0 +1,243 @@
+"""How many bytes the model's own forward and backward passes keep alive, found by running them without any memory.
+
+Every operation runs on tensors that have a shape and no numbers (torch's FakeTensorMode), so that the autograd graph,
+the casts of autocast and what gradient checkpointing leaves out are those of the model and not of a formula for it.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedModel
+
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.policy.decoding import accepted
+from mifo_lightning.policy.loading import recompute_layers
+from mifo_lightning.policy.pretrained import first_line
+from mifo_lightning.policy.token_scores import token_scores
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.sampler import next_token, uniforms
+
+Bytes = dict[str, int]
+"""Bytes by component: activations, logits, gradients, casts."""
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while anything holds them.
+
+    Args:
+        label: The component that a tensor belongs to; None is not counted.
+        known: Tensors that were there before.
+        gradients: Share of a gradient that stays on this process.
+    """
+
+    def __init__(self, label: Callable[[Tensor], str | None], known: Iterator[Tensor], gradients: float = 1.0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.label, self.gradients = label, gradients
+        self.now: defaultdict[str, float] = defaultdict(float)
+        self.peak: dict[str, float] = {}
+        self._total = self._most = 0.0
+        self._seen: dict[int, Any] = {}
+        for tensor in known:
+            self._watch(tensor, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and look at what it made."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
+                self._watch(tensor, self.label(tensor))
+        return made
+
+    def _watch(self, tensor: Tensor, label: str | None) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() * (self.gradients if label == "gradients" else 1)
+        self._seen[storage._cdata] = weakref.ref(storage, partial(self._gone, storage._cdata, label, size))
+        if label is not None:
+            self.now[label] += size
+            self._total += size
+            if self._total > self._most:
+                self._most, self.peak = self._total, dict(self.now)
+
+    def _gone(self, key: int, label: str | None, size: float, _: Any) -> None:
+        self._seen.pop(key, None)
+        if label is not None:
+            self.now[label] -= size
+            self._total -= size
+
+
+class Tracer:
+    """Runs the passes of one model without memory.
+
+    Args:
+        model: A causal LM on the meta device; it belongs to the tracer from now on.
+        bf16: Whether passes run under autocast to bf16.
+        checkpointing: Whether layers are recomputed in the backward pass.
+        shards: Processes that share the gradients; 1 where each has them all.
+
+    Raises:
+        InputError: A pass cannot run without numbers, as where they choose which weights a token meets.
+    """
+
+    def __init__(self, model: PreTrainedModel, bf16: bool, checkpointing: bool = False, shards: int = 1) -> None:
+        self.bf16, self.shards = bf16, shards
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        if checkpointing:
+            recompute_layers(model)
+        with self._fake:
+            self.model: Any = model.to_empty(device="cpu").eval()
+        config = model.config.get_text_config(decoder=True)
+        self._vocabulary = int(config.vocab_size)
+        self._weights = {tuple(p.shape) for p in model.parameters()}
+        self._weights |= {shape[::-1] for shape in self._weights}
+        self._head: nn.Module = self.model.get_output_embeddings()
+
+    def update(
+        self, rows: int, prompts: int | None, prompt: int, response: int, chunks: int, entropy_gradient: bool
+    ) -> Bytes:
+        """At the peak of an optimizer step's passes, as of `OptimizerStep`: of several chunks a middle one.
+
+        Args:
+            rows: Of a chunk.
+            prompts: Different prompts of a chunk, which run once each; None runs every row with its own.
+            prompt: Tokens of each.
+            response: Tokens of each.
+            chunks: Of the optimizer step; from the second on gradients are there before a forward.
+            entropy_gradient: Whether a gradient flows through the entropy.
+        """
+        with self._counting() as alive:
+            if chunks > 1:
+                for p in self.model.parameters():
+                    p.grad = torch.empty_like(p)
+            with self._precision():
+                loss = self._scores(rows, prompts, prompt, response, entropy_gradient)
+                if chunks > 1:  # of all but the last the casts of autocast's cache stay through the backward
+                    with torch.autocast("cpu", enabled=False):
+                        loss.backward()
+            if chunks == 1:
+                loss.backward()
+            del loss
+            self.model.zero_grad(set_to_none=True)
+        return self._found(alive)
+
+    def scoring(self, rows: int, prompts: int | None, prompt: int, response: int) -> Bytes:
+        """At the peak of scores without a gradient; arguments as of `update`."""
+        with self._counting() as alive, torch.no_grad(), self._precision():
+            self._scores(rows, prompts, prompt, response, False)
+        return self._found(alive)
+
+    def prefill(self, prompts: int, tokens: int) -> Bytes:
+        """At the peak of the pass that fills the cache, the cache left out."""
+        with self._counting(prompts) as alive, torch.no_grad(), self._precision():
+            self._decode(prompts, tokens, DynamicCache(config=self.model.config), tokens)
+        return self._found(alive)
+
+    def step(self, rows: int, tokens: int, sampling: Sampling) -> Bytes:
+        """At the peak of drawing one more token after `tokens`, the cache left out."""
+        with self._counting(rows) as alive, torch.no_grad():
+            with self._precision():
+                cache = DynamicCache(config=self.model.config)
+                for i, (heads, width, dtype) in enumerate(self._cached_layers):
+                    states = torch.empty(rows, heads, tokens, width, dtype=dtype)
+                    cache.update(states, states, i)
+                logits = self._decode(rows, 1, cache, tokens + 1).float()
+            next_token(logits, uniforms(torch.zeros(rows, dtype=torch.long), 0), sampling)
+        return self._found(alive)
+
+    def cache_per_token(self) -> int:
+        """Bytes that one token of one row takes in the cache, over all layers."""
+        return sum(2 * heads * width * dtype.itemsize for heads, width, dtype in self._cached_layers)
+
+    @cached_property
+    def _cached_layers(self) -> list[tuple[int, int, torch.dtype]]:
+        """Heads, width and dtype of the keys of each layer, as a pass over one token leaves them."""
+        with self._running(), torch.no_grad(), self._precision():
+            cache: Any = DynamicCache(config=self.model.config)
+            self._decode(1, 1, cache, 1)
+        return [(k.shape[1], k.shape[3], k.dtype) for k in (layer.keys for layer in cache.layers)]
+
+    # --- passes -------------------------------------------------------------------------------------------------
+
+    def _scores(self, rows: int, prompts: int | None, prompt: int, response: int, entropy_gradient: bool) -> Tensor:
+        """The sum of all log-probabilities of [rows, response], as `Policy.forward` makes them."""
+        base = self.model.base_model
+        with self._precision():
+            row = torch.zeros(rows * response, dtype=torch.long)
+            if prompts is None:
+                ids = torch.zeros(rows, prompt + response, dtype=torch.long)
+                hidden = base(input_ids=ids, **accepted(base.forward, use_cache=False)).last_hidden_state[row, row]
+            else:
+                cache = DynamicCache(config=self.model.config)
+                first = self._base(prompts, prompt, cache, prompt)[:, -1:][torch.zeros(rows, dtype=torch.long)]
+                cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+                rest = self._base(rows, max(response - 1, 1), cache, prompt + max(response - 1, 1))
+                hidden = torch.cat([first, rest], 1)[:, :response][row, row]
+                del cache
+            logp, entropy = token_scores(self._head, hidden, row, entropy_gradient=entropy_gradient)
+        return logp.sum() + entropy.sum()
+
+    def _base(self, rows: int, tokens: int, cache: Any, seen: int) -> Tensor:
+        states: Tensor = self.model.base_model(**self._cached(rows, tokens, cache, seen)).last_hidden_state
+        return states
+
+    def _decode(self, rows: int, tokens: int, cache: Any, seen: int) -> Tensor:
+        with self._precision():
+            logits: Tensor = self.model(**self._cached(rows, tokens, cache, seen), logits_to_keep=1).logits
+        return logits[:, -1]
+
+    def _cached(self, rows: int, tokens: int, cache: Any, seen: int) -> dict[str, Any]:
+        mask = torch.ones(rows, seen, dtype=torch.long)
+        positions = torch.zeros(rows, tokens, dtype=torch.long)
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+
+    # --- counting -----------------------------------------------------------------------------------------------
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            with self._fake:
+                yield
+        except Exception as error:  # whatever a model's own code raises where it looks at a number
+            raise InputError(
+                f"model.model: {type(self.model).__name__} cannot be planned: its passes do not run without numbers "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+
+    @contextmanager
+    def _counting(self, cached: int = 0) -> Iterator[Alive]:
+        """A count of what is made inside, but for the cache of so many rows."""
+        cache = {(cached, heads, width) for heads, width, _ in self._cached_layers} if cached else set()
+
+        def label(tensor: Tensor) -> str | None:
+            shape = tuple(tensor.shape)
+            if len(shape) == 4 and (*shape[:2], shape[3]) in cache:
+                return None
+            if shape in self._weights:
+                return "gradients" if tensor.dtype == torch.float32 else "casts"
+            return "logits" if len(shape) > 1 and shape[-1] == self._vocabulary else "activations"
+
+        known = (t for ts in (self.model.parameters(), self.model.buffers()) for t in ts)
+        with self._running(), Alive(label, known, 1 / self.shards) as alive:
+            yield alive
+
+    def _found(self, alive: Alive) -> Bytes:
+        torch.clear_autocast_cache()
+        return {name: int(size) for name, size in alive.peak.items()}

@@ -1,0 +1,164 @@
+"""What of a run's configuration decides the memory and the time of one of its processes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.in_process import InProcessEngine
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one process does, at its largest.
+
+    Args:
+        ranks: Data-parallel processes.
+        sharded: Whether they share weights, gradients and moments (FSDP2); otherwise each has all (DDP).
+        bf16: Whether passes run in bf16 (bf16-mixed); weights, gradients and moments are fp32 either way.
+        checkpointing: Whether layers are recomputed in the backward pass.
+        share_prompts: As `model.loading.share_prompts`.
+        prompt: Tokens of a prompt.
+        response: Tokens of a response.
+        prompts: Questions of a rollout on each process.
+        group: Responses to each.
+        passes: Over a rollout.
+        minibatches: Optimizer steps of each pass.
+        micro_batches: Chunks of an optimizer step.
+        engine_rows: Most responses decoded at once.
+        entropy_gradient: Whether the loss has an entropy bonus.
+        scored: Whether a rollout is scored once more, for old log-probabilities or a mask.
+        reference: Whether there is a reference model.
+        demonstrations: Of an SFT step on each process; 0: there are no SFT steps.
+        demonstration: Tokens of each.
+        moments: model.optimizer.moments.
+        importance: Whether an importance map is kept.
+        freezing: Whether SFT phases freeze weights.
+        movement: Whether a monitor keeps a copy of the weights during the step.
+        evaluated: Responses of an evaluation batch on each process; 0: there is none.
+        samples: Responses to each of its questions.
+        sampling: Of evaluation.
+    """
+
+    ranks: int = 1
+    sharded: bool = False
+    bf16: bool = False
+    checkpointing: bool = False
+    share_prompts: bool | None = None
+    prompt: int = 1024
+    response: int = 1024
+    prompts: int = 32
+    group: int = 8
+    passes: int = 1
+    minibatches: int = 1
+    micro_batches: int = 1
+    engine_rows: int = 512
+    entropy_gradient: bool = False
+    scored: bool = False
+    reference: bool = False
+    demonstrations: int = 0
+    demonstration: int = 0
+    moments: str = "reset"
+    importance: bool = False
+    freezing: bool = False
+    movement: bool = False
+    evaluated: int = 0
+    samples: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def rows(self) -> int:
+        """Responses of an optimizer step on this process."""
+        return -(-self.prompts // self.minibatches) * self.group
+
+    @property
+    def decoded(self) -> int:
+        """Responses decoded at once."""
+        questions = max(1, self.engine_rows // self.group)
+        return min(questions, self.prompts) * min(self.engine_rows, self.group)
+
+    def chunk(self) -> tuple[int, int]:
+        """Rows of the largest chunk of an RL step, and the most different prompts that a chunk of that size has."""
+        size = -(-self.rows // self.micro_batches)
+        starts = range(0, self.rows, size)
+        return size, max(min(self.rows - 1, s + size - 1) // self.group - s // self.group + 1 for s in starts)
+
+
+def workload_of(config: Any, ranks: int | None, prompt: int | None, response: int | None) -> tuple[Workload, list[str]]:
+    """What a parsed configuration asks of each process, and what of it is not known without the data, in lines.
+
+    Args:
+        config: Of the command line.
+        ranks: Data-parallel processes; None takes the Trainer's.
+        prompt: Tokens of a prompt; None takes the longest allowed.
+        response: Tokens of a response; None takes the longest allowed.
+
+    Raises:
+        InputError: What is trained cannot be cut into so many processes, or the strategy is none of ours.
+    """
+    trainer, model, data = config.trainer, config.model, config.data
+    rollout, schedule, loss = model.rollout, data.schedule, model.loss
+    ranks, said = ranks_of(trainer, ranks)
+    for key, value in (("prompts_per_step", schedule.prompts_per_step), ("sft_batch", schedule.sft_batch)):
+        if value % ranks:
+            raise InputError(f"data.schedule.{key}: {value} does not divide by {ranks} ranks")
+    lengths = (prompt or data.prompts.max_tokens, response or rollout.sampling.max_new_tokens)
+    if prompt is None or response is None:
+        said.append(
+            f"prompts of {lengths[0]} and responses of {lengths[1]} tokens, the longest that are allowed, since only "
+            "the data tells: --prompt_tokens and --response_tokens say what is usual"
+        )
+    engine = rollout.engine
+    if engine is not None and not engine.class_path.endswith(InProcessEngine.__name__):
+        said.append(f"the memory and the speed of {engine.class_path} are its own; decoding is planned as in process")
+    settings = engine.init_args if engine is not None and "init_args" in engine else {}
+    own = model.evaluation.sampling
+    samples = model.evaluation.samples or 1
+    buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
+    updates = schedule.epochs_per_rollout * schedule.minibatches
+    return Workload(
+        ranks=ranks,
+        sharded=sharded(trainer.strategy),
+        bf16=trainer.precision == "bf16-mixed",
+        checkpointing=model.loading.gradient_checkpointing,
+        share_prompts=model.loading.share_prompts,
+        prompt=lengths[0],
+        response=lengths[1],
+        prompts=schedule.prompts_per_step // ranks,
+        group=rollout.group_size,
+        passes=schedule.epochs_per_rollout,
+        minibatches=schedule.minibatches,
+        micro_batches=model.optimizer.micro_batches,
+        engine_rows=settings.get("rows", InProcessEngine().rows),
+        entropy_gradient=loss.entropy_bonus > 0,
+        scored=updates > 1 or loss.entropy_fraction < 1,
+        reference=loss.kl_coefficient > 0,
+        demonstrations=schedule.sft_batch // ranks if buffered else 0,
+        demonstration=min(data.demonstrations.max_tokens, response or data.demonstrations.max_tokens),
+        moments=model.optimizer.moments,
+        importance=config.importance is not None,
+        freezing=config.freeze is not None,
+        movement=config.updates is not None,
+        evaluated=data.eval_batch * samples if data.val or data.holdout else 0,
+        samples=samples,
+        sampling=Sampling(own.temperature, own.top_p, own.top_k, own.max_new_tokens or lengths[1]),
+    ), said
+
+
+def ranks_of(trainer: Any, given: int | None) -> tuple[int, list[str]]:
+    """Data-parallel processes, and a line where the configuration leaves their number to the machine."""
+    if given is not None:
+        return given, []
+    devices = trainer.devices
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
+    if count is None:
+        return trainer.num_nodes, [f"trainer.devices is {devices}: one GPU a machine is assumed; --gpus says how many"]
+    return count * trainer.num_nodes, []
+
+
+def sharded(strategy: Any) -> bool:
+    """Whether a strategy is FSDP2; every other that is allowed keeps all weights on each process."""
+    name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", type(strategy).__name__)
+    if "deepspeed" in name.lower() or name.lower().rpartition(".")[2].startswith("fsdp"):
+        raise InputError(f"trainer.strategy: {name} is not allowed; DDP and ModelParallelStrategy (FSDP2) are")
+    return name.endswith("ModelParallelStrategy")
