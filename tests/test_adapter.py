@@ -311,3 +311,11 @@ def test_without_peft_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(InputError, match=r"^model.adapter: needs peft; pip install mifo_lightning\[lora\]$"):
         make_module(adapter=Adapter())
+
+
+def test_the_reference_of_adapters_stands_still() -> None:
+    loss = PolicyLoss(kl_coefficient=0.1, reference_sync_steps=4)
+    with pytest.raises(
+        InputError, match=r"^model.loss.reference_sync_steps: 4 is not allowed; it must be 0 with an ad"
+    ):
+        make_module(adapter=Adapter(rank=2), loss=loss)
