@@ -23,8 +23,9 @@ def by_tokens(sequences: Sequences, question: Tensor, rows: Tensor, most: int, s
     Returns:
         Row numbers, [n] int64 each; empty ones at the end where another rank has more.
     """
-    prompts, responses = sequences.prompt_lengths.tolist(), sequences.response_lengths.tolist()
-    questions = question.tolist()
+    prompts: list[int] = sequences.prompt_lengths.tolist()
+    responses: list[int] = sequences.response_lengths.tolist()
+    questions: list[int] = question.tolist()
 
     def size(chunk: list[int]) -> int:
         longest = max(responses[i] for i in chunk)
