@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mifo_lightning.common.errors import require
 from mifo_lightning.losses.named import named
+from mifo_lightning.losses.policy import LOG_RATIO_LIMIT
 
 CorrectionName = Literal["auto"]
 
@@ -56,7 +57,7 @@ class TruncatedImportance(Correction):
         difference = (logp_old - logp_sampler) * mask
         if self.level == "sequence":
             difference = difference.sum(-1, keepdim=True)
-        ratio = difference.exp()
+        ratio = difference.clamp_max(LOG_RATIO_LIMIT).exp()  # an infinite one would count as a broken step
         return Corrected(ratio.clamp_max(self.cap), ratio, ratio > self.cap)
 
 

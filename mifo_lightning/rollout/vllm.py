@@ -74,7 +74,6 @@ class VLLMEngine(RolloutEngine):
                 self._llm.wake_up()
             if self._version != policy.version:
                 self.load(policy)
-                self._version = policy.version
             drawn = self._draw(prompts, requests(tokenizer, keys, samples, sampling), sampling.max_new_tokens)
             if self.sleep:
                 self._llm.sleep(level=1)
@@ -85,6 +84,7 @@ class VLLMEngine(RolloutEngine):
         # repacks what kernels have packed, which a plain `load_weights` leaves old
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": plain_weights(policy)})
         self._llm.reset_prefix_cache()
+        self._version = policy.version
 
     def _draw(self, prompts: list[list[int]], asked: list[dict[str, Any]], limit: int) -> list[list[Completion]]:
         """The responses to each prompt; vLLM batches them as it likes."""

@@ -74,7 +74,6 @@ class VLLMServerEngine(RolloutEngine):
         """
         if self._version != policy.version:
             self.load(policy)
-            self._version = policy.version
         asked = [
             {**request, "prompt": prompt, "return_token_ids": True}
             for prompt, request in zip(prompts, requests(tokenizer, keys, samples, sampling), strict=True)
@@ -104,6 +103,7 @@ class VLLMServerEngine(RolloutEngine):
                 problem = str(error)
         if found := next(filter(None, gather_ranks(problem)), None):
             raise InputError(found if found.startswith("model.") else f"model.rollout.engine.directory: {found}")
+        self._version = policy.version
 
     def _publish(self, weights: dict[str, torch.Tensor]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
