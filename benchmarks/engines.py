@@ -41,16 +41,8 @@ QUIET = {
 FIT = [
     *("fit", "--config", "tiny", "--config", "methods/mifo", "--reward", "benchmarks.engines.Coin"),
     *("--trainer.logger", "false", "--trainer.profiler", "null", "--data.val", "null", "--export", "null"),
-    *(
-        "--history.keys",
-        '["rollout/reward", "rl/*", "sft/loss", "phase/*", "self_check/*"]',
-        "--progress",
-        "null",
-        "--buffer_size",
-        "16",
-        "--data.train.init_args.count",
-        "256",
-    ),
+    *("--history.keys", '["rollout/reward", "rl/*", "sft/loss", "phase/*", "self_check/*"]'),
+    *("--progress", "null", "--buffer_size", "16", "--data.train.init_args.count", "256"),
     *("--data.schedule.sft_before", "40", "--data.schedule.sft_batch", "8", "--data.schedule.rl_steps", "6"),
     *("--data.schedule.prompts_per_step", "8", "--data.demonstrations.verify", "false"),
 ]
