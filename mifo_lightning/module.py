@@ -138,7 +138,8 @@ class MifoModule(LightningModule):
         self.reinforcement = Reinforcement(self.responder, rollout, loss, mixing)
         self.supervision = Supervision(self.tokenizer, sft_loss)
         self.evaluator = Evaluator(self.responder, evaluation, self.sampling)
-        self.self_check = SelfCheck(self.responder, self.sampling) if rollout.self_check else None
+        check = SelfCheck(self.responder, self.sampling, rollout.check_every)
+        self.self_check = check if rollout.self_check else None
         self.own_demonstrations = self.supervision.own_demonstrations
         self.needs_demonstrations = mixing is not None or self.supervision.needs_initial_losses
         self.optimizer_of_phase: PhaseAdamW | None = None
@@ -318,6 +319,9 @@ class MifoModule(LightningModule):
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
         self._metrics.put("phase", {"is_sft": float(not is_rl), counter: batch["rollout"] + 1})
+        if is_rl and batch["update"] == 0 and self.self_check is not None:
+            self.self_check.again(self._policy)
+            self._metrics.put("self_check", self.self_check.take())
         self._number = batch["step"]
         lr = self._phase_optimizer.enter(batch["phase"], batch["step"], batch.get("phase_number"))
         self._metrics.put(batch["phase"], {"lr": lr})
@@ -475,12 +479,13 @@ class MifoModule(LightningModule):
         if engine and self.self_check is not None:
             prompts = [q.prompt for q in questions]
             self.self_check.run(self._policy, prompts, self.trainer.precision)
+            self.self_check.again(self._policy)
 
     def _check(self, loaders: Any, evaluated: bool) -> None:
         """The same where no one has checked before, and log what the comparison found."""
         self.check_questions(loaders, evaluated)
         if self.self_check is not None and (found := self.self_check.take()):
-            log_metrics(self.trainer, found)
+            log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})
 
     @property
     def _policy(self) -> Policy:

@@ -32,7 +32,7 @@ EXTENSIONS = {
     "a surrogate": ["--model.loss.surrogate", "own.Cubed"],
     "an advantage": ["--model.loss.advantage", "own.Ranks"],
     "an engine of other numerics, corrected": [
-        *("--model.rollout.engine", "own.Half", "--model.rollout.self_check", "false"),
+        *("--model.rollout.engine", "own.Half"),
         *("--model.loss.correction", "mifo_lightning.losses.corrections.TruncatedImportance"),
         *("--model.loss.correction.level", "sequence"),
     ],
@@ -110,6 +110,7 @@ def test_truncated_importance_by_hand(level: Any, factors: list[list[float]]) ->
     old = torch.tensor([[0.6, 0.2, 0.9]]).log()
     sampler = torch.tensor([[0.2, 0.4, 0.1]]).log()
     mask = torch.tensor([[True, True, False]])
-    found, cut = TruncatedImportance(level, cap=2.0)(old, sampler, mask)
-    torch.testing.assert_close(found, torch.tensor(factors))
+    factor, ratio, cut = TruncatedImportance(level, cap=2.0)(old, sampler, mask)
+    torch.testing.assert_close(factor, torch.tensor(factors))
+    torch.testing.assert_close(ratio, torch.tensor([[3.0, 0.5, 1.0]] if level == "token" else [[1.5]]))
     assert cut.tolist() == [[True, False, False]] if level == "token" else [[False]]

@@ -92,7 +92,14 @@ class RolloutEngine(ABC):
     last did. One that has a `close()` is closed when a fit or an evaluation is over, and may be asked again after it.
 
     Calls are collective: every rank calls with its own prompts, which may be none.
+
+    Attributes:
+        own_numerics: Whether its log-probabilities are those of other arithmetic than the policy's forward, or of
+            weights of its own. Such an engine is compared with the policy again as weights change
+            (`model.rollout.check_every`), by the typical difference alone, and corrected for (`model.loss.correction`).
     """
+
+    own_numerics: bool = False
 
     @abstractmethod
     def generate(

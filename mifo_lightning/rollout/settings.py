@@ -19,6 +19,8 @@ class Rollout:
         engine: Draws them, and responses of evaluations; null decodes in the training process.
         self_check: Whether to compare the engine with a teacher-forced forward before a run; false is for an engine
             whose log-probabilities are not the model's.
+        check_every: An engine of its own numerics, such as vLLM, is compared again with changed weights: at the first
+            such rollout or evaluation, and then at every so-many-th.
     """
 
     group_size: int = 8
@@ -26,6 +28,7 @@ class Rollout:
     sampling: Sampling = field(default_factory=Sampling)
     engine: RolloutEngine | None = None
     self_check: bool = True
+    check_every: int = 1
 
     def check(self, key: str, least: int = 2) -> None:
         """Raise an InputError that names the key, its value and what is allowed.
@@ -35,6 +38,7 @@ class Rollout:
             least: Responses that a group needs, a demonstration in it included.
         """
         self.sampling.check(f"{key}.sampling")
+        require(f"{key}.check_every", self.check_every, self.check_every >= 1, "at least 1")
         most = self.group_size <= MOST_ROLLOUTS
         require(f"{key}.group_size", self.group_size, most, f"at most {MOST_ROLLOUTS}")
         if self.group_size < least:

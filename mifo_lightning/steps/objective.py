@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from mifo_lightning.losses.corrections import Correction
+from mifo_lightning.losses.corrections import Corrected, Correction
 from mifo_lightning.losses.policy import Ratio, policy_loss
 from mifo_lightning.losses.sft import sft_loss
 from mifo_lightning.losses.sft_weights import SFTWeight, Uniform
@@ -78,12 +79,11 @@ class Objective:
         logp_old = logp.detach() if batch.logp_old is None else batch.logp_old
         if self.mixing is not None:
             advantages = self.mixing.reweigh(advantages, entropy.detach(), own)
-        corrected = {}
+        described = {}
         if self.correction is not None and batch.logp_sampler is not None:
-            factor, cut = self.correction(logp_old, batch.logp_sampler, own)
-            advantages = advantages[:, None] * factor
-            counted = weight * own
-            corrected = {"sampler_gap": ((factor - 1).abs() * counted).sum(), "sampler_cut": (cut * counted).sum()}
+            corrected = self.correction(logp_old, batch.logp_sampler, own)
+            advantages = advantages[:, None] * corrected.factor
+            described = _describe(corrected, own)
         loss, metrics = policy_loss(
             logp,
             logp_old,
@@ -95,7 +95,7 @@ class Objective:
             demonstrated=batch.demonstrated,
             lent=None if self.mixing is None else self.mixing.lent_objective,
         )
-        return loss, metrics | corrected
+        return loss, metrics | described
 
     def _sft_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.ce is not None
@@ -103,3 +103,17 @@ class Objective:
         initial = {"initial": batch.initial} if self.sft_weight.needs_initial_losses else {}
         weight = self.sft_weight(logp.detach(), entropy.detach(), batch.demonstrated, **initial)
         return sft_loss(logp, batch.ce.weight, batch.ce.total, weight)
+
+
+def _describe(corrected: Corrected, own: Tensor) -> dict[str, Tensor]:
+    """What is logged of a correction: means over the tokens `own` that the engine drew, and the largest ratio."""
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.stack([(values * own).sum(), own.sum()])
+
+    return {
+        "sampler_ratio": mean(corrected.ratio),
+        "sampler_ratio_max": (corrected.ratio * own).max(),
+        "sampler_gap": mean((corrected.factor - 1).abs()),
+        "sampler_cut": mean(corrected.cut),
+    }

@@ -14,6 +14,7 @@ from mifo_callbacks.collectives import gather_ranks, mean_ranks, rank, ranks
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import WorkItem
+from mifo_lightning.losses.corrections import as_correction
 from mifo_lightning.losses.kl import KL_ESTIMATORS
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.ending import padding
@@ -73,7 +74,7 @@ class Reinforcement:
         self.objective = Objective(
             settings.objective(),
             settings.ratio,
-            correction=settings.correction,
+            correction=as_correction(settings.correction),
             mixing=mixing,
             kl=KL_ESTIMATORS[settings.kl_estimator],
             **weight,
@@ -224,7 +225,7 @@ class Reinforcement:
         batch = rl_batch(rows, sequences, minibatch, minibatches, scales, settings, self.mixing, longest)
         batch.question = torch.tensor([q.id for q in questions], device=policy.device)
         batch.temperature, batch.charged = self.sampling.temperature, charged
-        if settings.correction is not None:
+        if self._corrects(policy):
             if unlike := [(len(t), len(x)) for t, x in zip(rows.tokens, rows.logp, strict=True) if len(t) != len(x)]:
                 engine = type(self.responder.engine).__name__
                 raise InputError(
@@ -260,6 +261,14 @@ class Reinforcement:
         else:
             with policy.adapter.disabled():
                 yield policy
+
+    def _corrects(self, policy: Policy) -> bool:
+        """Whether the engine drew from other numerics than those that train, or is said to have done so."""
+        if self.settings.correction != "auto":
+            return self.settings.correction is not None
+        with policy.numerics():
+            mixed = torch.is_autocast_enabled(policy.device.type)
+        return mixed or self.responder.engine.own_numerics
 
     def _demonstration_rewards(self, graded: Graded) -> Tensor | None:
         """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.losses.advantages import Advantage, AdvantageName, BatchStd, as_advantage
-from mifo_lightning.losses.corrections import Correction
+from mifo_lightning.losses.corrections import Correction, CorrectionName, as_correction
 from mifo_lightning.losses.kl import KL_ESTIMATORS, KLName
 from mifo_lightning.losses.named import named
 from mifo_lightning.losses.policy import Aggregation, Ratio
@@ -52,8 +52,10 @@ class PolicyLoss:
             first, until `prompts_per_step` groups are left (DAPO).
         mask_truncated: Whether responses that did not end by themselves push nothing (DAPO's overlong filtering): they
             stay in the mean of their group, and are in no denominator of the loss.
-        correction: For an engine whose numerics are not those that train, a `Correction` by class_path, such as
-            mifo_lightning.losses.corrections.TruncatedImportance; null where they are the same.
+        correction: For an engine whose numerics are not those that train: auto takes the truncated importance of each
+            token (cap 2) for an engine of its own numerics, such as vLLM, and for any under bf16-mixed; a `Correction`
+            by class_path, such as mifo_lightning.losses.corrections.TruncatedImportance, is taken for every engine;
+            null corrects nothing.
     """
 
     advantage: AdvantageName | Advantage = "group_std"
@@ -74,7 +76,7 @@ class PolicyLoss:
     entropy_fraction: float = 1.0
     dynamic_sampling: int = 0
     mask_truncated: bool = False
-    correction: Correction | None = None
+    correction: CorrectionName | Correction | None = "auto"
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
@@ -99,6 +101,7 @@ class PolicyLoss:
         for name, good, what in allowed:
             require(f"{key}.{name}", getattr(self, name), good, what)
         as_advantage(self.advantage)
+        as_correction(self.correction)
         self.objective()
 
     @property
