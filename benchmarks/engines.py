@@ -25,7 +25,7 @@ from urllib.request import urlopen
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rollout.vllm import VLLMEngine
 from mifo_lightning.rollout.vllm_server import VLLMServerEngine
-from mifo_lightning.rollout.weights import plain_weights
+from mifo_lightning.rollout.weights import weights_as_in_files
 
 LENGTH = 14  # tokens of a response
 ENGINE = "mifo_lightning.rollout.vllm.VLLMEngine"
@@ -73,7 +73,7 @@ class OldHead(VLLMEngine):
     def load(self, policy: Any) -> None:
         if self._version is None:
             super().load(policy)
-        rest = [(name, weight) for name, weight in plain_weights(policy) if name != "lm_head.weight"]
+        rest = [(name, weight) for name, weight in weights_as_in_files(policy) if name != "lm_head.weight"]
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(rest)})
         self._llm.reset_prefix_cache()
         self._version = policy.version

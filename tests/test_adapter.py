@@ -25,6 +25,7 @@ from mifo_lightning.policy.adapter import Adapter, add_adapters
 from mifo_lightning.policy.loading import Loaded, export_model, load_policy, load_tokenizer, plain_weights
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rollout.weights import weights_as_in_files
 from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.steps.settings import PolicyLoss
 
@@ -319,3 +320,13 @@ def test_the_reference_of_adapters_stands_still() -> None:
         InputError, match=r"^model.loss.reference_sync_steps: 4 is not allowed; it must be 0 with an ad"
     ):
         make_module(adapter=Adapter(rank=2), loss=loss)
+
+
+def test_an_engine_of_its_own_takes_over_the_merged_weights() -> None:
+    policy = load_policy("embedded")
+    names = {name for name, _ in weights_as_in_files(policy)}
+    add_adapters(policy, Adapter(4, 8.0), seed=0)
+    randomized(policy)
+    taken = dict(weights_as_in_files(policy))
+    assert set(taken) == names
+    assert all(torch.equal(taken[name], weight) for name, weight in plain_weights(policy).items())

@@ -282,9 +282,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def plain_weights(policy: Policy) -> dict[str, torch.Tensor]:
-    """The whole weights on the CPU by Hugging Face's names, adapters merged in; collective if they are sharded."""
-    weights = {name: full(tensor).detach().cpu() for name, tensor in policy.model.state_dict().items()}
+def plain_weights(policy: Policy, device: torch.device = torch.device("cpu")) -> dict[str, torch.Tensor]:
+    """The whole weights on a device by Hugging Face's names, adapters merged in; collective if they are sharded."""
+    weights = {name: full(tensor).detach().to(device) for name, tensor in policy.model.state_dict().items()}
     return weights if policy.adapter is None else policy.adapter.plain(weights)
 
 

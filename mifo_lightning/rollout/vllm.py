@@ -15,7 +15,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import end_tokens
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, RolloutEngine, Sampling
-from mifo_lightning.rollout.weights import plain_weights
+from mifo_lightning.rollout.weights import weights_as_in_files
 
 
 class VLLMEngine(RolloutEngine):
@@ -82,7 +82,7 @@ class VLLMEngine(RolloutEngine):
     def load(self, policy: Policy) -> None:
         """Let vLLM take over the policy's weights, and forget what it has computed with others."""
         # repacks what kernels have packed, which a plain `load_weights` leaves old
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": plain_weights(policy)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights_as_in_files(policy)})
         self._llm.reset_prefix_cache()
         self._version = policy.version
 

@@ -18,7 +18,7 @@ from mifo_lightning.common.errors import InputError, TrainingError
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.engine import Completion, Decoded, Listener, RolloutEngine, Sampling
 from mifo_lightning.rollout.vllm import repeated, requests
-from mifo_lightning.rollout.weights import plain_weights
+from mifo_lightning.rollout.weights import weights_as_in_files
 
 WORKERS = 256  # requests under way at once: one a prompt, which the server batches
 PATIENCE = 0.2  # seconds between two looks at whether the run is to stop
@@ -90,7 +90,7 @@ class VLLMServerEngine(RolloutEngine):
     def load(self, policy: Policy) -> None:
         """Write the weights and let the server take them over; collective, and so is what it raises."""
         weights = {}
-        for name, tensor in plain_weights(policy):
+        for name, tensor in weights_as_in_files(policy):
             if rank() == 0:
                 kept = tensor.to("cpu", self.dtype) if tensor.is_floating_point() else tensor.cpu()
                 # names that share a tensor, as a tied head does, are written apart

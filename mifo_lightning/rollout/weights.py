@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from mifo_callbacks.sharding import full
+from mifo_lightning.policy.loading import plain_weights
 from mifo_lightning.policy.policy import Policy
 
 
-def plain_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of each weight, as the files of a plain Hugging Face model have them; collective.
+def weights_as_in_files(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of each weight, adapters merged in, as the files of a Hugging Face model have them.
 
-    A tied head comes under its own name too: an engine that packs it apart from the embedding needs both.
+    Collective. A tied head comes under its own name too: an engine that packs it apart from the embedding needs both.
     """
-    whole = {name: full(tensor.detach()) for name, tensor in policy.model.state_dict().items()}
     # families that transformers fuses in memory, such as mixtures of experts, are apart in files
-    yield from revert_weight_conversion(policy.model, whole).items()
+    yield from revert_weight_conversion(policy.model, plain_weights(policy, policy.device)).items()
