@@ -1,7 +1,7 @@
-"""Does the whole method run on a pretrained model and real questions, on one CPU thread? Model, rows, two fits, a table.
+"""Does the whole method run on a pretrained model and real questions, on a CPU thread? Model, rows, two fits, a table.
 
     make real                                     # downloads the model and the rows
-    make real DATA=dir MODEL=dir                  # a directory with words_{cold,rl,val}.parquet; a Hugging Face directory
+    make real DATA=dir MODEL=dir                  # with words_{cold,rl,val}.parquet; a Hugging Face directory
     python -m experiments.real --out runs/real --data dir --model dir
 
 1. The rows: word problems (`experiments.word_problems`), and of words_val a fixed sample that training never sees.
@@ -10,8 +10,8 @@
 4. MIFO from there (`configs/smollm2.yaml`), with evaluation before and after.
 5. The table, of the graded responses that both fits have written.
 
-Each step is a command that is printed, runs in a process of its own, and is skipped when its result is there; a MIFO run
-that was stopped goes on. `--out` keeps everything, costs.json among it.
+Each step is a command that is printed, runs in a process of its own, and is skipped when its result is there; a MIFO
+run that was stopped goes on. `--out` keeps everything, costs.json among it.
 """
 
 import argparse
@@ -126,17 +126,18 @@ def fit(steps: Steps, name: str, rows: Path, model: Path, *more: object) -> None
 def run(out: Path, data: Path | None, model: Path | None, questions: int, rl_steps: int | None) -> str:
     """All steps that are not done yet; the table."""
     steps = Steps(out)
-    if data is None and not ((data := out / "rows") / "svamp.parquet").is_file():
-        steps.run("rows", "experiments.word_problems", "--out", data)
+    rows, start = data or out / "rows", model or out / "smollm2"
+    if data is None and not (rows / "svamp.parquet").is_file():
+        steps.run("rows", "experiments.word_problems", "--out", rows)
     if not (out / "sample.parquet").is_file():
-        sample(data, questions, out / "sample.parquet")
-    if model is None and not ((model := out / "smollm2") / "config.json").is_file():
-        steps.run("model", "experiments.smollm2", "--out", model)
+        sample(rows, questions, out / "sample.parquet")
+    if model is None and not (start / "config.json").is_file():
+        steps.run("model", "experiments.smollm2", "--out", start)
     # before and after of the first 64 questions of each source will do for what learns a format
     cold = ("--config", "methods/sft", "--config", "cold_start/smollm2", "--trainer.limit_val_batches", "1")
-    fit(steps, "cold", data, model, *cold, "--trainer.enable_checkpointing", "false")
+    fit(steps, "cold", rows, start, *cold, "--trainer.enable_checkpointing", "false")
     length = () if rl_steps is None else ("--data.schedule.rl_steps", rl_steps)
-    fit(steps, "mifo", data, out / "cold" / "model", "--config", "methods/mifo", *length)
+    fit(steps, "mifo", rows, out / "cold" / "model", "--config", "methods/mifo", *length)
     return table(out, [vars(cost) for cost in steps.costs()])
 
 

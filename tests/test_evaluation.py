@@ -243,10 +243,10 @@ def test_one_graded_response_of_each_question_is_handed_on_as_text(
             "response": text,
             "truth": "7",
             "reward": reward,
-            "length": 4,
-            "truncated": False,
+            "length": 3 if cut else 4,
+            "truncated": cut,
         }
-        for q, text, reward in zip(qs, texts, rewards, strict=True)
+        for q, text, reward, cut in zip(qs, texts, rewards, (False, not samples, False), strict=True)
     ]
 
 
