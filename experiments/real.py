@@ -15,7 +15,6 @@ run that was stopped goes on. `--out` keeps everything, costs.json among it.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -29,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from experiments.real_table import table
-from experiments.word_problems import apart, question
+from experiments.word_problems import apart, shuffled
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail
 
@@ -62,11 +61,8 @@ class Steps:
     def run(self, step: str, *arguments: object, **variables: str) -> None:
         """Run a module with this Python on one thread; a failure ends the program with its exit status."""
         words = [str(argument) for argument in arguments]
-        shown = shlex.join(["python", "-m", *words])
-        print(
-            f"\n== {step}\n{' '.join(f'{k}={v}' for k, v in variables.items())} {shown}".replace("\n ", "\n"),
-            flush=True,
-        )
+        given = "".join(f"{name}={value} " for name, value in variables.items())
+        print(f"\n== {step}\n{given}{shlex.join(['python', '-m', *words])}", flush=True)
         start = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", *words], env={**os.environ, "OMP_NUM_THREADS": "1", **variables}
@@ -101,14 +97,17 @@ def sample(rows: Path, questions: int, out: Path) -> None:
             read[name] = pq.read_table(path).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"--data {path}: {str(error).splitlines()[0]:.120}") from error
-    held = apart(read["words_val"], read["words_cold"] + read["words_rl"])
-    held.sort(key=lambda row: hashlib.sha256(question(row).encode()).digest())
+    held = shuffled(apart(read["words_val"], read["words_cold"] + read["words_rl"]))
     chosen = []
     for source in sorted({row["data_source"] for row in held}):
         chosen += [row for row in held if row["data_source"] == source][:questions]
+    if len(chosen) < 2:
+        raise InputError(
+            f"--data {rows}/words_val.parquet: {len(chosen)} questions that are not trained on; 2 are needed"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(chosen), out)
-    print(f"{out}: {len(chosen)} rows; {len(read['words_val']) - len(held)} of words_val are trained on, so left out")
+    print(f"{out}: {len(chosen)} of {len(held)} questions of words_val that are in no training file")
 
 
 def fit(steps: Steps, name: str, rows: Path, model: Path, *more: object) -> None:
@@ -145,9 +144,7 @@ def main() -> None:
     """Run the steps, print the table."""
     parser = argparse.ArgumentParser(description="A cold start and MIFO on a pretrained model and word problems.")
     parser.add_argument("--out", type=Path, default=Path("runs/real"), help="directory of everything that is written")
-    parser.add_argument(
-        "--data", type=Path, help="directory with words_{cold,rl,val}.parquet; without it they are made"
-    )
+    parser.add_argument("--data", type=Path, help="directory with words_{cold,rl,val}.parquet; else they are made")
     parser.add_argument("--model", type=Path, help="Hugging Face directory; without it SmolLM2-135M-Instruct is loaded")
     parser.add_argument("--questions", type=int, default=128, help="evaluated of each source before and after MIFO")
     parser.add_argument("--rl-steps", type=int, help="of MIFO; without it as configs/smollm2.yaml says")

