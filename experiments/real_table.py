@@ -94,5 +94,10 @@ def table(out: Path, costs: Sequence[Mapping[str, Any]]) -> str:
         text += [f"{summary['optimizer_steps']} optimizer steps, {summary['sft_phases']} buffer-triggered SFT phases."]
         text += [f"Change of accuracy: {line}." for line in verdicts]
     text += ["", *(cost_lines(costs) if costs else ["nothing was left to do"])]
-    text += ["", "± is one standard error over questions, of changes over pairs; one response each at temperature 1."]
-    return "\n".join([*text, "words1, words2: one and two operations; one seed."])
+    text += [
+        "",
+        "± is one standard error over questions, of changes over pairs; one response each at temperature 1, one seed.",
+    ]
+    return "\n".join(
+        [*text, "0 of n right is 0.000 ± 0.000 and still allows a rate of 3 / n. words1, words2: one, two operations."]
+    )
