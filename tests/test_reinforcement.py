@@ -126,6 +126,8 @@ def test_groups_say_how_many_were_correct_and_who_has_a_demonstration(tokenizer:
             "response": text.removesuffix("<eos>"),
             "truth": "7",
             "reward": float(text == right),
+            "length": 4,
+            "truncated": False,
         }
         for text in texts[:4]
     ]

@@ -103,11 +103,20 @@ class Graded:
         return entries
 
     def samples(self, question: int = 0) -> list[dict[str, Any]]:
-        """One question's responses, as the text that was graded, with their rewards to six digits."""
+        """One question's responses, as the text that was graded, with rewards to six digits and lengths in tokens."""
         q = self.questions[question]
+        graded = zip(self.texts[question], self.rewards[question].tolist(), self.completions[question], strict=True)
         return [
-            {"source": q.source, "prompt": q.text, "response": text, "truth": q.truth, "reward": round(reward, 6)}
-            for text, reward in zip(self.texts[question], self.rewards[question].tolist(), strict=True)
+            {
+                "source": q.source,
+                "prompt": q.text,
+                "response": text,
+                "truth": q.truth,
+                "reward": round(reward, 6),
+                "length": len(completion.tokens),
+                "truncated": not completion.finished,
+            }
+            for text, reward, completion in graded
         ]
 
     def describe(self, device: torch.device) -> dict[str, float]:
