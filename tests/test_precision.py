@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import SAMPLING, make_data, make_module, method_callbacks
 from lightning import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
@@ -137,3 +139,26 @@ def test_a_module_that_meets_another_trainer_takes_its_precision(make_trainer: M
         make_trainer(precision=precision, limit_val_batches=1.0).validate(module, data, verbose=False)
     found = {name: dtypes for name, dtypes in forwards.items() if "load_policy" not in name}
     assert set.union(*found.values()) == {torch.float32}
+
+
+def test_while_sampling_each_weight_is_cast_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer's own autocast keeps no casts: decoding would make them anew for each token."""
+    monkeypatch.setattr(policy, "numerics", MixedPrecision("bf16-mixed", "cpu").forward_context)
+    weight = policy.model.get_input_embeddings().weight
+    cast: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._to_copy.default and args[0].shape == weight.shape:
+                cast.append(1)
+            return function(*args, **(kwargs or {}))
+
+    ids = torch.tensor([[1, 2, 3]])
+    with policy.sampling(), Casts():
+        for _ in range(3):
+            policy.decode(ids, None, None, None)
+    assert len(cast) == 1
+    assert not torch.is_autocast_enabled("cpu")
+    with policy.sampling(), Casts():
+        policy.decode(ids, None, None, None)
+    assert len(cast) == 2, "not that of other weights"

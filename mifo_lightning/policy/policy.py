@@ -167,6 +167,22 @@ class Policy(nn.Module):
         """Whether the head can be applied to chosen hidden states alone."""
         return self.transform is not None
 
+    @contextmanager
+    def _casts_kept(self) -> Iterator[None]:
+        """Under autocast every forward uses the same casts of the weights, which would be made anew for each token."""
+        numerics, device = self.numerics, self.device.type
+        with numerics():
+            if not torch.is_autocast_enabled(device):
+                yield
+                return
+            dtype = torch.get_autocast_dtype(device)
+            self.numerics = lambda: torch.autocast(device, dtype, cache_enabled=True)  # the Trainer keeps none
+            try:
+                with self.numerics():
+                    yield
+            finally:
+                self.numerics = numerics
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -184,8 +200,7 @@ class Policy(nn.Module):
             shard.set_reshard_after_forward(False)
             shard.unshard()
         try:
-            # entered once: the casts of the weights are made once and not at every token
-            with torch.no_grad(), self.numerics():
+            with torch.no_grad(), self._casts_kept():
                 yield
         finally:
             for shard in shards:
