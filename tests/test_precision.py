@@ -36,7 +36,7 @@ ASKERS = {
     "Reinforcement.draw": "rollouts",
     "Reinforcement.prepare": "scores of rollouts, old and reference",
     "OptimizerStep._descend": "forward of RL and SFT steps",
-    "OptimizerStep._sft_batch": "entropies of SFT steps",
+    "OptimizerStep._select": "entropies of SFT steps",
     "Forgetting._measure": "Forgetting",
     "HeldOutLoss._losses": "HeldOutLoss",
     "PhaseKL.begin": "PhaseKL, drawn and scored",
