@@ -38,12 +38,12 @@ def coin(texts: Sequence[str]) -> list[float]:
     return [-float(zlib.crc32(text.encode()) % 2) for text in texts]
 
 
-def prompts(tokenizer: Any) -> list[str]:
+def prompts(tokenizer: Any, count: int = PROMPTS * STEPS) -> list[str]:
     """Texts of exactly `TOKENS` tokens each."""
     words = tokenizer.encode(Path(__file__).read_text(encoding="utf-8"), add_special_tokens=False)
     found: list[str] = []
     start = 0
-    while len(found) < PROMPTS * STEPS:
+    while len(found) < count:
         text = tokenizer.decode(words[start % 300 : start % 300 + TOKENS])
         start += 7
         if len(tokenizer.encode(text, add_special_tokens=False)) == TOKENS and text not in found:
