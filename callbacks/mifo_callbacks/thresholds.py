@@ -143,16 +143,19 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
 
     Nothing where more than `most` keys lie inside.
     """
-    counts, kept = [], []
-    left = most
+    device = ranking.scores[0].device
+    # reused, and no bool among them: a CPU takes three times as long for comparisons with such results
+    buffers = torch.empty(2, CHUNK, dtype=torch.int32, device=device)
+    flag_buffers = torch.empty(2, CHUNK, dtype=torch.int8, device=device)
+    counts, kept, left = [], [], most
     for keys in ranking.ranked():
-        inside = torch.zeros(keys.shape, dtype=torch.int8, device=keys.device)
-        # comparisons with results that are no bool: a CPU takes three times as long for these
-        above, upto = (torch.empty_like(keys) for _ in range(2))
+        above, upto = (numbers[: len(keys)] for numbers in buffers)
+        inside, within = (flags[: len(keys)] for flags in flag_buffers)
+        inside.zero_()
         for low, high in between.values():
             counts += [torch.gt(keys, low, out=above).sum(dtype=torch.int32)]
             counts += [torch.ge(keys, high, out=upto).sum(dtype=torch.int32)]
-            inside |= torch.gt(above, upto, out=torch.empty_like(inside))  # none where low is high
+            inside |= torch.gt(above, upto, out=within)  # none where low is high
         if most:
             kept.append(keys[inside.view(torch.bool).nonzero()[:, 0]])
             left -= len(kept[-1])
@@ -237,10 +240,12 @@ def _histogram(ranking: _Ranking, prefix: int, shift: int, bits: int) -> Tensor:
 
 def _counts(scores: Tensor, key: int, order: Order) -> Tensor:
     """How many scores of each chunk have exactly this key: int64 [chunks]."""
-    counts = []
-    for keys in _keys(scores, order):
-        counts.append(torch.eq(keys, key, out=torch.empty_like(keys)).sum())
-    return torch.stack(counts)
+    equal = torch.empty(CHUNK, dtype=torch.int32, device=scores.device)
+    counts = [
+        torch.eq(keys, key, out=equal[: len(keys)]).sum(dtype=torch.int32)  # int64 takes three times as long
+        for keys in _keys(scores, order)
+    ]
+    return torch.stack(counts).long()
 
 
 def _mask(scores: Tensor, key: int, quotas: Tensor | None, order: Order) -> Tensor:
