@@ -129,7 +129,7 @@ def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, Cut]:
         return {}
     step = n // SAMPLE | 1  # odd: no column of a matrix is all of it
     sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).ranked()])
-    sample = sample.sort(descending=True).values
+    sample = sample.sort().values.flip(0)  # a descending sort takes many times as long on a CPU
     between = {k: _bracket(sample, k / n) for k in ks}
     found, ends = _found(ranking, between, n // 8)
     return found | _found(ranking, ends, 0)[0] if ends else found
@@ -145,19 +145,17 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
     """
     device = ranking.scores[0].device
     # reused, and no bool among them: a CPU takes three times as long for comparisons with such results
-    buffers = torch.empty(2, CHUNK, dtype=torch.int32, device=device)
-    flag_buffers = torch.empty(2, CHUNK, dtype=torch.int8, device=device)
+    buffers = torch.empty(3, CHUNK, dtype=torch.int32, device=device)
     counts, kept, left = [], [], most
     for keys in ranking.ranked():
-        above, upto = (numbers[: len(keys)] for numbers in buffers)
-        inside, within = (flags[: len(keys)] for flags in flag_buffers)
+        above, upto, inside = (numbers[: len(keys)] for numbers in buffers)
         inside.zero_()
         for low, high in between.values():
             counts += [torch.gt(keys, low, out=above).sum(dtype=torch.int32)]
             counts += [torch.ge(keys, high, out=upto).sum(dtype=torch.int32)]
-            inside |= torch.gt(above, upto, out=within)  # none where low is high
+            inside |= torch.gt(above, upto, out=above)  # none where low is high
         if most:
-            kept.append(keys[inside.view(torch.bool).nonzero()[:, 0]])
+            kept.append(_where(keys, inside.to(torch.int8)))
             left -= len(kept[-1])
             if left < 0:
                 return {}, {}
@@ -176,6 +174,14 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
         else:
             ends[k] = (high, high) if k <= upto_high else (low, low)
     return found, ends
+
+
+def _where(keys: Tensor, flags: Tensor) -> Tensor:
+    """The `keys` [n] whose int8 flag [n] is 1; where these are rare, looking at eight at once takes a third as long."""
+    if len(keys) % 8 == 0:
+        rows = flags.view(torch.int64).nonzero()[:, 0]
+        keys, flags = (t.view(-1, 8).index_select(0, rows).view(-1) for t in (keys, flags))
+    return keys.index_select(0, flags.view(torch.bool).nonzero()[:, 0])
 
 
 def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
