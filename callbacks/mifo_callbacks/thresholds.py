@@ -19,6 +19,7 @@ from mifo_callbacks.collectives import gather_over, rank_in, sum_over
 
 Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)
+Brackets = dict[int, tuple[int, int]]
 
 CHUNK = 1 << 17  # elements: the largest temporary; a few of them fit into a second-level cache
 MAX_KEY = 0x7FFFFFFF
@@ -125,7 +126,7 @@ def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, Cut]:
     the sample has it as an end of the bracket, and a second look counts how many there are.
     """
     n = sum(tensor.numel() for tensor in ranking.scores)
-    if n < NARROWED_FROM:
+    if n < NARROWED_FROM or not all(1 <= k <= n for k in ks):
         return {}
     step = n // SAMPLE | 1  # odd: no column of a matrix is all of it
     sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).ranked()])
@@ -133,9 +134,6 @@ def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, Cut]:
     between = {k: _bracket(sample, k / n) for k in ks}
     found, ends = _found(ranking, between, n // 8)
     return found | _found(ranking, ends, 0)[0] if ends else found
-
-
-Brackets = dict[int, tuple[int, int]]
 
 
 def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, Cut], Brackets]:
@@ -146,7 +144,9 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
     device = ranking.scores[0].device
     # reused, and no bool among them: a CPU takes three times as long for comparisons with such results
     buffers = torch.empty(3, CHUNK, dtype=torch.int32, device=device)
-    counts, kept, left = [], [], most
+    counts: list[Tensor] = []
+    kept: list[Tensor] = []
+    left = most
     for keys in ranking.ranked():
         above, upto, inside = (numbers[: len(keys)] for numbers in buffers)
         inside.zero_()
@@ -160,7 +160,8 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
             if left < 0:
                 return {}, {}
     sums = torch.stack(counts).view(-1, len(between), 2).sum(0).tolist()
-    found, ends = {}, {}
+    found: dict[int, Cut] = {}
+    ends: Brackets = {}
     inner = torch.cat(kept) if kept else torch.empty(0)
     for (k, (low, high)), (above_low, upto_high) in zip(between.items(), sums, strict=True):
         if low == high:
@@ -255,7 +256,7 @@ def _counts(scores: Tensor, key: int, order: Order) -> Tensor:
 
 
 def _mask(scores: Tensor, key: int, quotas: Tensor | None, order: Order) -> Tensor:
-    """Everything before `key`, and of those equal to it in each chunk the first `quotas` [chunks] (None: all of them)."""
+    """Everything before `key`, and the first `quotas` [chunks] of those equal to it in each chunk (None: all)."""
     mask = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device)
     chunks = zip(torch.split(mask, CHUNK), _keys(scores, order), strict=True)
     left = [CHUNK] * -(-len(mask) // CHUNK) if quotas is None else quotas.tolist()
