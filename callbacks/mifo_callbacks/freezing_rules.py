@@ -17,6 +17,7 @@ from mifo_callbacks.thresholds import cut_mask, find_cut, floor_share
 RuleName = Literal["rl_topk", "rl_bottomk", "random", "none"]
 Scope = Literal["tensor", "global"]
 Order = Literal["largest", "smallest_zero_last"]
+INFINITY = 0x7F800000  # as bits: those of NaN are larger, those of negative numbers below 0
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,25 @@ def checked_score(score: Tensor, name: str, parameter: Tensor) -> Tensor:
             f"{tuple(parameter.shape)}, torch.float32"
         )
     score = shard_like(score, parameter)
-    if bad := int(sum_over((~(local(score) >= 0)).count_nonzero(), shard_group([score]))):
+    part = local(score)
+    least, most = _range_of_bits(part)
+    bad = torch.zeros((), dtype=torch.int64, device=part.device)
+    if least < 0 or most > INFINITY:
+        bad = (~(part >= 0)).count_nonzero()
+    if count := int(sum_over(bad, shard_group([score]))):
         raise MisconfigurationException(
-            f"the freezing score of {name!r} is negative or NaN at {bad} of {score.numel()} coordinates; "
+            f"the freezing score of {name!r} is negative or NaN at {count} of {score.numel()} coordinates; "
             "allowed: numbers of at least 0"
         )
-    return score + 0.0 if local(score).signbit().any() else score  # -0.0: its bits would rank above everything
+    return score + 0.0 if least < 0 else score  # -0.0: its bits would rank above everything
+
+
+def _range_of_bits(score: Tensor) -> tuple[int, int]:
+    """The least and the largest fp32 number's bits, read as int32: one look where comparisons are several."""
+    if not score.numel():
+        return 0, 0
+    least, most = torch.aminmax(score.view(torch.int32))
+    return int(least), int(most)
 
 
 class Frozen(NamedTuple):
@@ -175,10 +189,9 @@ def frozen_blocks(
         else:
             cut = find_cut(parts, k, group, order)
             drawn = cut_mask(parts, cut, group, order)
-        count = int(sum_over(torch.stack([mask.count_nonzero() for mask in drawn]).sum(), group))
         tied = cut.ties if cut and cut.take < cut.ties else 0
         zero = cut.take if cut and cut.value == 0 else 0  # zeros come last, so they are the ones at the cut
-        yield Frozen({name: mask for (name, _), mask in zip(block, drawn, strict=True)}, count, n, tied, zero)
+        yield Frozen({name: mask for (name, _), mask in zip(block, drawn, strict=True)}, k, n, tied, zero)
 
 
 def together(blocks: Iterable[Frozen]) -> Frozen:

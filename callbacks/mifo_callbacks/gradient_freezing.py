@@ -26,7 +26,7 @@ from mifo_callbacks.freezing_rules import (
     together,
 )
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.masking import PackedMask, Unpacked, keep_, mask_gradients, moved, restore_
+from mifo_callbacks.masking import PackedMask, Unpacked, kept, mask_gradients, moved, restore_
 from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
@@ -158,7 +158,7 @@ class GradientFreezing(PhaseCallback):
         params = self.trained(pl_module)
         scores = self._scores(self.rule, params, known)
         frozen = together(self._packed(frozen_blocks(scores, self.fraction, self.scope, self.rule.order)))
-        self._reference = {name: keep_(local(params[name]).clone(), mask) for name, mask in self._masks.items()}
+        self._reference = {name: kept(local(params[name]), mask) for name, mask in self._masks.items()}
         metrics = {"freeze/share": frozen.frozen / max(frozen.total, 1), "freeze/ties": frozen.tied}
         if self.rule.needs_importance:
             metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)

@@ -19,10 +19,11 @@ from mifo_callbacks.collectives import gather_over, rank_in, sum_over
 
 Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)
+Brackets = dict[int, tuple[int, int]]
 
 CHUNK = 1 << 17  # elements: the largest temporary; a few of them fit into a second-level cache
 MAX_KEY = 0x7FFFFFFF
-NARROWED_FROM = 1 << 20  # scores
+NARROWED_FROM = 1 << 17  # scores
 SAMPLE = 1 << 15
 LEVELS = ((20, 11), (9, 11), (0, 9))  # (shift, bits) of the three histograms: 31 bits without the sign
 
@@ -80,7 +81,7 @@ def find_cuts(
     """`find_cut` for each of `ks`; several cost little more than one."""
     ranking = _Ranking(scores, order)
     narrowed = _narrowed(ranking, ks) if group is None else {}
-    return [_cut(*narrowed.get(k, (ranking, k)), group, order) for k in ks]
+    return [narrowed.get(k) or _cut(ranking, k, group) for k in ks]
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None) -> float:
@@ -98,8 +99,12 @@ class _Ranking(NamedTuple):
         """All int32 keys, in chunks."""
         return (keys for tensor in self.scores for keys in _keys(tensor, self.order))
 
+    def value(self, key: int) -> float:
+        """The score that has this key."""
+        return _mirrored(torch.tensor(key, dtype=torch.int32), self.order).view(torch.float32).item()
 
-def _cut(ranking: _Ranking, k: int, group: dist.ProcessGroup | None, order: Order) -> Cut:
+
+def _cut(ranking: _Ranking, k: int, group: dist.ProcessGroup | None = None) -> Cut:
     """The cut after the first `k`: a histogram of the highest bits, then of the next among those that matter."""
     prefix, take, ties = 0, k, 0
     for shift, bits in LEVELS:
@@ -111,43 +116,73 @@ def _cut(ranking: _Ranking, k: int, group: dist.ProcessGroup | None, order: Orde
             take -= histogram[bucket]
             bucket -= 1
         prefix, ties = prefix << bits | bucket, histogram[bucket]
-    value = _mirrored(torch.tensor(prefix, dtype=torch.int32), order).view(torch.float32).item()
-    return Cut(value, prefix, take, ties)
+    return Cut(ranking.value(prefix), prefix, take, ties)
 
 
-def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, tuple[_Ranking, int]]:
-    """For those `k` where a sample tells between which keys the cut is: the scores there, and how many of them to take.
+def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, Cut]:
+    """The cuts after those `k` where a sample tells between which keys they are.
 
-    Empty where there are few scores, or too many between (one number that is most of them, for example).
+    Empty where there are few scores, or too many between. One number that is many of the scores is never between:
+    the sample has it as an end of the bracket, and a second look counts how many there are.
     """
     n = sum(tensor.numel() for tensor in ranking.scores)
-    if n < NARROWED_FROM:
+    if n < NARROWED_FROM or not all(1 <= k <= n for k in ks):
         return {}
     step = n // SAMPLE | 1  # odd: no column of a matrix is all of it
     sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).ranked()])
-    sample = sample.sort(descending=True).values
-    between = [_bracket(sample, k / n) for k in ks]
-    above = torch.zeros(len(ks), dtype=torch.int64, device=sample.device)
-    taken, count = [], 0
+    sample = sample.sort().values.flip(0)  # a descending sort takes many times as long on a CPU
+    between = {k: _bracket(sample, k / n) for k in ks}
+    found, ends = _found(ranking, between, n // 8)
+    return found | _found(ranking, ends, 0)[0] if ends else found
+
+
+def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, Cut], Brackets]:
+    """Cuts inside of the brackets, or at a bracket of one key; of those that are not, the end where they may be.
+
+    Nothing where more than `most` keys lie inside.
+    """
+    device = ranking.scores[0].device
+    # reused, and no bool among them: a CPU takes three times as long for comparisons with such results
+    buffers = torch.empty(3, CHUNK, dtype=torch.int32, device=device)
+    counts: list[Tensor] = []
+    kept: list[Tensor] = []
+    left = most
     for keys in ranking.ranked():
-        inside = torch.zeros_like(keys)
-        for i, (low, high) in enumerate(between):
-            # comparisons with int32 results: a CPU takes three times as long for bool ones
-            over, from_low = (torch.empty_like(keys) for _ in range(2))
-            above[i] += torch.gt(keys, high, out=over).sum(dtype=torch.int32)
-            inside += torch.ge(keys, low, out=from_low).sub_(over)
-        taken.append(keys[inside.nonzero()[:, 0]])
-        count += len(taken[-1])
-        if count > n // 8:
-            return {}
-    kept = torch.cat(taken)
-    found = {}
-    for k, (low, high), before in zip(ks, between, above.tolist(), strict=True):
-        part = kept[(kept >= low) & (kept <= high)]
-        if 1 <= k - before <= len(part):
+        above, upto, inside = (numbers[: len(keys)] for numbers in buffers)
+        inside.zero_()
+        for low, high in between.values():
+            counts += [torch.gt(keys, low, out=above).sum(dtype=torch.int32)]
+            counts += [torch.ge(keys, high, out=upto).sum(dtype=torch.int32)]
+            inside |= torch.gt(above, upto, out=above)  # none where low is high
+        if most:
+            kept.append(_where(keys, inside.to(torch.int8)))
+            left -= len(kept[-1])
+            if left < 0:
+                return {}, {}
+    sums = torch.stack(counts).view(-1, len(between), 2).sum(0).tolist()
+    found: dict[int, Cut] = {}
+    ends: Brackets = {}
+    inner = torch.cat(kept) if kept else torch.empty(0)
+    for (k, (low, high)), (above_low, upto_high) in zip(between.items(), sums, strict=True):
+        if low == high:
+            if above_low < k <= upto_high:
+                found[k] = Cut(ranking.value(low), low, k - above_low, upto_high - above_low)
+        elif upto_high < k <= above_low:
+            part = inner[((inner > low) & (inner < high)).nonzero()[:, 0]]
             # keys mirrored twice are themselves: the part is ranked as the scores were
-            found[k] = _Ranking([_mirrored(part, ranking.order).view(torch.float32)], ranking.order), k - before
-    return found
+            scores = _mirrored(part, ranking.order).view(torch.float32)
+            found[k] = _cut(_Ranking([scores], ranking.order), k - upto_high)
+        else:
+            ends[k] = (high, high) if k <= upto_high else (low, low)
+    return found, ends
+
+
+def _where(keys: Tensor, flags: Tensor) -> Tensor:
+    """The `keys` [n] whose int8 flag [n] is 1; where these are rare, looking at eight at once takes a third as long."""
+    if len(keys) % 8 == 0:
+        rows = flags.view(torch.int64).nonzero()[:, 0]
+        keys, flags = (t.view(-1, 8).index_select(0, rows).view(-1) for t in (keys, flags))
+    return keys.index_select(0, flags.view(torch.bool).nonzero()[:, 0])
 
 
 def _bracket(sample: Tensor, share: float) -> tuple[int, int]:
@@ -166,13 +201,13 @@ def cut_mask(
     Ties are taken by position: earlier tensors first, within a tensor lower ranks first, then lower flat
     indices. For tensors sharded by rows that is the order of the unsharded tensor.
     """
-    quotas: list[int | None] = [None] * len(scores)
-    if cut.take < cut.ties:
-        counts = torch.stack([_count(t, cut.key, order) for t in scores])
-        by_tensor = gather_over(counts, group).t()  # [tensors, ranks]: the order in which ties are taken
-        earlier = by_tensor.reshape(-1).cumsum(0).view_as(by_tensor) - by_tensor
-        quotas = (cut.take - earlier[:, rank_in(group)]).tolist()
-    return [_mask(t, cut.key, quota, order) for t, quota in zip(scores, quotas, strict=True)]
+    if cut.take == cut.ties:
+        return [_mask(t, cut.key, None, order) for t in scores]
+    counts = [_counts(t, cut.key, order) for t in scores]
+    by_tensor = gather_over(torch.stack([c.sum() for c in counts]), group).t()  # [tensors, ranks]: the order of ties
+    earlier = by_tensor.reshape(-1).cumsum(0).view_as(by_tensor) - by_tensor
+    quotas = cut.take - earlier[:, rank_in(group)]
+    return [_mask(t, cut.key, q - (c.cumsum(0) - c), order) for t, q, c in zip(scores, quotas, counts, strict=True)]
 
 
 def top_mask(
@@ -210,22 +245,25 @@ def _histogram(ranking: _Ranking, prefix: int, shift: int, bits: int) -> Tensor:
     return counts
 
 
-def _count(scores: Tensor, key: int, order: Order) -> Tensor:
-    """How many scores have exactly this key: int64 []."""
-    count = torch.zeros((), dtype=torch.int64, device=scores.device)
-    for keys in _keys(scores, order):
-        count += (keys == key).count_nonzero()  # a bool sum() is 20 times slower on a CPU
-    return count
+def _counts(scores: Tensor, key: int, order: Order) -> Tensor:
+    """How many scores of each chunk have exactly this key: int64 [chunks]."""
+    equal = torch.empty(CHUNK, dtype=torch.int32, device=scores.device)
+    counts = [
+        torch.eq(keys, key, out=equal[: len(keys)]).sum(dtype=torch.int32)  # int64 takes three times as long
+        for keys in _keys(scores, order)
+    ]
+    return torch.stack(counts).long()
 
 
-def _mask(scores: Tensor, key: int, quota: int | None, order: Order) -> Tensor:
-    """Everything before `key`, and the first `quota` of those equal to it (None: all of them)."""
+def _mask(scores: Tensor, key: int, quotas: Tensor | None, order: Order) -> Tensor:
+    """Everything before `key`, and the first `quotas` [chunks] of those equal to it in each chunk (None: all)."""
     mask = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device)
-    seen = torch.zeros((), dtype=torch.int64, device=scores.device)  # on the device: no wait per chunk
-    for out, keys in zip(torch.split(mask, CHUNK), _keys(scores, order), strict=True):
-        torch.ge(keys, key, out=out) if quota is None else torch.gt(keys, key, out=out)
-        if quota is not None and quota > 0:
+    chunks = zip(torch.split(mask, CHUNK), _keys(scores, order), strict=True)
+    left = [CHUNK] * -(-len(mask) // CHUNK) if quotas is None else quotas.tolist()
+    for (out, keys), quota in zip(chunks, left or [CHUNK], strict=True):
+        bits = out.view(torch.int8)  # a bool result takes three times as long on a CPU
+        torch.ge(keys, key, out=bits) if quota >= len(keys) else torch.gt(keys, key, out=bits)
+        if 0 < quota < len(keys):
             tied = keys == key
-            out |= tied & (tied.cumsum(0) + seen <= quota)
-            seen += tied.count_nonzero()
+            out |= tied & (tied.cumsum(0) <= quota)
     return mask.view(scores.shape)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mifo_callbacks import mask_gradients, masking
-from mifo_callbacks.masking import PackedMask, keep_, moved, restore_, zero_
+from mifo_callbacks.masking import PackedMask, kept, moved, restore_, zero_
 
 ODD = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, -3.0, 7.25]
 
@@ -31,7 +31,7 @@ def test_zero_keep_restore_and_moved_are_exact(
     held = PackedMask(mask) if packed else mask
     zeroed = zero_(before.clone(), held)
     assert same_bits(zeroed, torch.where(mask, torch.zeros_like(before), before))
-    reference = keep_(before.clone(), held)
+    reference = kept(before, held)
     assert same_bits(reference, torch.where(mask, before, torch.zeros_like(before)))
     now = torch.randn(before.shape).to(dtype)
     restored = restore_(now.clone(), held, reference)

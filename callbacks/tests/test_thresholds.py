@@ -113,7 +113,11 @@ def test_random_scores_depend_on_every_seed() -> None:
         assert not torch.equal(base, random_scores((50,), *other))
 
 
-def test_several_cuts_are_those_of_each_and_look_at_little_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tied", "looks"), [(0.0, 2), (0.6, 3)])
+def test_several_cuts_are_those_of_each_and_look_at_little_more_than_once(
+    tied: float, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and once more where many scores are one number, as after a single step of AdamW."""
     looked: list[int] = []
     keys_of = thresholds._keys
 
@@ -122,11 +126,13 @@ def test_several_cuts_are_those_of_each_and_look_at_little_more_than_once(monkey
         return keys_of(tensor, order)
 
     tensors = [torch.randn(1 << 20).square(), torch.randn(300, 1001).square()]
+    for t in tensors:
+        t[torch.rand(t.shape) < tied] = 0.7
     n = sum(t.numel() for t in tensors)
     ks = [n // 2, n // 10, n // 100, n, 1]
     whole = [find_cut(tensors, k) for k in ks]
     monkeypatch.setattr(thresholds, "_keys", counted)
     assert find_cuts(tensors, ks) == whole
-    assert sum(looked) < 2 * n
+    assert sum(looked) < looks * n
     monkeypatch.setattr(thresholds, "NARROWED_FROM", 1 << 60)
     assert find_cuts(tensors, ks) == whole
