@@ -56,14 +56,18 @@ def advice(plan: Plan, moment: Moment, limit: float) -> str:
     if room <= 0:
         return without_room(plan, moment)
     if decodes:
-        rows = work.decoded if moment.name == "generation" else min(work.engine_rows, work.evaluated)
+        rows = plan.batch(moment.name).rows
         fewer = math.floor(rows * room / part)
         if fewer:
             return f"lower model.rollout.engine.init_args.rows to {fewer}"
         return "lower model.rollout.sampling.max_new_tokens"
     if updates:
-        chunks = math.ceil(work.micro_batches * part / room)
-        if chunks <= (work.rows if moment.name == "RL update" else work.demonstrations):
+        rl = moment.name == "RL update"
+        rows, _, count = work.chunk(plan.shape.shared) if rl else work.sft_chunk()
+        tokens, chunks = work.micro_batch_tokens, math.ceil(count * part / room)
+        if rows > 1 and tokens is not None:
+            return f"lower model.optimizer.micro_batch_tokens to {math.floor(tokens * room / part)}"
+        if rows > 1 and chunks <= (work.rows if rl else work.demonstrations):
             return f"raise model.optimizer.micro_batches to {chunks}"
         if not work.checkpointing:
             return "set model.loading.gradient_checkpointing: true"
