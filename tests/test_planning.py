@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import MIFO, refused
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -93,14 +94,11 @@ def test_an_update_needs_what_it_was_planned_to(
     prompts = [[1 + i // 4] * PROMPT for i in range(ROWS)]
     sequences = Sequences.pack(prompts, [[3] * RESPONSE] * ROWS, 0)
 
-    def update(last: bool = True) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logp, _ = policy(sequences, grouped=True)
-            if not last:
-                with torch.autocast("cpu", enabled=False):
-                    logp.sum().backward()
-        if last:
-            logp.sum().backward()
+    if bf16:
+        policy.numerics = MixedPrecision("bf16-mixed", "cpu").forward_context
+
+    def update() -> None:
+        policy(sequences, grouped=True)[0].sum().backward()
 
     update()
     policy.zero_grad()
@@ -109,7 +107,7 @@ def test_an_update_needs_what_it_was_planned_to(
     assert sum(traced.values()) == pytest.approx(allocated(update), rel=0.1)
     later = tracer.update(ROWS, 2 if policy.share_prompts else None, PROMPT, RESPONSE, 2, False)
     there = sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
-    assert sum(later.values()) == pytest.approx(allocated(lambda: update(last=False)) + there, rel=0.1)
+    assert sum(later.values()) == pytest.approx(allocated(update) + there, rel=0.1)
 
 
 @pytest.mark.parametrize("case", ["slots", "slots bf16", "growing"])
@@ -118,7 +116,8 @@ def test_decoding_needs_what_it_was_planned_to(case: str, tokenizer: PreTrainedT
     policy, sampling = Policy(Auto.from_config(config)), Sampling(max_new_tokens=RESPONSE)
     assert policy.decoding.slots
     policy.decoding = replace(policy.decoding, slots=slots)
-    policy.numerics = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    if bf16:
+        policy.numerics = MixedPrecision("bf16-mixed", "cpu").forward_context
     prompts = [[1] * PROMPT, [1] * (PROMPT - 1)]
     plan = Plan(Workload(cpu=True, bf16=bf16, prompt=PROMPT, response=RESPONSE, prompts=2, group=4), meta(config))
     plan.shape = plan.shape._replace(slots=slots)
@@ -191,7 +190,11 @@ def test_a_workload_is_cut_as_the_run_cuts_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "setting"),
     [
-        ({"response": 256, "prompts": 1, "group": 64, "micro_batches": 64}, "engine.init_args.rows to ", "engine_rows"),
+        (
+            {"checkpointing": True, "response": 256, "prompts": 1, "group": 64, "micro_batch_tokens": 1},
+            "engine.init_args.rows to ",
+            "engine_rows",
+        ),
         ({"response": 32, "prompts": 4, "engine_rows": 1}, "model.optimizer.micro_batches to ", "micro_batches"),
         (
             {"response": 32, "prompts": 4, "engine_rows": 1, "micro_batch_tokens": 2048},
@@ -221,7 +224,9 @@ def test_speed_is_bound_by_arithmetic_or_by_bandwidth() -> None:
     n = 10**9
     work, shape = Workload(prompts=8, prompt=100, response=100, bf16=True), Shape(n, n)
     found = speed(work, GPU(), shape)
-    assert found.decoding == pytest.approx(64 * GPU().bandwidth * 1e9 * 0.6 / (2 * n))  # 64 rows: the weights are read
+    assert found.decoding == pytest.approx(
+        64 * GPU().bandwidth * 1e9 * 0.6 / (8 * n)
+    )  # the weights are read and cast
     assert found.update == pytest.approx(0.4 * 989e12 / (6 * n) / 2)  # half of the tokens are prompts
     assert speed(work, GPU(), shape._replace(shared=True)).update == pytest.approx(found.update * 2 * 64 / (8 + 64))
     assert speed(work, GPU(), shape._replace(trained=0)).update == pytest.approx(found.update * 6 / 4)
@@ -249,8 +254,6 @@ def test_what_cannot_be_planned_is_one_line(capsys: pytest.CaptureFixture[str], 
     assert "does not divide by 5 ranks" in refused(capsys, "plan", *MIFO, "--gpus", "5")
     assert "trainer.strategy: fsdp is not allowed" in refused(capsys, "plan", *MIFO, "--trainer.strategy", "fsdp")
     assert "has no config.json" in refused(capsys, "plan", *MIFO, "--model.model", str(tmp_path))
-    assert "needs a configuration" in refused(capsys, "plan")
-    assert "unrecognized arguments: --gpuss" in refused(capsys, "plan", *MIFO, "--gpuss", "2")
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B", "meta-llama/Llama-3.1-70B"])

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mifo_lightning.monitors.costs import multiplying
-from mifo_lightning.planning.speed import Shape
+from mifo_lightning.planning.speed import FP32, Shape
 from mifo_lightning.planning.trace import Bytes, Tracer
 from mifo_lightning.planning.workload import DecodingBatch, Workload
 from mifo_lightning.policy.adapter import put_beside
@@ -16,7 +16,6 @@ from mifo_lightning.policy.prefix import SHARED_FROM, cannot_share
 from mifo_lightning.policy.scoring import SCORING_TOKENS
 from mifo_lightning.rollout.engine import Sampling
 
-FP32 = 4
 COMPONENTS = (
     *("weights", "gathered", "casts", "gradients", "optimizer", "importance", "reference"),
     *("activations", "cache", "logits"),

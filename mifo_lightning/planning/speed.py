@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from mifo_lightning.planning.workload import Workload
 
+FP32, BF16 = 4, 2  # bytes
 COMPUTES, READS = 0.4, 0.6  # shares of peak FLOPs and of bandwidth that well-written programs reach
 GROWS = 3  # times that a step of decoding moves a cache that grows: it is read, and copied into a longer one
 
@@ -69,10 +70,10 @@ def speed(work: Workload, gpu: GPU, shape: Shape) -> Speed:
     """
     rows, context = work.prompts * work.group, work.prompt + work.response / 2
     peak, moved = gpu.tflops * 1e12 * COMPUTES, gpu.bandwidth * 1e9 * READS
-    # decoding: a token of each row a step, all weights read once for it
+    # decoding: a token of each row a step, all weights read once for it, under bf16-mixed also cast each time
     arithmetic = work.decoded * (2 * shape.multiplying + 4 * shape.attention * context)
     cache = work.decoded * context * shape.cache_per_token * (1 if shape.slots else GROWS)
-    traffic = shape.multiplying * (2 if work.bf16 else 4) + cache
+    traffic = shape.multiplying * (FP32 + 2 * BF16 if work.bf16 else FP32) + cache
     decoding = rows / work.decoded * work.response * max(arithmetic / peak, traffic / moved)
     # passes over whole sequences: 2 N operations a token forward, 2 N more where layers are recomputed; 2 N + 2 T back
     trained = work.prompts * work.prompt * (1 if shape.shared else work.group) + rows * work.response

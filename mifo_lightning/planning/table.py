@@ -78,9 +78,9 @@ def without_room(plan: Plan, moment: Moment) -> str:
     """What helps where what is always there is too much."""
     if not plan.work.sharded:
         return "shard the weights: trainer.strategy ModelParallelStrategy (FSDP2), on more GPUs"
+    whole = moment.name in ("generation", "scoring", "evaluation")
     shards = sum(moment.parts[name] for name in ("weights", "gradients", "optimizer", "importance", "reference"))
     if moment.total - shards > shards:
-        why = "gathers all fp32 weights while it samples" if moment.parts["gathered"] > moment.parts["casts"] else ""
-        why = why or "keeps bf16 casts of all weights through an update"
+        why = "gathers all fp32 weights while it samples" if whole else "holds more than its share of the weights"
         return f"every GPU {why}: no number of GPUs helps, a smaller model does"
     return "more GPUs (--gpus) make every shard smaller"

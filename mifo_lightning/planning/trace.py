@@ -8,11 +8,12 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,11 +133,7 @@ class Tracer:
                     p.grad = torch.empty_like(p)
             with self._precision():
                 loss = self._scores(rows, prompts, prompt, response, entropy_gradient)
-                if chunks > 1:  # of all but the last the casts of autocast's cache stay through the backward
-                    with torch.autocast("cpu", enabled=False):
-                        loss.backward()
-            if chunks == 1:
-                loss.backward()
+            loss.backward()
             del loss
             self.model.zero_grad(set_to_none=True)
         return self._found(alive)
@@ -248,8 +245,9 @@ class Tracer:
 
     # --- counting -----------------------------------------------------------------------------------------------
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The Trainer's own: its autocast keeps no casts from one operation to the next."""
+        return MixedPrecision("bf16-mixed", "cpu").forward_context() if self.bf16 else nullcontext()
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -285,5 +283,4 @@ class Tracer:
             yield alive
 
     def _found(self, alive: Alive) -> Bytes:
-        torch.clear_autocast_cache()
         return {"activations": 0} | {name: int(size) for name, size in alive.peak.items()}

@@ -142,12 +142,12 @@ class Chunk(NamedTuple):
     Attributes:
         rows: Of the chunk.
         prompts: Most different prompts that a chunk of so many rows has.
-        count: Chunks of the step.
+        chunks: Of the step.
     """
 
     rows: int
     prompts: int
-    count: int
+    chunks: int
 
 
 def workload_of(config: Any, ranks: int | None, prompt: int | None, response: int | None) -> tuple[Workload, list[str]]:
