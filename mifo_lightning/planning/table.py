@@ -65,9 +65,11 @@ def advice(plan: Plan, moment: Moment, limit: float) -> str:
         rl = moment.name == "RL update"
         rows, _, count = work.chunk(plan.shape.shared) if rl else work.sft_chunk()
         tokens, chunks = work.micro_batch_tokens, math.ceil(count * part / room)
-        if rows > 1 and tokens is not None:
-            return f"lower model.optimizer.micro_batch_tokens to {math.floor(tokens * room / part)}"
-        if rows > 1 and chunks <= (work.rows if rl else work.demonstrations):
+        if tokens is not None:
+            lower = math.floor(tokens * room / part)
+            if lower >= work.prompt + (work.response if rl else work.demonstration):  # a longer sequence stays whole
+                return f"lower model.optimizer.micro_batch_tokens to {lower}"
+        elif rows > 1 and chunks <= (work.rows if rl else work.demonstrations):
             return f"raise model.optimizer.micro_batches to {chunks}"
         if not work.checkpointing:
             return "set model.loading.gradient_checkpointing: true"
