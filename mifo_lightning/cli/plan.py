@@ -70,7 +70,7 @@ def plan(arguments: list[str]) -> str:
     """What `mifo plan` prints; arguments and errors as of `planned`."""
     found, config, said = planned(arguments)
     work, gpu = found.work, GPU(config.gpu_memory, config.gpu_tflops, config.gpu_bandwidth)
-    hoped = speed(work, gpu, found.multiplying, found.attention, found.cache_per_token, found.shared)
+    hoped = speed(work, gpu, found.shape)
     strategy = "FSDP2" if work.sharded else "DDP" if work.ranks > 1 else "one GPU"
     head = [
         f"{config.model.model}: {found.sizes.total / 1e9:.3g} billion weights, "

@@ -5,11 +5,31 @@ Left out: launching kernels, the network between GPUs, grading. So it is what a 
 
 from typing import NamedTuple
 
-from mifo_lightning.monitors.costs import flops
 from mifo_lightning.planning.workload import Workload
 
+FP32, BF16 = 4, 2  # bytes
 COMPUTES, READS = 0.4, 0.6  # shares of peak FLOPs and of bandwidth that well-written programs reach
-GROWS = 3  # times that a step of decoding moves the cache: it is read, and copied into a longer one
+GROWS = 3  # times that a step of decoding moves a cache that grows: it is read, and copied into a longer one
+
+
+class Shape(NamedTuple):
+    """What of a model decides its speed.
+
+    Attributes:
+        multiplying: Weights that a token is multiplied with.
+        trained: Those of them that are trained.
+        attention: Query heads x width x layers: 4 times as many operations for each pair of tokens.
+        cache_per_token: Bytes of one token of one sequence in the cache.
+        shared: Whether the prompt of a group runs once.
+        slots: Whether it decodes in slots; if not, in a cache that grows.
+    """
+
+    multiplying: int
+    trained: int
+    attention: int = 0
+    cache_per_token: int = 0
+    shared: bool = False
+    slots: bool = True
 
 
 class GPU(NamedTuple):
@@ -40,34 +60,28 @@ class Speed(NamedTuple):
     step: float
 
 
-def speed(work: Workload, gpu: GPU, multiplying: int, attention: int, cache_per_token: int, shared: bool) -> Speed:
+def speed(work: Workload, gpu: GPU, shape: Shape) -> Speed:
     """How fast a run is, by the model above.
 
     Args:
         work: What each process does.
         gpu: What it does it on.
-        multiplying: Weights that a token is multiplied with.
-        attention: Query heads x width x layers: 4 times as many operations for each pair of tokens.
-        cache_per_token: Bytes of one token of one sequence in the cache.
-        shared: Whether the prompt of a group runs once.
+        shape: Of the model.
     """
     rows, context = work.prompts * work.group, work.prompt + work.response / 2
     peak, moved = gpu.tflops * 1e12 * COMPUTES, gpu.bandwidth * 1e9 * READS
-    # decoding: a token of each row a step, all weights read once for it
-    arithmetic = work.decoded * (flops(tokens(generated=1), multiplying) + 4 * attention * context)
-    traffic = multiplying * (2 if work.bf16 else 4) + GROWS * work.decoded * context * cache_per_token
+    # decoding: a token of each row a step, all weights read once for it; casts are kept of weights that are trained
+    arithmetic = work.decoded * (2 * shape.multiplying + 4 * shape.attention * context)
+    cache = work.decoded * context * shape.cache_per_token * (1 if shape.slots else GROWS)
+    casts = BF16 if shape.trained >= shape.multiplying else FP32 + 2 * BF16
+    traffic = shape.multiplying * (casts if work.bf16 else FP32) + cache
     decoding = rows / work.decoded * work.response * max(arithmetic / peak, traffic / moved)
-    # passes over whole sequences: 2 N operations a token forward, 4 N backward, 2 N more where layers are recomputed
-    trained = work.prompts * work.prompt * (1 if shared else work.group) + rows * work.response
+    # passes over whole sequences: 2 N operations a token forward, 2 N more where layers are recomputed; 2 N + 2 T back
+    trained = work.prompts * work.prompt * (1 if shape.shared else work.group) + rows * work.response
     pairs = rows * (work.prompt + work.response) ** 2 / 2  # causal: half of all
-    forward = flops(tokens(scored=trained), multiplying) + 4 * attention * pairs
-    backward = flops(tokens(trained=trained), multiplying) - flops(tokens(scored=trained), multiplying)
-    update = (forward * (2 if work.checkpointing else 1) + backward + 8 * attention * pairs) * work.passes / peak
+    forward = 2 * shape.multiplying * trained + 4 * shape.attention * pairs
+    backward = 2 * (shape.multiplying + shape.trained) * trained + 8 * shape.attention * pairs
+    update = (forward * (2 if work.checkpointing else 1) + backward) * work.passes / peak
     scoring = (work.scored + work.reference) * forward / peak
     drawn = work.ranks * rows * work.response
     return Speed(drawn / decoding, drawn * work.passes / update, decoding + scoring + update)
-
-
-def tokens(generated: float = 0, scored: float = 0, trained: float = 0) -> dict[str, float]:
-    """An account of tokens, as `costs.flops` reads it."""
-    return {"generated_tokens": generated, "scored_tokens": scored, "trained_tokens": trained}

@@ -56,14 +56,20 @@ def advice(plan: Plan, moment: Moment, limit: float) -> str:
     if room <= 0:
         return without_room(plan, moment)
     if decodes:
-        rows = work.decoded if moment.name == "generation" else min(work.engine_rows, work.evaluated)
+        rows = plan.batch(moment.name).rows
         fewer = math.floor(rows * room / part)
         if fewer:
             return f"lower model.rollout.engine.init_args.rows to {fewer}"
         return "lower model.rollout.sampling.max_new_tokens"
     if updates:
-        chunks = math.ceil(work.micro_batches * part / room)
-        if chunks <= (work.rows if moment.name == "RL update" else work.demonstrations):
+        rl = moment.name == "RL update"
+        rows, _, count = work.chunk(plan.shape.shared) if rl else work.sft_chunk()
+        tokens, chunks = work.micro_batch_tokens, math.ceil(count * part / room)
+        if tokens is not None:
+            lower = math.floor(tokens * room / part)
+            if lower >= work.prompt + (work.response if rl else work.demonstration):  # a longer sequence stays whole
+                return f"lower model.optimizer.micro_batch_tokens to {lower}"
+        elif rows > 1 and chunks <= (work.rows if rl else work.demonstrations):
             return f"raise model.optimizer.micro_batches to {chunks}"
         if not work.checkpointing:
             return "set model.loading.gradient_checkpointing: true"
@@ -74,9 +80,9 @@ def without_room(plan: Plan, moment: Moment) -> str:
     """What helps where what is always there is too much."""
     if not plan.work.sharded:
         return "shard the weights: trainer.strategy ModelParallelStrategy (FSDP2), on more GPUs"
+    whole = moment.name in ("generation", "scoring", "evaluation")
     shards = sum(moment.parts[name] for name in ("weights", "gradients", "optimizer", "importance", "reference"))
     if moment.total - shards > shards:
-        why = "gathers all fp32 weights while it samples" if moment.parts["gathered"] > moment.parts["casts"] else ""
-        why = why or "keeps bf16 casts of all weights through an update"
+        why = "gathers all fp32 weights while it samples" if whole else "holds more than its share of the weights"
         return f"every GPU {why}: no number of GPUs helps, a smaller model does"
     return "more GPUs (--gpus) make every shard smaller"

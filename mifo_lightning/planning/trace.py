@@ -4,14 +4,16 @@ Every operation runs on tensors that have a shape and no numbers (torch's FakeTe
 the casts of autocast and what gradient checkpointing leaves out are those of the model and not of a formula for it.
 """
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,15 +21,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.planning.workload import DecodingBatch
+from mifo_lightning.policy import running_scores
 from mifo_lightning.policy.decoding import accepted
 from mifo_lightning.policy.loading import recompute_layers
 from mifo_lightning.policy.pretrained import first_line
+from mifo_lightning.policy.slots import Slots
 from mifo_lightning.policy.token_scores import token_scores
+from mifo_lightning.rollout import sampler
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.sampler import next_token, uniforms
 
 Bytes = dict[str, int]
-"""Bytes by component: activations, logits, gradients, casts."""
+"""Bytes by component: activations, logits, gradients, casts, cache."""
 
 
 class Alive(TorchDispatchMode):
@@ -51,7 +57,10 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and look at what it made."""
-        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:  # which places numbers would choose: all
+            made = args[0].new_zeros(args[0].numel(), args[0].dim(), dtype=torch.long)
+        else:
+            made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._seen:
                 self._watch(tensor, self.label(tensor))
@@ -82,13 +91,19 @@ class Tracer:
         bf16: Whether passes run under autocast to bf16.
         checkpointing: Whether layers are recomputed in the backward pass.
         shards: Processes that share the gradients; 1 where each has them all.
+        cpu: Whether it is for a CPU, where the head and the sampler work on pieces that stay in a core's cache.
 
     Raises:
         InputError: A pass cannot run without numbers, as where they choose which weights a token meets.
     """
 
-    def __init__(self, model: PreTrainedModel, bf16: bool, checkpointing: bool = False, shards: int = 1) -> None:
-        self.bf16, self.shards = bf16, shards
+    device = torch.device("cpu")
+
+    def __init__(
+        self, model: PreTrainedModel, bf16: bool, checkpointing: bool = False, shards: int = 1, cpu: bool = True
+    ) -> None:
+        self.bf16, self.shards, self.cpu = bf16, shards, cpu
+        self._keeps_casts = False  # while sampling
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         if checkpointing:
             recompute_layers(model)
@@ -115,46 +130,67 @@ class Tracer:
         """
         with self._counting() as alive:
             if chunks > 1:
-                for p in self.model.parameters():
+                for p in (p for p in self.model.parameters() if p.requires_grad):
                     p.grad = torch.empty_like(p)
             with self._precision():
                 loss = self._scores(rows, prompts, prompt, response, entropy_gradient)
-                if chunks > 1:  # of all but the last the casts of autocast's cache stay through the backward
-                    with torch.autocast("cpu", enabled=False):
-                        loss.backward()
-            if chunks == 1:
-                loss.backward()
+            loss.backward()
             del loss
             self.model.zero_grad(set_to_none=True)
         return self._found(alive)
 
     def scoring(self, rows: int, prompts: int | None, prompt: int, response: int) -> Bytes:
         """At the peak of scores without a gradient; arguments as of `update`."""
-        with self._counting() as alive, torch.no_grad(), self._precision():
+        with self._counting() as alive, self._sampling():
             self._scores(rows, prompts, prompt, response, False)
         return self._found(alive)
 
-    def prefill(self, prompts: int, tokens: int) -> Bytes:
-        """At the peak of the pass that fills the cache, the cache left out."""
-        with self._counting(prompts) as alive, torch.no_grad(), self._precision():
-            self._decode(prompts, tokens, DynamicCache(config=self.model.config), tokens)
+    def slots(self, batch: DecodingBatch, prompt: int, sampling: Sampling) -> Bytes:
+        """At the peak of decoding in slots: prompts are read, a token is drawn, and the last one after all others.
+
+        Args:
+            batch: Rows decoded at once.
+            prompt: Tokens of each prompt.
+            sampling: How tokens are drawn, and how many.
+        """
+        width = prompt + sampling.max_new_tokens
+        with self._counting(caches=True) as alive, self._sampling():
+            policy: Any = self
+            slots = Slots(policy, batch.slots, width, 0)
+            # prompts differ in length, which needs a mask
+            prompts = [[0] * (prompt if i else max(1, prompt - 1)) for i in range(batch.jobs)]
+            logits = slots.enter(prompts, batch.samples)
+            token = self._draw(logits, sampling)
+            slots.columns = width - 1
+            logits = slots.step(token)
+            self._draw(logits, sampling)
         return self._found(alive)
 
-    def step(self, rows: int, tokens: int, sampling: Sampling) -> Bytes:
-        """At the peak of drawing one more token after `tokens`, the cache left out."""
-        with self._counting(rows) as alive, torch.no_grad():
-            with self._precision():
-                cache = DynamicCache(config=self.model.config)
-                for i, (heads, width, dtype) in enumerate(self._cached_layers):
-                    states = torch.empty(rows, heads, tokens, width, dtype=dtype)
-                    cache.update(states, states, i)
-                logits = self._decode(rows, 1, cache, tokens + 1).float()
-            next_token(logits, uniforms(torch.zeros(rows, dtype=torch.long), 0), sampling)
+    def growing(self, batch: DecodingBatch, prompt: int, sampling: Sampling) -> Bytes:
+        """The same in a cache that grows; arguments as of `slots`."""
+        rows, tokens = batch.rows, prompt + sampling.max_new_tokens - 1
+        with self._counting(caches=True) as alive, self._sampling():
+            self._decode(batch.jobs, prompt, DynamicCache(config=self.model.config), prompt)
+            cache = DynamicCache(config=self.model.config)
+            for i, (heads, width, dtype) in enumerate(self._cached_layers):
+                states = torch.empty(rows, heads, tokens, width, dtype=dtype)
+                cache.update(states, states, i)
+            del states
+            self._draw(self._decode(rows, 1, cache, tokens + 1), sampling)
         return self._found(alive)
 
-    def cache_per_token(self) -> int:
-        """Bytes that one token of one row takes in the cache, over all layers."""
-        return sum(2 * heads * width * dtype.itemsize for heads, width, dtype in self._cached_layers)
+    def decode(self, ids: Tensor, cache: Any, attention: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Any]:
+        """As of `Policy`, for `Slots`."""
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        asked = {"attention_mask": attention, "position_ids": positions, "logits_to_keep": 1}
+        arguments = accepted(self.model.forward, past_key_values=cache, **asked)
+        with self._precision():
+            return self.model(input_ids=ids, use_cache=True, **arguments).logits[:, -1], cache
+
+    def cache_per_token(self, slots: bool) -> int:
+        """Bytes that one token of one row takes in the cache, over all layers; slots hold autocast's dtype."""
+        sizes = (2 if slots and self.bf16 else dtype.itemsize for _, _, dtype in self._cached_layers)
+        return sum(2 * heads * width * n for (heads, width, _), n in zip(self._cached_layers, sizes, strict=True))
 
     @cached_property
     def _cached_layers(self) -> list[tuple[int, int, torch.dtype]]:
@@ -188,6 +224,9 @@ class Tracer:
         states: Tensor = self.model.base_model(**self._cached(rows, tokens, cache, seen)).last_hidden_state
         return states
 
+    def _draw(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        return next_token(logits, uniforms(torch.zeros(len(logits), dtype=torch.long), 0), sampling)[0]
+
     def _decode(self, rows: int, tokens: int, cache: Any, seen: int) -> Tensor:
         with self._precision():
             logits: Tensor = self.model(**self._cached(rows, tokens, cache, seen), logits_to_keep=1).logits
@@ -207,12 +246,31 @@ class Tracer:
 
     # --- counting -----------------------------------------------------------------------------------------------
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The Trainer's own, whose autocast keeps no casts from one operation to the next, or that of `_sampling`."""
+        if not self.bf16:
+            return nullcontext()
+        if self._keeps_casts:
+            return torch.autocast("cpu", torch.bfloat16, cache_enabled=True)
+        return MixedPrecision("bf16-mixed", "cpu").forward_context()
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """As `Policy.sampling`: no gradient, and casts of the weights are kept."""
+        self._keeps_casts = True
+        try:
+            with torch.no_grad(), self._precision():
+                yield
+        finally:
+            self._keeps_casts = False
+            torch.clear_autocast_cache()
 
     @contextmanager
     def _running(self) -> Iterator[None]:
+        pieces = sampler.IN_CACHE, running_scores.CPU_TILE
         try:
+            if not self.cpu:  # the tensors that stand for a GPU's are a CPU's
+                sampler.IN_CACHE, running_scores.CPU_TILE = sys.maxsize, running_scores.GPU_TILE
             with self._fake:
                 yield
         except Exception as error:  # whatever a model's own code raises where it looks at a number
@@ -220,16 +278,18 @@ class Tracer:
                 f"model.model: {type(self.model).__name__} cannot be planned: its passes do not run without numbers "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+        finally:
+            sampler.IN_CACHE, running_scores.CPU_TILE = pieces
 
     @contextmanager
-    def _counting(self, cached: int = 0) -> Iterator[Alive]:
-        """A count of what is made inside, but for the cache of so many rows."""
-        cache = {(cached, heads, width) for heads, width, _ in self._cached_layers} if cached else set()
+    def _counting(self, caches: bool = False) -> Iterator[Alive]:
+        """A count of what is made inside; `caches` tells keys and values from other tensors."""
+        cache = {(heads, width) for heads, width, _ in self._cached_layers} if caches else set()
 
-        def label(tensor: Tensor) -> str | None:
+        def label(tensor: Tensor) -> str:
             shape = tuple(tensor.shape)
-            if len(shape) == 4 and (*shape[:2], shape[3]) in cache:
-                return None
+            if len(shape) == 4 and (shape[1], shape[3]) in cache:
+                return "cache"
             if shape in self._weights:
                 return "gradients" if tensor.dtype == torch.float32 else "casts"
             return "logits" if len(shape) > 1 and shape[-1] == self._vocabulary else "activations"
@@ -239,5 +299,4 @@ class Tracer:
             yield alive
 
     def _found(self, alive: Alive) -> Bytes:
-        torch.clear_autocast_cache()
-        return {name: int(size) for name, size in alive.peak.items()}
+        return {"activations": 0} | {name: int(size) for name, size in alive.peak.items()}

@@ -1,9 +1,10 @@
 """What of a run's configuration decides the memory and the time of one of its processes."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.policy.adapter import Adapter
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 
@@ -14,10 +15,12 @@ class Workload:
 
     Args:
         ranks: Data-parallel processes.
+        cpu: Whether it runs on a CPU.
         sharded: Whether they share weights, gradients and moments (FSDP2); otherwise each has all (DDP).
         bf16: Whether passes run in bf16 (bf16-mixed); weights, gradients and moments are fp32 either way.
         checkpointing: Whether layers are recomputed in the backward pass.
         share_prompts: As `model.loading.share_prompts`.
+        adapter: What is trained in place of the weights; None trains the weights.
         prompt: Tokens of a prompt.
         response: Tokens of a response.
         prompts: Questions of a rollout on each process.
@@ -25,7 +28,9 @@ class Workload:
         passes: Over a rollout.
         minibatches: Optimizer steps of each pass.
         micro_batches: Chunks of an optimizer step.
+        micro_batch_tokens: Most tokens of a chunk; None goes by `micro_batches`.
         engine_rows: Most responses decoded at once.
+        cache_tokens: Most tokens whose keys and values are held at once.
         entropy_gradient: Whether the loss has an entropy bonus.
         scored: Whether a rollout is scored once more, for old log-probabilities or a mask.
         reference: Whether there is a reference model.
@@ -41,10 +46,12 @@ class Workload:
     """
 
     ranks: int = 1
+    cpu: bool = False
     sharded: bool = False
     bf16: bool = False
     checkpointing: bool = False
     share_prompts: bool | None = None
+    adapter: Adapter | None = None
     prompt: int = 1024
     response: int = 1024
     prompts: int = 32
@@ -52,7 +59,9 @@ class Workload:
     passes: int = 1
     minibatches: int = 1
     micro_batches: int = 1
+    micro_batch_tokens: int | None = None
     engine_rows: int = 512
+    cache_tokens: int = 2**18
     entropy_gradient: bool = False
     scored: bool = False
     reference: bool = False
@@ -71,17 +80,74 @@ class Workload:
         """Responses of an optimizer step on this process."""
         return -(-self.prompts // self.minibatches) * self.group
 
+    def batch(self, questions: int, samples: int, length: int) -> "DecodingBatch":
+        """The rows that `InProcessEngine` decodes at once, `samples` of each question, `length` tokens at most."""
+        room = self.cache_tokens // (self.prompt + length)
+        size = max(1, min(self.engine_rows, room, questions * samples))
+        together = min(size, samples)
+        return DecodingBatch(size, size // together, together)
+
     @property
     def decoded(self) -> int:
-        """Responses decoded at once."""
-        questions = max(1, self.engine_rows // self.group)
-        return min(questions, self.prompts) * min(self.engine_rows, self.group)
+        """Responses of a rollout decoded at once."""
+        return self.batch(self.prompts, self.group, self.response).rows
 
-    def chunk(self) -> tuple[int, int]:
-        """Rows of the largest chunk of an RL step, and the most different prompts that a chunk of that size has."""
-        size = -(-self.rows // self.micro_batches)
-        starts = range(0, self.rows, size)
-        return size, max(min(self.rows - 1, s + size - 1) // self.group - s // self.group + 1 for s in starts)
+    def chunk(self, shared: bool) -> "Chunk":
+        """The largest chunk of an RL step; `shared` says whether a group runs its prompt once."""
+        if self.micro_batch_tokens is None:
+            size = -(-self.rows // self.micro_batches)
+            starts = range(0, self.rows, size)
+            prompts = max(min(self.rows - 1, s + size - 1) // self.group - s // self.group + 1 for s in starts)
+            return Chunk(size, prompts, self.micro_batches)
+        whole = self.prompt + self.group * self.response
+        if not shared:
+            size = self.micro_batch_tokens // (self.prompt + self.response)
+        elif whole <= self.micro_batch_tokens:
+            size = self.micro_batch_tokens // whole * self.group
+        else:
+            size = (self.micro_batch_tokens - self.prompt) // self.response
+        size = max(1, min(size, self.rows))
+        return Chunk(size, -(-size // self.group), -(-self.rows // size))
+
+    def sft_chunk(self) -> "Chunk":
+        """The largest chunk of an SFT step, whose rows run each with its own prompt."""
+        size = -(-self.demonstrations // self.micro_batches)
+        if self.micro_batch_tokens is not None:
+            size = min(self.demonstrations, max(1, self.micro_batch_tokens // (self.prompt + self.demonstration)))
+        return Chunk(size, size, -(-self.demonstrations // size))
+
+
+class DecodingBatch(NamedTuple):
+    """Rows decoded at once.
+
+    Attributes:
+        slots: Rows that there is room for.
+        jobs: Prompts that are read for them.
+        samples: Rows of each.
+    """
+
+    slots: int
+    jobs: int
+    samples: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that run."""
+        return self.jobs * self.samples
+
+
+class Chunk(NamedTuple):
+    """A chunk of an optimizer step.
+
+    Attributes:
+        rows: Of the chunk.
+        prompts: Most different prompts that a chunk of so many rows has.
+        chunks: Of the step.
+    """
+
+    rows: int
+    prompts: int
+    chunks: int
 
 
 def workload_of(config: Any, ranks: int | None, prompt: int | None, response: int | None) -> tuple[Workload, list[str]]:
@@ -111,17 +177,23 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
     engine = rollout.engine
     if engine is not None and not engine.class_path.endswith(InProcessEngine.__name__):
         said.append(f"the memory and the speed of {engine.class_path} are its own; decoding is planned as in process")
+    adapter = None if model.adapter is None else Adapter(**vars(model.adapter))
+    if adapter is not None:
+        adapter.check("model.adapter")
     settings = engine.init_args if engine is not None and "init_args" in engine else {}
+    usual = InProcessEngine()
     own = model.evaluation.sampling
     samples = model.evaluation.samples or 1
     buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
     updates = schedule.epochs_per_rollout * schedule.minibatches
     return Workload(
         ranks=ranks,
+        cpu=trainer.accelerator == "cpu",
         sharded=sharded(trainer.strategy),
         bf16=trainer.precision == "bf16-mixed",
         checkpointing=model.loading.gradient_checkpointing,
         share_prompts=model.loading.share_prompts,
+        adapter=adapter,
         prompt=lengths[0],
         response=lengths[1],
         prompts=schedule.prompts_per_step // ranks,
@@ -129,7 +201,9 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         passes=schedule.epochs_per_rollout,
         minibatches=schedule.minibatches,
         micro_batches=model.optimizer.micro_batches,
-        engine_rows=settings.get("rows", InProcessEngine().rows),
+        micro_batch_tokens=model.optimizer.micro_batch_tokens,
+        engine_rows=settings.get("rows", usual.rows),
+        cache_tokens=settings.get("cache_tokens", usual.cache_tokens),
         entropy_gradient=loss.entropy_bonus > 0,
         scored=updates > 1 or loss.entropy_fraction < 1,
         reference=loss.kl_coefficient > 0,

@@ -205,33 +205,38 @@ def add_adapters(policy: Policy, settings: Adapter, seed: int) -> None:
     Raises:
         InputError: The model has adapters already, or `Adapter.layers` refuses a setting.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model: Any = policy.model
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise InputError("model.adapter: the model has LoRA layers already; merge them, or give adapter: null")
-    targets = list(settings.layers(model))
-    fingerprint = _fingerprint(model)
-    config = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": targets, "bias": "none"}
+    fingerprint = _fingerprint(policy.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in settings.names:
-            with warnings.catch_warnings():  # that there are several is meant
-                warnings.simplefilter("ignore")
-                inject_adapter_in_model(LoraConfig(**config), model, name)  # type: ignore[arg-type]
-        model.requires_grad_(False)
-        policy.adapter = Adapters(model, settings)
-        for layer in policy.adapter.layers.values():
-            layer.set_adapter(list(settings.names))
-            for name in settings.names:
-                a = layer.lora_A[name].weight
-                if settings.frozen_a:
-                    a.data = torch.linalg.qr(torch.randn(a.shape[::-1]))[0].T.contiguous().to(a)
-                    a.requires_grad_(False)
-    model.eval()
+        policy.adapter = put_beside(policy.model, settings)
     policy.register_buffer(FINGERPRINT, fingerprint)
     policy.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
     policy.register_load_state_dict_pre_hook(_with_base)  # type: ignore[no-untyped-call]
+
+
+def put_beside(model: Any, settings: Adapter) -> Adapters:
+    """Freeze the weights of a model and put adapters beside them; arguments and errors as of `add_adapters`."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise InputError("model.adapter: the model has LoRA layers already; merge them, or give adapter: null")
+    targets = list(settings.layers(model))
+    config = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": targets, "bias": "none"}
+    for name in settings.names:
+        with warnings.catch_warnings():  # that there are several is meant
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(LoraConfig(**config), model, name)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    adapters = Adapters(model, settings)
+    for layer in adapters.layers.values():
+        layer.set_adapter(list(settings.names))
+        for name in settings.names:
+            a = layer.lora_A[name].weight
+            if settings.frozen_a:
+                a.data = torch.linalg.qr(torch.randn(a.shape[::-1]))[0].T.contiguous().to(a)
+                a.requires_grad_(False)
+    model.eval()
+    return adapters
 
 
 def _without_base(policy: Any, weights: dict[str, Any], prefix: str, _: Any) -> None:
