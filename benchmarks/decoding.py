@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch.profiler import profile
 
 from benchmarks.run import TOKENS, prompts
 from mifo_lightning.policy.ending import set_ends
@@ -85,15 +86,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=list(SIDES), help="one side, in this process")
+    parser.add_argument("--profile", action="store_true", help="of that side: where the time goes, by operation")
     given = parser.parse_args()
-    if given.side:
+    if given.side and given.profile:
+        draw = drawing(given.model, *SIDES[given.side])
+        with profile() as seen:
+            draw(PROMPTS * GROUP)
+        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+    elif given.side:
         print(json.dumps(measure(given.model, given.side)))
-        return
+    else:
+        compare(given.model, given.rounds)
+
+
+def compare(model: str, rounds: int) -> None:
+    """Every side so many times, each time in a process of its own."""
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(given.rounds):
+    for _ in range(rounds):
         for side in SIDES:
-            command = [sys.executable, "-m", "benchmarks.decoding", "--model", given.model, "--side", side]
+            command = [sys.executable, "-m", "benchmarks.decoding", "--model", model, "--side", side]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if ended.returncode:
@@ -109,11 +121,11 @@ def main() -> None:
     ]
     print(f"| {' | '.join(head)} |")
     print("|---|---|---|---|---|---|")
-    for side, rounds in found.items():
+    for side, measured in found.items():
         rates, base = (sorted(r["rate"] for r in found[s]) for s in (side, f"transformers, {SIDES[side][1]}"))
         middle, share = statistics.median(rates), statistics.median(rates) / statistics.median(base)
-        differ = f"{rounds[0]['differ']:.3f}" if SIDES[side][0] == "ours" else "-"
-        peak = max(r["peak"] for r in rounds)
+        differ = f"{measured[0]['differ']:.3f}" if SIDES[side][0] == "ours" else "-"
+        peak = max(r["peak"] for r in measured)
         print(f"| {side} | {middle:.0f} | {rates[0]:.0f} - {rates[-1]:.0f} | {share:.2f} | {peak:.1f} | {differ} |")
 
 
