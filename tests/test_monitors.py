@@ -42,7 +42,7 @@ def test_samples_of_rollouts_and_evaluations_are_appended(make_trainer: MakeTrai
     def row(step: int, stage: str, source: str, prompt: str) -> dict[str, Any]:
         answer = f"{sum(map(int, prompt.rstrip('=').split('+'))):04d}"
         found = {"step": step, "stage": stage, "source": source, "prompt": prompt}
-        return {**found, "response": f">{answer}", "truth": answer, "reward": 1.0}
+        return {**found, "response": f">{answer}", "truth": answer, "reward": 1.0, "length": 6, "truncated": False}
 
     for _ in range(2):  # a second run in the same directory adds to the file
         engine = Sums(True)

@@ -7,12 +7,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from command_line import CONFIGS, refused, short
+from conftest import make_module
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -20,11 +20,10 @@ from mifo_lightning.cli import main
 from mifo_lightning.cli.resume import VERSION, choose
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.kept_rows import metrics_before, samples_before
-from mifo_lightning.policy.loading import blueprint
 from mifo_lightning.steps.guards import check_flags
 
 CSV = ["--config", str(CONFIGS / "logger" / "csv.yaml")]
-MODULE: Any = SimpleNamespace(model_name="embedded", blueprint=lambda: blueprint("embedded"))
+MODULE: Any = make_module()
 MakeTrainer = Callable[..., Trainer]
 Change = Callable[[Path, dict[str, Any]], Any]
 

@@ -44,6 +44,11 @@ class Responder:
         self.engine, self.tokenizer, self.reward = engine, tokenizer, reward
         self.success_threshold, self.seed = success_threshold, seed
 
+    @property
+    def own_numerics(self) -> bool:
+        """That of the engine, which any object with a `generate` may be."""
+        return bool(getattr(self.engine, "own_numerics", False))
+
     def key(self, *name: str | int) -> int:
         """The seed of a question's responses: equal names draw equally, whatever the batch and the rank."""
         return stable_key(self.seed.value, *name)

@@ -50,7 +50,7 @@ class SelfCheck:
 
     def again(self, policy: Policy) -> None:
         """The same where the engine is about to draw, if its weights may be old; collective."""
-        if not self.responder.engine.own_numerics or not self._prompts or policy.version == self._version:
+        if not self.responder.own_numerics or not self._prompts or policy.version == self._version:
             return
         self._version = policy.version
         if self._changes % self.every == 0:
@@ -87,7 +87,7 @@ def self_check(
     Raises:
         InputError: If they differ too much, or the engine cannot decode this model.
     """
-    asked, own = unequal_prompts(prompts), responder.engine.own_numerics
+    asked, own = unequal_prompts(prompts), responder.own_numerics
     short = replace(sampling, top_p=1.0, top_k=0, max_new_tokens=min(TOKENS, sampling.max_new_tokens))
     family, name = type(policy.model).__name__, type(responder.engine).__name__
     advice = "give another model.rollout.engine or another model.model"

@@ -240,7 +240,7 @@ class Reinforcement:
             # with a single update the ratio is 1 by definition; scores of another batch shape would only add rounding
             batch.logp_old = logp if item["updates"] > 1 else None
             batch.keep = forking_tokens(entropy, batch, minibatches, settings.entropy_fraction) if masked else None
-        if self.needs_reference and charged is None:
+        if charged is None and (self.references or (self.needs_reference and policy.adapter is not None)):
             with self._reference(policy) as reference:
                 batch.logp_ref = score_without_gradient(reference, sequences, batch.temperature, grouped=True)[0]
         return batch
@@ -268,7 +268,7 @@ class Reinforcement:
             return self.settings.correction is not None
         with policy.numerics():
             mixed = torch.is_autocast_enabled(policy.device.type)
-        return mixed or self.responder.engine.own_numerics
+        return mixed or self.responder.own_numerics
 
     def _demonstration_rewards(self, graded: Graded) -> Tensor | None:
         """[Q] fp32 rewards of the demonstrations by the verifier that grades rollouts, if they are in groups."""
