@@ -224,9 +224,7 @@ def test_speed_is_bound_by_arithmetic_or_by_bandwidth() -> None:
     n = 10**9
     work, shape = Workload(prompts=8, prompt=100, response=100, bf16=True), Shape(n, n)
     found = speed(work, GPU(), shape)
-    assert found.decoding == pytest.approx(
-        64 * GPU().bandwidth * 1e9 * 0.6 / (2 * n)
-    )  # casts are read
+    assert found.decoding == pytest.approx(64 * GPU().bandwidth * 1e9 * 0.6 / (2 * n))  # casts are read
     assert found.update == pytest.approx(0.4 * 989e12 / (6 * n) / 2)  # half of the tokens are prompts
     assert speed(work, GPU(), shape._replace(shared=True)).update == pytest.approx(found.update * 2 * 64 / (8 + 64))
     assert speed(work, GPU(), shape._replace(trained=0)).update == pytest.approx(found.update * 6 / 4)
