@@ -93,6 +93,9 @@ def sample(rows: Path, questions: int, out: Path) -> None:
     read = {}
     for name in FILES:
         path = rows / f"{name}.parquet"
+        if not path.is_file():
+            wanted = ", ".join(f"{file}.parquet" for file in FILES)
+            raise InputError(f"--data: {rows} has no {path.name}; give a directory with {wanted}")
         try:
             read[name] = pq.read_table(path).to_pylist()
         except (OSError, pa.ArrowException) as error:

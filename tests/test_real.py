@@ -77,7 +77,11 @@ def test_rows_that_cannot_be_read_are_one_line(tmp_path: Path, kind: str) -> Non
     (rows / "words_rl.parquet").unlink()
     if kind == "text":
         (rows / "words_rl.parquet").write_text("question,answer")
-    with pytest.raises(InputError, match=r"^--data .*words_rl\.parquet: [^\n]+$"):
+    line = {
+        "absent": r"^--data: .*rows has no words_rl\.parquet; give a directory with words_cold\.parquet, [^\n]+$",
+        "text": r"^--data .*words_rl\.parquet: [^\n]+$",
+    }
+    with pytest.raises(InputError, match=line[kind]):
         sample(rows, 5, tmp_path / "a.parquet")
 
 
