@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import measured
 from benchmarks.plan import GROUP, configuration, random_model
 
 PROMPTS, STEPS = 4, 6
@@ -59,12 +59,8 @@ def measure(path: str) -> float:
 
 def samples_per_second(path: Path, ranks: int) -> float:
     """Of one fit in processes of its own."""
-    command = [sys.executable, "-m", "benchmarks.ddp", "--measure", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if ended.returncode:
-        raise SystemExit(f"{ranks} processes: {ended.stderr.strip().splitlines()[-1]}")
-    return ranks * PROMPTS * GROUP / float(json.loads(ended.stdout.strip().splitlines()[-1]))
+    seconds = float(measured(f"{ranks} processes", "benchmarks.ddp", "--measure", str(path)))
+    return ranks * PROMPTS * GROUP / seconds
 
 
 def main() -> None:

@@ -9,11 +9,8 @@ responses that are others when 16 rows are decoded at once in place of all: 0 in
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +18,7 @@ from contextlib import nullcontext
 import torch
 from torch.profiler import profile
 
+from benchmarks.child import measured
 from benchmarks.run import TOKENS, prompts
 from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
@@ -105,12 +103,7 @@ def compare(model: str, rounds: int) -> None:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            command = [sys.executable, "-m", "benchmarks.decoding", "--model", model, "--side", side]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if ended.returncode:
-                raise SystemExit(f"{side}: {ended.stderr.strip().splitlines()[-1]}")
-            found[side].append(json.loads(ended.stdout.strip().splitlines()[-1]))
+            found[side].append(measured(side, "benchmarks.decoding", "--model", model, "--side", side))
     head = [
         "decoding",
         "tokens per CPU second",
@@ -121,11 +114,11 @@ def compare(model: str, rounds: int) -> None:
     ]
     print(f"| {' | '.join(head)} |")
     print("|---|---|---|---|---|---|")
-    for side, measured in found.items():
+    for side, rows in found.items():
         rates, base = (sorted(r["rate"] for r in found[s]) for s in (side, f"transformers, {SIDES[side][1]}"))
         middle, share = statistics.median(rates), statistics.median(rates) / statistics.median(base)
-        differ = f"{measured[0]['differ']:.3f}" if SIDES[side][0] == "ours" else "-"
-        peak = max(r["peak"] for r in measured)
+        differ = f"{rows[0]['differ']:.3f}" if SIDES[side][0] == "ours" else "-"
+        peak = max(r["peak"] for r in rows)
         print(f"| {side} | {middle:.0f} | {rates[0]:.0f} - {rates[-1]:.0f} | {share:.2f} | {peak:.1f} | {differ} |")
 
 

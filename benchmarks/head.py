@@ -10,12 +10,9 @@ rounds alternate between the sides. Growth leaves out the weight's gradient, whi
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.child import measured
 from mifo_lightning.policy import token_scores
 
 PART = 8192  # vocabulary entries of a product in the limit
@@ -113,12 +111,7 @@ def main() -> None:
     shape = [f"--{name}={getattr(given, name)}" for name in ("vocabulary", "hidden", "tokens")]
     for _ in range(given.rounds):
         for side, rounds in found.items():
-            command = [sys.executable, "-m", "benchmarks.head", *shape, "--side", side]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if ended.returncode:
-                raise SystemExit(f"{side}: ended with {ended.returncode}. {ended.stderr.strip()[-200:]}")
-            rounds.append(json.loads(ended.stdout))
+            rounds.append(measured(side, "benchmarks.head", *shape, "--side", side))
     print(f"{platform.processor() or platform.machine()}, one thread, {given.rounds} rounds\n\n{table(found)}")
 
 

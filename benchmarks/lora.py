@@ -10,16 +10,21 @@ checkpoint is the one at the end.
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import lightning
+import torch
+
+import mifo_lightning as mifo
+from benchmarks.child import measured
 from benchmarks.run import GROUP, LENGTH, PROMPTS, TOKENS, Clock, coin, prompts
+from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
+from mifo_callbacks.sharding import trainable
+from mifo_lightning.policy.ending import set_ends
 
 STEPS = 2
 SIDES: dict[str, dict[str, Any] | None] = {
@@ -29,30 +34,28 @@ SIDES: dict[str, dict[str, Any] | None] = {
 }
 
 
-def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
-    """Seconds of an RL step and of an SFT step, trained weights, bytes of a checkpoint and peak memory in GiB."""
-    import lightning
-    import torch
+class Timing(lightning.Callback):
+    """CPU seconds of the steps of each phase kind."""
 
-    import mifo_lightning as mifo
-    from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
-    from mifo_callbacks.sharding import trainable
-    from mifo_lightning.policy.ending import set_ends
+    def __init__(self) -> None:
+        self.clocks = {"rl": Clock(), "sft": Clock()}
 
-    torch.set_num_threads(1)
-    clocks = {"rl": Clock(), "sft": Clock()}
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A step begins."""
+        self.clocks[batch["phase"]].begin()
 
-    class Timing(lightning.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-            clocks[batch["phase"]].begin()
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """It is done."""
+        self.clocks[batch["phase"]].end()
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            clocks[batch["phase"]].end()
 
-    def reward(responses: list[str], truths: list[str]) -> list[float]:
-        return coin(responses)
+def reward(responses: list[str], truths: list[str]) -> list[float]:
+    """A coin for each response."""
+    return coin(responses)
 
-    lightning.seed_everything(0, verbose=False)
+
+def run_of(model: str, adapter: dict[str, Any] | None) -> tuple[mifo.MifoModule, mifo.QuestionData]:
+    """Module and data of a few RL steps with an SFT phase after each."""
     module = mifo.MifoModule(
         model,
         mifo.FunctionReward(reward, isolate=False),
@@ -70,6 +73,16 @@ def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
         demonstrations=mifo.Demonstrations(verify=False),
         schedule=mifo.Schedule(rl_steps=STEPS, prompts_per_step=PROMPTS, sft_batch=2, fit_sizes=False),
     )
+    set_ends(module.tokenizer, set())  # every response is of full length
+    return module, data
+
+
+def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
+    """Seconds of an RL step and of an SFT step, trained weights, bytes of a checkpoint and peak memory in GiB."""
+    torch.set_num_threads(1)
+    lightning.seed_everything(0, verbose=False)
+    module, data = run_of(model, adapter)
+    timing = Timing()
     method = [EntropyTokenSelection(), ImportanceEMA(), GradientFreezing(), BufferPhaseSwitch(size=PROMPTS)]
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -79,16 +92,15 @@ def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*method, Timing()],
+        callbacks=[*method, timing],
     )
-    set_ends(module.tokenizer, set())  # every response is of full length
     trainer.fit(module, data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "last.ckpt")
         trainer.save_checkpoint(path)
         kept = path.stat().st_size / 2**20
-    seconds = {phase: statistics.median(clock.took[1:]) for phase, clock in clocks.items()}
+    seconds = {phase: statistics.median(clock.took[1:]) for phase, clock in timing.clocks.items()}
     return {**seconds, "trained": sum(p.numel() for p in trainable(module).values()), "kept": kept, "peak": peak}
 
 
@@ -105,13 +117,7 @@ def main() -> None:
     print("| trained | weights, millions | RL step, s | SFT step, s | peak GiB | checkpoint MiB |")
     print("|---|---|---|---|---|---|")
     for side in SIDES:
-        command = [sys.executable, "-m", "benchmarks.lora", "--model", given.model, "--side", side]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        )
-        if ended.returncode:
-            raise SystemExit(f"{side}: {ended.stderr.strip().splitlines()[-1]}")
-        found = json.loads(ended.stdout.strip().splitlines()[-1])
+        found = measured(side, "benchmarks.lora", "--model", given.model, "--side", side)
         numbers = f"{found['trained'] / 1e6:.2f} | {found['rl']:.1f} | {found['sft']:.1f} | {found['peak']:.1f}"
         print(f"| {side} | {numbers} | {found['kept']:.0f} |", flush=True)
 

@@ -11,7 +11,6 @@ the resident set, the kernel's peak being reset at every moment; with --accelera
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -22,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import child
 from mifo_lightning.rewards.base import Reward
 
 PROMPTS, TOKENS, GROUP, LENGTH, DEMONSTRATION = 2, 75, 8, 32, 48
@@ -244,12 +244,9 @@ def random_model(place: Path, **shape: Any) -> str:
 
 def measured(path: Path, accelerator: str) -> dict[str, int]:
     """Measured in a process of its own; large tensors are mapped, so that what is freed is the system's again."""
-    command = [sys.executable, "-m", "benchmarks.plan", "--measure", str(path), "--accelerator", accelerator]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if ended.returncode:
-        raise SystemExit(f"{path}: {ended.stderr.strip().splitlines()[-1]}")
-    found: dict[str, int] = json.loads(ended.stdout.strip().splitlines()[-1])
+    mapped = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    arguments = ("--measure", str(path), "--accelerator", accelerator)
+    found: dict[str, int] = child.measured(str(path), "benchmarks.plan", *arguments, **mapped)
     return found
 
 

@@ -10,11 +10,9 @@ rounds alternate between the sides, so that a machine that slows down slows all.
 
 import argparse
 import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import measured
 
 PROMPTS, TOKENS, GROUP, LENGTH, STEPS = 4, 75, 8, 32, 3
 SIDES: dict[str, dict[str, Any]] = {
@@ -199,13 +199,7 @@ def main() -> None:
     for _ in range(given.rounds):
         for side in sides:
             python = given.trl if SIDES[side].get("trl") else sys.executable
-            command = [python, "-m", "benchmarks.run", "--model", given.model, "--side", side]
-            ended = subprocess.run(
-                command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-            )
-            if ended.returncode:
-                raise SystemExit(f"{side}: {ended.stderr.strip().splitlines()[-1]}")
-            found[side].append(json.loads(ended.stdout.strip().splitlines()[-1]))
+            found[side].append(measured(side, "benchmarks.run", "--model", given.model, "--side", side, python=python))
     print(f"{platform.processor() or platform.machine()}, one thread, {given.rounds} rounds\n\n{table(found)}")
 
 
