@@ -174,14 +174,11 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
             f"prompts of {lengths[0]} and responses of {lengths[1]} tokens, the longest that are allowed, since only "
             "the data tells: --prompt_tokens and --response_tokens say what is usual"
         )
-    engine = rollout.engine
-    if engine is not None and not engine.class_path.endswith(InProcessEngine.__name__):
-        said.append(f"the memory and the speed of {engine.class_path} are its own; decoding is planned as in process")
+    engine, unknown = _engine(rollout.engine)
+    said += unknown
     adapter = None if model.adapter is None else Adapter(**vars(model.adapter))
     if adapter is not None:
         adapter.check("model.adapter")
-    settings = engine.init_args if engine is not None and "init_args" in engine else {}
-    usual = InProcessEngine()
     own = model.evaluation.sampling
     samples = model.evaluation.samples or 1
     buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
@@ -202,8 +199,8 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         minibatches=schedule.minibatches,
         micro_batches=model.optimizer.micro_batches,
         micro_batch_tokens=model.optimizer.micro_batch_tokens,
-        engine_rows=settings.get("rows", usual.rows),
-        cache_tokens=settings.get("cache_tokens", usual.cache_tokens),
+        engine_rows=engine.rows,
+        cache_tokens=engine.cache_tokens,
         entropy_gradient=loss.entropy_bonus > 0,
         scored=updates > 1 or loss.entropy_fraction < 1,
         reference=loss.kl_coefficient > 0,
@@ -217,6 +214,14 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         samples=samples,
         sampling=Sampling(own.temperature, own.top_p, own.top_k, own.max_new_tokens or lengths[1]),
     ), said
+
+
+def _engine(given: Any) -> tuple[InProcessEngine, list[str]]:
+    """The engine that decoding is planned with, and a line where the run has another."""
+    if given is not None and not given.class_path.endswith(InProcessEngine.__name__):
+        another = f"the memory and the speed of {given.class_path} are its own; decoding is planned as in process"
+        return InProcessEngine(), [another]
+    return InProcessEngine(**vars(given.init_args) if given is not None and "init_args" in given else {}), []
 
 
 def ranks_of(trainer: Any, given: int | None) -> tuple[int, list[str]]:
