@@ -70,7 +70,11 @@ def test_the_command_that_goes_on_names_the_new_checkpoint_alone() -> None:
         assert line.endswith("python -m mifo_lightning fit --config x.yaml --ckpt_path 'runs/a b/last.ckpt'")
 
 
-def test_handlers_are_given_back() -> None:
+@pytest.mark.parametrize("after_a_fit", [False, True])
+def test_handlers_are_given_back(after_a_fit: bool) -> None:
+    """A fit in this process that nobody took signals over for has deferred them: that is not for the next one."""
+    if after_a_fit:
+        interruption.defer()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as ended, interruption.noted():
         os.kill(os.getpid(), signal.SIGTERM)

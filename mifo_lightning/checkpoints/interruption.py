@@ -138,6 +138,8 @@ def install() -> dict[int, Any]:
 @contextmanager
 def noted() -> Iterator[None]:
     """Take the signals over; give them back at the end, and forget, unless this is within another one."""
+    if _arrived not in map(signal.getsignal, SIGNALS):
+        forget()  # what a fit of this process that nobody took signals over for has left
     before = install()
     try:
         yield
