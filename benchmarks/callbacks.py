@@ -21,7 +21,7 @@ from lightning.pytorch.profilers import Profiler
 
 import mifo_callbacks
 import mifo_lightning as mifo
-from benchmarks.run import GROUP, LENGTH, PROMPTS, coin, prompts
+from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, coin, prompts
 from mifo_callbacks.recipe import mifo as recipe
 from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_tokenizer
@@ -95,7 +95,7 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
     target = " ".join(str(i % 10) for i in range(LENGTH // 2))
     rows: Any = [
         {"prompt": text, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": target}
-        for text in prompts(load_tokenizer(model))
+        for text in prompts(load_tokenizer(model), 12, TOKENS)
     ]
     lightning.seed_everything(0, verbose=False)
     module = mifo.MifoModule(

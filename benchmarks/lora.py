@@ -21,7 +21,7 @@ import torch
 
 import mifo_lightning as mifo
 from benchmarks.child import measured
-from benchmarks.run import GROUP, LENGTH, PROMPTS, TOKENS, Clock, coin, prompts
+from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, coin, prompts
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
 from mifo_callbacks.sharding import trainable
 from mifo_lightning.policy.ending import set_ends
@@ -63,7 +63,7 @@ def run_of(model: str, adapter: dict[str, Any] | None) -> tuple[mifo.MifoModule,
         optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
         adapter=None if adapter is None else mifo.Adapter(**adapter),
     )
-    texts = prompts(module.tokenizer)
+    texts = prompts(module.tokenizer, 12, TOKENS)
     rows: Any = [
         {"prompt": t, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": 2 * t} for t in texts
     ]

@@ -1,186 +1,142 @@
-"""How long does a GRPO step take, and how much memory, beside TRL's? One table, sides interleaved, one CPU thread.
+"""How long does a step take, and how much memory, beside TRL's and beside its products alone? Sides interleaved.
 
-    make bench                                                       # sets TRL up in an environment of its own
+    make bench MODEL=DIR                                             # sets TRL up in an environment of its own
     python -m benchmarks.run --model DIR --trl trl-env/bin/python    # DIR: a Hugging Face directory
+    python -m benchmarks.run --model DIR --work grpo sft             # some of the work, and this framework alone
 
-A step is 4 prompts of 75 tokens x 8 responses of exactly 32, all groups trained: drawn at temperature 1, graded by a
-coin, one AdamW update. Every measurement is a process of its own, of three steps, the first of which does not count;
-rounds alternate between the sides, so that a machine that slows down slows all. Seconds are CPU seconds.
+Works: `grpo`, 4 prompts of 75 tokens x 8 responses of exactly 32 on the given model; `sft`, 16 demonstrations of 64
+tokens behind prompts of 75 on it; on a random model of a million weights, 4 prompts of 16 tokens x 8 responses of
+exactly 64 at a vocabulary of 32 (`forced`) and of 32,768 (`wide`), and of at most 64 at 32 (`ends`). All groups are
+trained: responses are drawn at temperature 1 and graded by a coin, then one AdamW update. The limit is the products
+with weights that such a step cannot do without.
+
+Every measurement is a process of its own with one thread and several steps, the first of which does not count; rounds
+alternate between the sides, so that a machine that slows down slows all. Seconds are CPU seconds.
 """
 
 import argparse
+import importlib
 import json
 import platform
 import resource
 import statistics
 import sys
 import tempfile
-import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.child import measured
+from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, Size, tiny_model
 
-PROMPTS, TOKENS, GROUP, LENGTH, STEPS = 4, 75, 8, 32, 3
-SIDES: dict[str, dict[str, Any]] = {
-    "TRL, fp32": {"trl": True, "bf16": False},
-    "ours, fp32": {"share": None, "bf16": False},
-    "ours, fp32, every row with its own prompt": {"share": False, "bf16": False},
-    "TRL, bf16": {"trl": True, "bf16": True},
-    "ours, bf16-mixed": {"share": None, "bf16": True},
+
+class Work(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        kind: Function of the sides' modules.
+        size: Of a step.
+        vocabulary: Of the random model it runs on; 0: on the given one.
+        sides: Module and arguments by name; others are measured against the first of TRL's.
+    """
+
+    kind: str
+    size: Size
+    vocabulary: int
+    sides: dict[str, tuple[str, dict[str, Any]]]
+
+
+FP32, BF16 = {"bf16": False}, {"bf16": True}
+BOTH = {"TRL": ("theirs", FP32), "ours": ("ours", FP32), "limit": ("products", FP32)}
+WORKS = {
+    "grpo": Work(
+        "grpo",
+        Size(PROMPTS, TOKENS, GROUP, LENGTH),
+        0,
+        {
+            "TRL, fp32": ("theirs", FP32),
+            "ours, fp32": ("ours", FP32),
+            "ours, fp32, every row with its own prompt": ("ours", FP32 | {"share": False}),
+            "limit, fp32": ("products", FP32),
+            "TRL, bf16": ("theirs", BF16),
+            "ours, bf16-mixed": ("ours", BF16),
+            "limit, bf16": ("products", BF16),
+        },
+    ),
+    "sft": Work(
+        "sft",
+        Size(prompts=16, tokens=75, group=1, length=64),
+        0,
+        {
+            "TRL, fp32": ("theirs", FP32),
+            "ours, fp32": ("ours", FP32 | {"selection": False}),
+            "ours, fp32, selection": ("ours", FP32 | {"selection": True}),
+            "limit, fp32": ("products", FP32),
+        },
+    ),
+    "forced": Work("grpo", Size(prompts=4, tokens=16, group=8, length=64, steps=11), 32, BOTH),
+    "ends": Work(  # without a limit: it depends on how long each response is
+        "grpo",
+        Size(prompts=4, tokens=16, group=8, length=64, steps=21, ends=True),
+        32,
+        {side: how for side, how in BOTH.items() if side != "limit"},
+    ),
+    "wide": Work("grpo", Size(prompts=4, tokens=16, group=8, length=64), 32768, BOTH),
 }
 
 
-def coin(texts: Sequence[str]) -> list[float]:
-    """0 or -1 at random: what was cut off gets at most 0 here, and every response is."""
-    return [-float(zlib.crc32(text.encode()) % 2) for text in texts]
-
-
-def prompts(tokenizer: Any, count: int = PROMPTS * STEPS) -> list[str]:
-    """Texts of exactly `TOKENS` tokens each."""
-    words = tokenizer.encode(Path(__file__).read_text(encoding="utf-8"), add_special_tokens=False)
-    found: list[str] = []
-    start = 0
-    while len(found) < count:
-        text = tokenizer.decode(words[start % 300 : start % 300 + TOKENS])
-        start += 7
-        if len(tokenizer.encode(text, add_special_tokens=False)) == TOKENS and text not in found:
-            found.append(text)
-    return found
-
-
-class Clock:
-    """CPU seconds of each step."""
-
-    def __init__(self) -> None:
-        self.took: list[float] = []
-
-    def begin(self) -> None:
-        """A step begins."""
-        self.start = time.process_time()
-
-    def end(self) -> None:
-        """It is done."""
-        self.took.append(time.process_time() - self.start)
-
-
-def ours(model: str, share: bool | None, bf16: bool, clock: Clock) -> None:
-    """Three steps of this framework."""
-    import lightning
-
-    import mifo_lightning as mifo
-    from mifo_lightning.policy.ending import set_ends
-    from mifo_lightning.policy.loading import load_tokenizer
-
-    class Timing(lightning.Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
-            clock.begin()
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            clock.end()
-
-    def reward(responses: list[str], truths: list[str]) -> list[float]:
-        return coin(responses)
-
-    texts = prompts(load_tokenizer(model))
-    rows: Any = [
-        {"prompt": text, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": None} for text in texts
-    ]
-    lightning.seed_everything(0, verbose=False)
-    module = mifo.MifoModule(
-        model,
-        mifo.FunctionReward(reward, isolate=False),
-        mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH), self_check=False),
-        loading=mifo.Loading(share_prompts=share),
-    )
-    data = mifo.QuestionData(
-        rows,
-        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-        schedule=mifo.Schedule(rl_steps=STEPS, prompts_per_step=PROMPTS, fit_sizes=False),
-    )
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        precision="bf16-mixed" if bf16 else "32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Timing()],
-    )
-    set_ends(module.tokenizer, set())  # every response is of full length
-    trainer.fit(module, data)
-
-
-def trl(model: str, bf16: bool, clock: Clock) -> None:
-    """Three steps of TRL's GRPOTrainer."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Timing(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.end()
-
-    with tempfile.TemporaryDirectory() as place:
-        settings = GRPOConfig(
-            output_dir=place,
-            per_device_train_batch_size=PROMPTS * GROUP,
-            num_generations=GROUP,
-            max_completion_length=LENGTH,
-            generation_kwargs={"min_new_tokens": LENGTH},
-            max_steps=STEPS,
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            loss_type="grpo",
-            beta=0.0,
-            save_strategy="no",
-            seed=0,
-            use_cpu=True,
-            bf16=bf16,
-            gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"},
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=lambda completions, **_: coin(completions),
-            args=settings,
-            train_dataset=Dataset.from_list([{"prompt": t} for t in prompts(AutoTokenizer.from_pretrained(model))]),
-            callbacks=[Timing()],
-        )
-        trainer.train()
-
-
-def measure(model: str, side: str) -> dict[str, float]:
-    """One side in this process: median CPU seconds of its steps but the first, and peak memory in GiB."""
+def run(work: Work, side: str, model: str, clock: Clock) -> None:
+    """One side's steps, in this process, with one thread."""
     import torch
 
     torch.set_num_threads(1)
-    clock, settings = Clock(), dict(SIDES[side])
-    (trl if settings.pop("trl", False) else ours)(model, **settings, clock=clock)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": statistics.median(clock.took[1:]), "peak": peak}
+    module, settings = work.sides[side]
+    steps = getattr(importlib.import_module(f"benchmarks.{module}"), work.kind)
+    with tempfile.TemporaryDirectory() as place:
+        steps(tiny_model(Path(place), work.vocabulary) if work.vocabulary else model, work.size, clock, **settings)
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """A Markdown table: medians over rounds, their spread, and what they are of TRL's in fp32."""
-    lines = ["| step | CPU seconds | least - most | of TRL, fp32 | peak GiB |", "|---|---|---|---|---|"]
-    base = statistics.median(r["seconds"] for r in found["TRL, fp32"]) if found.get("TRL, fp32") else None
+def measure(work: Work, side: str, model: str) -> dict[str, float]:
+    """Median CPU seconds of a side's steps, or of a token where lengths differ, and peak memory in GiB."""
+    clock = Clock()
+    run(work, side, model, clock)
+    took, tokens = clock.took[1:], clock.tokens[1:]
+    seconds = sum(took) / sum(tokens) if work.size.ends else statistics.median(took)
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def profiled(work: Work, side: str, model: str) -> str:
+    """Where the time of a side's last step goes, by operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    seen = profile(activities=[ProfilerActivity.CPU])
+
+    class Profiled(Clock):
+        def begin(self) -> None:
+            super().begin()
+            if len(self.tokens) == work.size.steps:
+                seen.start()
+
+        def end(self) -> None:
+            super().end()
+            if len(self.tokens) == work.size.steps:
+                seen.stop()
+
+    run(work, side, model, Profiled())
+    return str(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=40))
+
+
+def lines(name: str, found: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Rows of a Markdown table: medians over rounds, their spread, and what they are of TRL's in fp32."""
+    scale, unit, digits = (1e3, "ms a token", 3) if WORKS[name].size.ends else (1, "s", 2)
+    of = [statistics.median(r["seconds"] for r in rounds) for side, rounds in found.items() if side.startswith("TRL")]
+    rows = []
     for side, rounds in found.items():
-        if rounds:
-            seconds = sorted(r["seconds"] for r in rounds)
-            middle, peak = statistics.median(seconds), max(r["peak"] for r in rounds)
-            share = f"{middle / base:.2f}" if base else "-"
-            lines.append(f"| {side} | {middle:.1f} | {seconds[0]:.1f} - {seconds[-1]:.1f} | {share} | {peak:.1f} |")
-    return "\n".join(lines)
+        seconds = sorted(r["seconds"] * scale for r in rounds)
+        middle, peak = statistics.median(seconds), max(r["peak"] for r in rounds)
+        share = f"{middle / scale / of[0]:.2f}" if of else "-"
+        spread = f"{middle:.{digits}f} {unit} | {seconds[0]:.{digits}f} - {seconds[-1]:.{digits}f}"
+        rows.append(f"| {name} | {side} | {spread} | {share} | {peak:.1f} |")
+    return rows
 
 
 def main() -> None:
@@ -189,18 +145,32 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
     parser.add_argument("--trl", help="the Python of an environment with TRL; without it this framework alone")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
-    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS), help="all of it by default")
+    parser.add_argument("--side", help="one side of one work, in this process")
+    parser.add_argument("--profile", action="store_true", help="of that side: where the time of a step goes")
     given = parser.parse_args()
     if given.side:
-        print(json.dumps(measure(given.model, given.side)))
+        work = WORKS[given.work[0]]
+        if given.side not in work.sides:
+            parser.error(f"--side: {given.side} is none of {given.work[0]}; allowed: {', '.join(work.sides)}")
+        print(
+            profiled(work, given.side, given.model)
+            if given.profile
+            else json.dumps(measure(work, given.side, given.model))
+        )
         return
-    sides = [side for side, settings in SIDES.items() if given.trl or not settings.get("trl")]
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(given.rounds):
-        for side in sides:
-            python = given.trl if SIDES[side].get("trl") else sys.executable
-            found[side].append(measured(side, "benchmarks.run", "--model", given.model, "--side", side, python=python))
-    print(f"{platform.processor() or platform.machine()}, one thread, {given.rounds} rounds\n\n{table(found)}")
+    print(f"{platform.processor() or platform.machine()}, one thread, {given.rounds} rounds\n")
+    print("| work | side | CPU time | least - most | of TRL, fp32 | peak GiB |\n|---|---|---|---|---|---|")
+    for name in given.work:
+        found: dict[str, list[dict[str, float]]] = {
+            side: [] for side, (module, _) in WORKS[name].sides.items() if given.trl or module != "theirs"
+        }
+        for _ in range(given.rounds):
+            for side in found:
+                python = given.trl if WORKS[name].sides[side][0] == "theirs" else sys.executable
+                arguments = ("--model", given.model, "--work", name, "--side", side)
+                found[side].append(measured(f"{name}, {side}", "benchmarks.run", *arguments, python=python))
+        print("\n".join(lines(name, found)), flush=True)
 
 
 if __name__ == "__main__":
