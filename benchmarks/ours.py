@@ -34,11 +34,12 @@ def grpo(model: str, size: Size, clock: Clock, bf16: bool, share: bool | None = 
         return clock.coin(responses)
 
     lightning.seed_everything(0, verbose=False)
+    switch: Any = {} if share is None else {"share_prompts": share}  # older commits, to be timed beside this, lack it
     module = mifo.MifoModule(
         model,
         mifo.FunctionReward(reward, isolate=False),
         mifo.Rollout(group_size=size.group, sampling=mifo.Sampling(max_new_tokens=size.length), self_check=False),
-        loading=mifo.Loading(share_prompts=share),
+        loading=mifo.Loading(**switch),
     )
     if not size.ends:
         set_ends(module.tokenizer, set())
