@@ -98,12 +98,12 @@ def run_of(model: Any, tokenizer: Any, size: Size, steps: int) -> tuple[Any, Any
         {"prompt": text, "data_source": "-", "reward_model": {"ground_truth": "-"}, "target": target}
         for text in prompts(size, steps)
     ]
-    schedule = {"prompts_per_step": size.prompts, "sft_batch": BEFORE * size.prompts // 2, "fit_sizes": False}
+    schedule: dict[str, Any] = {"prompts_per_step": size.prompts, "sft_batch": BEFORE * size.prompts // 2}
     data = mifo.QuestionData(
         rows,
         prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
         demonstrations=mifo.Demonstrations(verify=False),
-        schedule=mifo.Schedule(rl_steps=steps, **schedule),
+        schedule=mifo.Schedule(rl_steps=steps, fit_sizes=False, **schedule),
     )
     return module, data
 
@@ -135,8 +135,8 @@ def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
     set_ends(module.tokenizer, {-1})  # every response is of full length
     trainer.fit(module, data)
     rl, updates, sft = (
-        statistics.median([step[part] for step in found if step[0] == kind][1:] or [0.0])
-        for kind, part in (("rl", 1), ("rl", 2), ("sft", 1))
+        statistics.median([(whole, update)[part] for name, whole, update in found if name == kind][1:] or [0.0])
+        for kind, part in (("rl", 0), ("rl", 1), ("sft", 0))
     )
     flops = update_flops(model.config, multiplying(model), size, module.policy.share_prompts)
     phases = [f"{len(list(same))} {kind.upper()}" for kind, same in groupby(kind for kind, _, _ in found)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
@@ -56,20 +56,28 @@ class OnGPU(Tensor):
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
         check(func, name, args, kwargs)
-        found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        found = func(*_held(args), **{key: _held(x) for key, x in kwargs.items()})
         wrapped = tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, found)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
 def _held(x: Any) -> Any:
-    return x.held if isinstance(x, OnGPU) else x
+    if isinstance(x, OnGPU):
+        return x.held
+    return type(x)(map(_held, x)) if isinstance(x, (list, tuple)) and not isinstance(x, torch.Size) else x
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    return [t for part in x for t in _tensors(part)] if isinstance(x, (list, tuple)) else []
 
 
 def check(func: Any, name: str, args: Any, kwargs: Any) -> None:
     """Raise where devices are mixed as CUDA would; note where the CPU waits."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = _tensors([*args, *kwargs.values()])
     here = [x for x in tensors if not isinstance(x, OnGPU)]
-    by_mask = name in INDEXED and any(x is not None and x.dtype == torch.bool for x in tree_leaves(args[1]))
+    by_mask = name in INDEXED and any(x.dtype == torch.bool for x in _tensors(args[1]))
     copied = name == "copy_"
     if name in WAITS or by_mask or (copied and here):
         OnGPU.waits[where(name)] += 1
@@ -127,7 +135,7 @@ class PretendGPU(TorchFunctionMode):
             OnGPU.waits[where("cpu")] += 1
             return args[0].held.clone() if isinstance(args[0], OnGPU) else args[0]
         there = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
-        if there and not any(isinstance(x, OnGPU) for x in tree_leaves(args)):
+        if there and not any(isinstance(x, OnGPU) for x in _tensors(args)):
             if func is torch.tensor:
                 OnGPU.waits[where("tensor")] += 1
             return OnGPU(func(*args, **kwargs | {"device": torch.device("cpu")}))

@@ -39,7 +39,7 @@ class OnPretendGPU(SingleDeviceStrategy):
 
 
 def trained(gpu: bool, settings: dict[str, Any], callbacks: list[Any], epochs: int) -> dict[str, torch.Tensor]:
-    """Weights after three RL steps, with two SFT steps between them where the callbacks say so."""
+    """Weights after two RL steps, an SFT phase after each where the callbacks say so."""
 
     def reward(responses: list[str], truths: list[str]) -> list[float]:
         return [float(i % 2) for i, _ in enumerate(responses)]
@@ -47,7 +47,7 @@ def trained(gpu: bool, settings: dict[str, Any], callbacks: list[Any], epochs: i
     lightning.seed_everything(0, verbose=False)
     rows: Any = [
         {"prompt": f"{99 + i}+1=", "data_source": "-", "reward_model": {"ground_truth": "1"}, "target": f"{i:03d}"}
-        for i in range(12)
+        for i in range(8)
     ]
     rate = mifo.AdamWSettings(lr=1e-3)
     module = mifo.MifoModule(
@@ -62,7 +62,7 @@ def trained(gpu: bool, settings: dict[str, Any], callbacks: list[Any], epochs: i
         val=rows[:3],
         prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
         demonstrations=mifo.Demonstrations(verify=False),
-        schedule=mifo.Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=epochs, fit_sizes=False),
+        schedule=mifo.Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4, epochs_per_rollout=epochs, fit_sizes=False),
     )
     trainer = lightning.Trainer(
         max_epochs=-1,
@@ -81,7 +81,7 @@ def trained(gpu: bool, settings: dict[str, Any], callbacks: list[Any], epochs: i
 def test_a_run_on_a_gpu_mixes_no_devices(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def weights(gpu: bool) -> dict[str, torch.Tensor]:
         if case == "the method":
-            return trained(gpu, METHOD, recipe(size=8, max_accuracy=1.0), 1)
+            return trained(gpu, METHOD, recipe(size=4, max_accuracy=1.0), 1)
         monkeypatch.setattr(token_scores, "RUNNING_FROM", 1)
         return trained(gpu, EVERYTHING, [ImportanceEMA(accumulate="step")], 2)
 
@@ -114,3 +114,14 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
             with pytest.raises(RuntimeError, match="on the CPU"):
                 work()
         assert (there.to("cpu") + here).device.type == "cpu"
+
+
+def test_what_is_compared_in_fp32_is_computed_without_tf32() -> None:
+    policy, before = load_policy("embedded"), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as Lightning advises where there are tensor cores
+    try:
+        with policy.in_own_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
