@@ -54,6 +54,8 @@ def watching(device: str) -> tuple[Any, Any, list[tuple[str, float, float]]]:
     import lightning
     from lightning.pytorch.profilers import Profiler
 
+    from mifo_lightning.policy.ending import set_ends
+
     found: list[tuple[str, float, float]] = []
     begun: dict[str, float] = {}
     other = {"mifo.rollout": 0.0, "mifo.reward": 0.0, "mifo.score": 0.0, "mifo.entropies": 0.0}
@@ -68,6 +70,9 @@ def watching(device: str) -> tuple[Any, Any, list[tuple[str, float, float]]]:
                 other[action_name] += wait(device) - begun[action_name]
 
     class Steps(lightning.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            set_ends(module.tokenizer, {-1})  # every response is of full length; demonstrations have been read by now
+
         def on_train_batch_start(self, *_: Any) -> None:
             other.update(dict.fromkeys(other, 0.0))
             begun["step"] = wait(device)
@@ -113,7 +118,6 @@ def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
     import lightning
 
     from mifo_callbacks.recipe import mifo as recipe
-    from mifo_lightning.policy.ending import set_ends
 
     model, tokenizer = random_model(shape, device)
     peak = matmul_flops(device, torch.bfloat16, size.square)
@@ -132,7 +136,6 @@ def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
         callbacks=[steps, *(recipe(size=BEFORE * size.prompts, max_accuracy=1.0) if method else [])],
         profiler=activities,
     )
-    set_ends(module.tokenizer, {-1})  # every response is of full length
     trainer.fit(module, data)
     rl, updates, sft = (
         statistics.median([(whole, update)[part] for name, whole, update in found if name == kind][1:] or [0.0])
