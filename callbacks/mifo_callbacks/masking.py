@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 CHUNK = 1 << 17  # elements: what is read and written of a few tensors stays in a second-level cache
+GPU_CHUNK = 1 << 24  # elsewhere: so large that starting a kernel costs nothing beside it, and temporaries stay small
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: their bits stand side by side in the highest byte
 
@@ -27,13 +28,14 @@ class PackedMask:
     def __init__(self, mask: Tensor) -> None:
         self.shape = mask.shape
         flat = mask.contiguous().view(-1)
-        self._bits = torch.cat([_packed(part) for part in flat.split(_chunk())]) if len(flat) else flat.byte()
+        parts = flat.split(_chunk(flat.device))
+        self._bits = torch.cat([_packed(part) for part in parts]) if len(flat) else flat.byte()
 
     def chunks(self) -> Iterator[Tensor]:
         """The flat mask, bool, in chunks of as many coordinates as those of other tensors."""
         left = self.shape.numel()
         table = _bools(self._bits.device)
-        for bits in self._bits.split(_chunk() // 8):
+        for bits in self._bits.split(_chunk(self._bits.device) // 8):
             yield torch.index_select(table, 0, bits.int()).view(torch.bool)[:left]  # int64 indices take twice as long
             left -= 8 * len(bits)
 
@@ -137,7 +139,8 @@ def _chunks(mask: Mask, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if not isinstance(mask, PackedMask):
         yield from flat_chunks(mask, *tensors)
     elif all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(mask.chunks(), *(tensor.view(-1).split(_chunk()) for tensor in tensors), strict=True)
+        chunk = _chunk(tensors[0].device)
+        yield from zip(mask.chunks(), *(tensor.view(-1).split(chunk) for tensor in tensors), strict=True)
     else:
         yield mask.unpack(), *tensors
 
@@ -145,14 +148,15 @@ def _chunks(mask: Mask, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def flat_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of the same elements of each of `tensors`, which have one shape: flat chunks where memory allows."""
     if all(tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(tensor.view(-1).split(_chunk()) for tensor in tensors), strict=True)
+        chunk = _chunk(tensors[0].device)
+        yield from zip(*(tensor.view(-1).split(chunk) for tensor in tensors), strict=True)
     else:
         yield tensors
 
 
-def _chunk() -> int:
+def _chunk(device: torch.device) -> int:
     """Elements of a chunk: whole bytes of a packed mask."""
-    return max(CHUNK // 8, 1) * 8
+    return max((CHUNK if device.type == "cpu" else GPU_CHUNK) // 8, 1) * 8
 
 
 def _packed(mask: Tensor) -> Tensor:

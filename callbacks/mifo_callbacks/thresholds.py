@@ -22,6 +22,7 @@ Count = TypeVar("Count", int, Tensor)
 Brackets = dict[int, tuple[int, int]]
 
 CHUNK = 1 << 17  # elements: the largest temporary; a few of them fit into a second-level cache
+GPU_CHUNK = 1 << 24  # elsewhere: so large that starting a kernel costs nothing beside it
 MAX_KEY = 0x7FFFFFFF
 NARROWED_FROM = 1 << 17  # scores
 SAMPLE = 1 << 15
@@ -143,7 +144,7 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
     """
     device = ranking.scores[0].device
     # reused, and no bool among them: a CPU takes three times as long for comparisons with such results
-    buffers = torch.empty(3, CHUNK, dtype=torch.int32, device=device)
+    buffers = torch.empty(3, _chunk(device), dtype=torch.int32, device=device)
     counts: list[Tensor] = []
     kept: list[Tensor] = []
     left = most
@@ -223,8 +224,12 @@ def _keys(scores: Tensor, order: Order) -> Iterator[Tensor]:
     """Chunks of int32 keys, in flat order, that are larger for scores that come earlier in `order`."""
     if scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32")
-    for chunk in torch.split(scores.reshape(-1), CHUNK):
+    for chunk in torch.split(scores.reshape(-1), _chunk(scores.device)):
         yield _mirrored(chunk.view(torch.int32), order)
+
+
+def _chunk(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def _mirrored(bits: Tensor, order: Order) -> Tensor:
@@ -247,7 +252,7 @@ def _histogram(ranking: _Ranking, prefix: int, shift: int, bits: int) -> Tensor:
 
 def _counts(scores: Tensor, key: int, order: Order) -> Tensor:
     """How many scores of each chunk have exactly this key: int64 [chunks]."""
-    equal = torch.empty(CHUNK, dtype=torch.int32, device=scores.device)
+    equal = torch.empty(_chunk(scores.device), dtype=torch.int32, device=scores.device)
     counts = [
         torch.eq(keys, key, out=equal[: len(keys)]).sum(dtype=torch.int32)  # int64 takes three times as long
         for keys in _keys(scores, order)
@@ -257,10 +262,10 @@ def _counts(scores: Tensor, key: int, order: Order) -> Tensor:
 
 def _mask(scores: Tensor, key: int, quotas: Tensor | None, order: Order) -> Tensor:
     """Everything before `key`, and the first `quotas` [chunks] of those equal to it in each chunk (None: all)."""
-    mask = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device)
-    chunks = zip(torch.split(mask, CHUNK), _keys(scores, order), strict=True)
-    left = [CHUNK] * -(-len(mask) // CHUNK) if quotas is None else quotas.tolist()
-    for (out, keys), quota in zip(chunks, left or [CHUNK], strict=True):
+    mask, chunk = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device), _chunk(scores.device)
+    chunks = zip(torch.split(mask, chunk), _keys(scores, order), strict=True)
+    left = [chunk] * -(-len(mask) // chunk) if quotas is None else quotas.tolist()
+    for (out, keys), quota in zip(chunks, left or [chunk], strict=True):
         bits = out.view(torch.int8)  # a bool result takes three times as long on a CPU
         torch.ge(keys, key, out=bits) if quota >= len(keys) else torch.gt(keys, key, out=bits)
         if 0 < quota < len(keys):

@@ -155,12 +155,15 @@ class Policy(nn.Module):
 
     @contextmanager
     def in_own_precision(self) -> Iterator[None]:
-        """Every forward in the precision of the weights, whatever the Trainer's is."""
+        """Every forward in the precision of the weights, whatever the Trainer's is, and without TF32 on a GPU."""
         numerics, self.numerics = self.numerics, lambda: torch.autocast(self.device.type, enabled=False)
+        products = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
             self.numerics = numerics
+            torch.set_float32_matmul_precision(products)
 
     @property
     def split_head(self) -> bool:

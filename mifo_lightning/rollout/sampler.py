@@ -19,7 +19,8 @@ def uniforms(keys: Tensor, step: int | Tensor) -> Tensor:
     Returns:
         [B] fp64.
     """
-    x = keys + (step + 1) * torch.tensor(_signed(0x9E3779B97F4A7C15), device=keys.device)  # int64 wraps, as intended
+    moved = (step + 1) * _signed(0x9E3779B97F4A7C15)  # int64 wraps, as intended; a number of Python's does not
+    x = keys + (_signed(moved) if isinstance(moved, int) else moved)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     x = x ^ _shift(x, 31)
