@@ -21,9 +21,9 @@ from lightning.pytorch.profilers import Profiler
 
 import mifo_callbacks
 import mifo_lightning as mifo
+from benchmarks.endless import Endless
 from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, coin, prompts
 from mifo_callbacks.recipe import mifo as recipe
-from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_tokenizer
 
 RL_STEPS, SFT_STEPS, SFT_BATCH = 2, 2, 16
@@ -127,10 +127,9 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[steps, *recipe(size=size, max_accuracy=1.0)],
+        callbacks=[Endless(), steps, *recipe(size=size, max_accuracy=1.0)],
         profiler=seconds,
     )
-    set_ends(module.tokenizer, set())  # every response is of full length
     trainer.fit(module, data)
     return steps, seconds, sum(p.numel() for p in module.parameters())
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import measured
+from benchmarks.endless import Endless
 from benchmarks.plan import GROUP, configuration, random_model
 
 PROMPTS, STEPS = 4, 6
@@ -38,7 +39,6 @@ def measure(path: str) -> float:
     import torch
 
     from mifo_lightning.cli.command_line import make_cli
-    from mifo_lightning.policy.ending import set_ends
 
     torch.set_num_threads(1)
     took: list[float] = []
@@ -51,8 +51,7 @@ def measure(path: str) -> float:
             took.append(time.perf_counter() - self.began)
 
     cli: Any = make_cli(["--config", path], run=False)
-    set_ends(cli.model.tokenizer, set())  # every response is of full length
-    cli.trainer.callbacks.append(Clock())
+    cli.trainer.callbacks += [Clock(), Endless()]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return statistics.median(took[1:])
 

@@ -19,6 +19,7 @@ import torch
 from torch.profiler import profile
 
 from benchmarks.child import measured
+from benchmarks.endless import NEVER
 from benchmarks.sizes import TOKENS, prompts
 from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
@@ -34,7 +35,7 @@ SIDES = {
 def drawing(model: str, side: str, precision: str) -> Callable[[int], list[list[int]]]:
     """A call that draws all responses, decoding at most so many rows at once, and returns their tokens."""
     policy, tokenizer = load_policy(model), load_tokenizer(model)
-    set_ends(tokenizer, set())  # every response is of full length
+    set_ends(tokenizer, NEVER)  # every response is of full length
     texts = prompts(tokenizer, PROMPTS, TOKENS)
     asked = torch.tensor([tokenizer.encode(text, add_special_tokens=False) for text in texts])
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -15,6 +15,7 @@ BEFORE, AFTER = 5, 3  # RL steps before and after the SFT phase, which has two
 
 def decode(shape: str, device: str, size: Size, rows: int) -> dict[str, Any]:
     """Tokens a second of the in-process engine with so many rows at once."""
+    from benchmarks.endless import NEVER
     from mifo_lightning.policy.ending import set_ends
     from mifo_lightning.policy.loading import Loaded, load_policy
     from mifo_lightning.rollout.engine import Sampling
@@ -23,7 +24,7 @@ def decode(shape: str, device: str, size: Size, rows: int) -> dict[str, Any]:
     model, tokenizer = random_model(shape, device)
     policy = load_policy(Loaded(model, tokenizer))
     policy.numerics = lambda: torch.autocast(device, torch.bfloat16)
-    set_ends(tokenizer, {-1})  # every response is of full length
+    set_ends(tokenizer, NEVER)  # every response is of full length
     asked = [[i % len(tokenizer)] * size.tokens for i in range(rows // size.group)]
     engine = InProcessEngine(rows, cache_tokens=rows * (size.tokens + size.length))
 
@@ -54,8 +55,6 @@ def watching(device: str) -> tuple[Any, Any, list[tuple[str, float, float]]]:
     import lightning
     from lightning.pytorch.profilers import Profiler
 
-    from mifo_lightning.policy.ending import set_ends
-
     found: list[tuple[str, float, float]] = []
     begun: dict[str, float] = {}
     other = {"mifo.rollout": 0.0, "mifo.reward": 0.0, "mifo.score": 0.0, "mifo.entropies": 0.0}
@@ -70,9 +69,6 @@ def watching(device: str) -> tuple[Any, Any, list[tuple[str, float, float]]]:
                 other[action_name] += wait(device) - begun[action_name]
 
     class Steps(lightning.Callback):
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            set_ends(module.tokenizer, {-1})  # every response is of full length; demonstrations have been read by now
-
         def on_train_batch_start(self, *_: Any) -> None:
             other.update(dict.fromkeys(other, 0.0))
             begun["step"] = wait(device)
@@ -117,6 +113,7 @@ def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
     """Three GRPO steps; or, with the `method`'s four callbacks, eight of them and an SFT phase of two after five."""
     import lightning
 
+    from benchmarks.endless import Endless
     from mifo_callbacks.recipe import mifo as recipe
 
     model, tokenizer = random_model(shape, device)
@@ -133,7 +130,7 @@ def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[steps, *(recipe(size=BEFORE * size.prompts, max_accuracy=1.0) if method else [])],
+        callbacks=[Endless(), steps, *(recipe(size=BEFORE * size.prompts, max_accuracy=1.0) if method else [])],
         profiler=activities,
     )
     trainer.fit(module, data)

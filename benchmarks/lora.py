@@ -21,10 +21,10 @@ import torch
 
 import mifo_lightning as mifo
 from benchmarks.child import measured
+from benchmarks.endless import Endless
 from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, coin, prompts
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
 from mifo_callbacks.sharding import trainable
-from mifo_lightning.policy.ending import set_ends
 
 STEPS = 2
 SIDES: dict[str, dict[str, Any] | None] = {
@@ -73,7 +73,6 @@ def run_of(model: str, adapter: dict[str, Any] | None) -> tuple[mifo.MifoModule,
         demonstrations=mifo.Demonstrations(verify=False),
         schedule=mifo.Schedule(rl_steps=STEPS, prompts_per_step=PROMPTS, sft_batch=2, fit_sizes=False),
     )
-    set_ends(module.tokenizer, set())  # every response is of full length
     return module, data
 
 
@@ -92,7 +91,7 @@ def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*method, timing],
+        callbacks=[*method, timing, Endless()],
     )
     trainer.fit(module, data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -5,9 +5,9 @@ from typing import Any
 import lightning
 
 import mifo_lightning as mifo
+from benchmarks.endless import Endless
 from benchmarks.sizes import Clock, Size, prompts
 from mifo_callbacks import EntropyTokenSelection
-from mifo_lightning.policy.ending import set_ends
 
 TEXT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -41,11 +41,9 @@ def grpo(model: str, size: Size, clock: Clock, bf16: bool, share: bool | None = 
         mifo.Rollout(group_size=size.group, sampling=mifo.Sampling(max_new_tokens=size.length), self_check=False),
         loading=mifo.Loading(**switch),
     )
-    if not size.ends:
-        set_ends(module.tokenizer, set())
     texts = prompts(module.tokenizer, size.prompts * size.steps, size.tokens)
     schedule = mifo.Schedule(rl_steps=size.steps, prompts_per_step=size.prompts, fit_sizes=False)
-    _fit(module, [(text, None) for text in texts], schedule, bf16, Timing(clock))
+    _fit(module, [(text, None) for text in texts], schedule, bf16, Timing(clock), *([] if size.ends else [Endless()]))
 
 
 def sft(model: str, size: Size, clock: Clock, bf16: bool, selection: bool) -> None:

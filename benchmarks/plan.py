@@ -190,11 +190,11 @@ def watching(meter: Meter, found: dict[str, int]) -> tuple[Any, Any]:
 
 def run(path: str, accelerator: str, watched: tuple[Any, Any] | None) -> None:
     """Train as a configuration says; every response is of full length."""
+    from benchmarks.endless import Endless
     from mifo_lightning.cli.command_line import make_cli
-    from mifo_lightning.policy.ending import set_ends
 
     cli: Any = make_cli(["--config", path], run=False)
-    set_ends(cli.model.tokenizer, set())
+    cli.trainer.callbacks.insert(0, Endless())
     if watched:
         cli.trainer.profiler = watched[0]
         cli.trainer.callbacks.insert(0, watched[1])

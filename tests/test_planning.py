@@ -122,7 +122,7 @@ def test_decoding_needs_what_it_was_planned_to(case: str, tokenizer: PreTrainedT
     plan = Plan(Workload(cpu=True, bf16=bf16, prompt=PROMPT, response=RESPONSE, prompts=2, group=4), meta(config))
     plan.shape = plan.shape._replace(slots=slots)
     endless = copy.copy(tokenizer)
-    set_ends(endless, set())
+    set_ends(endless, {-1})  # no token
 
     def decode() -> None:
         found = InProcessEngine().generate(policy, endless, prompts, [1, 2], 4, sampling)
