@@ -62,7 +62,7 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
     """The exact cut after the first `k` scores in `order`, over all tensors and all ranks of `group`.
 
     Args:
-        scores: Non-negative fp32 tensors of any shape, on one device; this rank's parts when `group` is
+        scores: Non-negative fp32 or bf16 tensors of any shape, on one device; this rank's parts when `group` is
             given.
         k: How many scores lie before the cut, over all ranks; at least 1.
         group: Ranks that hold further parts of the same ranking; None when this rank holds all of it.
@@ -70,7 +70,7 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
             the end.
 
     Raises:
-        ValueError: If `k` is not between 1 and the number of scores, or a tensor is not fp32.
+        ValueError: If `k` is not between 1 and the number of scores, or a tensor is of another dtype.
     """
     return find_cuts(scores, [k], group, order)[0]
 
@@ -221,10 +221,10 @@ def top_mask(
 
 def _keys(scores: Tensor, order: Order) -> Iterator[Tensor]:
     """Chunks of int32 keys, in flat order, that are larger for scores that come earlier in `order`."""
-    if scores.dtype != torch.float32:
-        raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32")
+    if scores.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32, torch.bfloat16")
     for chunk in torch.split(scores.reshape(-1), CHUNK):
-        yield _mirrored(chunk.view(torch.int32), order)
+        yield _mirrored(chunk.float().view(torch.int32), order)
 
 
 def _mirrored(bits: Tensor, order: Order) -> Tensor:

@@ -68,6 +68,11 @@ def test_top_mask_equals_a_stable_sort(kind: str, order: str, chunk: str) -> Non
         assert torch.equal(torch.cat([m.flatten() for m in masks]), sorted_mask(flat, k, order))
 
 
+def test_bf16_scores_rank_like_the_same_numbers_in_fp32(chunk: str) -> None:
+    tensors = [t.bfloat16() for t in scores("normal")]
+    assert find_cut(tensors, 300) == find_cut([t.float() for t in tensors], 300)
+
+
 def test_cut_counts_its_ties() -> None:
     cut = find_cut([torch.tensor([5.0, 1.0, 3.0]), torch.tensor([3.0, 3.0, 0.0])], 3)
     assert (cut.value, cut.take, cut.ties) == (3.0, 2, 3)
