@@ -29,8 +29,10 @@ def scores(kind: str) -> list[Tensor]:
 KINDS = ["normal", "tied", "zero-heavy", "constant", "extreme"]
 
 
-@pytest.fixture(params=["whole", "chunks", "narrowed", "badly narrowed"])
+@pytest.fixture(params=["whole", "histograms", "chunks", "narrowed", "badly narrowed"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "histograms":
+        monkeypatch.setattr(thresholds, "_partitioned", thresholds._cut)
     if request.param != "whole":
         monkeypatch.setattr(thresholds, "CHUNK", 64)
     if "narrowed" in request.param:
