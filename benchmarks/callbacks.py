@@ -75,10 +75,13 @@ class Steps(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """It stops; what others do at the end of the batch is theirs."""
         self.took[batch["phase"]].append(time.process_time() - self.began)
-        found = {type(c): c for c in trainer.callbacks}
-        importance: Any = found[mifo_callbacks.ImportanceEMA]
-        freezing: Any = found[mifo_callbacks.GradientFreezing]
-        parts = {"map": importance._map, "copy": {**importance._start, **freezing._reference}, "mask": freezing._masks}
+        importance = next(c for c in trainer.callbacks if isinstance(c, mifo_callbacks.ImportanceEMA))
+        freezing = next(c for c in trainer.callbacks if isinstance(c, mifo_callbacks.GradientFreezing))
+        parts: dict[str, Any] = {
+            "map": importance._map,
+            "copy": {**importance._start, **freezing._reference},
+            "mask": freezing._masks,
+        }
         self.bytes[batch["phase"]] = {name: sum(t.nbytes for t in held.values()) for name, held in parts.items()}
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -86,8 +89,10 @@ class Steps(lightning.Callback):
         self.seconds.place = ONCE
 
 
-def run(model: str) -> tuple[Steps, Seconds, int]:
-    """The run; also how many weights there are."""
+def run(
+    model: str, rl_phases: int = 1, importance: mifo_callbacks.ImportanceEMA | None = None
+) -> tuple[Steps, Seconds, int]:
+    """The run, with this importance in place of the recipe's; also how many weights there are."""
 
     def reward(responses: list[str], truths: list[str]) -> list[float]:
         return coin(responses)
@@ -110,7 +115,7 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
         prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
         demonstrations=mifo.Demonstrations(verify=False),
         schedule=mifo.Schedule(
-            rl_steps=RL_STEPS,
+            rl_steps=rl_phases * RL_STEPS,
             prompts_per_step=PROMPTS,
             sft_batch=SFT_BATCH,
             sft_epochs=SFT_STEPS * SFT_BATCH // size,
@@ -119,6 +124,9 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
     )
     seconds = Seconds()
     steps = Steps(seconds)
+    method = recipe(size=size, max_accuracy=1.0)
+    if importance is not None:
+        method = [importance if isinstance(c, mifo_callbacks.ImportanceEMA) else c for c in method]
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
@@ -127,7 +135,7 @@ def run(model: str) -> tuple[Steps, Seconds, int]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Endless(), steps, *recipe(size=size, max_accuracy=1.0)],
+        callbacks=[Endless(), steps, *method],
         profiler=seconds,
     )
     trainer.fit(module, data)

@@ -26,7 +26,7 @@ from mifo_callbacks.freezing_rules import (
     together,
 )
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.masking import PackedMask, Unpacked, kept, mask_gradients, moved, restore_
+from mifo_callbacks.masking import Converted, PackedMask, kept, mask_gradients, moved, restore_
 from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
@@ -109,7 +109,7 @@ class GradientFreezing(PhaseCallback):
 
         Kept in one bit a coordinate; each is unpacked when it is asked for.
         """
-        return Unpacked(self._masks)
+        return Converted(self._masks, PackedMask.unpack)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

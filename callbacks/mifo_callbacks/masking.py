@@ -4,16 +4,18 @@ Multiplying the bits of a number, read as an integer, by 0 or 1 clears or keeps 
 times faster than `masked_fill_` or `torch.where` and needs no temporary larger than a chunk.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-CHUNK = 1 << 17  # elements: what is read and written of a few tensors stays in a second-level cache
+CHUNK = 1 << 16  # elements: what is read and written of a few tensors stays in a second-level cache
 GPU_CHUNK = 1 << 24  # elsewhere: so large that starting a kernel costs nothing beside it, and temporaries stay small
+Held = TypeVar("Held")
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: their bits stand side by side in the highest byte
 
@@ -52,20 +54,20 @@ class PackedMask:
 Mask = Tensor | PackedMask
 
 
-class Unpacked(Mapping[str, Tensor]):
-    """Packed masks by name, each a bool tensor when it is asked for."""
+class Converted(Mapping[str, Tensor], Generic[Held]):
+    """What is held by name, such as packed masks; each is made a tensor by `convert` when it is asked for."""
 
-    def __init__(self, packed: Mapping[str, PackedMask]) -> None:
-        self._packed = packed
+    def __init__(self, held: Mapping[str, Held], convert: Callable[[Held], Tensor]) -> None:
+        self._held, self._convert = held, convert
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._packed[name].unpack()
+        return self._convert(self._held[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._packed)
+        return iter(self._held)
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self._held)
 
 
 def zero_(tensor: Tensor, mask: Mask) -> Tensor:
@@ -98,9 +100,7 @@ def moved(tensor: Tensor, mask: Mask, reference: Tensor) -> Tensor:
     """How many numbers of `tensor` differ in a bit from `reference` where `mask` is True: int64, scalar."""
     counts = []
     for masked, bits, kept in _chunks(mask, _bits(tensor), _bits(reference)):
-        other = (bits * masked).bitwise_xor_(kept)
-        # a bool result and a sum in int64 take three times as long
-        counts.append(torch.ne(other, 0, out=other).sum(dtype=torch.int32).long())
+        counts.append((bits * masked).bitwise_xor_(kept).count_nonzero())
     return torch.stack(counts).sum()
 
 
@@ -116,10 +116,11 @@ def mask_gradients(gradients: Sequence[Tensor], masks: Sequence[Mask]) -> Tensor
     """
     for gradient in gradients:
         _require_dense(gradient)
-    before = get_total_norm(gradients)
-    for gradient, mask in zip(gradients, masks, strict=True):
-        zero_(gradient, mask)
-    return torch.stack([before, get_total_norm(gradients)])
+    before, after = [], []
+    for gradient, mask in zip(gradients, masks, strict=True):  # all of one while it is in the cache
+        before.append(torch.linalg.vector_norm(gradient))
+        after.append(torch.linalg.vector_norm(zero_(gradient, mask)))
+    return torch.stack([get_total_norm(before), get_total_norm(after)])
 
 
 def _require_dense(tensor: Tensor) -> None:

@@ -2,15 +2,18 @@
 
 Non-negative fp32 numbers order like their bits read as int32, so three histograms of 11, 11 and 9 bits, each
 summed over the tensors, in chunks, and over the ranks, give the k-th largest key exactly. The smallest ones
-come from the same algorithm on mirrored keys. Where one rank holds many scores, a sample says between which keys the
-k-th almost surely is: one pass counts what lies above and takes out what lies between, and histograms are of that.
+come from the same algorithm on mirrored keys. Where one rank holds all scores and they are many, a sample says between
+which keys the k-th almost surely is: one pass counts what lies above and takes out what lies between. Few on a CPU are
+partitioned, by NumPy, which has vector instructions for that.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import reduce
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,11 +24,11 @@ Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)
 Brackets = dict[int, tuple[int, int]]
 
-CHUNK = 1 << 17  # elements: the largest temporary; a few of them fit into a second-level cache
+CHUNK = 1 << 15  # elements: the largest temporaries are a few times that and fit into a second-level cache
 GPU_CHUNK = 1 << 24  # elsewhere: so large that starting a kernel costs nothing beside it
 MAX_KEY = 0x7FFFFFFF
-NARROWED_FROM = 1 << 17  # scores
-SAMPLE = 1 << 15
+NARROWED_FROM = 1 << 20  # scores
+SAMPLE = 1 << 15  # at least; of many scores one in a hundred, so that few lie between
 LEVELS = ((20, 11), (9, 11), (0, 9))  # (shift, bits) of the three histograms: 31 bits without the sign
 
 
@@ -63,7 +66,7 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
     """The exact cut after the first `k` scores in `order`, over all tensors and all ranks of `group`.
 
     Args:
-        scores: Non-negative fp32 tensors of any shape, on one device; this rank's parts when `group` is
+        scores: Non-negative fp32 or bf16 tensors of any shape, on one device; this rank's parts when `group` is
             given.
         k: How many scores lie before the cut, over all ranks; at least 1.
         group: Ranks that hold further parts of the same ranking; None when this rank holds all of it.
@@ -71,7 +74,7 @@ def find_cut(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None =
             the end.
 
     Raises:
-        ValueError: If `k` is not between 1 and the number of scores, or a tensor is not fp32.
+        ValueError: If `k` is not between 1 and the number of scores, or a tensor is of another dtype.
     """
     return find_cuts(scores, [k], group, order)[0]
 
@@ -81,8 +84,10 @@ def find_cuts(
 ) -> list[Cut]:
     """`find_cut` for each of `ks`; several cost little more than one."""
     ranking = _Ranking(scores, order)
-    narrowed = _narrowed(ranking, ks) if group is None else {}
-    return [narrowed.get(k) or _cut(ranking, k, group) for k in ks]
+    if group is not None:
+        return [_cut(ranking, k, group) for k in ks]
+    narrowed = _narrowed(ranking, ks)
+    return [narrowed.get(k) or _alone(ranking, k) for k in ks]
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, group: dist.ProcessGroup | None = None) -> float:
@@ -105,18 +110,40 @@ class _Ranking(NamedTuple):
         return _mirrored(torch.tensor(key, dtype=torch.int32), self.order).view(torch.float32).item()
 
 
+def _alone(ranking: _Ranking, k: int) -> Cut:
+    """The cut after the first `k` of scores that this rank has all of."""
+    if sum(tensor.numel() for tensor in ranking.scores) < NARROWED_FROM and ranking.scores[0].device.type == "cpu":
+        return _partitioned(ranking, k)
+    return _cut(ranking, k)
+
+
+def _partitioned(ranking: _Ranking, k: int) -> Cut:
+    """The cut after the first `k` of few scores on a CPU."""
+    keys = torch.cat([*ranking.ranked()]).numpy()
+    place = len(keys) - k
+    _require_place(k, len(keys))
+    keys = np.partition(keys, place)
+    first, rest = (int(np.count_nonzero(part == keys[place])) for part in (keys[place:], keys[:place]))
+    return Cut(ranking.value(int(keys[place])), int(keys[place]), first, first + rest)
+
+
+def _require_place(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k}; allowed: 1 to the number of scores, {n}")
+
+
 def _cut(ranking: _Ranking, k: int, group: dist.ProcessGroup | None = None) -> Cut:
     """The cut after the first `k`: a histogram of the highest bits, then of the next among those that matter."""
     prefix, take, ties = 0, k, 0
     for shift, bits in LEVELS:
-        histogram = sum_over(_histogram(ranking, prefix, shift, bits), group).tolist()
-        if shift == LEVELS[0][0] and not 1 <= k <= sum(histogram):
-            raise ValueError(f"k = {k}; allowed: 1 to the number of scores, {sum(histogram)}")
-        bucket = len(histogram) - 1
-        while take > histogram[bucket]:
-            take -= histogram[bucket]
-            bucket -= 1
-        prefix, ties = prefix << bits | bucket, histogram[bucket]
+        histogram = sum_over(_histogram(ranking, prefix, shift, bits), group)
+        upto = histogram.flip(0).cumsum(0)  # how many keys are in the highest bucket, the two highest, ...
+        if shift == LEVELS[0][0]:
+            _require_place(k, int(upto[-1]))
+        place = int(torch.searchsorted(upto, take))
+        earlier = int(upto[place - 1]) if place else 0
+        ties = int(upto[place]) - earlier
+        prefix, take = prefix << bits | (len(upto) - 1 - place), take - earlier
     return Cut(ranking.value(prefix), prefix, take, ties)
 
 
@@ -129,7 +156,7 @@ def _narrowed(ranking: _Ranking, ks: Sequence[int]) -> dict[int, Cut]:
     n = sum(tensor.numel() for tensor in ranking.scores)
     if n < NARROWED_FROM or not all(1 <= k <= n for k in ks):
         return {}
-    step = n // SAMPLE | 1  # odd: no column of a matrix is all of it
+    step = min(n // SAMPLE, 100) | 1  # odd: no column of a matrix is all of it
     sample = torch.cat([*_Ranking([t.reshape(-1)[::step] for t in ranking.scores], ranking.order).ranked()])
     sample = sample.sort().values.flip(0)  # a descending sort takes many times as long on a CPU
     between = {k: _bracket(sample, k / n) for k in ks}
@@ -143,24 +170,24 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
     Nothing where more than `most` keys lie inside.
     """
     device = ranking.scores[0].device
-    # reused, and no bool among them: a CPU takes three times as long for comparisons with such results
-    buffers = torch.empty(3, _chunk(device), dtype=torch.int32, device=device)
+    lows, highs = zip(*between.values(), strict=True)
+    bounds = torch.tensor([*lows, *(high - 1 for high in highs)], dtype=torch.int32, device=device)[:, None]
+    # reused, and no bools: a CPU takes three times as long for comparisons with such results
+    buffer = torch.empty(len(bounds), _chunk(device), dtype=torch.int32, device=device)
     counts: list[Tensor] = []
     kept: list[Tensor] = []
     left = most
     for keys in ranking.ranked():
-        above, upto, inside = (numbers[: len(keys)] for numbers in buffers)
-        inside.zero_()
-        for low, high in between.values():
-            counts += [torch.gt(keys, low, out=above).sum(dtype=torch.int32)]
-            counts += [torch.ge(keys, high, out=upto).sum(dtype=torch.int32)]
-            inside |= torch.gt(above, upto, out=above)  # none where low is high
+        flags = torch.gt(keys, bounds, out=buffer[:, : len(keys)])
+        counts.append(flags.sum(1, dtype=torch.int32))
         if most:
-            kept.append(_where(keys, inside.to(torch.int8)))
+            above, upto = flags.split(len(between))
+            inside = torch.gt(above, upto, out=above)  # none where low is high
+            kept.append(_where(keys, reduce(torch.bitwise_or, inside).to(torch.int8)))
             left -= len(kept[-1])
             if left < 0:
                 return {}, {}
-    sums = torch.stack(counts).view(-1, len(between), 2).sum(0).tolist()
+    sums = torch.stack(counts).sum(0).view(2, len(between)).t().tolist()
     found: dict[int, Cut] = {}
     ends: Brackets = {}
     inner = torch.cat(kept) if kept else torch.empty(0)
@@ -172,7 +199,7 @@ def _found(ranking: _Ranking, between: Brackets, most: int) -> tuple[dict[int, C
             part = inner[((inner > low) & (inner < high)).nonzero()[:, 0]]
             # keys mirrored twice are themselves: the part is ranked as the scores were
             scores = _mirrored(part, ranking.order).view(torch.float32)
-            found[k] = _cut(_Ranking([scores], ranking.order), k - upto_high)
+            found[k] = _alone(_Ranking([scores], ranking.order), k - upto_high)
         else:
             ends[k] = (high, high) if k <= upto_high else (low, low)
     return found, ends
@@ -207,8 +234,9 @@ def cut_mask(
     counts = [_counts(t, cut.key, order) for t in scores]
     by_tensor = gather_over(torch.stack([c.sum() for c in counts]), group).t()  # [tensors, ranks]: the order of ties
     earlier = by_tensor.reshape(-1).cumsum(0).view_as(by_tensor) - by_tensor
-    quotas = cut.take - earlier[:, rank_in(group)]
-    return [_mask(t, cut.key, q - (c.cumsum(0) - c), order) for t, q, c in zip(scores, quotas, counts, strict=True)]
+    of_tensors = cut.take - earlier[:, rank_in(group)]
+    quotas = [q - (c.cumsum(0) - c) for q, c in zip(of_tensors, counts, strict=True)]
+    return [_mask(t, cut.key, (q, c), order) for t, q, c in zip(scores, quotas, counts, strict=True)]
 
 
 def top_mask(
@@ -222,10 +250,10 @@ def top_mask(
 
 def _keys(scores: Tensor, order: Order) -> Iterator[Tensor]:
     """Chunks of int32 keys, in flat order, that are larger for scores that come earlier in `order`."""
-    if scores.dtype != torch.float32:
-        raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32")
+    if scores.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"scores are {scores.dtype}; allowed: torch.float32, torch.bfloat16")
     for chunk in torch.split(scores.reshape(-1), _chunk(scores.device)):
-        yield _mirrored(chunk.view(torch.int32), order)
+        yield _mirrored(chunk.float().view(torch.int32), order)
 
 
 def _chunk(device: torch.device) -> int:
@@ -260,15 +288,15 @@ def _counts(scores: Tensor, key: int, order: Order) -> Tensor:
     return torch.stack(counts).long()
 
 
-def _mask(scores: Tensor, key: int, quotas: Tensor | None, order: Order) -> Tensor:
-    """Everything before `key`, and the first `quotas` [chunks] of those equal to it in each chunk (None: all)."""
-    mask, chunk = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device), _chunk(scores.device)
-    chunks = zip(torch.split(mask, chunk), _keys(scores, order), strict=True)
-    left = [chunk] * -(-len(mask) // chunk) if quotas is None else quotas.tolist()
-    for (out, keys), quota in zip(chunks, left or [chunk], strict=True):
+def _mask(scores: Tensor, key: int, ties: tuple[Tensor, Tensor] | None, order: Order) -> Tensor:
+    """Everything before `key`, and of those equal to it all (None), or the first `quotas` of `counts` in each chunk."""
+    mask = torch.empty(scores.numel(), dtype=torch.bool, device=scores.device)
+    parts = mask.split(_chunk(scores.device))
+    quotas, counts = ([0] * len(parts),) * 2 if ties is None else (t.tolist() for t in ties)
+    for out, keys, quota, count in zip(parts, _keys(scores, order), quotas, counts, strict=True):
         bits = out.view(torch.int8)  # a bool result takes three times as long on a CPU
-        torch.ge(keys, key, out=bits) if quota >= len(keys) else torch.gt(keys, key, out=bits)
-        if 0 < quota < len(keys):
+        torch.ge(keys, key, out=bits) if quota >= count else torch.gt(keys, key, out=bits)
+        if 0 < quota < count:
             tied = keys == key
             out |= tied & (tied.cumsum(0) <= quota)
     return mask.view(scores.shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from toy import Log, Phases, Recorder, Toy, fit
 
 from mifo_callbacks import ImportanceEMA, update_importance
+from mifo_callbacks.importance_ema import importance_metrics
 
 SCHEDULE = ["rl"] * 3 + ["sft"] * 2 + ["rl"] * 2 + ["sft"] + ["rl"] * 4 + ["sft"]
 PHASES = [(0, 3), (5, 7), (8, 12)]  # optimizer steps of the rl phases
@@ -109,7 +110,7 @@ def test_alpha_outside_its_range(alpha: float) -> None:
         ImportanceEMA(alpha=alpha)
 
 
-@pytest.mark.parametrize("bad", [{"movement": "cube"}, {"accumulate": "epoch"}])
+@pytest.mark.parametrize("bad", [{"movement": "cube"}, {"accumulate": "epoch"}, {"dtype": "float16"}])
 def test_unknown_choices(bad: dict[str, str]) -> None:
     with pytest.raises(MisconfigurationException, match=r"allowed: "):
         ImportanceEMA(**bad)  # type: ignore[arg-type]
@@ -161,3 +162,47 @@ def test_chunks_change_no_bit_of_the_map(movement: Any, first: bool, monkeypatch
         found = update_importance(None if first else known, start, end, alpha=0.3, movement=movement)
         assert torch.equal(found, expected)
         assert found is (start if first else known)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_a_bf16_map_is_averaged_in_fp32_and_off_by_no_more_than_it_says(alpha: float) -> None:
+    """Movements of very different sizes, from 1e-9, whose square is 1e-18, to 1e-3."""
+    draw = torch.Generator().manual_seed(0)
+    exact = half = None
+    largest = torch.zeros(5000)
+    for _ in range(30):
+        start, end = torch.zeros(5000), 10 ** (-9 + 6 * torch.rand(5000, generator=draw))
+        once = end.square() if half is None else half.float().lerp(end.square(), 1 - alpha)
+        half = update_importance(half, start.clone(), end, alpha).bfloat16()
+        assert torch.equal(half, once.bfloat16())
+        exact = update_importance(exact, start, end, alpha)
+        largest = torch.maximum(largest, exact)
+        assert ((half - exact).abs() <= 1.01 * 2**-8 / (1 - alpha) * largest).all()
+
+
+@pytest.mark.parametrize("accumulate", ["phase", "step"])
+def test_a_bf16_map_takes_half_the_bytes_and_is_read_as_fp32(accumulate: Any) -> None:
+    maps, logs = [], [Log(), Log()]
+    for dtype, log in zip(("float32", "bfloat16"), logs, strict=True):
+        importance = ImportanceEMA(alpha=0.0, accumulate=accumulate, dtype=dtype)  # type: ignore[arg-type]
+        fit([importance], Phases(SCHEDULE), logger=log)
+        assert importance.importance is not None
+        maps.append((dict(importance.importance), sum(t.nbytes for t in importance._map.values())))
+    (exact, full), (half, few) = maps
+    assert 2 * few == full
+    assert exact.keys() == half.keys()
+    for name, value in exact.items():
+        assert half[name].dtype == torch.float32
+        assert torch.equal(half[name], value.bfloat16().float())
+    for name, value in importance_metrics(half).items():
+        assert logs[1].values(name)[-1] == value
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+def test_a_map_of_the_other_dtype_is_taken_over(saved: Any) -> None:
+    loaded: Any = {"float32": "bfloat16", "bfloat16": "float32"}[saved]
+    before, after = ImportanceEMA(dtype=saved), ImportanceEMA(dtype=loaded)
+    fit([before], Phases(["rl", "rl", "sft"]))
+    after.load_state_dict(before.state_dict())
+    for name, value in before._map.items():
+        assert torch.equal(after._map[name], value.to(getattr(torch, loaded)))

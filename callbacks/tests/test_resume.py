@@ -25,7 +25,7 @@ def every_step(folder: Path) -> Callback:
     [
         ({}, {}, SCHEDULE),
         ({"accumulate": "step"}, {"scope": "global"}, SCHEDULE),
-        ({"alpha": 0.0}, {"selector": "rl_bottomk"}, SCHEDULE),
+        ({"alpha": 0.0, "dtype": "bfloat16"}, {"selector": "rl_bottomk"}, SCHEDULE),
         ({}, {"selector": "random"}, SCHEDULE),
         ({"measure": "sft"}, {"selector": "random"}, NUMBERED),
     ],

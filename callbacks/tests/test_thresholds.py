@@ -29,8 +29,10 @@ def scores(kind: str) -> list[Tensor]:
 KINDS = ["normal", "tied", "zero-heavy", "constant", "extreme"]
 
 
-@pytest.fixture(params=["whole", "chunks", "narrowed", "badly narrowed"])
+@pytest.fixture(params=["whole", "histograms", "chunks", "narrowed", "badly narrowed"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "histograms":
+        monkeypatch.setattr(thresholds, "_partitioned", thresholds._cut)
     if request.param != "whole":
         monkeypatch.setattr(thresholds, "CHUNK", 64)
     if "narrowed" in request.param:
@@ -66,6 +68,11 @@ def test_top_mask_equals_a_stable_sort(kind: str, order: str, chunk: str) -> Non
         masks = top_mask(tensors, k, order=order)
         assert [m.shape for m in masks] == [t.shape for t in tensors]
         assert torch.equal(torch.cat([m.flatten() for m in masks]), sorted_mask(flat, k, order))
+
+
+def test_bf16_scores_rank_like_the_same_numbers_in_fp32(chunk: str) -> None:
+    tensors = [t.bfloat16() for t in scores("normal")]
+    assert find_cut(tensors, 300) == find_cut([t.float() for t in tensors], 300)
 
 
 def test_cut_counts_its_ties() -> None:
