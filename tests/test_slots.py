@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_module
 
+from benchmarks.families import tiny_config, tiny_model
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.slots import Slots, decodes_in_slots
@@ -89,6 +90,14 @@ def test_a_model_whose_logits_slots_do_not_give_is_left_to_its_own_cache(
 
     monkeypatch.setattr(Slots, "step", late)
     assert not decodes_in_slots(policy)
+
+
+@pytest.mark.parametrize("window", [8, 256])
+def test_a_window_counted_from_the_last_column_of_the_batch_is_seen_however_wide(window: int) -> None:
+    config = {"max_position_embeddings": 1100, "window_size": window}
+    local, everything = ([[["global", kind], 2]] for kind in ("local", "global"))
+    assert Policy(tiny_model(tiny_config("gpt_neo", attention_types=everything, **config))).decoding.slots
+    assert not Policy(tiny_model(tiny_config("gpt_neo", attention_types=local, **config))).decoding.slots
 
 
 def test_under_autocast_keys_and_values_lie_in_its_dtype(policy: Policy, tokenizer: Any) -> None:
