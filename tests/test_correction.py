@@ -1,6 +1,7 @@
 """Engines of other numerics than those that train: corrected for, and compared again as weights change."""
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import make_data, make_module
 from lightning import Trainer
-from rl_steps import groups_of, item, prepare, questions, reinforcement
+from rl_steps import evaluate, groups_of, item, prepare, questions, reinforcement
 
 from mifo_callbacks import Seed
 from mifo_lightning.common.errors import InputError
@@ -109,6 +110,17 @@ def test_what_is_logged_is_of_the_tokens_that_train_however_they_are_cut(
     assert found["rl/sampler_cut"] == pytest.approx(float((ratio > 1.5).float().mean()))
     assert found["rl/sampler_gap"] == pytest.approx(float((ratio.clamp_max(1.5) - 1).abs().mean()))
     assert metrics.take() == {}, "a step begins anew"
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_what_the_engine_made_too_likely_pushes_less_and_what_it_made_unlikely_at_most_cap_times(level: Any) -> None:
+    """TRL 1.16, `token_truncate` and `sequence_truncate`: the loss of each token times min(exp(old - sampler), cap)."""
+    rl = reinforcement(None, settings=PolicyLoss(correction=TruncatedImportance(level, cap=1.5)))
+    now, sampler = torch.full((2, 3), -1.0), torch.tensor([[-0.5, -1.2, -0.9], [-3.0, -0.7, -1.0]])
+    mask, advantages = torch.tensor([[True, True, True], [True, True, False]]), torch.tensor([2.0, -1.0])
+    ratio = {"token": (now - sampler).exp(), "sequence": torch.tensor([[math.exp(-0.4)], [math.exp(1.7)]])}[level]
+    grad = evaluate(rl, now, now, mask, advantages, 3, logp_old=now, logp_sampler=sampler)[1]
+    torch.testing.assert_close(grad, -advantages[:, None] * ratio.clamp_max(1.5) * mask / mask.sum(-1)[:, None] / 2)
 
 
 def test_a_ratio_beyond_all_bounds_breaks_no_step() -> None:

@@ -129,6 +129,24 @@ def test_sampled_frequencies_follow_the_softmax() -> None:
     torch.testing.assert_close(logp, expected.log()[tokens])
 
 
+@pytest.mark.parametrize("size", [255, 256, 257, 1000])
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one(size: int) -> None:
+    logits = 3 * torch.randn(1, size, generator=torch.Generator().manual_seed(size))
+    u = (torch.arange(20_000, dtype=torch.double) + 0.5) / 20_000
+    tokens, logp = next_token(logits.expand(20_000, size), u, Sampling())
+    expected = logits[0].double().softmax(-1)
+    shares = torch.bincount(tokens, minlength=size) / 20_000
+    torch.testing.assert_close(shares.double(), expected, atol=1.1e-4, rtol=0)
+    torch.testing.assert_close(logp.double(), expected.log()[tokens], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [10, 257, 1000])
+def test_logits_that_are_no_numbers_draw_a_token_that_says_so(size: int) -> None:
+    tokens, logp = next_token(torch.full((2, size), torch.nan), torch.tensor([0.1, 0.9]).double(), Sampling())
+    assert (tokens < size).all()
+    assert logp.isnan().all()
+
+
 def test_uniforms_are_uniform_and_differ_between_steps_and_keys() -> None:
     keys = torch.arange(20_000)
     first, second = uniforms(keys, 0), uniforms(keys, 1)

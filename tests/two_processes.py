@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
         "weight": "flow",
+        "micro_batch_tokens": 60,  # ranks cut their steps into different numbers of chunks
     },
     # ranks drop different numbers of rollouts, and a sum must not grow with the number of ranks (HPT; ReLIFT's SFT)
     "summed": {

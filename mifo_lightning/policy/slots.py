@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mifo_lightning.policy.policy import Policy
 
 PREFILL = 16384  # prompt tokens, padding included, that run at once: bounds what a prefill needs beside the cache
+FAR = 1024  # columns: how far ahead of a row others are in the trial; GPT-Neo's local layers look back 256
 
 
 class Slots:
@@ -156,7 +157,11 @@ class _Layer(CacheLayerMixin):
 
 @torch.no_grad()
 def decodes_in_slots(policy: "Policy") -> bool:
-    """Whether slots give the model's own logits: tried with rows that enter, move and write at different places."""
+    """Whether slots give the model's own logits: tried with rows that enter, move and write at different places.
+
+    And with one that others are far ahead of: layers that look back so many columns, counted from the last column of
+    the batch, do not see it, whatever its attention mask says.
+    """
     decoding, model = policy.decoding, policy.model
     if not (decoding.movable and decoding.padded and decoding.argument == "past_key_values") or cannot_share(model):
         return False
@@ -168,7 +173,7 @@ def decodes_in_slots(policy: "Policy") -> bool:
 
 
 def _tried(policy: "Policy") -> tuple[Tensor, Tensor]:
-    """[N, V] logits of three rows by slots, and of each row alone in one forward pass."""
+    """[N, V] logits of some rows by slots, and of each row alone in one forward pass."""
     first, second = [0, 1, 2, 3], [3, 1]
     slots = Slots(policy, 3, 8, 0)
     told = [slots.enter([first, second], 1)]
@@ -176,6 +181,10 @@ def _tried(policy: "Policy") -> tuple[Tensor, Tensor]:
     told.append(slots.step(ids))
     slots.keep(torch.tensor([1], device=policy.device))  # the second moves into the first's place
     told += [slots.enter([[2, 0, 1]], 1), slots.step(torch.tensor([0, 3], device=policy.device))]
-    rows = [first, second, [*first, 2], [*second, 1], [2, 0, 1], [*second, 1, 0], [2, 0, 1, 3]]
+    behind = Slots(policy, 1, FAR, 0)
+    behind.enter([first], 1)
+    behind.even, behind.columns = False, FAR - 1  # as if another row had come so far
+    told.append(behind.step(ids[:1]))
+    rows = [first, second, [*first, 2], [*second, 1], [2, 0, 1], [*second, 1, 0], [2, 0, 1, 3], [*first, 2]]
     alone = [policy.decode(torch.tensor([row], device=policy.device), None, None, None)[0] for row in rows]
     return torch.cat(told).float(), torch.cat(alone).float()

@@ -83,7 +83,8 @@ def _invert(log_probs: Tensor, u: Tensor) -> Tensor:
     # summed in another order, a block may end a rounding error before `u`: the place in it is a share of the block
     share = ((u * cdf[:, -1])[:, None] - cdf.gather(-1, block)) / of_block + 1
     inside = probs[torch.arange(len(u), device=u.device), block[:, 0]]
-    return block[:, 0] * BLOCK + _passes(inside, share[:, 0].clamp(0, 1 - 2.0**-53))
+    found = block[:, 0] * BLOCK + _passes(inside, share[:, 0].clamp(0, 1 - 2.0**-53))
+    return found.clamp_max_(size - 1)  # of NaN the last, as where there are no blocks: its step is told of, and skipped
 
 
 def _passes(weights: Tensor, u: Tensor) -> Tensor:
