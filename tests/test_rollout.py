@@ -1,10 +1,12 @@
 """The in-process engine: log-probabilities, independence of the batch, ends, limits."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
+from mifo_lightning.policy.ending import set_ends
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
@@ -78,6 +80,19 @@ def test_what_does_not_end_in_time_is_flagged_as_truncated(
 ) -> None:
     for group in generate(policy, tokenizer, prompts, max_new_tokens=3):
         assert all(not c.finished and len(c.tokens) == 3 for c in group)
+
+
+def test_a_truncated_response_that_waits_for_others_to_be_done_stays_truncated(
+    policy: Policy, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    ends = {tokenizer.encode(digit, add_special_tokens=False)[0] for digit in "02"}
+    many = copy.copy(tokenizer)
+    set_ends(many, ends)  # some of which would be drawn while waiting
+    # a slot is taken again as soon as an eighth is free, so that responses are cut off at different turns
+    groups = generate(policy, many, 40 * prompts, rows=64, samples=1, max_new_tokens=12, temperature=3.0)
+    drawn = [c for group in groups for c in group]
+    assert 0 < sum(c.finished for c in drawn) < len(drawn)
+    assert all(c.finished == (c.tokens[-1] in ends) for c in drawn)
 
 
 def test_a_stop_string_ends_a_response(policy: Policy, tokenizer: Any, prompts: list[list[int]]) -> None:
