@@ -145,13 +145,14 @@ def test_what_is_always_there_follows_the_strategy_and_the_method() -> None:
     assert [held()[k] for k in ("weights", "gradients", "optimizer", "activations")] == [4 * n, 4 * n, 8 * n, 0]
     assert held("SFT")["optimizer"] == 16 * n, "those of RL are parked"
     assert held("SFT", moments="shared")["optimizer"] == 8 * n
-    assert held(importance=True)["importance"] == 8 * n
-    assert held("SFT", importance=True, freezing=True)["importance"] == 8 * n + n // 8, "a mask of a bit a weight"
+    assert held(importance=4)["importance"] == 8 * n
+    assert held(importance=2)["importance"] == 6 * n, "a map in bfloat16"
+    assert held("SFT", importance=4, freezing=True)["importance"] == 8 * n + n // 8, "a mask of a bit a weight"
     assert held(reference=True)["reference"] == 4 * n
     assert held(ranks=2)["gradients"] == 8 * n, "DDP keeps buckets beside the gradients"
     assert held(ranks=2, sharded=True)["optimizer"] == 4 * n
     assert 0 < held(ranks=2, sharded=True)["gathered"] < 12 * n
-    adapter = held(adapter=Adapter(rank=4), reference=True, importance=True)
+    adapter = held(adapter=Adapter(rank=4), reference=True, importance=4)
     t = adapter["gradients"] // 4
     assert 0 < t < n / 10
     assert adapter["weights"] == 4 * (n + t)

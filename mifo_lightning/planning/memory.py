@@ -178,9 +178,11 @@ class Plan:
         copies = {"optimizer": 2.0}
         if work.demonstrations and (work.moments == "keep" or (sft and work.moments == "reset")):
             copies["optimizer"] += 2  # the moments of the other kind of phase are parked beside these
-        copies["importance"] = 2.0 * work.importance  # the map, and the weights where the phase began
-        if sft:  # the map; a mask of a bit a weight, and the frozen values, as many numbers as weights
-            copies["importance"] = work.importance + (1 + 1 / 32) * work.freezing
+        copies["importance"] = work.importance / 4
+        if sft:  # a mask of a bit a weight, and the frozen values, as many numbers as weights
+            copies["importance"] += (1 + 1 / 32) * work.freezing
+        elif work.importance:  # the weights where the phase began
+            copies["importance"] += 1
         if work.ranks > 1 and not work.sharded:
             copies["gradients"] = 1.0  # DDP's buckets, which stay
         parts = dict.fromkeys(COMPONENTS, 0) | traced

@@ -37,7 +37,7 @@ class Workload:
         demonstrations: Of an SFT step on each process; 0: there are no SFT steps.
         demonstration: Tokens of each.
         moments: model.optimizer.moments.
-        importance: Whether an importance map is kept.
+        importance: Bytes of the importance map for each weight; 0: there is none.
         freezing: Whether SFT phases freeze weights.
         movement: Whether a monitor keeps a copy of the weights during the step.
         evaluated: Responses of an evaluation batch on each process; 0: there is none.
@@ -68,7 +68,7 @@ class Workload:
     demonstrations: int = 0
     demonstration: int = 0
     moments: str = "reset"
-    importance: bool = False
+    importance: int = 0
     freezing: bool = False
     movement: bool = False
     evaluated: int = 0
@@ -207,13 +207,20 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         demonstrations=schedule.sft_batch // ranks if buffered else 0,
         demonstration=min(data.demonstrations.max_tokens, response or data.demonstrations.max_tokens),
         moments=model.optimizer.moments,
-        importance=config.importance is not None,
+        importance=_map_bytes(config.importance),
         freezing=config.freeze is not None,
         movement=config.updates is not None,
         evaluated=data.eval_batch * samples if data.val or data.holdout else 0,
         samples=samples,
         sampling=Sampling(own.temperature, own.top_p, own.top_k, own.max_new_tokens or lengths[1]),
     ), said
+
+
+def _map_bytes(given: Any) -> int:
+    """Bytes of the importance map for each weight."""
+    if given is None:
+        return 0
+    return 2 if "init_args" in given and given.init_args.get("dtype") == "bfloat16" else 4
 
 
 def _engine(given: Any) -> tuple[InProcessEngine, list[str]]:
