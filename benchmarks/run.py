@@ -170,6 +170,7 @@ def main() -> None:
                 python = given.trl if WORKS[name].sides[side][0] == "theirs" else sys.executable
                 arguments = ("--model", given.model, "--work", name, "--side", side)
                 found[side].append(measured(f"{name}, {side}", "benchmarks.run", *arguments, python=python))
+                print(f"{name}, {side}: {found[side][-1]}", file=sys.stderr, flush=True)  # a stop loses no measurement
         print("\n".join(lines(name, found)), flush=True)
 
 
