@@ -116,12 +116,19 @@ def test_it_refuses_what_a_gpu_refuses() -> None:
         assert (there.to("cpu") + here).device.type == "cpu"
 
 
-def test_what_is_compared_in_fp32_is_computed_without_tf32() -> None:
-    policy, before = load_policy("embedded"), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # as Lightning advises where there are tensor cores
+@pytest.mark.parametrize("switch", ["older", "newer"])
+def test_what_is_compared_in_fp32_is_computed_without_tf32(switch: str) -> None:
+    policy, matmul = load_policy("embedded"), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if switch == "older":
+        torch.set_float32_matmul_precision("high")  # as Lightning advises where there are tensor cores
+    else:
+        matmul.fp32_precision = "tf32"  # as torch advises; reading the older switch raises from here on
     try:
         with policy.in_own_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
     finally:
-        torch.set_float32_matmul_precision(before)
+        if switch == "older":
+            torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mifo_callbacks.collectives import gather_over, rank_in, sum_over
+from mifo_callbacks.masking import GPU_CHUNK
 
 Order = Literal["largest", "smallest", "smallest_zero_last"]
 Count = TypeVar("Count", int, Tensor)
 Brackets = dict[int, tuple[int, int]]
 
 CHUNK = 1 << 15  # elements: the largest temporaries are a few times that and fit into a second-level cache
-GPU_CHUNK = 1 << 24  # elsewhere: so large that starting a kernel costs nothing beside it
 MAX_KEY = 0x7FFFFFFF
 NARROWED_FROM = 1 << 20  # scores
 SAMPLE = 1 << 15  # at least; of many scores one in a hundred, so that few lie between

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mifo_lightning.policy.decoding import Decoding, accepted
 from mifo_lightning.policy.head import LogitTransform, head_transform
+from mifo_lightning.policy.precision import exact_products
 from mifo_lightning.policy.prefix import shared_states
 from mifo_lightning.policy.slots import decodes_in_slots
 from mifo_lightning.policy.token_scores import token_scores
@@ -155,15 +156,13 @@ class Policy(nn.Module):
 
     @contextmanager
     def in_own_precision(self) -> Iterator[None]:
-        """Every forward in the precision of the weights, whatever the Trainer's is, and without TF32 on a GPU."""
+        """Every forward in the precision of the weights, whatever the Trainer's is, and without TF32."""
         numerics, self.numerics = self.numerics, lambda: torch.autocast(self.device.type, enabled=False)
-        products = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
         try:
-            yield
+            with exact_products():
+                yield
         finally:
             self.numerics = numerics
-            torch.set_float32_matmul_precision(products)
 
     @property
     def split_head(self) -> bool:
