@@ -22,9 +22,9 @@ from lightning.pytorch.profilers import Profiler
 import mifo_callbacks
 import mifo_lightning as mifo
 from benchmarks.endless import Endless
-from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, coin, prompts
+from benchmarks.ours import data, module, trainer
+from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Size, prompts
 from mifo_callbacks.recipe import mifo as recipe
-from mifo_lightning.policy.loading import load_tokenizer
 
 RL_STEPS, SFT_STEPS, SFT_BATCH = 2, 2, 16
 PHASES = {"rl": 4, "sft": 8}  # steps a phase that shares are of: a buffer of 128, the method's, is eight batches of 16
@@ -93,53 +93,26 @@ def run(
     model: str, rl_phases: int = 1, importance: mifo_callbacks.ImportanceEMA | None = None
 ) -> tuple[Steps, Seconds, int]:
     """The run, with this importance in place of the recipe's; also how many weights there are."""
-
-    def reward(responses: list[str], truths: list[str]) -> list[float]:
-        return coin(responses)
-
     target = " ".join(str(i % 10) for i in range(LENGTH // 2))
-    rows: Any = [
-        {"prompt": text, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": target}
-        for text in prompts(load_tokenizer(model), 12, TOKENS)
-    ]
-    lightning.seed_everything(0, verbose=False)
-    module = mifo.MifoModule(
-        model,
-        mifo.FunctionReward(reward, isolate=False),
-        mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH), self_check=False),
-        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
-    )
+    cut = mifo.OptimizerSettings(micro_batches=PROMPTS)
+    trained = module(model, Size(PROMPTS, TOKENS, GROUP, LENGTH), optimizer=cut)
     size = RL_STEPS * PROMPTS
-    data = mifo.QuestionData(
-        rows,
-        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-        demonstrations=mifo.Demonstrations(verify=False),
-        schedule=mifo.Schedule(
-            rl_steps=rl_phases * RL_STEPS,
-            prompts_per_step=PROMPTS,
-            sft_batch=SFT_BATCH,
-            sft_epochs=SFT_STEPS * SFT_BATCH // size,
-            fit_sizes=False,
-        ),
+    questions = data(
+        [(text, target) for text in prompts(trained.tokenizer, size, TOKENS)],
+        rl_steps=rl_phases * RL_STEPS,
+        prompts_per_step=PROMPTS,
+        sft_batch=SFT_BATCH,
+        sft_epochs=SFT_STEPS * SFT_BATCH // size,
     )
     seconds = Seconds()
     steps = Steps(seconds)
     method = recipe(size=size, max_accuracy=1.0)
     if importance is not None:
         method = [importance if isinstance(c, mifo_callbacks.ImportanceEMA) else c for c in method]
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        logger=DummyLogger(),  # with one, quantiles and the like are computed
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Endless(), steps, *method],
-        profiler=seconds,
-    )
-    trainer.fit(module, data)
-    return steps, seconds, sum(p.numel() for p in module.parameters())
+    # with a logger quantiles and the like are computed
+    watched = trainer(Endless(), steps, *method, logger=DummyLogger(), profiler=seconds)
+    watched.fit(trained, questions)
+    return steps, seconds, sum(p.numel() for p in trained.parameters())
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.child import measured
 from benchmarks.endless import Endless
-from benchmarks.plan import GROUP, configuration, random_model
+from benchmarks.plan import GROUP, configuration, written
 
 PROMPTS, STEPS = 4, 6
 SHAPE = {
@@ -77,7 +77,7 @@ def main() -> None:
         return
     found: dict[int, list[float]] = {1: [], given.ranks: []}
     with tempfile.TemporaryDirectory() as root:
-        model = random_model(Path(root) / "model", **SHAPE)
+        model = written(Path(root) / "model", **SHAPE)
         paths = {}
         for ranks in found:
             (place := Path(root) / str(ranks)).mkdir()

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --shape smollm2 --trl trl-env/bin/python
     python -m benchmarks.gpu --device cpu --shape tiny               # in a small size: that all of it runs
 
-Nothing is downloaded: weights are drawn on the device, the tokenizer is the embedded task's. Every response is of full
+Nothing is downloaded: weights are drawn on the device, the tokenizer's tokens are words. Every response is of full
 length, and every group has both rewards, so that all train. Each measurement is a process of its own; seconds are by
 the clock, with the device waited for; of three steps the first does not count.
 
@@ -24,11 +24,17 @@ from typing import Any
 import torch
 
 from benchmarks.child import measured
-from benchmarks.gpu_shapes import SHAPES, SIZES
 from benchmarks.gpu_work import decode, train, trl
+from benchmarks.shapes import SHAPES
+from benchmarks.sizes import Size
 
 LONG = ("qwen2.5-1.5b", "tiny")  # of which ten steps are made
 TARGET = 0.45
+SIZES = {
+    "cuda": Size(prompts=16, tokens=128, group=8, length=512, chunk=8192),
+    "cpu": Size(prompts=2, tokens=16, group=4, length=8, chunk=64),
+}
+ROWS = {"cuda": (64, 256, 1024), "cpu": (4, 8)}  # decoded at once
 
 
 def measure(shape: str, device: str, what: str) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def main() -> None:
             found = measure(given.shape[0], given.device, given.measure)
         print(json.dumps(found))
         return
-    work = {f"decoding {n} rows": f"decode {n}" for n in size.rows} | {"GRPO step": "grpo"}
+    work = {f"decoding {n} rows": f"decode {n}" for n in ROWS[given.device]} | {"GRPO step": "grpo"}
     work |= {"GRPO step of TRL": "trl"} if given.trl else {}
     print(f"{torch.cuda.get_device_name() if given.device == 'cuda' else 'a CPU'}, torch {torch.__version__}; {size}\n")
     print(

@@ -1,16 +1,25 @@
 """What `benchmarks.gpu` measures, each in a process of its own: decoding, steps of this framework, steps of TRL."""
 
+import importlib
 import statistics
-import tempfile
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_shapes import Size, matmul_flops, multiplying, peaks, random_model, update_flops, wait
+from benchmarks.gpu_counts import matmul_flops, multiplying, peaks, update_flops, wait
+from benchmarks.shapes import SHAPES, random_model, words
+from benchmarks.sizes import Clock, Size, prompts
 
-STEPS = 3
+SQUARES = {"cuda": 8192, "cpu": 256}  # side of the matrices whose product is measured
 BEFORE, AFTER = 5, 3  # RL steps before and after the SFT phase, which has two
+
+
+def loaded(shape: str, device: str) -> tuple[Any, Any]:
+    """A random model of a shape with a tokenizer of words."""
+    tokenizer = words(SHAPES[shape]["vocab_size"])
+    return random_model(tokenizer, SHAPES[shape], device), tokenizer
 
 
 def decode(shape: str, device: str, size: Size, rows: int) -> dict[str, Any]:
@@ -21,7 +30,7 @@ def decode(shape: str, device: str, size: Size, rows: int) -> dict[str, Any]:
     from mifo_lightning.rollout.engine import Sampling
     from mifo_lightning.rollout.in_process import InProcessEngine
 
-    model, tokenizer = random_model(shape, device)
+    model, tokenizer = loaded(shape, device)
     policy = load_policy(Loaded(model, tokenizer))
     policy.numerics = lambda: torch.autocast(device, torch.bfloat16)
     set_ends(tokenizer, NEVER)  # every response is of full length
@@ -29,25 +38,13 @@ def decode(shape: str, device: str, size: Size, rows: int) -> dict[str, Any]:
     engine = InProcessEngine(rows, cache_tokens=rows * (size.tokens + size.length))
 
     def drawn(length: int) -> tuple[int, float]:
-        start = wait(device)
-        groups = engine.generate(
-            policy, tokenizer, asked, list(range(len(asked))), size.group, Sampling(max_new_tokens=length)
-        )
+        start, sampling = wait(device), Sampling(max_new_tokens=length)
+        groups = engine.generate(policy, tokenizer, asked, list(range(len(asked))), size.group, sampling)
         return sum(len(c.tokens) for group in groups for c in group), wait(device) - start
 
     drawn(4)  # libraries are loaded, kernels chosen
     tokens, seconds = drawn(size.length)
     return {"seconds": seconds, "rate": tokens / seconds} | peaks(device)
-
-
-def prompts(size: Size, steps: int) -> list[str]:
-    """Different texts for so many steps; the embedded task's tokens are characters."""
-    return [f"{i:0{size.tokens}d}" for i in range(size.prompts * steps)]
-
-
-def coin(texts: list[str]) -> list[float]:
-    """0 and -1 in turn: both in every group, and what was cut off gets at most 0."""
-    return [-float(i % 2) for i, _ in enumerate(texts)]
 
 
 def watching(device: str) -> tuple[Any, Any, list[tuple[str, float, float]]]:
@@ -80,69 +77,34 @@ def watching(device: str) -> tuple[Any, Any, list[tuple[str, float, float]]]:
     return Activities(), Steps(), found
 
 
-def run_of(model: Any, tokenizer: Any, size: Size, steps: int) -> tuple[Any, Any]:
-    """Module and data of so many RL steps; an SFT phase would have two steps."""
-    import mifo_lightning as mifo
-
-    def reward(responses: list[str], truths: list[str]) -> list[float]:
-        return coin(responses)
-
-    module = mifo.MifoModule.from_model(
-        model,
-        tokenizer,
-        reward=mifo.FunctionReward(reward, isolate=False),
-        rollout=mifo.Rollout(group_size=size.group, sampling=mifo.Sampling(max_new_tokens=size.length)),
-        optimizer=mifo.OptimizerSettings(micro_batch_tokens=size.chunk),
-    )
-    target = "1" * (size.length - 1)
-    rows: Any = [
-        {"prompt": text, "data_source": "-", "reward_model": {"ground_truth": "-"}, "target": target}
-        for text in prompts(size, steps)
-    ]
-    schedule: dict[str, Any] = {"prompts_per_step": size.prompts, "sft_batch": BEFORE * size.prompts // 2}
-    data = mifo.QuestionData(
-        rows,
-        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-        demonstrations=mifo.Demonstrations(verify=False),
-        schedule=mifo.Schedule(rl_steps=steps, fit_sizes=False, **schedule),
-    )
-    return module, data
-
-
 def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
-    """Three GRPO steps; or, with the `method`'s four callbacks, eight of them and an SFT phase of two after five."""
-    import lightning
-
+    """GRPO steps; or, with the `method`'s four callbacks, eight of them and an SFT phase of two after five."""
+    import mifo_lightning as mifo
+    from benchmarks import ours
     from benchmarks.endless import Endless
     from mifo_callbacks.recipe import mifo as recipe
 
-    model, tokenizer = random_model(shape, device)
-    peak = matmul_flops(device, torch.bfloat16, size.square)
-    lightning.seed_everything(0, verbose=False)
-    module, data = run_of(model, tokenizer, size, BEFORE + AFTER if method else STEPS)
-    activities, steps, found = watching(device)
-    trainer = lightning.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        max_epochs=-1,
-        precision="bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Endless(), steps, *(recipe(size=BEFORE * size.prompts, max_accuracy=1.0) if method else [])],
-        profiler=activities,
-    )
-    trainer.fit(module, data)
+    model, tokenizer = loaded(shape, device)
+    peak = matmul_flops(device, torch.bfloat16, SQUARES[device])
+    steps, buffer = BEFORE + AFTER if method else size.steps, BEFORE * size.prompts
+    texts = zip(*(prompts(tokenizer, size.prompts * steps, n) for n in (size.tokens, size.length - 1)), strict=True)
+    cut = mifo.OptimizerSettings(micro_batch_tokens=size.chunk)
+    module = ours.module((model, tokenizer), size, optimizer=cut)
+    questions = ours.data(list(texts), rl_steps=steps, prompts_per_step=size.prompts, sft_batch=buffer // 2)
+    activities, watch, found = watching(device)
+    callbacks = [Endless(), watch, *(recipe(size=buffer, max_accuracy=1.0) if method else [])]
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    ours.trainer(*callbacks, bf16=True, accelerator=accelerator, profiler=activities).fit(module, questions)
     rl, updates, sft = (
         statistics.median([(whole, update)[part] for name, whole, update in found if name == kind][1:] or [0.0])
         for kind, part in (("rl", 0), ("rl", 1), ("sft", 0))
     )
-    flops = update_flops(model.config, multiplying(model), size, module.policy.share_prompts)
+    assert module.policy is not None
+    flops = update_flops(model.config, multiplying(model), size, bool(module.policy.share_prompts))
     phases = [f"{len(list(same))} {kind.upper()}" for kind, same in groupby(kind for kind, _, _ in found)]
     return {
         "seconds": rl,
-        "rate": size.prompts * size.group * size.length / updates,
+        "rate": size.rows * size.length / updates,
         "mfu": flops / updates / peak,
         "note": f"matmul {peak / 1e12:.4g} TFLOP/s"
         + (f"; {', '.join(phases)} steps; an SFT step {sft:.2f} s" if method else ""),
@@ -150,51 +112,7 @@ def train(shape: str, device: str, size: Size, method: bool) -> dict[str, Any]:
 
 
 def trl(shape: str, device: str, size: Size) -> dict[str, Any]:
-    """Three steps of TRL's GRPOTrainer, in chunks of as many rows as fit into ours."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    took: list[float] = []
-
-    class Timing(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            took.append(-wait(device))
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            took[-1] += wait(device)
-
-    model, tokenizer = random_model(shape, device)
-    rows = size.prompts * size.group
-    at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n * (size.tokens + size.length) <= size.chunk)
-    with tempfile.TemporaryDirectory() as place:
-        settings = GRPOConfig(
-            output_dir=place,
-            per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=rows // at_once,
-            num_generations=size.group,
-            max_completion_length=size.length,
-            generation_kwargs={"min_new_tokens": size.length},
-            max_steps=STEPS,
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            loss_type="grpo",
-            beta=0.0,
-            save_strategy="no",
-            seed=0,
-            use_cpu=device == "cpu",
-            bf16=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            processing_class=tokenizer,
-            reward_funcs=lambda completions, **_: coin(completions),
-            args=settings,
-            train_dataset=Dataset.from_list([{"prompt": text} for text in prompts(size, STEPS)]),
-            callbacks=[Timing()],
-        )
-        trainer.train()
-    return {"seconds": statistics.median(took[1:])} | peaks(device)
+    """Steps of TRL's GRPOTrainer, in chunks of as many rows as fit into ours."""
+    clock = Clock(partial(wait, device))
+    importlib.import_module("benchmarks.theirs").grpo(loaded(shape, device), size, clock, bf16=True)
+    return {"seconds": statistics.median(clock.took[1:])} | peaks(device)

@@ -22,7 +22,8 @@ import torch
 import mifo_lightning as mifo
 from benchmarks.child import measured
 from benchmarks.endless import Endless
-from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, coin, prompts
+from benchmarks.ours import data, module, trainer
+from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, Size, prompts
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
 from mifo_callbacks.sharding import trainable
 
@@ -49,58 +50,28 @@ class Timing(lightning.Callback):
         self.clocks[batch["phase"]].end()
 
 
-def reward(responses: list[str], truths: list[str]) -> list[float]:
-    """A coin for each response."""
-    return coin(responses)
-
-
-def run_of(model: str, adapter: dict[str, Any] | None) -> tuple[mifo.MifoModule, mifo.QuestionData]:
-    """Module and data of a few RL steps with an SFT phase after each."""
-    module = mifo.MifoModule(
-        model,
-        mifo.FunctionReward(reward, isolate=False),
-        mifo.Rollout(group_size=GROUP, sampling=mifo.Sampling(max_new_tokens=LENGTH)),
-        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
-        adapter=None if adapter is None else mifo.Adapter(**adapter),
-    )
-    texts = prompts(module.tokenizer, 12, TOKENS)
-    rows: Any = [
-        {"prompt": t, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": 2 * t} for t in texts
-    ]
-    data = mifo.QuestionData(
-        rows,
-        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
-        demonstrations=mifo.Demonstrations(verify=False),
-        schedule=mifo.Schedule(rl_steps=STEPS, prompts_per_step=PROMPTS, sft_batch=2, fit_sizes=False),
-    )
-    return module, data
-
-
 def train(model: str, adapter: dict[str, Any] | None) -> dict[str, float]:
     """Seconds of an RL step and of an SFT step, trained weights, bytes of a checkpoint and peak memory in GiB."""
     torch.set_num_threads(1)
-    lightning.seed_everything(0, verbose=False)
-    module, data = run_of(model, adapter)
+    trained = module(
+        model,
+        Size(PROMPTS, TOKENS, GROUP, LENGTH),
+        optimizer=mifo.OptimizerSettings(micro_batches=PROMPTS),
+        adapter=None if adapter is None else mifo.Adapter(**adapter),
+    )
+    texts = prompts(trained.tokenizer, PROMPTS * STEPS, TOKENS)
+    questions = data([(text, 2 * text) for text in texts], rl_steps=STEPS, prompts_per_step=PROMPTS, sft_batch=2)
     timing = Timing()
     method = [EntropyTokenSelection(), ImportanceEMA(), GradientFreezing(), BufferPhaseSwitch(size=PROMPTS)]
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*method, timing, Endless()],
-    )
-    trainer.fit(module, data)
+    run = trainer(*method, timing, Endless())
+    run.fit(trained, questions)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "last.ckpt")
-        trainer.save_checkpoint(path)
+        run.save_checkpoint(path)
         kept = path.stat().st_size / 2**20
     seconds = {phase: statistics.median(clock.took[1:]) for phase, clock in timing.clocks.items()}
-    return {**seconds, "trained": sum(p.numel() for p in trainable(module).values()), "kept": kept, "peak": peak}
+    return {**seconds, "trained": sum(p.numel() for p in trainable(trained).values()), "kept": kept, "peak": peak}
 
 
 def main() -> None:

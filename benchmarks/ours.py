@@ -1,15 +1,14 @@
-"""Steps of this framework for `benchmarks.run`."""
+"""Steps of this framework that are timed: what its runs in benchmarks/ have in common, and GRPO and SFT steps."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
 
 import mifo_lightning as mifo
 from benchmarks.endless import Endless
-from benchmarks.sizes import Clock, Size, prompts
+from benchmarks.sizes import Clock, Model, Size, coin, prompts
 from mifo_callbacks import EntropyTokenSelection
-
-TEXT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 class Timing(lightning.Callback):
@@ -27,53 +26,66 @@ class Timing(lightning.Callback):
         self.clock.end()
 
 
-def grpo(model: str, size: Size, clock: Clock, bf16: bool, share: bool | None = None) -> None:
-    """GRPO steps; `share` is `model.loading.share_prompts`."""
+def module(model: Model, size: Size, clock: Clock | None = None, **settings: Any) -> mifo.MifoModule:
+    """What trains, graded by a coin; `settings` are others of a `MifoModule`."""
 
     def reward(responses: list[str], truths: list[str]) -> list[float]:
-        return clock.coin(responses)
+        return coin(responses) if clock is None else clock.coin(responses)
 
     lightning.seed_everything(0, verbose=False)
-    switch: Any = {} if share is None else {"share_prompts": share}  # older commits, to be timed beside this, lack it
-    module = mifo.MifoModule(
-        model,
+    return mifo.MifoModule(
+        model,  # type: ignore[arg-type]  # a loaded one in place of a name
         mifo.FunctionReward(reward, isolate=False),
-        mifo.Rollout(group_size=size.group, sampling=mifo.Sampling(max_new_tokens=size.length), self_check=False),
-        loading=mifo.Loading(**switch),
+        mifo.Rollout(
+            group_size=max(size.group, 2),  # 1 is of SFT steps, which draw none
+            sampling=mifo.Sampling(max_new_tokens=size.length),
+            self_check=False,
+        ),
+        **settings,
     )
-    texts = prompts(module.tokenizer, size.prompts * size.steps, size.tokens)
-    schedule = mifo.Schedule(rl_steps=size.steps, prompts_per_step=size.prompts, fit_sizes=False)
-    _fit(module, [(text, None) for text in texts], schedule, bf16, Timing(clock), *([] if size.ends else [Endless()]))
 
 
-def sft(model: str, size: Size, clock: Clock, bf16: bool, selection: bool) -> None:
-    """SFT steps; with `selection` the loss sees the fifth of the tokens that has the highest entropy."""
-    lightning.seed_everything(0, verbose=False)
-    module = mifo.MifoModule(model, mifo.FunctionReward(lambda responses, truths: [0.0], isolate=False))
-    count = size.rows * size.steps
-    texts = zip(*(prompts(module.tokenizer, count, n) for n in (size.tokens, size.length)), strict=True)
-    schedule = mifo.Schedule(rl_steps=0, sft_before=size.steps, sft_batch=size.rows, fit_sizes=False)
-    _fit(module, list(texts), schedule, bf16, Timing(clock), *([EntropyTokenSelection()] if selection else []))
-
-
-def _fit(module: Any, texts: Any, schedule: mifo.Schedule, bf16: bool, *callbacks: lightning.Callback) -> None:
+def data(texts: Sequence[tuple[str, str | None]], **schedule: Any) -> mifo.QuestionData:
+    """Prompts with demonstrations, or with None, as they stand; `schedule` is `data.schedule`."""
     rows: Any = [
         {"prompt": prompt, "data_source": "text", "reward_model": {"ground_truth": "-"}, "target": target}
         for prompt, target in texts
     ]
-    trainer = lightning.Trainer(
-        accelerator="cpu",
+    return mifo.QuestionData(
+        rows,
+        prompts=mifo.Prompts(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+        demonstrations=mifo.Demonstrations(verify=False),
+        schedule=mifo.Schedule(fit_sizes=False, **schedule),
+    )
+
+
+def trainer(*callbacks: lightning.Callback, bf16: bool = False, **settings: Any) -> lightning.Trainer:
+    """A Trainer that does nothing beside; `settings` are others of its own."""
+    usual: dict[str, Any] = {"accelerator": "cpu", "logger": False, "precision": "bf16-mixed" if bf16 else "32-true"}
+    return lightning.Trainer(
         devices=1,
         max_epochs=-1,
-        precision="bf16-mixed" if bf16 else "32-true",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        **{**usual, **settings},
     )
-    demonstrations = mifo.Demonstrations(verify=False)
-    data = mifo.QuestionData(
-        rows, prompts=mifo.Prompts(chat_template=TEXT), demonstrations=demonstrations, schedule=schedule
-    )
-    trainer.fit(module, data)
+
+
+def grpo(model: Model, size: Size, clock: Clock, bf16: bool, share: bool | None = None) -> None:
+    """GRPO steps; `share` is `model.loading.share_prompts`."""
+    switch: Any = {} if share is None else {"share_prompts": share}  # older commits, to be timed beside this, lack it
+    trained = module(model, size, clock, loading=mifo.Loading(**switch))
+    texts = prompts(trained.tokenizer, size.prompts * size.steps, size.tokens)
+    questions = data([(text, None) for text in texts], rl_steps=size.steps, prompts_per_step=size.prompts)
+    trainer(Timing(clock), *([] if size.ends else [Endless()]), bf16=bf16).fit(trained, questions)
+
+
+def sft(model: Model, size: Size, clock: Clock, bf16: bool, selection: bool) -> None:
+    """SFT steps; with `selection` the loss sees the fifth of the tokens that has the highest entropy."""
+    trained = module(model, size)
+    count = size.rows * size.steps
+    texts = zip(*(prompts(trained.tokenizer, count, n) for n in (size.tokens, size.length)), strict=True)
+    demonstrations = data(list(texts), rl_steps=0, sft_before=size.steps, sft_batch=size.rows)
+    trainer(Timing(clock), *([EntropyTokenSelection()] if selection else []), bf16=bf16).fit(trained, demonstrations)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from benchmarks import child
+from benchmarks.shapes import TINY, embedded, random_model
 from mifo_lightning.rewards.base import Reward
 
 PROMPTS, TOKENS, GROUP, LENGTH, DEMONSTRATION = 2, 75, 8, 32, 48
@@ -44,14 +45,6 @@ SHAPES: dict[str, dict[str, int | bool]] = {
         "vocab_size": 32768,
         "tie_word_embeddings": False,
     },
-}
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
 }
 MIFO = {
     "importance": {"alpha": 0.5},
@@ -211,7 +204,7 @@ def measure(path: str, accelerator: str) -> dict[str, int]:
     meter = Meter(accelerator)
     with tempfile.TemporaryDirectory() as place:
         case = yaml.safe_load(Path(path).read_text())
-        small = random_model(Path(place) / "model", **SMALL)
+        small = written(Path(place) / "model", **TINY)
         small_path = Path(place) / "run.yaml"
         alone = {"devices": 1, "strategy": "auto"}
         small_path.write_text(yaml.safe_dump(merged(case, {"model": {"model": small}, "trainer": alone})))
@@ -224,20 +217,10 @@ def measure(path: str, accelerator: str) -> dict[str, int]:
     return {name: most - before for name, most in found.items()}
 
 
-def random_model(place: Path, **shape: Any) -> str:
-    """Write a random Llama with the tokenizer of the embedded task; returns the directory."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from mifo_lightning.policy.loading import locate
-
-    tokenizer = AutoTokenizer.from_pretrained(locate("embedded"))
-    config = LlamaConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{"tie_word_embeddings": True, **shape},
-    )
-    LlamaForCausalLM(config).save_pretrained(place)
+def written(place: Path, **shape: Any) -> str:
+    """Write a random model with the tokenizer of the embedded task; returns the directory."""
+    tokenizer = embedded()
+    random_model(tokenizer, shape).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return str(place)
 
@@ -289,7 +272,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         runs = [(f"{Path(given.model).name}, {c}", given.model, CASES[c]) for c in given.case or CASES if given.model]
         if not given.case:
-            shapes = {name: random_model(Path(root) / name, **shape) for name, shape in SHAPES.items()}
+            shapes = {name: written(Path(root) / name, **shape) for name, shape in SHAPES.items()}
             runs += [(name, directory, MIFO) for name, directory in shapes.items()]
             for kind, trainer in {"DDP": {"devices": 2}, "FSDP2": FSDP2}.items():
                 runs += [(f"{name}, {kind} x 2", shapes[name], {"trainer": trainer}) for name in list(shapes)[:1]]

@@ -1,12 +1,13 @@
 """The limit of a step for `benchmarks.run`: its products with weights, each once, at shapes it cannot do without."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.sizes import Clock, Size
+from benchmarks.sizes import Clock, Model, Size
 
 
 class Products:
@@ -15,9 +16,10 @@ class Products:
     Left out: attention, norms, sampling, the optimizer, everything else.
     """
 
-    def __init__(self, model: str, bf16: bool) -> None:
+    def __init__(self, model: Model, bf16: bool) -> None:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=self.dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model[0]
+        loaded.to(dtype=self.dtype)
         self.head = loaded.get_output_embeddings().weight
         linear = [m.weight for m in loaded.modules() if isinstance(m, torch.nn.Linear)]
         self.body = [weight for weight in linear if weight is not self.head]
@@ -40,7 +42,7 @@ class Products:
 
 
 @torch.no_grad()
-def grpo(model: str, size: Size, clock: Clock, bf16: bool) -> None:
+def grpo(model: Model, size: Size, clock: Clock, bf16: bool) -> None:
     """Prompts once a group, then all rows a token at a time; forward and backward of both, prompts once a group."""
     of, asked = Products(model, bf16), size.prompts * size.tokens
     for _ in range(size.steps):
@@ -55,7 +57,7 @@ def grpo(model: str, size: Size, clock: Clock, bf16: bool) -> None:
 
 
 @torch.no_grad()
-def sft(model: str, size: Size, clock: Clock, bf16: bool) -> None:
+def sft(model: Model, size: Size, clock: Clock, bf16: bool) -> None:
     """Forward and backward of prompts and demonstrations, whose last token is the end."""
     of = Products(model, bf16)
     for _ in range(size.steps):

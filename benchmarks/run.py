@@ -21,12 +21,11 @@ import platform
 import resource
 import statistics
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.child import measured
-from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, Size, tiny_model
+from benchmarks.shapes import million, random_model, words
+from benchmarks.sizes import GROUP, LENGTH, PROMPTS, TOKENS, Clock, Model, Size
 
 
 class Work(NamedTuple):
@@ -91,8 +90,11 @@ def run(work: Work, side: str, model: str, clock: Clock) -> None:
     torch.set_num_threads(1)
     module, settings = work.sides[side]
     steps = getattr(importlib.import_module(f"benchmarks.{module}"), work.kind)
-    with tempfile.TemporaryDirectory() as place:
-        steps(tiny_model(Path(place), work.vocabulary) if work.vocabulary else model, work.size, clock, **settings)
+    used: Model = model
+    if work.vocabulary:
+        tokenizer = words(work.vocabulary)
+        used = random_model(tokenizer, million(work.vocabulary)), tokenizer
+    steps(used, work.size, clock, **settings)
 
 
 def measure(work: Work, side: str, model: str) -> dict[str, float]:

@@ -4,15 +4,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu_shapes import Size, multiplying, random_model, update_flops
+from benchmarks.gpu_counts import multiplying, update_flops
+from benchmarks.shapes import TINY, random_model, words
+from benchmarks.sizes import Size
 from mifo_lightning.policy.policy import Policy, Sequences
 
-SIZE = Size(prompts=3, tokens=24, group=4, length=16, chunk=10**6, rows=(), square=0)
+SIZE = Size(prompts=3, tokens=24, group=4, length=16)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_operations_of_an_update_are_those_that_torch_counts(shared: bool) -> None:
-    model, _ = random_model("tiny", "cpu")
+    model = random_model(words(64), TINY)
     model.set_attn_implementation("eager")  # torch has no count for the CPU's own kernel
     policy = Policy(model)
     policy.share_prompts = shared
