@@ -248,6 +248,21 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens/s" in out
 
 
+def test_an_engine_of_ones_own_that_decodes_in_process_may_take_other_arguments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = "from mifo_lightning.rollout.in_process import InProcessEngine\n"
+    own = (
+        "class SlowInProcessEngine(InProcessEngine):\n    def __init__(self, nap: float = 0.0, rows: int = 512): ...\n"
+    )
+    Path(tmp_path, "own_engine.py").write_text(base + own)
+    monkeypatch.syspath_prepend(tmp_path)
+    main(
+        ["plan", *MIFO, "--model.rollout.engine", "own_engine.SlowInProcessEngine", "--model.rollout.engine.rows", "4"]
+    )
+    assert "\nfits: " in capsys.readouterr().out
+
+
 def test_what_cannot_be_planned_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "gpus: 0 is not allowed; it must be above 0" in refused(capsys, "plan", *MIFO, "--gpus", "0")
     assert "does not divide by 5 ranks" in refused(capsys, "plan", *MIFO, "--gpus", "5")

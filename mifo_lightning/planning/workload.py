@@ -228,7 +228,9 @@ def _engine(given: Any) -> tuple[InProcessEngine, list[str]]:
     if given is not None and not given.class_path.endswith(InProcessEngine.__name__):
         another = f"the memory and the speed of {given.class_path} are its own; decoding is planned as in process"
         return InProcessEngine(), [another]
-    return InProcessEngine(**vars(given.init_args) if given is not None and "init_args" in given else {}), []
+    arguments = vars(given.init_args) if given is not None and "init_args" in given else {}
+    # a class of the user's that is one, too, may take others
+    return InProcessEngine(**{name: arguments[name] for name in ("rows", "cache_tokens") if name in arguments}), []
 
 
 def ranks_of(trainer: Any, given: int | None) -> tuple[int, list[str]]:
