@@ -73,10 +73,11 @@ def trainer(*callbacks: lightning.Callback, bf16: bool = False, **settings: Any)
     )
 
 
-def grpo(model: Model, size: Size, clock: Clock, bf16: bool, share: bool | None = None) -> None:
-    """GRPO steps; `share` is `model.loading.share_prompts`."""
+def grpo(model: Model, size: Size, clock: Clock, bf16: bool, share: bool | None = None, parts: int = 1) -> None:
+    """GRPO steps in `parts` micro-batches; `share` is `model.loading.share_prompts`."""
     switch: Any = {} if share is None else {"share_prompts": share}  # older commits, to be timed beside this, lack it
-    trained = module(model, size, clock, loading=mifo.Loading(**switch))
+    cut = mifo.OptimizerSettings(micro_batches=parts)
+    trained = module(model, size, clock, loading=mifo.Loading(**switch), optimizer=cut)
     texts = prompts(trained.tokenizer, size.prompts * size.steps, size.tokens)
     questions = data([(text, None) for text in texts], rl_steps=size.steps, prompts_per_step=size.prompts)
     trainer(Timing(clock), *([] if size.ends else [Endless()]), bf16=bf16).fit(trained, questions)

@@ -54,6 +54,7 @@ WORKS = {
         {
             "TRL, fp32": ("theirs", FP32),
             "ours, fp32": ("ours", FP32),
+            "ours, fp32, in two micro-batches": ("ours", FP32 | {"parts": 2}),
             "ours, fp32, every row with its own prompt": ("ours", FP32 | {"share": False}),
             "limit, fp32": ("products", FP32),
             "TRL, bf16": ("theirs", BF16),
