@@ -29,13 +29,13 @@ from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.methods.mixing import Mixing
 from mifo_lightning.policy.adapter import FINGERPRINT, Adapter, add_adapters, own_weights
 from mifo_lightning.policy.ending import end_tokens
+from mifo_lightning.policy.frozen import freeze_named, freeze_unused
 from mifo_lightning.policy.loading import (
     Loaded,
     Loading,
     blueprint,
     check_same_weights,
     check_vocabulary,
-    freeze_unused,
     load_policy,
     load_tokenizer,
     shard_policy,
@@ -125,6 +125,9 @@ class MifoModule(LightningModule):
             adapter.check("model.adapter")
             fixed = "0 with an adapter: its reference is the model without it"
             require("model.loss.reference_sync_steps", loss.reference_sync_steps, not loss.reference_sync_steps, fixed)
+            require(
+                "model.loading.frozen", loading.frozen, not loading.frozen, "[] with an adapter: all else is frozen"
+            )
         model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
         self.model_name, self.loading, self.optimizer_settings = model, loading, optimizer
         self.adapter = adapter
@@ -234,6 +237,7 @@ class MifoModule(LightningModule):
             initial = copy.deepcopy(self.model_name) if second else None
             self.policy = load_policy(self.model_name, self.loading.gradient_checkpointing, trust)
             check_vocabulary(self.policy, self.tokenizer)
+            freeze_named(self.policy.model, self.loading.frozen)
             self.policy.share_prompts = shares_prompts(self.policy, self.loading)
             self.reinforcement.set_reference(load_policy(initial, trust_remote_code=trust) if initial else None)
             for reference in self.reinforcement.references:

@@ -19,6 +19,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "random_tokens": {"entropy.init_args.selector": "random"},
     "bottom_tokens": {"entropy.init_args.selector": "bottom"},
     "damaged_demonstrations": {"data.demonstrations.damaged_share": 0.5},
+    "still_embedding": {"model.loading.frozen": ["*embed_tokens*"]},
     "drop_sft_gradients": {"drop.init_args.during": "sft", "drop.init_args.probability": 0.5},
     "drop_rl_gradients": {"drop.init_args.during": "rl", "drop.init_args.probability": 0.5},
 }

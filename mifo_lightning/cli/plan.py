@@ -12,6 +12,7 @@ from mifo_lightning.planning.memory import Plan
 from mifo_lightning.planning.speed import GPU, speed
 from mifo_lightning.planning.table import speed_line, table, verdict
 from mifo_lightning.planning.workload import workload_of
+from mifo_lightning.policy.frozen import freeze_named
 from mifo_lightning.policy.loading import locate
 from mifo_lightning.policy.pretrained import quiet_loading, read_blueprint
 
@@ -63,7 +64,9 @@ def planned(arguments: list[str]) -> tuple[Plan, Any, list[str]]:
     model, trust = config.model.model, config.model.loading.trust_remote_code
     directory = str(SHAPES / PACKAGED[model]) if model in PACKAGED else locate(model)
     with quiet_loading():
-        return Plan(work, read_blueprint(model, directory, trust)), config, said
+        shape = read_blueprint(model, directory, trust)
+    freeze_named(shape, config.model.loading.frozen)
+    return Plan(work, shape), config, said
 
 
 def plan(arguments: list[str]) -> str:

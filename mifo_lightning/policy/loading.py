@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.sharding import full
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
+from mifo_lightning.policy.frozen import freeze_unused
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.prefix import share_prompts
 from mifo_lightning.policy.pretrained import (
@@ -52,11 +53,13 @@ class Loading:
         trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         share_prompts: Whether the prompt of a group runs once, forward and backward, instead of once a rollout; null
             does so from ten million weights on where a test of the loaded model, values and gradients, finds it right.
+        frozen: Patterns of names of weights that stand still all through training, in RL too: `*embed_tokens*`.
     """
 
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     share_prompts: bool | None = None
+    frozen: list[str] = field(default_factory=list)
 
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
@@ -173,30 +176,6 @@ def check_causal(policy: Policy) -> None:
             f"model.model: in {type(policy.model).__name__} a token's probability depends on the tokens after it "
             f"({float(one):.4f} or {float(other):.4f} nats); give a decoder-only causal LM"
         )
-
-
-def freeze_unused(policy: Policy) -> list[str]:
-    """Take the gradient from weights that text never reaches, such as a vision tower; DDP would wait for it.
-
-    Returns:
-        Names of the modules that hold them.
-    """
-    logp, _ = policy(Sequences.pack([[0, 1]], [[2, 3]], 0).to(policy.device))
-    reached, nodes = set(), [logp.grad_fn]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        reached.add(id(getattr(node, "variable", None)))
-        new = {n for n, _ in getattr(node, "next_functions", ()) if n is not None} - seen
-        seen |= new
-        nodes += new
-    modules = set()
-    for name, p in policy.model.named_parameters():
-        # an expert that these few tokens miss is used by others
-        if p.requires_grad and id(p) not in reached and "expert" not in name:
-            p.requires_grad_(False)
-            modules.add(".".join(name.split(".")[:2]))
-    return sorted(modules)
 
 
 def dropouts(config: PreTrainedConfig) -> dict[str, float]:
