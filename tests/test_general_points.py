@@ -95,6 +95,24 @@ def test_a_hand_is_in_one_split_in_any_order_and_under_any_seed() -> None:
     assert all(f"t:{''.join(order)}=" in everything for order in permutations(hand))
 
 
+def test_seen_hands_are_those_of_training_and_the_others_are_not() -> None:
+    trained = GeneralPoints(["ten"], 400, "train", seed=3).rows()
+    rows = GeneralPoints(["ten", "ten-seen", "literal-seen"], 900, "test", seed=3).rows()
+    asked = {
+        source: [row for row in rows if row["data_source"] == source] for source in {r["data_source"] for r in rows}
+    }
+    assert {source: len(found) for source, found in asked.items()} == {
+        "points-ten": 300,
+        "points-ten-seen": 300,
+        "points-literal-seen": 300,
+    }
+    assert [question(row) for row in asked["points-ten-seen"]] == [question(row) for row in trained[:300]]
+    assert {row["extra_info"]["split"] for row in asked["points-ten-seen"]} == {"train"}
+    assert not {question(row) for row in asked["points-ten"]} & {question(row) for row in trained}
+    assert all(question(row).startswith("l:") for row in asked["points-literal-seen"])
+    assert PointsReward()([demonstration(row) for row in rows], [truth(row) for row in rows]) == [1.0] * len(rows)
+
+
 def test_an_exhausted_split_is_named() -> None:
     assert sum(_available("ten", split) for split in SPLITS) > 13**4 / 2
     with pytest.raises(InputError, match=r"points: 30000 val hands of 'literal' asked for, there are \d+$"):
@@ -123,6 +141,7 @@ def test_the_seed_decides_the_rows() -> None:
         ({"rules": ["ten"], "count": 0}, "count: 0 given, allowed is 1 or more"),
         ({"rules": ["ten"], "count": 1, "split": "dev"}, "'dev' given, allowed are train, val, test"),
         ({"rules": ["ten"], "count": 1, "seed": -1}, "seed: -1 given"),
+        ({"rules": ["ten-seen"], "count": 1}, r"\['ten-seen'\] given, allowed in the train split are ten, literal"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(arguments: dict[str, object], message: str) -> None:

@@ -30,6 +30,7 @@ TARGET, CARDS = 24, 4
 RANKS = "A23456789TJQK"
 FIRST_FACE = 10  # index of the jack
 RULES: dict[str, str] = {"ten": "t:", "literal": "l:"}
+SEEN = "-seen"  # after a rule: hands of the train split, whatever the split
 BUCKETS: dict[str, tuple[int, ...]] = {"train": (0, 1, 2, 3, 4, 5), "val": (6, 7), "test": (8, 9)}
 
 
@@ -116,27 +117,32 @@ def hands(rule: str, split: Split, seed: int) -> Iterator[tuple[int, ...]]:
 class GeneralPoints(RowSource):
     """Rows of the 24 game in equal shares of the rules, interleaved: row i is played by `rules[i % len(rules)]`.
 
-    Within a source no hand comes twice in the same order. The data source is `points-ten` or `points-literal`, the
-    ground truth the cards' values and the target, as in `10 5 3 8 > 24`, the demonstration the solver's first solution.
+    Within a source no hand comes twice in the same order. The data source is `points-` and the rule's name, the ground
+    truth the cards' values and the target, as in `10 5 3 8 > 24`, the demonstration the solver's first solution.
 
     Args:
-        rules: Names from ten, literal, each at most once; literal asks only hands with a face card.
+        rules: Names from ten, literal, each at most once; literal asks only hands with a face card. `ten-seen` and
+            `literal-seen` ask hands of the train split, in the order in which the same seed trains on them: what was
+            only learned by heart is right there and wrong on other hands.
         count: Number of rows, at least 1.
         split: train (six tenths of the hands), val or test (two each).
         seed: Non-negative; which hands are drawn, and their order.
 
     Raises:
-        InputError: An unknown or repeated rule, no rule, an unknown split, count < 1, seed < 0, or, from `rows`, more
-            hands than a rule has in this split.
+        InputError: An unknown or repeated rule, no rule, an unknown split, seen hands in the train split, count < 1,
+            seed < 0, or, from `rows`, more hands than a rule has in this split.
     """
 
     def __init__(self, rules: list[str], count: int, split: Split = "train", seed: int = 0) -> None:
-        check_generated("rules", rules, RULES, split, count, seed)
+        check_generated("rules", rules, [*RULES, *(rule + SEEN for rule in RULES)], split, count, seed)
+        if split == "train" and any(rule.endswith(SEEN) for rule in rules):
+            raise InputError(f"rules: {rules} given, allowed in the train split are {', '.join(RULES)}")
         self.rules, self.count, self.split, self.seed = list(rules), count, split, seed
 
     def rows(self) -> list[Row]:
         """All rows, in the format of the parquet files, each with a correct demonstration as `target`."""
-        supplies = {rule: hands(rule, self.split, self.seed) for rule in self.rules}
+        splits: dict[str, Split] = {rule: "train" if rule.endswith(SEEN) else self.split for rule in self.rules}
+        supplies = {rule: hands(rule.removesuffix(SEEN), splits[rule], self.seed) for rule in self.rules}
         drawn: Counter[str] = Counter()
         rows = []
         for index in range(self.count):
@@ -144,16 +150,18 @@ class GeneralPoints(RowSource):
             ranks = next(supplies[rule], None)
             if ranks is None:
                 share = len(range(self.rules.index(rule), self.count, len(self.rules)))
-                raise InputError(f"points: {share} {self.split} hands of {rule!r} asked for, there are {drawn[rule]}")
+                asked = f"{share} {splits[rule]} hands of {rule!r}"
+                raise InputError(f"points: {asked} asked for, there are {drawn[rule]}")
             drawn[rule] += 1
-            rows.append(_row(ranks, rule, index, self.split))
+            rows.append(_row(ranks, rule, index, splits[rule]))
         return rows
 
 
-def _row(ranks: tuple[int, ...], rule: str, index: int, split: str) -> Row:
+def _row(ranks: tuple[int, ...], name: str, index: int, split: str) -> Row:
+    rule = name.removesuffix(SEEN)
     numbers = values(ranks, rule)
     return {
-        "data_source": f"points-{rule}",
+        "data_source": f"points-{name}",
         "prompt": [{"role": "user", "content": prompt(ranks, rule)}],
         "target": [{"role": "assistant", "content": solutions(tuple(sorted(numbers)))[0]}],
         "ability": "points",
