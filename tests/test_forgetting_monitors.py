@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from monitoring import Records, answer
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mifo_callbacks import BufferPhaseSwitch, GradientFreezing, ImportanceEMA
 from mifo_lightning.common.errors import InputError
@@ -20,6 +21,7 @@ from mifo_lightning.monitors.layer_updates import LayerUpdates, layer_changes, l
 from mifo_lightning.monitors.overlap import FrozenOverlap, frozen_shares
 from mifo_lightning.monitors.phase_kl import PhaseKL, kl_sums
 from mifo_lightning.monitors.trained import as_trained
+from mifo_lightning.policy.loading import load_tokenizer
 from mifo_lightning.rollout.engine import Completion, Sampling
 from mifo_lightning.steps.optimizer import AdamWSettings
 
@@ -208,6 +210,35 @@ def test_changes_by_hand() -> None:
         "layers.0.attention": {"l2": 3.0, "changed": 3 / 5},
         "embedding": {"l2": 0.0, "changed": 0.0},
     }
+
+
+def test_rows_by_hand() -> None:
+    before, after = {"wte.weight": torch.zeros(3, 2)}, {"wte.weight": torch.tensor([[0.0, 3], [4, 0], [0, 1]])}
+    assert layer_changes(before, after, {"wte.weight": torch.tensor([True, True, False])}) == {
+        "embedding.trained": {"l2": 5.0, "changed": 0.5},
+        "embedding.untrained": {"l2": 1.0, "changed": 0.5},
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_tokens_that_training_never_shows_are_told_apart(make_trainer: MakeTrainer, tied: bool) -> None:
+    """No question or demonstration of addition holds an `s`; a tied head moves its embedding all the same."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=24, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    monitor = LayerUpdates()
+    schedule = Schedule(rl_steps=0, sft_before=2, sft_batch=4)
+    module = make_module(model=(model, load_tokenizer("embedded")), sft=AdamWSettings(lr=1e-3, weight_decay=0.0))
+    make_trainer([monitor]).fit(module, datamodule=make_data(train=Skills(["addition"], 8), schedule=schedule))
+    moved = monitor.phases[0]["layers"]
+    ends = ["embedding"] if tied else ["embedding", "head"]
+    assert moved.keys() >= {f"{end}.{rows}" for end in ends for rows in ("trained", "untrained")}
+    assert all(moved[f"{end}.trained"]["l2"] > 0 for end in ends)
+    assert moved[f"{ends[-1]}.untrained"]["changed"] > 0.9  # pushed down as outputs
+    assert (moved["embedding.untrained"]["l2"] > 0) == tied
 
 
 @pytest.mark.parametrize(
