@@ -5,6 +5,7 @@ often begins at random, so it makes 24 only now and then (RL has something to sh
 exist (demonstrations have something to teach).
 
     python -m experiments.make_points_base --seeds 0 --out runs/points_bases        # writes runs/points_bases/seed0
+    python -m experiments.make_points_base --seeds 0 1 2 --jobs 2 --out runs/points_bases
 
 About five minutes of one CPU thread a seed. One thread and seeded throughout: the same seed gives the same weights on
 the same machine. Training uses hands of the train split only, the printed accuracies those of the test split. The
@@ -13,7 +14,9 @@ generalizes.
 """
 
 import argparse
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,18 +175,21 @@ def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Res
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the base model of GeneralPoints from random weights.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="bases, written to --out/seed<N>")
+    parser.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
     parser.add_argument("--questions", type=int, default=1024, help="test questions per rule")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     args = parser.parse_args()
-    if args.questions < 1:
-        parser.error("--questions: allowed is 1 or more")
+    if min(args.jobs, args.questions) < 1:
+        parser.error("--jobs and --questions: allowed is 1 or more")
     print(f"{args.questions} test questions a rule, {SAMPLES} responses each, temperature 1")
     print("| seed | " + " | ".join(f"{rule} avg | {rule} pass@{SAMPLES}" for rule in RULES) + " | CPU seconds |")
     print("|---" * (2 * len(RULES) + 2) + "|")
-    for seed in args.seeds:
-        result = make(seed, args.out / f"seed{seed}", args.questions)
-        cells = " | ".join(f"{result.accuracy[rule]:.3f} | {result.solved[rule]:.3f}" for rule in RULES)
-        print(f"| {seed} | {cells} | {result.seconds:.0f} |", flush=True)
+    outs = [args.out / f"seed{seed}" for seed in args.seeds]
+    # fork would copy torch's thread state into the workers
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(make, args.seeds, outs, [args.questions] * len(outs)):
+            cells = " | ".join(f"{result.accuracy[rule]:.3f} | {result.solved[rule]:.3f}" for rule in RULES)
+            print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

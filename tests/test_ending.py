@@ -14,7 +14,7 @@ from conftest import SAMPLING, make_data, make_module, method_callbacks, weights
 from lightning import Trainer
 from question_rows import CHAT, build, make_tokenizer, one, row
 from rl_steps import item, reinforcement
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from mifo_callbacks import Seed
@@ -294,12 +294,17 @@ def test_a_generation_config_that_transformers_would_not_write_is_no_obstacle(tm
     assert read_ends(str(tmp_path / "export")) == end_tokens(load_tokenizer(str(tmp_path / "export"))) == {1}
 
 
-def test_a_tied_head_stays_tied(policy: Policy, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_tied_head_stays_tied(tokenizer: Any, tmp_path: Path) -> None:
+    model = Path(copy_base(tmp_path / "tied", config={"tie_word_embeddings": True}))
+    own = load_file(model / "model.safetensors")
+    del own["lm_head.weight"]
+    save_file(own, model / "model.safetensors", {"format": "pt"})
+    policy = load_policy(str(model))
     with torch.no_grad():
         policy.model.get_input_embeddings().weight.mul_(1.5)
-    export_model(policy, tokenizer, tmp_path, write=True)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    again = load_policy(str(tmp_path)).model
+    export_model(policy, tokenizer, tmp_path / "export", write=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "export" / "model.safetensors")
+    again = load_policy(str(tmp_path / "export")).model
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
     assert torch.equal(again.get_output_embeddings().weight, policy.model.get_output_embeddings().weight)
 

@@ -128,7 +128,7 @@ def test_the_recipe_is_the_four_callbacks_in_an_order_that_works() -> None:
 def test_a_module_answers_before_a_fit_and_after_it(make_trainer: MakeTrainer) -> None:
     module = make_module()
     prompts: list[Any] = ["123+456=", [{"role": "user", "content": "s:40312="}]]
-    first = module.generate(prompts, samples=3)
+    first, many = module.generate(prompts, samples=3), module.generate(prompts, samples=16)
     assert [len(texts) for texts in first] == [3, 3]
     assert module.generate(prompts[1:], samples=3) == first[1:], "in whatever company"
     assert module.generate([]) == []
@@ -137,7 +137,7 @@ def test_a_module_answers_before_a_fit_and_after_it(make_trainer: MakeTrainer) -
     before = weights(module)
     make_trainer([]).fit(module, make_data(schedule=ONE))
     assert any(not torch.equal(before[name], p) for name, p in weights(module).items())
-    assert module.generate(prompts, samples=3) != first
+    assert module.generate(prompts, samples=16) != many
     with pytest.raises(InputError, match="prompt 1: the chat template refuses the prompt"):
         module.generate([5])  # type: ignore[list-item]
     with pytest.raises(InputError, match="samples: 0 is not allowed"):

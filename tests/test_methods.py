@@ -314,4 +314,4 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut_or_ordered(tokenizer
     for found, chosen in zip(halves, ([2, 0], [3, 1]), strict=True):
         (alone,) = gradients(tokenizer, name, chosen)
         for parameter, value in alone.items():
-            torch.testing.assert_close(found[parameter], value, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(found[parameter], value, rtol=1e-3, atol=5e-6)

@@ -240,7 +240,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", *MIFO, "--gpus", "2", "--gpu_memory", "16", "--response_tokens", "10"])
     out = capsys.readouterr().out
     assert out.startswith(
-        "embedded: 0.000308 billion weights, 32-true, 2 x 16 GB, DDP; GB on each\nnote: prompts of 16"
+        "embedded: 0.000301 billion weights, 32-true, 2 x 16 GB, DDP; GB on each\nnote: prompts of 16"
     )
     assert "| moment | weights | gradients | optimizer | importance | activations | cache | logits | total |" in out
     assert all(f"\n| {moment} |" in out for moment in ("generation", "RL update", "SFT update", "evaluation"))
