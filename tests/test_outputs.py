@@ -1,5 +1,6 @@
 """What a run writes: never over what another has left, and in the dtype of the model that it began with."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.export import ExportModel
-from mifo_lightning.policy.loading import load_policy, load_tokenizer
+from mifo_lightning.policy.loading import load_policy, load_tokenizer, locate
 from mifo_lightning.policy.policy import Policy
 
 MakeTrainer = Callable[..., Trainer]
@@ -119,3 +120,33 @@ def test_the_model_is_written_in_the_dtype_that_it_came_in(
         assert torch.equal(again[name], w.to(written).float())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("export: ")]
     assert len(lines) == (written != torch.float32)
+
+
+def test_the_models_of_given_steps_are_those_of_runs_that_end_there(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def fit(name: str, steps: int, asked: list[int]) -> Path:
+        place = tmp_path / name / "model"
+        export = ExportModel(str(place), steps=asked)
+        schedule = Schedule(rl_steps=0, sft_before=steps, sft_batch=4)
+        make_trainer([export]).fit(make_module(), datamodule=make_data(schedule=schedule))
+        return place
+
+    def weights(place: Path) -> dict[str, torch.Tensor]:
+        return load_file(place / "model.safetensors")
+
+    whole = fit("whole", 4, [0, 2, 4, 9])
+    assert sorted(p.name for p in whole.parent.iterdir()) == ["model", "model-0", "model-2", "model-4"]
+    ends = {0: Path(locate("embedded")), 2: fit("two", 2, []), 4: whole}
+    for step, end in ends.items():
+        found = weights(whole.with_name(f"model-{step}"))
+        assert all(torch.equal(found[name], weight) for name, weight in weights(end).items())
+    assert any(not torch.equal(weights(whole)[name], weight) for name, weight in weights(ends[2]).items())
+    shutil.rmtree(whole)
+    with pytest.raises(InputError, match=r"export\.directory: .*model-0 is there already"):
+        fit("whole", 4, [0])
+
+
+def test_a_step_below_0_is_named() -> None:
+    with pytest.raises(
+        InputError, match=r"export\.steps: \[1, -1\] is not allowed; it must be a list of numbers of 0 or more"
+    ):
+        ExportModel(steps=[1, -1])
