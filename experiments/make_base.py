@@ -14,10 +14,12 @@ the same machine. Training uses questions of the train split only, the printed a
 import argparse
 import multiprocessing
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ CODE_TO_ID = np.array([IDS.get(chr(code), -1) for code in range(128)], dtype=np.
 DIGITS = np.frombuffer(b"0123456789", np.uint8)
 PROMPT_TOKENS, RESPONSE_TOKENS, SAMPLED_TOKENS = 8, 12, 14
 Tokens = NDArray[np.int64]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def build_model(vocabulary: list[str]) -> Qwen2ForCausalLM:
     """A Qwen2 shape with random weights, float32; 300,672 parameters with the 24 tokens of the skills.
 
     The head is not the embedding: tied, the letters of skills that are not trained are pushed down as outputs, and so
-    become unreadable as inputs, which looks like forgetting. Heads are 32 wide, since engines refuse smaller ones.
+    become unreadable as inputs, which looks like forgetting. Heads are 32 wide, since vLLM on a CPU takes none below.
     """
     eos, pad = vocabulary.index(EOS), vocabulary.index(PAD)
     config = Qwen2Config(
@@ -235,6 +238,15 @@ def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Res
     return Result(seed, {skill: accuracy(model, skill, questions) for skill in SIZES}, seconds)
 
 
+def make_all(
+    make: Callable[[int, Path, int], Made], seeds: list[int], outs: list[Path], questions: int, jobs: int
+) -> Iterator[Made]:
+    """The bases of these seeds in their order, `jobs` trained at the same time, in processes of their own."""
+    # fork would copy torch's thread state into the workers
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(make, seeds, outs, [questions] * len(seeds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the base model of the embedded task from random weights.")
     parser.add_argument("--seed", type=int, default=0, help="one base, written to --out")
@@ -250,11 +262,9 @@ def main() -> None:
     print(f"accuracy on {args.questions} test questions, temperature 1")
     print("| seed | " + " | ".join(SIZES) + " | CPU seconds |")
     print("|---" * (len(SIZES) + 2) + "|")
-    # fork would copy torch's thread state into the workers
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for result in pool.map(make, seeds, outs, [args.questions] * len(seeds)):
-            cells = [f"{result.accuracy[skill]:.4f}" for skill in SIZES]
-            print(f"| {result.seed} | " + " | ".join(cells) + f" | {result.seconds:.0f} |", flush=True)
+    for result in make_all(make, seeds, outs, args.questions, args.jobs):
+        cells = [f"{result.accuracy[skill]:.4f}" for skill in SIZES]
+        print(f"| {result.seed} | " + " | ".join(cells) + f" | {result.seconds:.0f} |", flush=True)
 
 
 @cache

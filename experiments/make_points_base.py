@@ -14,9 +14,7 @@ generalizes.
 """
 
 import argparse
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM
 
-from experiments.make_base import EOS, PAD, build_model, build_tokenizer
+from experiments.make_base import EOS, PAD, build_model, build_tokenizer, make_all
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.general_points import (
     CARDS,
@@ -185,11 +183,9 @@ def main() -> None:
     print("| seed | " + " | ".join(f"{rule} avg | {rule} pass@{SAMPLES}" for rule in RULES) + " | CPU seconds |")
     print("|---" * (2 * len(RULES) + 2) + "|")
     outs = [args.out / f"seed{seed}" for seed in args.seeds]
-    # fork would copy torch's thread state into the workers
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for result in pool.map(make, args.seeds, outs, [args.questions] * len(outs)):
-            cells = " | ".join(f"{result.accuracy[rule]:.3f} | {result.solved[rule]:.3f}" for rule in RULES)
-            print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
+    for result in make_all(make, args.seeds, outs, args.questions, args.jobs):
+        cells = " | ".join(f"{result.accuracy[rule]:.3f} | {result.solved[rule]:.3f}" for rule in RULES)
+        print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
