@@ -120,14 +120,12 @@ class MifoModule(LightningModule):
         self.save_hyperparameters(plain_settings(given), logger=False)
         optimizer.check("model.optimizer")
         evaluation.check("model.evaluation")
+        loading.check("model.loading", adapter is not None)
         if adapter is not None:
             require("model.adapter", repr(adapter)[:80], isinstance(adapter, Adapter), "an Adapter, or null")
             adapter.check("model.adapter")
             fixed = "0 with an adapter: its reference is the model without it"
             require("model.loss.reference_sync_steps", loss.reference_sync_steps, not loss.reference_sync_steps, fixed)
-            require(
-                "model.loading.frozen", loading.frozen, not loading.frozen, "[] with an adapter: all else is frozen"
-            )
         model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
         self.model_name, self.loading, self.optimizer_settings = model, loading, optimizer
         self.adapter = adapter
@@ -219,7 +217,7 @@ class MifoModule(LightningModule):
         return {f"policy.model.{name}": weight.shape for name, weight in self.blueprint().state_dict().items()}
 
     def trained_size(self) -> int:
-        """How many weights are trained, and what a checkpoint keeps for each is kept of them."""
+        """How many weights are trained, and what a checkpoint keeps for each is kept of them; frozen ones count too."""
         if self.adapter is None:
             return sum(p.numel() for p in self.blueprint().parameters())
         return sum(shape.numel() for shape in self.saved_weights().values())

@@ -9,11 +9,9 @@ from torch import nn
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.sharding import trainable
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
-from mifo_lightning.policy.adapter import adapters_of
 
 TOKENS = ("generated", "scored", "trained")
 
@@ -29,8 +27,8 @@ class Costs(Callback):
     a few integers per optimizer step.
 
     FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 4 N + 2 T per trained token,
-    N as `multiplying` counts and T those of them that are trained: all, or the adapters' alone. Attention between
-    tokens and recomputed activations are left out.
+    N as `multiplying` counts and T those of them that are trained: all, all but frozen ones, or the adapters' alone.
+    Attention between tokens and recomputed activations are left out.
 
     Raises:
         InputError: If `training_step` returns no `work`.
@@ -51,9 +49,7 @@ class Costs(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the weights."""
         model: Any = pl_module.policy.model  # type: ignore[union-attr]
-        self._weights = self._trained = multiplying(model)
-        if adapters_of(pl_module) is not None:
-            self._trained = sum(p.numel() for p in trainable(model).values())
+        self._weights, self._trained = multiplying(model), multiplying(model, trained=True)
         self._profiler, self._callbacks = trainer.profiler, trainer.callbacks  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -125,17 +121,18 @@ def _empty() -> dict[str, float]:
     return {**dict.fromkeys(counts, 0), "seconds": 0.0}
 
 
-def multiplying(model: nn.Module) -> int:
+def multiplying(model: nn.Module, trained: bool = False) -> int:
     """N: weights that a token is multiplied with; all but an input embedding that is not also the head.
 
     Args:
         model: A Hugging Face causal LM, sharded or not.
+        trained: Those alone that are trained: T.
     """
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is not None and head.weight is embedding.weight
-    total = sum(p.numel() for p in model.parameters())
-    return total if tied else total - sum(p.numel() for p in embedding.parameters())
+    looked_up = set() if tied else set(embedding.parameters())
+    return sum(p.numel() for p in model.parameters() if p not in looked_up and (p.requires_grad or not trained))
 
 
 def flops(account: dict[str, float], weights: int, trained: int) -> float:

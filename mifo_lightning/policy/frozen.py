@@ -1,6 +1,6 @@
 """Weights that stand still all through training: those that text never reaches, and those that the user names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -39,20 +39,13 @@ def freeze_named(model: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         InputError: A pattern matches none, or together they match all that was trained.
     """
-    names = [name for name, _ in model.named_parameters()]
+    weights = dict(model.named_parameters())
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"model.loading.frozen: {pattern!r} matches no weight; {_some(names)}")
-    for name, p in model.named_parameters():
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
+        matched = [p for name, p in weights.items() if fnmatchcase(name, pattern)]
+        if not matched:
+            some = ", ".join(list(weights)[:3])
+            raise InputError(f"model.loading.frozen: {pattern!r} matches no weight; some of the names: {some}")
+        for p in matched:
             p.requires_grad_(False)
     if patterns and not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"model.loading.frozen: {list(patterns)} matches every weight; leave some to be trained")
-
-
-def _some(names: Iterable[str]) -> str:
-    """A few names that a pattern may match."""
-    listed = list(names)
-    return (
-        f"weights are {', '.join(listed[:3])} and {len(listed) - 3} more" if len(listed) > 3 else f"weights: {listed}"
-    )

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.sharding import full
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.policy.ending import ends_of, read_ends, set_ends
 from mifo_lightning.policy.frozen import freeze_unused
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -53,13 +53,21 @@ class Loading:
         trust_remote_code: Whether code that the model brings (`auto_map`) may be run; nobody is asked.
         share_prompts: Whether the prompt of a group runs once, forward and backward, instead of once a rollout; null
             does so from ten million weights on where a test of the loaded model, values and gradients, finds it right.
-        frozen: Patterns of names of weights that stand still all through training, in RL too: `*embed_tokens*`.
+        frozen: Patterns of names of weights that stand still all through training, in RL too: `*embed_tokens*`, with
+            which a tied head stands still as well.
     """
 
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     share_prompts: bool | None = None
     frozen: list[str] = field(default_factory=list)
+
+    def check(self, key: str, adapter: bool) -> None:
+        """Raise an InputError where a setting, under `key` in the configuration, cannot be; `adapter`: beside one."""
+        texts = isinstance(self.frozen, list | tuple) and all(isinstance(name, str) for name in self.frozen)
+        require(f"{key}.frozen", repr(self.frozen), texts, "a list of patterns")
+        fixed = "[] with an adapter: all else is frozen"
+        require(f"{key}.frozen", self.frozen, not (adapter and self.frozen), fixed)
 
 
 EMBEDDED = "embedded"  # names the base model of the embedded task, which lies inside the package
