@@ -122,31 +122,48 @@ def test_the_model_is_written_in_the_dtype_that_it_came_in(
     assert len(lines) == (written != torch.float32)
 
 
-def test_the_models_of_given_steps_are_those_of_runs_that_end_there(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    def fit(name: str, steps: int, asked: list[int]) -> Path:
+def test_the_models_of_given_steps_are_those_of_runs_that_end_there_and_resuming_changes_none(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    def fit(name: str, steps: int, asked: list[int], ckpt: Path | None = None, stop: int = -1) -> Path:
         place = tmp_path / name / "model"
-        export = ExportModel(str(place), steps=asked)
+        callbacks = [ExportModel(str(place), steps=asked), LastCheckpoint(every=1, dirpath=str(place.parent))]
         schedule = Schedule(rl_steps=0, sft_before=steps, sft_batch=4)
-        make_trainer([export]).fit(make_module(), datamodule=make_data(schedule=schedule))
+        trainer = make_trainer(callbacks, enable_checkpointing=True, max_steps=stop, max_epochs=-1)
+        trainer.fit(make_module(), datamodule=make_data(schedule=schedule), ckpt_path=ckpt)
         return place
 
     def weights(place: Path) -> dict[str, torch.Tensor]:
         return load_file(place / "model.safetensors")
 
-    whole = fit("whole", 4, [0, 2, 4, 9])
-    assert sorted(p.name for p in whole.parent.iterdir()) == ["model", "model-0", "model-2", "model-4"]
+    with pytest.warns(UserWarning, match=r"export\.steps: \[9\] were not reached; training ended after step 4"):
+        whole = fit("whole", 4, [0, 2, 4, 9])
+    assert sorted(p.name for p in whole.parent.glob("model*")) == ["model", "model-0", "model-2", "model-4"]
     ends = {0: Path(locate("embedded")), 2: fit("two", 2, []), 4: whole}
     for step, end in ends.items():
         found = weights(whole.with_name(f"model-{step}"))
         assert all(torch.equal(found[name], weight) for name, weight in weights(end).items())
     assert any(not torch.equal(weights(whole)[name], weight) for name, weight in weights(ends[2]).items())
-    shutil.rmtree(whole)
-    with pytest.raises(InputError, match=r"export\.directory: .*model-0 is there already"):
-        fit("whole", 4, [0])
+
+    cut = fit("cut", 4, [0, 2, 4], stop=3)
+    fit("cut", 4, [0, 2, 4], ckpt=cut.parent / "last.ckpt")
+    for step in ends:
+        one, two = (weights(place.with_name(f"model-{step}")) for place in (whole, cut))
+        assert all(torch.equal(one[name], weight) for name, weight in two.items())
 
 
-def test_a_step_below_0_is_named() -> None:
-    with pytest.raises(
-        InputError, match=r"export\.steps: \[1, -1\] is not allowed; it must be a list of numbers of 0 or more"
-    ):
-        ExportModel(steps=[1, -1])
+def test_models_of_steps_are_written_over_neither_another_runs_nor_the_input(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(locate("embedded"), tmp_path / "model-2"))
+    for model, message in (("embedded", "is there already"), (str(source), "is the input model")):
+        with pytest.raises(InputError, match=rf"export\.directory: .*model-2 {message}"):
+            make_trainer([ExportModel(str(tmp_path / "model"), steps=[2])]).fit(
+                make_module(model=model), datamodule=make_data(schedule=ONE)
+            )
+
+
+@pytest.mark.parametrize("steps", [[1, -1], "12", None, [1.5]])
+def test_steps_that_are_none_are_named(steps: Any) -> None:
+    with pytest.raises(InputError, match=r"export\.steps: .* is not allowed; it must be a list of whole numbers"):
+        ExportModel(steps=steps)

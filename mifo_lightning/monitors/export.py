@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
@@ -42,7 +42,8 @@ class ExportModel(Callback):
         dtype: Literal["loaded", "float32"] = "loaded",
         steps: Sequence[int] = (),
     ) -> None:
-        require("export.steps", list(steps), all(step >= 0 for step in steps), "a list of numbers of 0 or more")
+        whole = isinstance(steps, list | tuple) and all(isinstance(step, int) and step >= 0 for step in steps)
+        require("export.steps", repr(steps), whole, "a list of whole numbers, 0 or more")
         self.directory, self.dtype, self.steps = directory, dtype, sorted(set(steps))
         self.written: Path | None = None
 
@@ -50,11 +51,11 @@ class ExportModel(Callback):
         """Raise an InputError if the directory is another's; `start` is the checkpoint to go on from."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        place = self._place(trainer)
-        if place.resolve() == Path(locate(pl_module.model_name)).resolve():
-            raise InputError(f"export.directory: {place} is the input model, which is not written over")
-        if place != self.written:
-            for directory in (place, *(_of_step(place, step) for step in self.steps)):
+        place, source = self._place(trainer), Path(locate(pl_module.model_name)).resolve()
+        for directory in (place, *(_of_step(place, step) for step in self.steps)):
+            if directory.resolve() == source:
+                raise InputError(f"export.directory: {directory} is the input model, which is not written over")
+            if place != self.written:
                 keep_earlier(trainer, directory, "export.directory", start)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,6 +74,8 @@ class ExportModel(Callback):
         """Write it."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if late := [step for step in self.steps if step > trainer.global_step]:
+            rank_zero_warn(f"export.steps: {late} were not reached; training ended after step {trainer.global_step}")
         self.written = self._place(trainer)
         dtype = self._write(trainer, pl_module, self.written)
         if dtype != torch.float32:
