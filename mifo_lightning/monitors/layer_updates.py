@@ -98,14 +98,13 @@ def rows_of(questions: Iterable[Question], pl_module: LightningModule) -> dict[s
         every token occurs.
     """
     model = as_trained(pl_module, "layer_updates").policy.model
-    ids = sorted({token for q in questions for token in (*q.prompt, *(q.demonstration or ()))})
+    ids = set[int]().union(*(tokens for q in questions for tokens in (q.prompt, q.demonstration or ())))
+    ends = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
     found = {}
     for name, p in trainable(pl_module).items():
-        if any(
-            p is getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())
-        ):
+        if any(p is weight for weight in ends):
             shown = torch.zeros(len(p), dtype=torch.bool, device=p.device)
-            shown[ids] = True
+            shown[list(ids)] = True
             if not shown.all():
                 found[name] = local(shard_like(shown[:, None].expand_as(p), p))[:, 0].clone()
     return found
