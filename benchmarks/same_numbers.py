@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CLOCKS = re.compile(r"seconds|_per_s|memory|bytes")  # what no two runs share
 SMALL: dict[str, Any] = {
+    "model.model": str(ROOT / "mifo_lightning" / "assets" / "base"),  # for both trees
     "trainer.logger": "false",
     "trainer.profiler": "null",
     "progress": "null",
