@@ -34,6 +34,18 @@ class Wandb:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """A setting that every arm runs with at the same values, so that arms are compared where they learn alike."""
+
+    key: str
+    """The command-line key, such as model.optimizer.sft.lr."""
+    values: list[float]
+    """Its values, in rising order; every arm runs with each."""
+    level: float
+    """Where on the first side of `trade_off` the second is compared, interpolated between values on each base."""
+
+
+@dataclass(frozen=True)
 class Ablation:
     """One ablation: which fits are compared, and by what."""
 
@@ -67,6 +79,8 @@ class Ablation:
     """A primary contrast whose interval lies within this of 0 is called none; null: none is ever called so."""
     contrasts: list[list[str]] = field(default_factory=list)
     """Pairs of arms to compare beside the comparisons with the reference: the first minus the second."""
+    sweep: Sweep | None = None
+    """Runs every arm at several values of one setting and compares arms at equal learning; null: each arm once."""
     design: Literal["crossed", "nested"] = "nested"
     """Nested: every base has seeds of its own, so that the first base runs with `seeds`, the next with those after
     them, and so on. Crossed: `seeds` on every base."""
@@ -80,6 +94,24 @@ class Ablation:
     """Null logs to files only."""
     slurm: dict[str, Any] | None = None
     """Options of `submitit.AutoExecutor.update_parameters`, and `cluster`: slurm, local or debug."""
+
+    @property
+    def swept(self) -> dict[str, list[str]]:
+        """Names of the arms that run for each arm, one a value of the sweep in its order; itself without a sweep."""
+        values = [] if self.sweep is None else [f" at {value:g}" for value in self.sweep.values]
+        return {name: [name + value for value in values or [""]] for name in self.arms}
+
+    @property
+    def run_arms(self) -> dict[str, Arm]:
+        """The arms that run, by name."""
+        if self.sweep is None:
+            return self.arms
+        values = [{self.sweep.key: value} for value in self.sweep.values]
+        return {
+            name: replace(arm, set={**arm.set, **value})
+            for (_, names), arm in zip(self.swept.items(), self.arms.values(), strict=True)
+            for name, value in zip(names, values, strict=True)
+        }
 
     def seeds_of(self, base: str) -> list[int]:
         """The seeds of every arm on this base."""
@@ -129,7 +161,7 @@ def cells(ablation: Ablation) -> list[Cell]:
         _cell(ablation, arm, base, ablation.seeds_of(base)[i])
         for i in range(len(ablation.seeds))
         for base in ablation.bases
-        for arm in ablation.arms
+        for arm in ablation.run_arms
     ]
 
 
@@ -173,7 +205,7 @@ def slug(name: str) -> str:
 
 def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
     """One cell, its command line included."""
-    change, model = ablation.arms[arm], ablation.bases[base]
+    change, model = ablation.run_arms[arm], ablation.bases[base]
     directory = ablation.out / slug(arm) / slug(base) / f"seed{seed}"
     configs = (*ablation.config, *change.configs)
     values = {"model.model": str(model), "seed_everything": seed, **ablation.set, **change.set}

@@ -12,7 +12,7 @@ from mifo_lightning.lab.cell import LOCK, held, outcome, write_json
 from mifo_lightning.lab.grid import Ablation, Cell, slug
 
 PLAN = "ablation.json"
-NAMED_BEFORE = ("primary", "primary_contrast", "margin")
+NAMED_BEFORE = ("primary", "primary_contrast", "margin", "sweep")
 """What a reader takes to have been named before a run had been seen."""
 
 
@@ -22,10 +22,12 @@ def write_plan(ablation: Ablation, command: str, fits: bool) -> None:
     Written before the fits, so that a call that is killed is recorded too.
     """
     path = ablation.out / PLAN
-    keys = ("name", "question", "setting", "metrics", "trade_off", "reference", "contrasts", "design", *NAMED_BEFORE)
+    keys = ("name", "question", "setting", "metrics", "trade_off", "reference", "contrasts", "design")
     record = {
         **{key: getattr(ablation, key) for key in keys},
-        "arms": [{"name": name, "directory": slug(name), **asdict(arm)} for name, arm in ablation.arms.items()],
+        **_named_before(ablation),
+        "arms": [{"name": name, "directory": slug(name), **asdict(arm)} for name, arm in ablation.run_arms.items()],
+        "swept": ablation.swept,
         "bases": list(ablation.bases),
         "seeds": {base: ablation.seeds_of(base) for base in ablation.bases},
     }
@@ -45,12 +47,18 @@ def check_named_before(ablation: Ablation, grid: Iterable[Cell]) -> None:
     if not path.is_file() or all(outcome(cell.directory).status == "missing" for cell in grid):
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    for key in NAMED_BEFORE:
-        if before.get(key) != getattr(ablation, key):
+    for key, value in _named_before(ablation).items():
+        if before.get(key) != value:
             raise InputError(
-                f"{key}: {getattr(ablation, key)}: was {before.get(key)} when runs of {ablation.out} were made; one "
+                f"{key}: {value}: was {before.get(key)} when runs of {ablation.out} were made; one "
                 "named after them is exploratory: put a pair of arms under `contrasts`, or choose another `out`"
             )
+
+
+def _named_before(ablation: Ablation) -> dict[str, Any]:
+    """What the plan has of it."""
+    sweep = None if ablation.sweep is None else asdict(ablation.sweep)
+    return {key: sweep if key == "sweep" else getattr(ablation, key) for key in NAMED_BEFORE}
 
 
 def write_cells(ablation: Ablation, grid: Iterable[Cell]) -> list[dict[str, Any]]:

@@ -76,9 +76,10 @@ def _check(ablation: Ablation, path: Path) -> None:
     if ablation.reference not in ablation.arms:
         raise InputError(f"{path}: reference: {ablation.reference} is no arm; allowed are {', '.join(ablation.arms)}")
     _check_comparisons(ablation, path)
+    _check_sweep(ablation, path)
     once: dict[str, list[str]] = {
         "seeds": [str(seed) for seed in ablation.seeds],
-        "arms": [slug(arm) for arm in ablation.arms],
+        "arms": [slug(arm) for arm in ablation.run_arms],
         "bases": [slug(base) for base in ablation.bases],
     }
     for key, names in once.items():
@@ -101,6 +102,27 @@ def _check(ablation: Ablation, path: Path) -> None:
         if not (directory / "config.json").is_file():
             make = f"; make it with `{ablation.make_bases}`" if ablation.make_bases else ""
             raise InputError(f"{path}: bases.{name}: {directory} is no model directory{make}")
+
+
+def _check_sweep(ablation: Ablation, path: Path) -> None:
+    """That a sweep can be interpolated, and changes what no arm sets for itself."""
+    sweep = ablation.sweep
+    if sweep is None:
+        return
+    if len(sweep.values) < 2 or sweep.values != sorted(set(sweep.values)):
+        raise InputError(f"{path}: sweep.values: {sweep.values}: allowed are two numbers or more, in rising order")
+    if not ablation.trade_off or len(ablation.bases) < 2:
+        raise InputError(f"{path}: sweep: needs a trade_off and two bases or more: arms are compared on it within each")
+    if not math.isfinite(sweep.level):
+        raise InputError(f"{path}: sweep.level: {sweep.level}: allowed are finite numbers")
+    if source := next((GIVEN[own] for own in GIVEN if f"{sweep.key}.".startswith(f"{own}.")), None):
+        raise InputError(f"{path}: sweep.key: {sweep.key}: the grid gives it, from {source}")
+    for where, names in {
+        "set": ablation.set,
+        **{f"arms.{name}.set": arm.set for name, arm in ablation.arms.items()},
+    }.items():
+        if sweep.key in names:
+            raise InputError(f"{path}: {where}.{sweep.key}: is what the sweep changes in every arm; leave it out")
 
 
 def _check_comparisons(ablation: Ablation, path: Path) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from mifo_lightning.lab.report.results import Ablation
 from mifo_lightning.lab.report.statistics import Comparison, Scores, judge
 
@@ -28,9 +30,11 @@ class Comparisons:
         return {pair: found for pair, found in self.exploratory.items() if found.significant}
 
 
-def compare(ablation: Ablation, scores: Mapping[str, Scores]) -> Comparisons:
-    """All comparisons of the ablation in these scores."""
+def compare(ablation: Ablation, scores: Mapping[str, Scores], where_both: bool = False) -> Comparisons:
+    """All comparisons of the ablation in these scores; with `where_both` over the bases that have both of a pair."""
     differences = {pair: scores[pair[0]] - scores[pair[1]] for pair in pairs(ablation)}
+    if where_both:
+        differences = {pair: values[np.isfinite(values).all(1)] for pair, values in differences.items()}
     named = {pair: differences.pop(pair) for pair in primary(ablation)}
     return Comparisons(judge(named, ablation.design), judge(differences, ablation.design))
 
@@ -43,7 +47,7 @@ def primary(ablation: Ablation) -> list[Pair]:
 def pairs(ablation: Ablation) -> list[Pair]:
     """The primary contrast, every arm with the reference, and the contrasts; each pair of arms once."""
     wanted = primary(ablation)
-    wanted += [(arm, ablation.reference) for arm in ablation.names if arm != ablation.reference]
+    wanted += [(arm, ablation.reference) for arm in ablation.swept if arm != ablation.reference]
     wanted += [(first, second) for first, second in ablation.contrasts]
     once: dict[frozenset[str], Pair] = {}
     for pair in wanted:

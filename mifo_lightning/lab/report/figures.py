@@ -16,6 +16,7 @@ from mifo_lightning.lab.report.drawing import (
     RL,
     SFT,
     STYLE,
+    Key,
     as_svg,
     base_mark,
     blank,
@@ -104,6 +105,22 @@ def trade_off(title: str, sides: Sequence[str], arms: Sequence[Sequence[Interval
             arrowprops={"arrowstyle": "-", "lw": 0.8, "alpha": 0.7, "color": PALETTE[i % len(PALETTE)],
                         "patchA": None, "relpos": (0.5, 0.5), "shrinkA": 7, "shrinkB": 0},
         )  # fmt: skip
+    return as_svg(figure, title)
+
+
+@matplotlib.rc_context(STYLE)
+def front(title: str, sides: Sequence[str], lines: Mapping[str, tuple[Scores, Scores]], legend: Sequence[Key],
+          level: float) -> str:  # fmt: skip
+    """A line per arm through its places [values] on both sides, marks growing along it; `level` of the first side."""
+    figure, axes = one_axes(420, 320)
+    axes.axvline(level, color=INK, lw=0.8, ls=(0, (3, 2)), alpha=0.7)
+    for (x, y), key in zip(lines.values(), legend, strict=True):
+        axes.plot(x, y, color=key.color, ls=DASHES[key.dashes], lw=1.5, alpha=0.8)
+        for i, place in enumerate(zip(x, y, strict=True)):
+            axes.plot(*([value] for value in place), ls="", marker="o", ms=3 + 1.5 * i, mew=0, color=key.color)
+    axes.set_xlabel(sides[0])
+    axes.set_ylabel(sides[1])
+    axes.grid(color=INK, alpha=0.12, lw=0.6)
     return as_svg(figure, title)
 
 

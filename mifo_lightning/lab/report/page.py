@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mifo_lightning.common.terminal import printable
-from mifo_lightning.lab.report import costs, dynamics, forgetting, scores, sections
-from mifo_lightning.lab.report.document import MARKS, Gallery, Section, Table
+from mifo_lightning.lab.report import costs, dynamics, forgetting, front, scores, sections
+from mifo_lightning.lab.report.document import Figure, Gallery, Section, Table
 from mifo_lightning.lab.report.drawing import alone
 from mifo_lightning.lab.report.results import PLAN, RUNS, Ablation, load, write_runs
 from mifo_lightning.lab.report.verdict import verdict
@@ -34,6 +34,8 @@ PARTS = (
 """Each answers one question, in reading order, or has nothing to ask (None)."""
 OF_SCORES = (scores.best, scores.contrasts, sections.unfinished, sections.made)
 """Those that final scores can answer."""
+OF_SWEEP = (front.front, front.chosen, sections.unfinished, sections.made)
+"""Those of an ablation whose arms ran at several values of one setting; final scores answer them."""
 
 
 def write_report(directory: Path, out: Path | None = None) -> Path:
@@ -50,7 +52,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     page = out / "report.html"
     page.write_text(as_html(ablation, words, parts), encoding="utf-8")
     (out / "report.md").write_text(as_markdown(ablation, words, parts), encoding="utf-8")
-    (out / "report.svg").write_text(alone(first_picture(parts)), encoding="utf-8")
+    (out / "report.svg").write_text(alone(first_picture(parts).svg), encoding="utf-8")
     write_runs(ablation, out / RUNS)
     if out.resolve() != directory.resolve():
         (out / PLAN).write_bytes((directory / PLAN).read_bytes())
@@ -89,7 +91,10 @@ def as_markdown(ablation: Ablation, words: Sequence[str], parts: Sequence[Sectio
     blocks = [f"# {_plain(ablation.question)}"]
     blocks += [f"> {_plain(ablation.note)}"] if ablation.note else []
     blocks += [f"**{_plain(words[0])}**", *map(_plain, words[1:])]
-    blocks += [f"![{_plain(ablation.primary)} of every run](report.svg)", _plain(MARKS)]
+    shown = (
+        " against ".join(reversed(list(ablation.trade_off))) if ablation.sweep else f"{ablation.primary} of every run"
+    )
+    blocks += [f"![{_plain(shown)}](report.svg)", _plain(first_picture(parts).caption)]
     if ablation.setting:
         blocks += ["## What was run", *(_plain(line) for line in ablation.setting.splitlines() if line)]
     for part in parts:
@@ -101,16 +106,16 @@ def as_markdown(ablation: Ablation, words: Sequence[str], parts: Sequence[Sectio
     return "\n\n".join(blocks) + "\n"
 
 
-def first_picture(parts: Sequence[Section]) -> str:
-    """That of the primary metric."""
+def first_picture(parts: Sequence[Section]) -> Figure:
+    """That of the primary metric, or of the front."""
     galleries = (block for part in parts for block in part.blocks if isinstance(block, Gallery))
-    return next(gallery.figures[0].svg for gallery in galleries if gallery.kind == "wide")
+    return next(gallery.figures[0] for gallery in galleries if gallery.kind == "wide")
 
 
 def _told(directory: Path) -> tuple[Ablation, list[str], list[Section]]:
     """The ablation in `directory`, what it says first, and its answers to the questions that it can answer."""
     ablation = load(directory)
-    asked = OF_SCORES if ablation.scores_only else PARTS
+    asked = OF_SWEEP if ablation.sweep else OF_SCORES if ablation.scores_only else PARTS
     return ablation, verdict(ablation), [section for part in asked if (section := part(ablation))]
 
 

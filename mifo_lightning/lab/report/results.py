@@ -33,6 +33,15 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """The setting that all arms ran at several values of, and the level of learning at which they are compared."""
+
+    key: str
+    values: list[float]
+    level: float
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run: an arm on a base with a seed; `summary` and `history` are empty unless `status` is done."""
 
@@ -78,6 +87,9 @@ class Ablation:
     primary_contrast: list[str] = field(default_factory=list)
     margin: float | None = None
     contrasts: list[list[str]] = field(default_factory=list)
+    sweep: Sweep | None = None
+    swept: dict[str, list[str]] = field(default_factory=dict)
+    """The arms as the configuration names them -> those that ran, one a value of the sweep; each itself without one."""
     note: str = ""
     """What a reader must know before all else, such as that a fault was found in what was run."""
     scores_only: bool = False
@@ -87,6 +99,12 @@ class Ablation:
     def names(self) -> list[str]:
         """The arms in the order of the configuration."""
         return [arm.name for arm in self.arms]
+
+    @property
+    def the_sweep(self) -> Sweep:
+        """The sweep of an ablation that has one."""
+        assert self.sweep is not None, "asked for where there is one"
+        return self.sweep
 
     @property
     def base_names(self) -> list[str]:
@@ -143,6 +161,8 @@ def load(directory: Path) -> Ablation:
         plan["arms"] = [Arm(arm["name"], arm["configs"], arm["set"]) for arm in plan["arms"]]
         if isinstance(plan["seeds"], list):  # every base has the same
             plan["seeds"] = dict.fromkeys(plan["bases"], plan["seeds"])
+        plan["swept"] = plan.get("swept") or {arm.name: [arm.name] for arm in plan["arms"]}
+        plan["sweep"] = Sweep(**plan["sweep"]) if plan.get("sweep") else None
         known = {key: value for key, value in plan.items() if key in {f.name for f in fields(Ablation)}}
         ablation = Ablation(**known, cells=[], scores_only=scores_only)
         found = _read_runs(ablation, directory / RUNS) if scores_only else _read_cells(directory)
@@ -153,8 +173,10 @@ def load(directory: Path) -> Ablation:
     except (KeyError, TypeError, AttributeError) as error:
         read = RUNS if scores_only else "cells.json"
         raise InputError(f"{directory}: {PLAN} or {read} is not what the runner writes: {error!r}") from None
-    if ablation.reference not in ablation.names:
-        raise InputError(f"{directory}/ablation.json: reference {ablation.reference!r} is none of {ablation.names}")
+    if ablation.reference not in ablation.swept:
+        raise InputError(
+            f"{directory}/ablation.json: reference {ablation.reference!r} is none of {list(ablation.swept)}"
+        )
     if ablation.design not in get_args(Design):
         raise InputError(f"{directory}/ablation.json: design {ablation.design!r} is none of {get_args(Design)}")
     return ablation

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mifo_lightning.lab.report import front
 from mifo_lightning.lab.report.comparisons import Comparisons, Pair, compare, pairs, primary
 from mifo_lightning.lab.report.document import bracketed, difference, intervals, number, probability, size
 from mifo_lightning.lab.report.results import Ablation
@@ -11,9 +12,11 @@ from mifo_lightning.lab.report.statistics import ALPHA, POWER, Comparison, Inter
 
 def verdict(ablation: Ablation) -> list[str]:
     """Paragraphs: the primary contrast; which arm is highest on the primary metric; how far to trust it."""
+    if ablation.sweep:
+        return _at_equal_learning(ablation)
     scores, reference = ablation.scores(ablation.primary), ablation.reference
     means, found = intervals(ablation, scores), compare(ablation, scores)
-    text = _primary(ablation, found)
+    text = _primary(ablation, found, ablation.primary)
     if not np.isfinite(means[reference].mean):
         return [*text, _without_reference(ablation), *_ends(ablation), _caveats(ablation, found)]
     text += _headline(ablation, means, found)
@@ -26,10 +29,26 @@ def _without_reference(ablation: Ablation) -> str:
     return f"Nothing else is compared: the reference {ablation.reference!r} has {done} runs, and so no mean."
 
 
-def _primary(ablation: Ablation, found: Comparisons) -> list[str]:
+def _at_equal_learning(ablation: Ablation) -> list[str]:
+    """The same of an ablation whose arms ran at several values of one setting."""
+    scores, found = front.equal(ablation), front.at_equal(ablation)
+    learned, kept = ablation.trade_off
+    what = f"{kept} at {learned} = {ablation.the_sweep.level:g}"
+    text = _primary(ablation, found, what)
+    means = {arm: front.reached(values) for arm, values in scores.items()}
+    top = front.ranked(scores)[0]
+    if np.isfinite(means[top].mean):
+        of = f"{int(np.isfinite(scores[top]).sum())} of {len(ablation.bases)} bases reach it"
+        text.append(f"{top!r} has the highest {what}, {bracketed(means[top])}, where {of}. {_significant(found)}")
+    else:
+        text.append(f"No arm reaches {learned} = {ablation.the_sweep.level:g} between two values of the sweep.")
+    return [*text, _caveats(ablation, found)]
+
+
+def _primary(ablation: Ablation, found: Comparisons, what: str) -> list[str]:
     """What the one contrast that was named before the run shows; nothing if none was."""
     for first, second in primary(ablation):
-        text = f"Primary contrast, named before the run: {first!r} minus {second!r} in {ablation.primary}"
+        text = f"Primary contrast, named before the run: {first!r} minus {second!r} in {what}"
         if (first, second) not in found.primary:
             return [f"{text} has no result: a run of these arms has none."]
         c = found.primary[first, second]
@@ -57,11 +76,16 @@ def _headline(ablation: Ablation, means: dict[str, Interval], found: Comparisons
         text += f"is significantly ahead of {reference!r}, by {size(c.difference)}."
     else:
         text += f"is not significantly ahead of {reference!r}: {difference(c)}."
+    return [text, _significant(found)] if found.significant else [f"{text} {_significant(found)}"]
+
+
+def _significant(found: Comparisons) -> str:
+    """Which exploratory differences are."""
     if not found.significant:
-        return [f"{text} No exploratory difference is significant."]
+        return "No exploratory difference is significant."
     listed = "; ".join(told(pair, c) for pair, c in found.significant.items())
     others = "" if len(found.significant) == len(found.exploratory) else " No other one is."
-    return [text, f"Significant among {_exploratory(len(found.exploratory))}: {listed}.{others}"]
+    return f"Significant among {_exploratory(len(found.exploratory))}: {listed}.{others}"
 
 
 def _exploratory(count: int) -> str:

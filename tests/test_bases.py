@@ -1,0 +1,65 @@
+"""The bases that studies share: what is kept is what was made, rounded once, and every machine reads the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from experiments import bases
+from experiments.make_base import VOCABULARY, build_model, build_tokenizer
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    for seed in (2, 10):
+        torch.manual_seed(seed)
+        build_model(VOCABULARY).save_pretrained(tmp_path / f"made/seed{seed}")
+        build_tokenizer(VOCABULARY).save_pretrained(tmp_path / f"made/seed{seed}")
+    return tmp_path / "made"
+
+
+def test_bases_are_kept_rounded_once_and_written_as_they_are_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bases, "ASSETS", tmp_path / "assets")
+    task = bases.Task(VOCABULARY, {"first weight": lambda model: model.lm_head.weight[0, 0].item()})
+    monkeypatch.setitem(bases.TASKS, "skills", task)
+    bases.main(["skills", "--pack", str(made), "--seeds", "2", "10"])
+    printed = capsys.readouterr().out
+    bases.main(["skills", "--out", str(tmp_path / "out")])
+    for seed in (2, 10):
+        before = AutoModelForCausalLM.from_pretrained(made / f"seed{seed}").state_dict()
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / f"out/seed{seed}").state_dict()
+        assert {name: w.dtype for name, w in after.items()} == dict.fromkeys(before, torch.float32)
+        for name, w in before.items():
+            assert torch.equal(after[name], w.half().float())
+        assert f"| seed{seed} | {after['lm_head.weight'][0, 0].item():.4f} |" in printed
+    files = {path.name for path in (made / "seed2").iterdir()}
+    assert {path.name for path in (tmp_path / "out/seed2").iterdir()} == files
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/seed2").get_vocab() == build_tokenizer(VOCABULARY).get_vocab()
+
+
+def test_a_base_that_is_not_there_is_one_line(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bases, "ASSETS", tmp_path / "assets")
+    for arguments, said in (
+        (["--pack", str(made), "--seeds", "2", "3"], f"--pack {made}: has no seed3"),
+        (["--out", str(tmp_path / "out")], "these bases have not been kept yet"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            bases.main(["skills", *arguments])
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.strip().split("\n")
+        assert said in line
+
+
+@pytest.mark.parametrize("task", ["skills", "points"])
+def test_twelve_bases_are_kept_and_all_differ(task: str) -> None:
+    file = bases.ASSETS / f"{task}_bases.safetensors"
+    if not file.is_file():
+        pytest.skip(f"{file} has not been kept yet")
+    models = bases.unpack(file, bases.TASKS[task].vocabulary)
+    assert len(models) == 12
+    assert len({float(model.lm_head.weight.sum()) for model in models.values()}) == 12
