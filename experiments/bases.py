@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (args.out is None) == (args.pack is None):
         parser.error("--out or --pack: one of the two is needed")
     quiet()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     task, file = TASKS[args.task], ASSETS / f"{args.task}_bases.safetensors"
     try:
