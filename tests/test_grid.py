@@ -179,7 +179,8 @@ def test_shipped_ablations_are_right_but_for_their_bases(path: Path, tmp_path: P
     copy = tmp_path / path.name
     copy.write_text(yaml.safe_dump(content), encoding="utf-8")
     grid = cells(read_ablation(copy))
-    assert len(grid) == len(content["arms"]) * len(content["bases"]) * len(content["seeds"])
+    values = len(content.get("sweep", {}).get("values", [0]))
+    assert len(grid) == len(content["arms"]) * values * len(content["bases"]) * len(content["seeds"])
     uncommented = [
         line for line in path.read_text(encoding="utf-8").split("\narms:")[0].splitlines() if "#" not in line
     ]

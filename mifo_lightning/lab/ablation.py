@@ -27,7 +27,8 @@ from mifo_lightning.common.terminal import printable
 from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
 from mifo_lightning.lab.grid import Ablation, cells, choose, sweep, with_wandb
 from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
-from mifo_lightning.lab.reading import read_ablation
+from mifo_lightning.lab.reading import check_bases, read_ablation
+from mifo_lightning.lab.records import check_same_bases, keep, restore
 from mifo_lightning.lab.runner import View, run_here, run_on_cluster
 
 # imported once for all fits of `run_here`; W&B imports the latter two when a run begins
@@ -41,18 +42,26 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     if missing:  # known before the fits, not after them
         raise InputError(f"the report needs {' and '.join(missing)}: pip install 'mifo-lightning[lab]'")
     grid = cells(ablation)
+    if ablation.records:
+        restore(ablation.records, grid)
     check_named_before(ablation, grid)
     chosen = [(cell, fingerprint(cell)) for cell in choose(grid, only)]
     for cell, present in chosen:
         check_fingerprint(cell, present)
     work = [(cell, present) for cell, present in chosen if outcome(cell.directory).status != "done"]
+    check_bases(ablation, {cell.base for cell, _ in work})
+    check_same_bases(work, grid)
     write_plan(ablation, command, fits=bool(work))
     with View(len(chosen) - len(work), len(work)) as view:
-        if work and on_cluster:
-            options = {"slurm_array_parallelism": ablation.jobs, **(ablation.slurm or {})}
-            run_on_cluster(work, options, ablation.out / "slurm", view)
-        elif work:
-            run_here(work, ablation.jobs, IMPORTS + (IMPORTS_OF_WANDB if ablation.wandb else ()), view)
+        try:
+            if work and on_cluster:
+                options = {"slurm_array_parallelism": ablation.jobs, **(ablation.slurm or {})}
+                run_on_cluster(work, options, ablation.out / "slurm", view)
+            elif work:
+                run_here(work, ablation.jobs, IMPORTS + (IMPORTS_OF_WANDB if ablation.wandb else ()), view)
+        finally:
+            if ablation.records:
+                keep(ablation.records, grid)
     rows = write_cells(ablation, grid)
     done = sum(row["status"] == "done" for row in rows)
     if done and (not only or done == len(rows)):

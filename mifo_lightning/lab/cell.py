@@ -39,11 +39,14 @@ class Outcome:
 
 
 def fingerprint(cell: Cell) -> Fingerprint:
-    """What decides a cell's result, our code aside: arguments, contents of configurations, files of the base model."""
+    """What decides a cell's result, our code aside: arguments, contents of configurations, files of the base model.
+
+    The latter are None where the base is not there.
+    """
     return {
         "arguments": list(cell.settings),
         "configurations": [_digest_config(find(file) or Path(file)) for file in (str(DEFAULTS), *cell.configs)],
-        "base model": _digest_model(cell.model),
+        "base model": _digest_model(cell.model) if cell.model.is_dir() else None,
     }
 
 
@@ -55,7 +58,7 @@ def check_fingerprint(cell: Cell, present: Fingerprint) -> None:
             raise InputError(f"{cell.name}: {cell.directory} holds other files; choose another `out` or remove it")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key, value in present.items() if before.get(key) != value]
+    changed = [key for key, value in present.items() if value is not None and before.get(key) != value]
     if changed:
         raise InputError(
             f"{cell.name}: {cell.directory} was run with other {' and '.join(changed)}; "

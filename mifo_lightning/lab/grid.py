@@ -86,6 +86,8 @@ class Ablation:
     them, and so on. Crossed: `seeds` on every base."""
     set: dict[str, Any] = field(default_factory=dict)
     """Command-line keys and values of all arms."""
+    records: Path | None = None
+    """A file of finished cells: they need not run again, on whatever machine, and new ones are added; null: none."""
     make_bases: str | None = None
     """The command that makes the bases; printed if one is missing."""
     jobs: PositiveInt = 1

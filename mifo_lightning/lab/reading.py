@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +54,14 @@ def read_ablation(path: Path, **changes: Any) -> Ablation:
     return ablation
 
 
+def check_bases(ablation: Ablation, needed: Collection[str]) -> None:
+    """Raise InputError if a base that unfinished cells need is no model directory."""
+    for name, directory in ablation.bases.items():
+        if name in needed and not (directory / "config.json").is_file():
+            make = f"; make it with `{ablation.make_bases}`" if ablation.make_bases else ""
+            raise InputError(f"bases.{name}: {directory} is no model directory{make}")
+
+
 Kind = TypeVar("Kind", Ablation, Arm)
 
 
@@ -98,10 +107,6 @@ def _check(ablation: Ablation, path: Path) -> None:
         for key in part.set:
             if source := next((GIVEN[own] for own in GIVEN if f"{key}.".startswith(f"{own}.")), None):
                 raise InputError(f"{path}: {prefix}set.{key}: the grid gives it, from {source}; leave it out")
-    for name, directory in ablation.bases.items():
-        if not (directory / "config.json").is_file():
-            make = f"; make it with `{ablation.make_bases}`" if ablation.make_bases else ""
-            raise InputError(f"{path}: bases.{name}: {directory} is no model directory{make}")
 
 
 def _check_sweep(ablation: Ablation, path: Path) -> None:

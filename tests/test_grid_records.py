@@ -1,0 +1,124 @@
+"""Finished cells travel in one file: another machine goes on with the others, and mixes nothing up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_grid import ROOT, write
+
+from mifo_lightning.lab import ablation as runner
+from mifo_lightning.lab.cell import fingerprint, record_outcome, write_json
+from mifo_lightning.lab.grid import Cell, cells
+from mifo_lightning.lab.reading import read_ablation
+from mifo_lightning.lab.records import keep
+
+ARMS = {"mifo": {"configs": ["methods/mifo"]}, "interleave": {"configs": ["methods/interleave"]}}
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    fingerprint.__globals__["_digest_model"].cache_clear()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cells that were run, each of them at once."""
+    found: list[str] = []
+
+    def run_here(work: Any, *rest: Any) -> None:
+        for cell, _ in work:
+            finish(cell)
+            found.append(cell.name)
+
+    monkeypatch.setattr(runner, "run_here", run_here)
+    return found
+
+
+def finish(cell: Cell) -> None:
+    """What a fit leaves behind."""
+    write_json(cell.directory / "fingerprint.json", fingerprint(cell))
+    write_json(cell.directory / "summary.json", {"after": {"avg@1": len(cell.name) / 100}})
+    record_outcome(cell.directory, None, 7.0)
+
+
+def grid_of(root: Path, out: str, **changes: Any) -> Path:
+    """An ablation of two arms on two bases that lie under `root`."""
+    bases = {name: str(root / "bases" / name) for name in ("one", "two")}
+    for directory in bases.values():
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "config.json").write_text("{}", encoding="utf-8")
+    fixed = {"arms": ARMS, "reference": "interleave", "primary_contrast": ["mifo", "interleave"], "metrics": []}
+    return write(root, **{**fixed, "bases": bases, "seeds": [0], "out": str(root / out), **changes})
+
+
+def test_another_machine_runs_the_other_cells_alone_and_reports_all(tmp_path: Path, ran: list[str]) -> None:
+    records = str(tmp_path / "kept" / "cells.jsonl")
+    first = grid_of(tmp_path, "here", records=records)
+    assert runner.main(["--config", str(first), "--only", "mifo/one", "interleave/one"]) == 0
+    assert sorted(ran) == ["interleave/one/seed0", "mifo/one/seed0"]
+    (tmp_path / "bases/one/config.json").unlink()  # what is finished needs no base
+    (tmp_path / "bases/one").rmdir()
+    fingerprint.__globals__["_digest_model"].cache_clear()
+    other = tmp_path / "other.yaml"
+    other.write_text(first.read_text(encoding="utf-8").replace(str(tmp_path / "here"), str(tmp_path / "there")))
+    assert [json.loads(line)["cell"] for line in Path(records).read_text().splitlines()] == [
+        "mifo/one/seed0",
+        "interleave/one/seed0",
+    ]
+    ran.clear()
+    assert runner.main(["--config", str(other)]) == 0
+    assert sorted(ran) == ["interleave/two/seed1", "mifo/two/seed1"]
+    found = json.loads((tmp_path / "there/cells.json").read_text(encoding="utf-8"))
+    assert [row["status"] for row in found] == ["done"] * 4
+    runs = (tmp_path / "there/runs.csv").read_text(encoding="utf-8")
+    assert "mifo,one,0,done,,0.14" in runs
+    assert len(Path(records).read_text().splitlines()) == 4
+    ran.clear()
+    assert runner.main(["--config", str(other)]) == 0
+    assert ran == []
+
+
+def test_cells_of_one_base_run_on_one_model(tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = grid_of(tmp_path, "here", records=str(tmp_path / "cells.jsonl"))
+    assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
+    (tmp_path / "bases/one/config.json").write_text('{"other": 1}', encoding="utf-8")
+    fingerprint.__globals__["_digest_model"].cache_clear()
+    capsys.readouterr()
+    assert runner.main(["--config", str(config), "--only", "interleave/one"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: bases.one: ")
+    assert "another model" in error
+    assert error.count("\n") == 1
+    assert runner.main(["--config", str(config), "--only", "interleave/two"]) == 0
+    assert ran == ["mifo/one/seed0", "interleave/two/seed1"]
+
+
+def test_a_cell_of_other_settings_is_refused(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = str(tmp_path / "cells.jsonl")
+    assert runner.main(["--config", str(grid_of(tmp_path, "here", records=records)), "--only", "mifo/one"]) == 0
+    changed = grid_of(tmp_path, "there", records=records, set={"data.schedule.rl_steps": 9})
+    assert runner.main(["--config", str(changed), "--only", "mifo/one"]) == 2
+    assert "was run with other arguments" in capsys.readouterr().err
+    assert ran == ["mifo/one/seed0"]
+
+
+def test_a_line_that_is_no_record_is_named_and_lines_of_other_grids_stay(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "cells.jsonl"
+    config = grid_of(tmp_path, "here", records=str(records))
+    foreign = {"cell": "gone/one/seed0", "seconds": 1.0, "fingerprint": {}, "summary": {}}
+    records.write_text(json.dumps(foreign) + "\n", encoding="utf-8")
+    keep(records, cells(read_ablation(config)))
+    assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
+    assert [json.loads(line)["cell"] for line in records.read_text().splitlines()] == [
+        "gone/one/seed0",
+        "mifo/one/seed0",
+    ]
+    records.write_text('{"cell": "mifo/one/seed0"}\n', encoding="utf-8")
+    assert runner.main(["--config", str(config)]) == 2
+    assert f"{records}, line 1: is no record of a finished cell" in capsys.readouterr().err
