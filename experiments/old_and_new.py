@@ -1,6 +1,6 @@
 """What did a study show before its task was mended, and what does it show now? Two pages' arms side by side.
 
-    python -m experiments.old_and_new docs/results/tied/paper_table docs/results/paper_table
+python -m experiments.old_and_new docs/results/tied/paper_table docs/results/paper_table
 """
 
 import argparse
