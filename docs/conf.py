@@ -84,8 +84,9 @@ def skip_hooks(app: Any, what: str, name: str, obj: Any, skip: bool, options: An
 def results_apart(app: Any, page: str, source: list[str]) -> None:
     """Pages of studies are not searched, since their words hide what the words mean; old ones stand in no contents."""
     if page.startswith("results/"):
-        orphan = "orphan: true\n" if page.endswith("/before_fix") else ""
-        text = with_link(source[0]) if page.endswith("/report") else source[0]
+        old = page.startswith("results/tied/")
+        orphan = "orphan: true\n" if old else ""
+        text = with_link(source[0]) if page.endswith("/report") and not old else source[0]
         source[0] = f"---\nnosearch: true\n{orphan}---\n\n{text}"
 
 
