@@ -24,15 +24,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from experiments.real_table import table
-from experiments.word_problems import apart, shuffled
+from experiments.word_sample import sample
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail
-
-FILES = ("words_cold", "words_rl", "words_val")
 
 
 @dataclass
@@ -82,35 +77,6 @@ class Steps:
     def costs(self) -> list[Cost]:
         """Of all steps so far."""
         return [Cost(**each) for each in json.loads(self.path.read_text())] if self.path.is_file() else []
-
-
-def sample(rows: Path, questions: int, out: Path) -> None:
-    """Write `questions` rows of each source of words_val that are in no training file: the same ones every time.
-
-    Raises:
-        InputError: A file is missing or cannot be read.
-    """
-    read = {}
-    for name in FILES:
-        path = rows / f"{name}.parquet"
-        if not path.is_file():
-            wanted = ", ".join(f"{file}.parquet" for file in FILES)
-            raise InputError(f"--data: {rows} has no {path.name}; give a directory with {wanted}")
-        try:
-            read[name] = pq.read_table(path).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"--data {path}: {str(error).splitlines()[0]:.120}") from error
-    held = shuffled(apart(read["words_val"], read["words_cold"] + read["words_rl"]))
-    chosen = []
-    for source in sorted({row["data_source"] for row in held}):
-        chosen += [row for row in held if row["data_source"] == source][:questions]
-    if len(chosen) < 2:
-        raise InputError(
-            f"--data {rows}/words_val.parquet: {len(chosen)} questions that are not trained on; 2 are needed"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(chosen), out)
-    print(f"{out}: {len(chosen)} of {len(held)} questions of words_val that are in no training file")
 
 
 def fit(steps: Steps, name: str, rows: Path, model: Path, *more: object) -> None:

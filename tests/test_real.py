@@ -15,9 +15,12 @@ import torch
 
 from experiments import smollm2
 from experiments.make_gsm8k_model import build_model, train_tokenizer
-from experiments.real import Steps, sample
+from experiments.real import Steps
 from experiments.real_table import Mean, mean, responses, rows_of, table, verdict
 from experiments.word_problems import make_row
+from experiments.word_problems import question as question_of
+from experiments.word_sample import main as write_sample
+from experiments.word_sample import sample
 from mifo_lightning.common.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +72,24 @@ def test_the_sample_is_fixed_and_none_of_it_is_trained_on(tmp_path: Path) -> Non
     assert len(set(every)) == len(every) == 32
     assert set(chosen) < set(every)
     assert not trained & set(every)
+
+
+def test_the_sample_takes_further_files_and_none_of_their_questions_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows")
+    trained = pq.read_table(rows / "words_rl.parquet").to_pylist()[:3]
+    other = [{**row(a, 1), "data_source": "svamp1"} for a in range(1000, 1006)]
+    pq.write_table(pa.Table.from_pylist([*trained, *other]), rows / "svamp.parquet")
+    out = tmp_path / "more.parquet"
+    write_sample(["--data", str(rows), "--held", "words_val", "svamp", "--questions", "4", "--out", str(out)])
+    sources = [each["data_source"] for each in pq.read_table(out).to_pylist()]
+    assert sources == ["svamp1"] * 4 + ["words1"] * 4 + ["words2"] * 4
+    assert not {question_of(each) for each in trained} & set(questions(out))
+    with pytest.raises(SystemExit) as end:
+        write_sample(["--data", str(rows), "--held", "none", "--out", str(out)])
+    assert end.value.code == 2
+    assert "has no none.parquet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["absent", "text"])
