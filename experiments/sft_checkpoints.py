@@ -1,0 +1,120 @@
+"""Where is SFT alone at its best? Writes, of every base, the checkpoint of an SFT run that is best on validation.
+
+    python -m experiments.sft_checkpoints --bases runs/bases/seed* --jobs 2 --out runs/sft_bases
+
+One run a base (`methods/sft`) exports its model at the given steps; each is evaluated as `validate` does, on the
+questions of the val split, and the one of highest `--metric` becomes `OUT/<base>`: what `from_sft.yaml` starts from.
+Step 0, the base itself, is among them. Runs that are done are kept; the table says what was chosen.
+"""
+
+import argparse
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from experiments.prune_update import make_evaluate, model_of, read_weights
+from mifo_lightning.common.errors import InputError, TrainingError
+from mifo_lightning.common.terminal import fail, quiet
+from mifo_lightning.lab.ablation import IMPORTS
+from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
+from mifo_lightning.lab.grid import Ablation, Arm, Cell, cells
+from mifo_lightning.lab.runner import View, run_here
+
+STEPS = [0, 5, 10, 20, 40, 80, 160, 297]
+Scores = dict[int, dict[str, float]]
+
+
+def sft_cells(config: list[str], bases: list[Path], steps: list[int], out: Path, metric: str) -> list[Cell]:
+    """One SFT run a base, as cells of a grid; the first base has seed 0, the next 1, and so on."""
+    arm = Arm(["methods/sft"], {"data.schedule.sft_before": max(steps), "export.steps": steps})
+    return cells(
+        Ablation(
+            name="sft_checkpoints",
+            question="",
+            primary=metric,
+            reference="sft",
+            primary_contrast=[],
+            config=config,
+            bases={base.name: base for base in bases},
+            seeds=[0],
+            arms={"sft": arm},
+            out=out,
+            set={"export.dtype": "float32"},
+        )
+    )
+
+
+def run(grid: list[Cell], jobs: int) -> None:
+    """Run what is not done.
+
+    Raises:
+        InputError: A run was made with other settings.
+        TrainingError: One failed; the line names its log.
+    """
+    chosen = [(cell, fingerprint(cell)) for cell in grid]
+    for cell, present in chosen:
+        check_fingerprint(cell, present)
+    work = [(cell, present) for cell, present in chosen if outcome(cell.directory).status != "done"]
+    if work:
+        with View(len(chosen) - len(work), len(work)) as view:
+            run_here(work, jobs, IMPORTS, view)
+    for cell in grid:
+        if (found := outcome(cell.directory)).status != "done":
+            raise TrainingError(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
+
+
+def measure(cell: Cell, steps: list[int], evaluate: Callable[..., dict[str, float]]) -> Scores:
+    """Metrics on validation of the model after each of the steps."""
+    return {step: evaluate(read_weights(cell.directory / f"model-{step}")) for step in steps}
+
+
+def best(scores: Scores, metric: str) -> int:
+    """The step of highest metric; the earliest of several."""
+    return max(scores, key=lambda step: (scores[step][metric], -step))
+
+
+def table(chosen: dict[str, tuple[int, Scores]], metric: str) -> str:
+    """Markdown: the metric at every step of every base, and the step that was chosen."""
+    steps = list(next(iter(chosen.values()))[1])
+    lines = [f"| base | {' | '.join(f'step {step}' for step in steps)} | chosen |", "|---" * (len(steps) + 2) + "|"]
+    for base, (step, scores) in chosen.items():
+        lines.append(f"| {base} | {' | '.join(f'{scores[s][metric]:.3f}' for s in steps)} | {step} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, measure, choose, write, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", nargs="+", default=["tiny"], help="configurations of the runs")
+    parser.add_argument("--bases", type=model_of, nargs="+", required=True, help="model directories")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="SFT steps after which a model is kept")
+    parser.add_argument("--metric", default="avg@1", help="of the evaluation, higher is better")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the chosen models")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1 or min(args.steps) < 0 or max(args.steps) < 1:
+        parser.error("--jobs: allowed is 1 or more; --steps: 0 or more, one of them above 0")
+    quiet()
+    torch.set_num_threads(1)
+    bases = sorted(args.bases, key=lambda base: ([int(n) for n in re.findall(r"\d+", base.name)], base.name))
+    steps, chosen = sorted(set(args.steps)), {}
+    try:
+        grid = sft_cells(args.config, bases, steps, args.out / "runs", args.metric)
+        run(grid, args.jobs)
+        for cell, base in zip(grid, bases, strict=True):
+            scores = measure(cell, steps, make_evaluate([Path(file) for file in args.config], base, []))
+            step = best(scores, args.metric)
+            chosen[base.name] = step, scores
+            shutil.copytree(cell.directory / f"model-{step}", args.out / base.name, dirs_exist_ok=True)
+    except (InputError, TrainingError) as error:
+        fail(str(error))
+    print(f"{args.metric} on validation\n\n{table(chosen, args.metric)}")
+
+
+if __name__ == "__main__":
+    main()
