@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mifo_callbacks.collectives import sum_over
-from mifo_callbacks.thresholds import floor_share, kth_largest
+from mifo_callbacks.thresholds import find_cuts, floor_share
 from mifo_lightning.common.errors import require
 
 
@@ -17,7 +17,7 @@ class SED:
     """`L = mean_t [CE_t + strength M_t (p_t - 1/2)^2]`, M_t = 1{the top_k largest probabilities sum to less than tau}.
 
     p_t, the probability of the token, has a gradient; M_t, which goes by the running model, has none. tau stands still:
-    before training, the share `mask_ratio` of all demonstration tokens have a sum of at least tau.
+    before training, the share `mask_ratio` of all demonstration tokens have a sum above tau.
 
     Args:
         strength: lambda, 1 in the paper; 0 switches the term off. Up to 1 the loss of a token falls all the way to
@@ -58,7 +58,9 @@ def top_sum(top: Tensor) -> Tensor:
 
 
 def sed_threshold(sums: Tensor, mask_ratio: float, group: dist.ProcessGroup | None = None) -> float:
-    """tau, the largest number that the share `mask_ratio`, rounded down to whole tokens, of all sums reach; collective.
+    """tau, which the share `mask_ratio` of all sums reach, rounded down to whole tokens; collective.
+
+    It lies halfway to the next lower sum: at one of the sums, as in their code, rounding would decide on its token.
 
     Args:
         sums: [n] fp32, the sum of the largest probabilities of each of this rank's tokens before training.
@@ -66,8 +68,11 @@ def sed_threshold(sums: Tensor, mask_ratio: float, group: dist.ProcessGroup | No
         group: The ranks with the other tokens.
 
     Returns:
-        One of the sums, or infinity where no token is to be left alone.
+        tau; infinity where no token is to be left alone.
     """
     tokens = int(sum_over(torch.tensor(len(sums), device=sums.device), group))
     reaching = floor_share(mask_ratio, tokens)
-    return kth_largest([sums], reaching, group) if reaching else math.inf
+    if not reaching:
+        return math.inf
+    around = find_cuts([sums], [reaching, min(reaching + 1, tokens)], group)
+    return sum(cut.value for cut in around) / 2
