@@ -142,7 +142,7 @@ class MifoModule(LightningModule):
         check = SelfCheck(self.responder, self.sampling, rollout.check_every)
         self.self_check = check if rollout.self_check else None
         self.own_demonstrations = self.supervision.own_demonstrations
-        self.needs_demonstrations = mixing is not None or self.supervision.needs_initial_losses
+        self.needs_demonstrations = mixing is not None or self.supervision.measures
         self.optimizer_of_phase: PhaseAdamW | None = None
         self._restored: dict[str, Any] = {}
         self._metrics = StepMetrics()
@@ -306,7 +306,7 @@ class MifoModule(LightningModule):
             if self.trainer.fit_loop.done:  # what `on_train_epoch_end` asks: there is none to come
                 self._finite.end()
             self._restored = {}
-        elif self.supervision.needs_initial_losses:
+        elif self.supervision.measures:
             self.supervision.measure(self._policy, loader.questions)
 
     def teardown(self, stage: str) -> None:
@@ -441,7 +441,7 @@ class MifoModule(LightningModule):
                 "rollouts": gather_ranks(self.reinforcement.state_dict()),
                 "reference": self.reinforcement.reference_state(),
                 "engines": gather_ranks(self.responder.state_dict()),
-                "initial_losses": self.supervision.initial_losses,
+                **self.supervision.state_dict(),
                 "finite": self._finite.state_dict(),
                 "end_tokens": sorted(end_tokens(self.tokenizer)),
             }
@@ -458,7 +458,7 @@ class MifoModule(LightningModule):
         rollout = own_rollout(state["rollouts"], self.trainer.global_rank, self.trainer.world_size)
         self.reinforcement.load_state_dict(rollout, self.device)
         self.reinforcement.load_reference(state.get("reference", {}))
-        self.supervision.load_initial_losses(state["initial_losses"])
+        self.supervision.load_state_dict(state)
         self._finite.load_state_dict(state["finite"])
         check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))
 

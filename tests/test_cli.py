@@ -41,7 +41,7 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
 @pytest.mark.parametrize("base", BASES)
 def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
-    buffered = method.startswith("mifo") or method in ("interleave.yaml", "relift.yaml", "own_rollouts.yaml")
+    buffered = method.startswith(("mifo", "interleave")) or method in ("relift.yaml", "own_rollouts.yaml")
     assert (config["buffer"] is not None) == buffered
     assert (config["freeze"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml"))
     assert (config["importance"] is None) == (config["freeze"] is None)

@@ -165,6 +165,7 @@ def test_a_run_does_not_go_on_with_other_demonstrations_or_weights(
     resumed = [*arguments, "--ckpt_path", str(tmp_path / "last.ckpt"), "--data.schedule.rl_steps", "4"]
     assert "damaged_share" in refused(capsys, *resumed, "--data.demonstrations.damaged_share", "1.0")
     assert "model.sft_loss.weight: flow" in refused(capsys, *resumed, "--model.sft_loss.weight", "flow")
+    assert "model.sft_loss.sed: top_k 2" in refused(capsys, *resumed, "--model.sft_loss.sed.strength", "1")
 
 
 @pytest.mark.parametrize(

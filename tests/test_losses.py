@@ -57,6 +57,11 @@ P = torch.tensor([[0.5, 0.2, 0.9], [0.4, 0.7, 0.7]])
 ENTROPY = torch.tensor([[0.3, 0.9, 0.6], [1.2, 5.0, 5.0]])
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 RELATIVE = torch.tensor([2.0, 0.5])  # losses before training in units of their median
+# of all probabilities of a vocabulary of three, the largest first
+TOP = torch.tensor(
+    [[[0.5, 0.25, 0.25], [1.0, 0.0, 0.0], [1 / 3] * 3], [[0.5, 0.5, 0.0], [1 / 3] * 3, [1 / 3] * 3]]
+).log()
+GIVEN = {"flow": {"initial": RELATIVE}, "eaft": {"top": TOP}}
 WEIGHTS: dict[str, list[list[float]]] = {
     "uniform": [[1, 1, 1], [1]],
     "dft": [[0.5, 0.2, 0.9], [0.4]],
@@ -64,6 +69,7 @@ WEIGHTS: dict[str, list[list[float]]] = {
     "low_entropy": [[math.exp(-0.6)] * 3, [math.exp(-1.2)]],
     "high_entropy": [[math.exp(0.6)] * 3, [math.exp(1.2)]],
     "flow": [[math.exp(-2)] * 3, [math.exp(-0.5)]],
+    "eaft": [[1.5 * math.log(2) / math.log(3), 0, 1], [math.log(2) / math.log(3)]],
 }
 
 
@@ -77,7 +83,7 @@ def test_weighted_sft_losses_and_gradients_by_hand(kind: Any, selected: str) -> 
     else:
         chosen = MASK if selected == "all" else torch.tensor([[True, False, True], [False] * 3])
         denominator = float(chosen.sum())
-    weights = as_sft_weight(kind)(logp.detach(), entropy.detach(), MASK, RELATIVE if kind == "flow" else None)
+    weights = as_sft_weight(kind)(logp.detach(), entropy.detach(), MASK, **GIVEN.get(kind, {}))
     loss, _ = sft_loss(logp, chosen, denominator, weights)
     expected = torch.tensor([row + [0.0] * (3 - len(row)) for row in WEIGHTS[kind]]) * chosen
     assert loss.item() == pytest.approx(-float((expected * P.log()).sum()) / denominator, rel=1e-5)

@@ -8,12 +8,14 @@ import torch
 from conftest import make_data, make_module, weights
 from lightning import Callback, Trainer
 from rl_steps import CONFIGS, Coin, Gradient, Noting, by_hand, configured, relative
+from test_sft_losses import logits_of, naive_eaft, sums_by_hand
 from torch import Tensor
 
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFreezing, ImportanceEMA
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.losses.sed import SED
 from mifo_lightning.module import MifoModule
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.steps.optimizer import AdamWSettings
@@ -87,6 +89,10 @@ class Watch(Callback):
         self.gradients: list[Gradient] = []
         self.masks: list[dict[str, Tensor]] = []
         self.moments: list[int] = []
+        self.questions: list[Question] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.questions = trainer.train_dataloader.questions
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.items.append(batch)
@@ -116,6 +122,8 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
         if key in over
     ]
     settings = {**model.get("optimizer", {}), **model.get("sft_loss", {})}
+    if "sed" in settings:
+        settings["sed"] = SED(**settings["sed"])
     for phase in ("rl", "sft"):
         settings[phase] = AdamWSettings(**merged(name, "model", "optimizer", phase))
     module = make_module(reward=Coin(), **settings, **changes)
@@ -207,6 +215,47 @@ def test_relift_takes_a_thousandth_of_the_entropy_off_its_sft_loss(make_trainer:
     for i in steps:
         assert relative(watch.gradients[i], sft_gradient(watch, i, 1.0, bonus=0.001)) < 2e-5
         assert relative(watch.gradients[i], sft_gradient(watch, i, 1.0)) > 5e-5
+
+
+def loss_of_a_token(name: str, watch: Watch) -> Callable[[Question, Tensor, Tensor], Tensor]:
+    """The loss of a token of a question by its probability and logits; what is from before training is of the base."""
+    base, (k, r, strength) = load_policy("embedded"), (2, 0.7, 1.0)
+    if name == "interleave_flow":
+        means = {q.id: -by_hand(base, q.prompt, q.demonstration)[0].detach().mean() for q in watch.questions}
+        middle = torch.stack(list(means.values())).quantile(0.5)
+    if name == "interleave_sed":
+        sums = sorted(sums_by_hand(base, watch.questions, k))
+        tau = sums[-int(r * len(sums))]
+
+    def loss(q: Question, p: Tensor, logits: Tensor) -> Tensor:
+        if name == "interleave_sed":
+            is_open = logits.softmax(-1).topk(k).values.sum() < tau
+            return -p.log() + strength * is_open * (p - 0.5) ** 2
+        if name == "interleave_flow":
+            return -(-means[q.id] / middle).exp() * p.log()
+        return -p.log() * (p.detach() if name == "interleave_dft" else naive_eaft(logits.detach(), 1.0))
+
+    return loss
+
+
+@pytest.mark.parametrize("name", [name for name in BUFFERED if name.startswith("interleave_")])
+def test_the_loss_of_interleaved_phases(make_trainer: MakeTrainer, name: str) -> None:
+    watch, _ = run(name, make_trainer)
+    loss, steps = loss_of_a_token(name, watch), [i for i, phase in enumerate(watch.phases) if phase == "s"]
+    assert len(steps) >= 3
+    assert len(watch.questions) == 64
+    for i in steps:
+        policy = load_policy("embedded")
+        policy.load_state_dict({n.removeprefix("policy."): w for n, w in watch.weights[i].items()}, strict=False)
+        terms = [
+            loss(q, logits.softmax(-1)[target], logits)
+            for q in watch.items[i]["questions"]
+            for target, logits in zip(q.demonstration, logits_of(policy, q), strict=True)
+        ]
+        torch.stack(terms).mean().backward()
+        expected = {f"policy.{n}": p.grad for n, p in policy.named_parameters() if p.grad is not None}
+        assert relative(watch.gradients[i], expected) < 1e-3
+        assert relative(watch.gradients[i], sft_gradient(watch, i, 1.0)) > 1e-2
 
 
 @pytest.mark.parametrize(

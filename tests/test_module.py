@@ -19,6 +19,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.losses.advantages import GroupStd
+from mifo_lightning.losses.sed import SED
 from mifo_lightning.methods import HPT, SRFT, Chord
 from mifo_lightning.module import MifoModule
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
@@ -57,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weight": "flow",
     },
     "dynamic sampling": {"loss": PolicyLoss(dynamic_sampling=3), "weight": "dft"},
+    "the largest probabilities": {"mixing": Chord(0.5, token_weight="eaft"), "weight": "eaft", "sed": SED(4.0)},
 }
 
 
@@ -191,6 +193,7 @@ RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
     "dynamic sampling, flow": ({"loss": PolicyLoss(dynamic_sampling=2), "weight": "flow"}, {"rl_steps": 3}),
+    "eaft, sed": ({"weight": "eaft", "sed": SED(4.0)}, {"rl_steps": 3}),
 }
 
 

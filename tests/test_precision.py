@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
+from mifo_lightning.losses.sed import SED
 from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.phase_kl import PhaseKL
@@ -33,6 +34,7 @@ CHECK = "self-check, exact and in the precision of the run"
 ASKERS = {
     "self_check": CHECK,
     "initial_losses": "first losses of FLOW",
+    "initial_sed_threshold": "threshold of SED-SFT",
     "Reinforcement.draw": "rollouts",
     "Reinforcement.prepare": "scores of rollouts, old and reference",
     "OptimizerStep._descend": "forward of RL and SFT steps",
@@ -89,6 +91,7 @@ def test_every_forward_of_a_run_has_the_precision_of_the_run(
         loss=PolicyLoss(kl_coefficient=0.1),
         micro_batches=2,  # entropies of the whole SFT step need a forward of their own
         weight="flow",
+        sed=SED(1.0),
         evaluation=Evaluation(samples=1, greedy=True, sampling=SAMPLING),
     )
     data = make_data(

@@ -18,10 +18,12 @@ from mifo_callbacks import GradientFreezing
 from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.sharding import full
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.losses.sed import SED
 from mifo_lightning.methods import HPT, SRFT
 from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.policy.adapter import Adapter
+from mifo_lightning.steps import supervision
 from mifo_lightning.steps.optimizer import AdamWSettings
 from mifo_lightning.steps.settings import PolicyLoss
 
@@ -79,12 +81,14 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": PolicyLoss(kl_coefficient=0.1, entropy_bonus=0.1, aggregation="token"),
         "mixing": SRFT(),
         "weight": "flow",
+        "sed": SED(4.0, mask_ratio=0.5),
         "micro_batch_tokens": 60,  # ranks cut their steps into different numbers of chunks
     },
     # ranks drop different numbers of rollouts, and a sum must not grow with the number of ranks (HPT; ReLIFT's SFT)
     "summed": {
         "loss": PolicyLoss("group_mean", "unclipped", aggregation="sum", entropy_bonus=0.1),
         "mixing": HPT(),
+        "weight": "eaft",
         "entropy_bonus": 0.1,
     },
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
@@ -104,6 +108,9 @@ CASES: dict[str, dict[str, Any]] = {
     # a part of each shard has a gradient; the reference is the sharded model itself
     "adapters": {"adapter": Adapter(4, 8.0, frozen_a=True), "loss": PolicyLoss(kl_coefficient=0.05)},
 }
+
+
+supervision.INITIAL_ROWS = 8  # ranks score different numbers of blocks before training
 
 
 def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None) -> dict[str, Any]:

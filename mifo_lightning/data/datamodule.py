@@ -230,7 +230,8 @@ class QuestionData(LightningDataModule):
         lent = sum(q.demonstration is not None for q in self._questions["train"])
         if getattr(module, "needs_demonstrations", False) and not lent:
             raise InputError(
-                "data.train: no question has a demonstration; model.mixing and sft_loss.weight flow want one"
+                "data.train: no question has a demonstration; model.mixing, and weight flow and sed of model.sft_loss, "
+                "want one"
             )
         sizes = [callback.size for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)]
         self._loader = PhaseLoader(

@@ -89,11 +89,17 @@ class Policy(nn.Module):
         self.share_prompts = False
         self.adapter: Adapters | None = None
         self.version = 0
+        self._gathered = False  # whether `sampling` is entered
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def forward(
-        self, sequences: Sequences, temperature: float = 1.0, entropy_gradient: bool = False, grouped: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        sequences: Sequences,
+        temperature: float = 1.0,
+        entropy_gradient: bool = False,
+        grouped: bool = False,
+        top_k: int = 0,
+    ) -> tuple[Tensor, ...]:
         """Teacher-forced scores of the response tokens.
 
         Args:
@@ -102,9 +108,11 @@ class Policy(nn.Module):
             entropy_gradient: Whether a gradient flows through the entropy.
             grouped: Whether several rows may have the same prompt, which runs once then if `share_prompts` allows it.
                 The same on all ranks.
+            top_k: How many of each position's largest log-probabilities are wanted beside the token's own.
 
         Returns:
-            `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response.
+            `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response; where `top_k` is above
+            0 also `top` [B, L, K], as of `token_scores`.
         """
         mask = sequences.mask()
         row, step = mask.nonzero(as_tuple=True)
@@ -121,9 +129,8 @@ class Policy(nn.Module):
                 hidden = _run(self.model, sequences.tokens).logits[row, position - 1]
             # the state before a token predicts it; only response positions ever reach the head
             transform = self.transform or LogitTransform()
-            scores = token_scores(head, hidden, targets, temperature, entropy_gradient, transform)
-        logp, entropy = (torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, s) for s in scores)
-        return logp, entropy
+            scores = token_scores(head, hidden, targets, temperature, entropy_gradient, transform, top_k)
+        return tuple(_at(mask, s) for s in scores)
 
     def decode(self, ids: Tensor, cache: Any, attention: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Any]:
         """One cached forward pass for generation.
@@ -197,7 +204,9 @@ class Policy(nn.Module):
         Collective under FSDP2: every rank enters; inside, ranks may run different numbers of forwards.
         """
         root: nn.Module = self
-        shards = [m for m in self.modules() if isinstance(m, FSDPModule)]
+        # inside of another nothing is given up at the end, which ranks that run another number of forwards would await
+        shards = [m for m in self.modules() if isinstance(m, FSDPModule)] if not self._gathered else []
+        outermost, self._gathered = not self._gathered, True
         for shard in shards:
             shard.set_reshard_after_forward(False)
             shard.unshard()
@@ -205,12 +214,19 @@ class Policy(nn.Module):
             with torch.no_grad(), self._casts_kept():
                 yield
         finally:
+            self._gathered = not outermost
             for shard in shards:
                 # the root keeps its weights between forward and backward, as FSDP2 does by default
                 shard.set_reshard_after_forward(shard is not root, recurse=False)
                 shard.reshard()
             # frees the casts of the weights; older torch would reuse them, made without a graph, and lose gradients
             torch.clear_autocast_cache()
+
+
+def _at(mask: Tensor, scores: Tensor) -> Tensor:
+    """[B, L, ...] the scores [N, ...] of the N places of a mask [B, L], and 0 elsewhere."""
+    whole = torch.zeros(*mask.shape, *scores.shape[1:], device=mask.device)
+    return whole.masked_scatter(mask.view(*mask.shape, *[1] * (scores.dim() - 1)), scores)
 
 
 def _loaded(policy: nn.Module, _: Any) -> None:

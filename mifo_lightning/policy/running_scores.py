@@ -21,12 +21,14 @@ class Settings(NamedTuple):
         temperature: Logits are divided by it.
         transform: What the model does to its head's outputs.
         entropy_gradient: Whether a gradient flows through the entropy.
+        top_k: How many of each token's largest log-probabilities are kept.
     """
 
     dtype: torch.dtype = torch.float32
     temperature: float = 1.0
     transform: LogitTransform = LogitTransform()
     entropy_gradient: bool = False
+    top_k: int = 0
 
     @property
     def wide(self) -> torch.dtype:
@@ -36,6 +38,8 @@ class Settings(NamedTuple):
 
 class RunningScores(torch.autograd.Function):
     """`logp` and `entropy` [N], in nats, of tokens under softmax(transform(hidden W^T + b) / temperature).
+
+    Where `top_k` is above 0 also `top` [N, min(top_k, V)], the largest log-probabilities, which have no gradient.
 
     Forward keeps a running maximum m, s = sum e^(x - m) and t = sum (x - m) e^(x - m) over the vocabulary: log Z =
     m + log s and H = log s - t / s. Backward makes each tile of logits again and turns it into its gradient in place;
@@ -47,12 +51,16 @@ class RunningScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         top = torch.full(targets.shape, torch.finfo(settings.wide).min, dtype=settings.wide, device=hidden.device)
         total, weighted, picked = (torch.zeros_like(top) for _ in range(3))
+        largest = top[:, None].repeat(1, min(settings.top_k, len(weight)))
         for tile in _tiles(hidden, weight, bias, targets, settings):
             rows, logits = tile.rows, tile.logits
             picked[rows].index_copy_(0, tile.hits, logits[tile.hits, tile.hit_columns])
+            if settings.top_k:
+                found = logits.topk(min(settings.top_k, logits.shape[1])).values
+                largest[rows] = torch.cat([largest[rows], found], 1).topk(largest.shape[1]).values
             highest = torch.maximum(top[rows], logits.amax(1))
             shift = top[rows] - highest
             e = torch.exp(logits.sub_(highest[:, None]), out=tile.spare)
@@ -64,13 +72,13 @@ class RunningScores(torch.autograd.Function):
         entropy = (spread - weighted / total).clamp_min_(0.0)  # rounding can push a certain token just below zero
         ctx.save_for_backward(hidden, weight, bias, targets, top + spread, entropy)
         ctx.settings = settings
-        if not settings.entropy_gradient:
-            ctx.mark_non_differentiable(entropy)
-        return picked - top - spread, entropy
+        others = [largest - (top + spread)[:, None]] if settings.top_k else []
+        ctx.mark_non_differentiable(*([] if settings.entropy_gradient else [entropy]), *others)
+        return picked - top - spread, entropy, *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_logp: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logp: Tensor, of_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
         settings: Settings = ctx.settings
         used = (of_logp != 0) | (of_entropy != 0) if settings.entropy_gradient else of_logp != 0

@@ -10,22 +10,23 @@ K3_LIMIT = 10.0  # d of the k3 estimator
 
 
 def score_without_gradient(
-    policy: Policy, sequences: Sequences, temperature: float, grouped: bool = False
-) -> tuple[Tensor, Tensor]:
+    policy: Policy, sequences: Sequences, temperature: float, grouped: bool = False, top_k: int = 0
+) -> tuple[Tensor, ...]:
     """Log-probabilities and entropies [B, L] in nats of all sequences, in evaluation mode; collective under FSDP2.
 
-    Arguments as of `Policy.forward`.
+    Arguments and what is returned as of `Policy.forward`.
     """
     rows = max(1, SCORING_TOKENS // sequences.tokens.shape[1])
     length = int(sequences.response_lengths.max())
-    logp = torch.zeros(len(sequences.tokens), length, device=sequences.tokens.device)
-    entropy = torch.zeros_like(logp)
+    count, device = len(sequences.tokens), sequences.tokens.device
+    scores: list[Tensor] = []
     with policy.sampling():
-        for chosen in torch.arange(len(logp), device=logp.device).split(rows):
-            part_logp, part_entropy = policy(sequences.select(chosen), temperature, grouped=grouped)
-            logp[chosen, : part_logp.shape[1]] = part_logp
-            entropy[chosen, : part_entropy.shape[1]] = part_entropy
-    return logp, entropy
+        for chosen in torch.arange(count, device=device).split(rows):
+            parts = policy(sequences.select(chosen), temperature, grouped=grouped, top_k=top_k)
+            scores = scores or [torch.zeros(count, length, *part.shape[2:], device=device) for part in parts]
+            for whole, part in zip(scores, parts, strict=True):
+                whole[chosen, : part.shape[1]] = part
+    return tuple(scores)
 
 
 def kl_k3(logp: Tensor, logp_ref: Tensor) -> Tensor:

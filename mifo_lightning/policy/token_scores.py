@@ -22,7 +22,8 @@ def token_scores(
     temperature: float = 1.0,
     entropy_gradient: bool = False,
     transform: LogitTransform = LogitTransform(),
-) -> tuple[Tensor, Tensor]:
+    top_k: int = 0,
+) -> tuple[Tensor, ...]:
     """Score each target token under softmax(transform(head(hidden)) / temperature).
 
     Where there are many logits they never exist at once: from `RUNNING_FROM` on a linear head's are made in tiles, from
@@ -36,26 +37,27 @@ def token_scores(
         temperature: The sampling temperature; 1 in SFT.
         entropy_gradient: Whether the entropy needs a gradient: a bonus does, a selection does not.
         transform: What makes logits of the head's outputs.
+        top_k: How many of each position's largest log-probabilities are wanted beside the target's.
 
     Returns:
-        `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats.
+        `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats; where `top_k` is
+        above 0 also `top` [N, min(top_k, V)] fp32 in nats, the largest first, without gradient.
     """
     if transform.input_scale != 1.0:
         hidden = hidden * transform.input_scale
     if _is_linear(head) and len(hidden) * len(head.weight) >= RUNNING_FROM:
-        settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient)
+        settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient, top_k)
         apply: Any = RunningScores.apply
-        logp, entropy = apply(hidden, head.weight, head.bias, targets, settings)
-        return logp.float(), entropy.float()
+        return tuple(scores.float() for scores in apply(hidden, head.weight, head.bias, targets, settings))
     with _without_cache(hidden.device.type):
         n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
     if len(hidden) <= n:
-        return _score(head, hidden, targets, temperature, entropy_gradient, transform)
+        return _score(head, hidden, targets, temperature, entropy_gradient, transform, top_k)
     parts = [
-        checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, use_reentrant=False)
+        checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, top_k, use_reentrant=False)
         for h, t in zip(hidden.split(n), targets.split(n), strict=True)
     ]
-    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    return tuple(torch.cat(scores) for scores in zip(*parts, strict=True))
 
 
 def vocabulary_size(head: Callable[[Tensor], Tensor], hidden: Tensor) -> int:
@@ -84,7 +86,8 @@ def _score(
     temperature: float,
     entropy_gradient: bool,
     transform: LogitTransform,
-) -> tuple[Tensor, Tensor]:
+    top_k: int,
+) -> tuple[Tensor, ...]:
     with _without_cache(hidden.device.type):  # here, not in the caller: chunks are made again in the backward pass
         logits = transform(head(hidden).float())
     if temperature != 1.0:
@@ -95,7 +98,10 @@ def _score(
         # H = log Z - E[logit]; rounding can push a deterministic token just below zero
         probs = torch.exp(logits - log_z[:, None])
         entropy = (log_z - (probs * logits).sum(-1)).clamp_min(0.0)
-    return logp, entropy
+    if not top_k:
+        return logp, entropy
+    with torch.no_grad():
+        return logp, entropy, logits.topk(min(top_k, logits.shape[-1])).values - log_z[:, None]
 
 
 def _without_cache(device: str) -> AbstractContextManager[object]:

@@ -54,6 +54,7 @@ class Batch:
         keep: [B, L] bool, tokens that push the policy; None without an entropy mask.
         initial: [B] fp32 loss of each demonstration before training, in units of the median; None where no weight
             wants it.
+        sed_threshold: tau of SED-SFT's term; None without it.
         named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos`, and `answer` where a marker
             (`data.demonstrations.answer_after`) says where answers begin.
         temperature: Logits are divided by it before everything.
@@ -76,6 +77,7 @@ class Batch:
     logp_sampler: Tensor | None = None
     keep: Tensor | None = None
     initial: Tensor | None = None
+    sed_threshold: float | None = None
     named: dict[str, Tensor] = field(default_factory=dict)
     temperature: float = 1.0
     idle: bool = False

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mifo_lightning.losses.corrections import Corrected, Correction
 from mifo_lightning.losses.policy import Ratio, policy_loss
+from mifo_lightning.losses.sed import SED, sed_term
 from mifo_lightning.losses.sft import sft_loss
 from mifo_lightning.losses.sft_weights import SFTWeight, Uniform
 from mifo_lightning.losses.surrogates import Clipped, Surrogate
@@ -20,13 +21,15 @@ from mifo_lightning.steps.batch import Batch
 class Objective:
     """`rl.scale (L_policy + kl.scale KL - bonus.scale H) + ce.scale L_SFT`, each a weighted sum over tokens.
 
-    What depends on the running forward is worked out here, once, from scores without a gradient: the weight of each
-    demonstration token, and SRFT's factor of the policy's own rollouts.
+    L_SFT is the weighted cross-entropy and, where it is on, SED-SFT's term on the same tokens, which no weight
+    multiplies. What depends on the running forward is worked out here, once, from scores without a gradient: the weight
+    of each demonstration token, SED-SFT's mask, and SRFT's factor of the policy's own rollouts.
 
     Args:
         surrogate: Objective of the policy's own tokens.
         ratio: One probability ratio per token, or one per sequence.
         sft_weight: What multiplies each demonstration token's cross-entropy.
+        sed: SED-SFT's term.
         correction: For an engine whose numerics are not the policy's; None where they are.
         mixing: How demonstrations are mixed into the batch; None if they are not.
         kl: Estimate of the KL per token, by log-probabilities under policy and reference.
@@ -35,17 +38,27 @@ class Objective:
     surrogate: Surrogate = field(default_factory=Clipped)
     ratio: Ratio = "token"
     sft_weight: SFTWeight = field(default_factory=Uniform)
+    sed: SED = field(default_factory=SED)
     correction: Correction | None = None
     mixing: Mixing | None = None
     kl: Callable[[Tensor, Tensor], Tensor] = kl_k3
 
-    def __call__(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def top_k(self) -> int:
+        """How many of each position's largest log-probabilities it wants."""
+        return max(self.sft_weight.top_k, self.sed.top_k if self.sed.strength else 0)
+
+    def __call__(
+        self, batch: Batch, logp: Tensor, entropy: Tensor, top: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one chunk of an optimizer step, and what is logged of it.
 
         Args:
             batch: The chunk.
             logp: [B, L] log-probabilities in nats, with gradient.
             entropy: [B, L] entropies in nats, with gradient if `bonus.scale` is above 0.
+            top: [B, L, top_k] the largest log-probabilities in nats, the largest first, without gradient; fewer where
+                the vocabulary is smaller. Needed if `top_k` is above 0.
 
         Returns:
             The scalar loss and scalars without gradient; both sum over chunks and ranks to those of the whole step.
@@ -66,8 +79,9 @@ class Objective:
         if batch.rl is not None:
             loss = batch.rl.scale * loss
         if batch.ce is not None:
-            sft, described = self._sft_loss(batch, logp, entropy)
-            metrics["loss" if batch.rl is None else "sft_loss"] = described["loss"]
+            sft, described = self._sft_loss(batch, logp, entropy, top)
+            metrics["loss" if batch.rl is None else "sft_loss"] = described.pop("loss")
+            metrics |= described
             loss = loss + batch.ce.scale * sft
         return loss, metrics
 
@@ -97,12 +111,25 @@ class Objective:
         )
         return loss, metrics | described
 
-    def _sft_loss(self, batch: Batch, logp: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sft_loss(
+        self, batch: Batch, logp: Tensor, entropy: Tensor, top: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.ce is not None
         assert batch.demonstrated is not None, "an SFT loss is on demonstrations"
-        initial = {"initial": batch.initial} if self.sft_weight.needs_initial_losses else {}
-        weight = self.sft_weight(logp.detach(), entropy.detach(), batch.demonstrated, **initial)
-        return sft_loss(logp, batch.ce.weight, batch.ce.total, weight)
+        asked = {"initial": batch.initial} if self.sft_weight.needs_initial_losses else {}
+        if self.sft_weight.top_k:
+            assert top is not None, "the weight wants the largest log-probabilities"
+            asked["top"] = top[..., : self.sft_weight.top_k]
+        weight = self.sft_weight(logp.detach(), entropy.detach(), batch.demonstrated, **asked)
+        loss, metrics = sft_loss(logp, batch.ce.weight, batch.ce.total, weight)
+        if self.sed.strength:
+            assert top is not None, "SED-SFT's term wants the largest log-probabilities"
+            assert batch.sed_threshold is not None, "its threshold is measured before training"
+            term, is_open = sed_term(logp, top[..., : self.sed.top_k], batch.sed_threshold)
+            penalty = batch.ce.mean(term)
+            loss = loss + self.sed.strength * penalty
+            metrics |= {"sed": penalty.detach(), "sed_share": batch.ce.mean(is_open.float())}
+        return loss, metrics
 
 
 def _describe(corrected: Corrected, own: Tensor) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Reinforcement:
         self.group_size, self.mixing = rollout.group_size, mixing
         # in a list: the reference is no part of the module, its parameters no part of checkpoints
         self.references: list[Policy] = []
-        weight = {} if mixing is None else {"sft_weight": mixing.token_weight}
+        weight: dict[str, Any] = {} if mixing is None else {"sft_weight": mixing.token_weight}
         self.objective = Objective(
             settings.objective(),
             settings.ratio,

@@ -1,7 +1,7 @@
 """Settings of the losses of both phases."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mifo_lightning.common.errors import InputError, require
@@ -10,6 +10,7 @@ from mifo_lightning.losses.corrections import Correction, CorrectionName, as_cor
 from mifo_lightning.losses.kl import KL_ESTIMATORS, KLName
 from mifo_lightning.losses.named import named
 from mifo_lightning.losses.policy import Aggregation, Ratio
+from mifo_lightning.losses.sed import SED
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName, as_sft_weight
 from mifo_lightning.losses.surrogates import Clipped, Reinforce, Surrogate, Truncated, Unclipped
 from mifo_lightning.methods.mixing import Mixing
@@ -126,7 +127,8 @@ class SFTLoss:
 
     Args:
         weight: What multiplies each demonstration token's cross-entropy: uniform, dft, chord, low_entropy,
-            high_entropy, flow, or an `SFTWeight` by class_path.
+            high_entropy, flow, eaft, or an `SFTWeight` by class_path.
+        sed: SED-SFT's term beside the cross-entropy of the same tokens; a weight multiplies the latter alone.
         entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the loss
             (ReLIFT).
         demonstrations: What a buffered question is learned from: the data's solution, or the model's own correct
@@ -134,6 +136,7 @@ class SFTLoss:
     """
 
     weight: SFTWeightName | SFTWeight = "uniform"
+    sed: SED = field(default_factory=SED)
     entropy_bonus: float = 0.0
     demonstrations: Literal["data", "own"] = "data"
 
@@ -141,6 +144,10 @@ class SFTLoss:
         """Raise an InputError that names the key, its value and what is allowed."""
         if self.demonstrations == "own" and as_sft_weight(self.weight).needs_initial_losses:
             raise InputError(f"{key}.weight: flow is not allowed with demonstrations own; it weighs the data's")
+        require(f"{key}.sed", repr(self.sed)[:80], isinstance(self.sed, SED), "a SED")
+        self.sed.check(f"{key}.sed")
+        data = not self.sed.strength or self.demonstrations == "data"
+        require(f"{key}.sed.strength", self.sed.strength, data, "0 with demonstrations own: tau is of the data's")
         require(f"{key}.entropy_bonus", self.entropy_bonus, self.entropy_bonus >= 0, "at least 0")
 
 

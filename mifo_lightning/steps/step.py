@@ -107,11 +107,15 @@ class OptimizerStep:
         for chunk in chunks:
             with_bonus = chunk.bonus is not None and chunk.bonus.scale > 0
             with profiled(trainer, "forward"):
-                logp, entropy = policy(
-                    chunk.sequences, chunk.temperature, entropy_gradient=with_bonus, grouped=phase == "rl"
+                scores = policy(
+                    chunk.sequences,
+                    chunk.temperature,
+                    entropy_gradient=with_bonus,
+                    grouped=phase == "rl",
+                    top_k=objective.top_k if chunk.ce is not None else 0,
                 )
-            chosen = chunk if late is None else selected(chunk, late, entropy.detach())
-            loss, metrics = objective(chosen, logp, entropy)
+            chosen = chunk if late is None else selected(chunk, late, scores[1].detach())
+            loss, metrics = objective(chosen, *scores)
             self.metrics.add(phase, metrics)
             loss = loss * trainer.world_size  # undo the strategy's mean over ranks: our denominators count all
             if chunk is chunks[-1]:

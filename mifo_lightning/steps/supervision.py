@@ -1,5 +1,6 @@
 """The demonstrations of an SFT step as a `Batch`, and the tokens that its loss sees."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.collectives import rank, ranks, sum_over, sum_ranks, world_group
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
+from mifo_lightning.losses.sed import SED, sed_threshold, top_sum
 from mifo_lightning.losses.sft_weights import as_sft_weight
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -34,13 +36,15 @@ class Supervision:
     Attributes:
         objective: The loss of a chunk.
         initial_losses: [N] fp32 by question id, for a weight that wants them; None before `measure`.
+        sed_threshold: tau of SED-SFT's term, where it is on; None before `measure`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: SFTLoss) -> None:
         settings.check("model.sft_loss")
         self.tokenizer, self.settings = tokenizer, settings
-        self.objective = Objective(sft_weight=as_sft_weight(settings.weight))
+        self.objective = Objective(sft_weight=as_sft_weight(settings.weight), sed=settings.sed)
         self.initial_losses: Tensor | None = None
+        self.sed_threshold: float | None = None
 
     @property
     def own_demonstrations(self) -> bool:
@@ -52,25 +56,55 @@ class Supervision:
         """Whether the weight wants each demonstration's loss before training."""
         return self.objective.sft_weight.needs_initial_losses
 
-    def measure(self, policy: Policy, questions: list[Question]) -> None:
-        """Measure them, of all training questions; collective."""
-        self.initial_losses = initial_losses(policy, questions, padding(self.tokenizer))
+    @property
+    def measures(self) -> bool:
+        """Whether the loss depends on what the model makes of all demonstrations before training."""
+        return self.needs_initial_losses or self.settings.sed.strength > 0
 
-    def load_initial_losses(self, losses: Tensor | None) -> None:
-        """Take those of a checkpoint.
+    def measure(self, policy: Policy, questions: list[Question]) -> None:
+        """Score the demonstrations of all training questions before training, for all that depends on it; collective.
+
+        Costs a forward pass over them for each, shared by the ranks.
+        """
+        pad = padding(self.tokenizer)
+        if self.needs_initial_losses:
+            self.initial_losses = initial_losses(policy, questions, pad)
+        if self.settings.sed.strength:
+            self.sed_threshold = initial_sed_threshold(policy, questions, pad, self.settings.sed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `measure` found, for a checkpoint."""
+        sed = self.settings.sed
+        measured = (self.sed_threshold, sed.top_k, sed.mask_ratio) if self.sed_threshold is not None else None
+        return {"initial_losses": self.initial_losses, "sed": measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what a run measured where it began.
 
         Raises:
-            InputError: There are some and they are not wanted, or the other way round.
+            InputError: It measured what is not wanted now, or the other way round.
         """
+        losses, measured, sed = state["initial_losses"], state.get("sed"), self.settings.sed
         if (losses is None) == self.needs_initial_losses:
             raise InputError(
                 "model.sft_loss.weight: flow is not allowed here, nor its loss; with flow a run begins and ends"
             )
-        self.initial_losses = losses
+        wanted = (sed.top_k, sed.mask_ratio) if sed.strength else None
+        if wanted != (begun := None if measured is None else tuple(measured[1:])):
+            raise InputError(
+                f"model.sft_loss.sed: {_named(wanted)} is not allowed here; the run began with {_named(begun)}, and "
+                "its threshold stands still"
+            )
+        self.initial_losses, self.sed_threshold = losses, None if measured is None else measured[0]
 
     def batch(self, questions: list[Question], device: torch.device) -> Batch:
         """As `sft_batch`, with these settings."""
-        return sft_batch(questions, self.tokenizer, device, self.settings.entropy_bonus, self.initial_losses)
+        batch = sft_batch(questions, self.tokenizer, device, self.settings.entropy_bonus, self.initial_losses)
+        return replace(batch, sed_threshold=self.sed_threshold)
+
+
+def _named(sed: tuple[Any, ...] | None) -> str:
+    return "strength 0" if sed is None else f"top_k {sed[0]} and mask_ratio {sed[1]}"
 
 
 def sft_batch(
@@ -140,13 +174,32 @@ def initial_losses(policy: Policy, questions: list[Question], pad: int) -> Tenso
     losses = torch.zeros(len(questions), device=policy.device)
     shown = [i for i, q in enumerate(questions) if q.demonstration]
     with policy.sampling():
-        for start in range(rank() * INITIAL_ROWS, len(shown), ranks() * INITIAL_ROWS):
-            chosen = shown[start : start + INITIAL_ROWS]
-            prompts = [questions[i].prompt for i in chosen]
-            responses = [questions[i].demonstration or [] for i in chosen]
-            sequences = Sequences.pack(prompts, responses, pad).to(policy.device)
-            logp, _ = score_without_gradient(policy, sequences, temperature=1.0)
-            losses[chosen] = -logp.sum(-1) / sequences.response_lengths
+        for chosen, sequences in _own_share(questions, shown, pad):
+            logp, _ = score_without_gradient(policy, sequences.to(policy.device), temperature=1.0)
+            losses[chosen] = -logp.sum(-1) / sequences.response_lengths.to(policy.device)
     losses = sum_over(losses, world_group()).cpu()
     # a median of 0 means that half of them are known by heart: these keep weight 1, the others get 0, none is NaN
     return losses / losses[shown].quantile(0.5).clamp_min(torch.finfo(losses.dtype).tiny)
+
+
+def initial_sed_threshold(policy: Policy, questions: list[Question], pad: int, sed: SED) -> float:
+    """tau of SED-SFT's term under the present policy, over the tokens of all demonstrations; collective.
+
+    Costs one forward pass over them, shared by the ranks.
+    """
+    sums = [torch.zeros(0, device=policy.device)]
+    shown = [i for i, q in enumerate(questions) if q.demonstration]
+    with policy.sampling():
+        for _, sequences in _own_share(questions, shown, pad):
+            here = sequences.to(policy.device)
+            *_, top = score_without_gradient(policy, here, temperature=1.0, top_k=sed.top_k)
+            sums.append(top_sum(top)[here.mask()])
+    return sed_threshold(torch.cat(sums), sed.mask_ratio, world_group())
+
+
+def _own_share(questions: list[Question], shown: list[int], pad: int) -> Iterator[tuple[list[int], Sequences]]:
+    """This rank's blocks of the demonstrations `shown`: places among the questions, and what stands there."""
+    for start in range(rank() * INITIAL_ROWS, len(shown), ranks() * INITIAL_ROWS):
+        chosen = shown[start : start + INITIAL_ROWS]
+        prompts = [questions[i].prompt for i in chosen]
+        yield chosen, Sequences.pack(prompts, [questions[i].demonstration or [] for i in chosen], pad)
