@@ -50,7 +50,7 @@ def count_below(values: Tensor) -> Tensor:
 
 
 def energy_overlap(below: Tensor, gradient: Tensor) -> Tensor:
-    """Mean of `below`, shares in fp64, over the energy of `gradient`, of that shape: fp64 scalar; 1/2 without energy."""
+    """Mean of `below`, shares in fp64, over the energy of `gradient`, of that shape: fp64 scalar; 1/2 without."""
     energy = gradient.double().square()
     total = energy.sum()
     return torch.where(total > 0, (below * energy).sum() / total, 0.5)

@@ -1,5 +1,6 @@
 """What is frozen once stays frozen in every later SFT phase, up to the cap, across checkpoints."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_masks_are_the_union_of_all_and_hold_the_weights(selector: Any) -> None:
 def test_the_cap_is_reached_and_never_passed_and_nothing_is_let_go(scope: Any) -> None:
     seen = run(LONG, 0.2, 0.3, scope, selector="random")
     masks = [seen.looks[start][0] for start in FIRST]
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in pairwise(masks):
         assert all((after[name] | ~mask).all() for name, mask in before.items())
     sizes = [mask.numel() for mask in masks[-1].values()]
     most = sum(int(0.3 * n) for n in sizes) if scope == "tensor" else int(0.3 * sum(sizes))
