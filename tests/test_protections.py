@@ -18,7 +18,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.methods import Anchor, SignConflict, SoftFreezing, SubspaceFreezing
 from mifo_lightning.methods.anchor import penalty
 from mifo_lightning.methods.directions import random_directions, singular_directions
-from mifo_lightning.methods.soft_freezing import quantile_of, rates
+from mifo_lightning.methods.soft_freezing import hold_back_, quantile_of, rates
 from mifo_lightning.methods.subspace_freezing import component
 
 PHASES = ((3, 6), (8, 11))  # first and last step of the SFT phases of SCHEDULE
@@ -158,8 +158,11 @@ def test_a_coordinate_makes_its_share_of_the_step(quantile: float) -> None:
 def test_rates_at_their_ends() -> None:
     assert rates(torch.tensor([0.0, 1e-30, 1.0, 1e30]), 1.0).tolist() == pytest.approx([1.0, 1.0, 0.5, 0.0])
     assert rates(torch.tensor([0.0, 1e-30]), 0.0).tolist() == [1.0, 0.0]
-    weight = torch.randn(1000)
-    assert torch.equal(torch.lerp(torch.randn(1000), weight, torch.ones(1000)), weight), "a rate of 1 rounds nothing"
+    before, after = torch.randn(2, 1000)
+    for importance, expected in ((torch.zeros(1000), after), (torch.full((1000,), torch.inf), before)):
+        weight = after.clone()
+        hold_back_(weight, before, importance, 1.0)
+        assert torch.equal(weight, expected), "nothing is rounded"
 
 
 # --- sign conflict ----------------------------------------------------------------------------------------------------

@@ -75,13 +75,24 @@ class SoftFreezing(AroundSteps):
         """Take back a part of the step."""
         for name, p, before in self.moves(pl_module, optimizer):
             if name in self._known:
-                weight = local(p)
-                weight.copy_(torch.lerp(local(before), weight, rates(local(self._known[name]), self._c0)))
+                hold_back_(local(p), local(before), local(self._known[name]), self._c0)
 
     def release(self) -> None:
         """Let go of the map."""
         super().release()
         self._known = {}
+
+
+def hold_back_(weight: Tensor, before: Tensor, importance: Tensor, c0: float) -> None:
+    """W_before + rate (W_after - W_before) in the place of W_after = `weight`; at a rate of 1 or 0 either to the bit.
+
+    Args:
+        weight: fp32, changed in place.
+        before: The same weights before the step.
+        importance: C, fp32.
+        c0: Where the rate is one half.
+    """
+    weight.copy_(torch.lerp(before, weight, rates(importance, c0)))  # lerp is exact at its ends, the sum is not
 
 
 def rates(importance: Tensor, c0: float) -> Tensor:
