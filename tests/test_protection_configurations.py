@@ -1,4 +1,4 @@
-"""`configs/protections/` over a method: what each switches on and nothing else, its control beside it, and an effect."""
+"""`configs/protections/` over a method: what each switches on and nothing else, and that it has an effect."""
 
 from functools import cache
 from pathlib import Path
