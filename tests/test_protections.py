@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import phased
@@ -341,6 +342,10 @@ def test_what_is_refused() -> None:
         with pytest.raises(InputError) as refused:
             make()
         assert str(refused.value) == line
+    adapted = fit([], ["rl"])
+    adapted.policy = SimpleNamespace(adapter=object())  # a stand-in: only its presence is asked for
+    with pytest.raises(InputError, match=r"^anchor: is not allowed with model.adapter; take freeze or directions$"):
+        fit([Anchor()], module=adapted)
     with pytest.raises(MisconfigurationException, match="soft needs one callback with an importance map"):
         fit([SoftFreezing()])
     with pytest.raises(MisconfigurationException, match="stands after SoftFreezing"):

@@ -30,7 +30,8 @@ def test_heads_are_slices_of_rows_or_columns() -> None:
 
 def test_one_record_an_sft_phase(make_trainer: Callable[..., Trainer]) -> None:
     monitor, records = RankAgreement(), Records()
-    make_trainer([*method_callbacks(), monitor], logger=records).fit(make_module(), make_data())
+    module = make_module()
+    make_trainer([*method_callbacks(), monitor], logger=records).fit(module, make_data())
     assert monitor.phases
     assert {record["phase"] for record in monitor.phases} == {"sft"}
     record = monitor.phases[0]
@@ -38,7 +39,10 @@ def test_one_record_an_sft_phase(make_trainer: Callable[..., Trainer]) -> None:
     assert set(record["parts"]) == {"embedding", "head", *layers}
     name = "policy.model.model.layers.0.self_attn.{}.weight"
     counts = {key: len(record["heads"][name.format(key)]) for key in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    assert counts == {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": 4}
+    config = module.policy.model.config
+    many, few = config.num_attention_heads, config.num_key_value_heads
+    assert many > few
+    assert counts == {"q_proj": many, "k_proj": few, "v_proj": few, "o_proj": many}
     assert all(-1 <= rho <= 1 for rho in record["matrices"].values())
     assert records.series("agreement/embedding") == [record["parts"]["embedding"] for record in monitor.phases]
 
