@@ -148,6 +148,8 @@ def test_what_is_always_there_follows_the_strategy_and_the_method() -> None:
     assert held(importance=4)["importance"] == 8 * n
     assert held(importance=2)["importance"] == 6 * n, "a map in bfloat16"
     assert held("SFT", importance=4, freezing=True)["importance"] == 8 * n + n // 8, "a mask of a bit a weight"
+    assert held("SFT", protection=(0, 3))["importance"] == 12 * n, "an anchor's start and bases"
+    assert held(protection=(1.25, 1.25))["importance"] == 5 * n, "RL's start, and a byte a weight"
     assert held(reference=True)["reference"] == 4 * n
     assert held(ranks=2)["gradients"] == 8 * n, "DDP keeps buckets beside the gradients"
     assert held(ranks=2, sharded=True)["optimizer"] == 4 * n
@@ -246,6 +248,18 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n| {moment} |" in out for moment in ("generation", "RL update", "SFT update", "evaluation"))
     assert "\nfits: " in out
     assert "tokens/s" in out
+
+
+def test_a_protection_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(method: str) -> list[str]:
+        main(["plan", "--config", "tiny", "--config", method, "--gpus", "1"])
+        rows = {row.split("|")[1].strip(): row.split("|") for row in capsys.readouterr().out.splitlines() if "|" in row}
+        place = rows["moment"].index(" importance ")
+        return [rows[moment][place].strip() for moment in ("RL update", "SFT update")]
+
+    assert planned("methods/interleave") == ["-", "-"]
+    assert planned("methods/rpsft") == ["-", "0.00"]
+    assert planned("{conflict: {fraction: 0.5}, buffer: {size: 8, max_accuracy: 0.5}}") == ["0.00", "0.00"]
 
 
 def test_an_engine_of_ones_own_that_decodes_in_process_may_take_other_arguments(

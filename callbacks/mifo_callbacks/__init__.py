@@ -2,6 +2,7 @@
 
 from mifo_callbacks.buffer import DemonstrationBuffer
 from mifo_callbacks.buffer_phase_switch import BufferPhaseSwitch
+from mifo_callbacks.cumulative_freezing import CumulativeFreezing
 from mifo_callbacks.entropy_token_selection import EntropyTokenSelection
 from mifo_callbacks.freezing_rules import Coordinates, FreezingRule, freezing_masks
 from mifo_callbacks.gradient_dropping import GradientDropping, dropping_mask
@@ -13,16 +14,20 @@ from mifo_callbacks.recipe import mifo
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.thresholds import kth_largest, top_mask
 from mifo_callbacks.tokens import Selection, select_tokens
+from mifo_callbacks.two_sided_rules import LowGain, OverlapShares
 
 __all__ = [
     "BufferPhaseSwitch",
     "Coordinates",
+    "CumulativeFreezing",
     "DemonstrationBuffer",
     "EntropyTokenSelection",
     "FreezingRule",
     "GradientDropping",
     "GradientFreezing",
     "ImportanceEMA",
+    "LowGain",
+    "OverlapShares",
     "PhaseCallback",
     "Seed",
     "Selection",

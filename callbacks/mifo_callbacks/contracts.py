@@ -1,10 +1,10 @@
 """What module, batches, loader and callbacks owe one another; the README lists all of it in one table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from mifo_callbacks.tokens import Selection
@@ -72,6 +72,36 @@ def phase_loader_of(trainer: Trainer, who: str) -> PhaseLoader:
     """
     require_offer(PhaseLoader, trainer.train_dataloader, who, "the train dataloader")
     return cast(PhaseLoader, trainer.train_dataloader)
+
+
+def importance_before(
+    taker: Callback, callbacks: Sequence[Callback], during: str, who: str, without: str = ""
+) -> Importance:
+    """The one callback whose importance `taker` goes by in the phase `during`.
+
+    Args:
+        taker: Asks; stands in the list too.
+        callbacks: Those of the Trainer, in their order.
+        during: Label of the phase; what measures this phase itself is not taken.
+        who: What the message calls the asker.
+        without: What else the message allows, if anything.
+
+    Raises:
+        MisconfigurationException: If there is none, more than one, or it stands after `taker`.
+    """
+    found = [c for c in callbacks if isinstance(c, Importance) and getattr(c, "measure", None) != during]
+    if len(found) != 1:
+        raise MisconfigurationException(
+            f"{who} needs one callback with an importance map, such as ImportanceEMA, "
+            f"that measures another phase than {during!r}; there are {len(found)}; allowed: one{without}"
+        )
+    source = cast(Callback, found[0])
+    if callbacks.index(source) > callbacks.index(taker):
+        raise MisconfigurationException(
+            f"{type(source).__name__} stands after {type(taker).__name__} in the list of callbacks; allowed: before "
+            "it, so that the map is complete when the mask is drawn"
+        )
+    return found[0]
 
 
 def map_of(source: Importance, module: nn.Module) -> Mapping[str, Tensor]:

@@ -25,14 +25,15 @@ class Coordinates:
     """The coordinates of one parameter, for a rule to score.
 
     `name` and the full `shape` are the parameter's; tensors are laid out like it. `draw()` gives uniform fp32 numbers
-    in [0, 1) that depend on the seed, the phase and the parameter alone. `known` is the importance, None where the rule
-    needs none.
+    in [0, 1) that depend on the seed, the phase and the parameter alone. `known` is the importance and `first_gradient`
+    the gradient of the phase's first optimizer step; each is None where the rule needs none.
     """
 
     name: str
     shape: torch.Size
     draw: Callable[[], Tensor]
     known: Tensor | None = None
+    first_gradient: Tensor | None = None
 
     @property
     def importance(self) -> Tensor:
@@ -45,17 +46,31 @@ class Coordinates:
             raise MisconfigurationException("a freezing rule with needs_importance = False asks for importance")
         return self.known
 
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of every coordinate in the phase's first optimizer step, before any weight moves; not to be changed.
+
+        Raises:
+            MisconfigurationException: If the rule does not say that it needs one.
+        """
+        if self.first_gradient is None:
+            raise MisconfigurationException("a freezing rule with needs_gradient = False asks for the gradient")
+        return self.first_gradient
+
 
 class FreezingRule(ABC):
     """Scores coordinates; of n, the floor(fraction * n) that come first in `order` are frozen, ties by position.
 
     A score follows from what `score` is given and from nothing else: a resumed run asks again. `order` is "largest"
     scores first or "smallest_zero_last". A rule that does not look at importance says so in `needs_importance`; then
-    none has to be measured.
+    none has to be measured. One that looks at the gradient says `needs_gradient`; then the mask is drawn at the phase's
+    first optimizer step, and is in the checkpoint. One whose scores mean something in one `scope` alone names it.
     """
 
     needs_importance: bool = True
+    needs_gradient: bool = False
     order: Order = "largest"
+    scope: Scope | None = None
 
     @abstractmethod
     def score(self, at: Coordinates) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from mifo_callbacks.checks import require_choice, require_fraction
 from mifo_callbacks.collectives import sum_over
-from mifo_callbacks.contracts import Importance, PhaseOf, map_of
+from mifo_callbacks.contracts import Importance, PhaseOf, importance_before, map_of
 from mifo_callbacks.freezing_rules import (
     Coordinates,
     FreezingRule,
@@ -30,7 +30,14 @@ from mifo_callbacks.masking import Converted, PackedMask, kept, mask_gradients, 
 from mifo_callbacks.ownership import claim, distinct, renew
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
-from mifo_callbacks.sharding import local, require_visible_weights, shard_group, shard_like
+from mifo_callbacks.sharding import (
+    as_part,
+    full_on_first_rank,
+    local,
+    require_visible_weights,
+    shard_group,
+    shard_like,
+)
 from mifo_callbacks.thresholds import random_scores
 
 TIED = 0.1  # ties per frozen coordinate from which on importance says little
@@ -45,7 +52,8 @@ class GradientFreezing(PhaseCallback):
     free again after it; a module that moves them otherwise is refused. Buffers, such as BatchNorm's running
     statistics, are no coordinates and go on moving, unless `buffers` holds them. A rule that goes by importance needs
     a callback that has some (`contracts.Importance`, such as `ImportanceEMA`) earlier in the trainer's list; before it
-    has a map nothing is frozen and a warning says so.
+    has a map nothing is frozen and a warning says so. Where the rule looks at the gradient, the mask is drawn at the
+    phase's first optimizer step, before any weight moves.
 
     Args:
         fraction: Share of the coordinates to freeze, in (0, 1]; floor(fraction * n) of n, so never more than
@@ -85,6 +93,11 @@ class GradientFreezing(PhaseCallback):
         super().__init__(phase, None if self.rule is None and not buffers else during)
         require_fraction("GradientFreezing.fraction", fraction)
         require_choice("GradientFreezing.scope", scope, Scope)
+        if self.rule is not None and self.rule.scope not in (None, scope):
+            raise MisconfigurationException(
+                f"GradientFreezing.scope is {scope!r}; allowed with selector {type(self.rule).__name__}: "
+                f"{self.rule.scope}"
+            )
         self.fraction = fraction
         self.selector = selector
         self.scope: Scope = scope
@@ -95,6 +108,8 @@ class GradientFreezing(PhaseCallback):
         self._warned = False
         self._importance: Importance | None = None
         self._masks: dict[str, PackedMask] = {}
+        self._stored: dict[str, Tensor] = {}  # masks that follow from more than the map, for the checkpoint
+        self._waits = False  # for the first gradient of the phase, by which the mask is drawn
         self._reference: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}  # buffers by name
         self._checked = False  # whether a batch of this phase has been found to leave frozen weights alone
@@ -116,59 +131,89 @@ class GradientFreezing(PhaseCallback):
         require_visible_weights(trainer, pl_module, "GradientFreezing")
         self.preflight(trainer)
         claim(self, pl_module)
+        params = self.trained(pl_module)
+        if unknown := sorted(self._stored.keys() - params.keys()):
+            raise MisconfigurationException(
+                f"the state of GradientFreezing names {unknown[0]!r}, no trainable parameter of this module"
+            )
+        self._stored = {name: shard_like(mask, params[name]) for name, mask in self._stored.items()}
         if self._current == self.during:  # resumed inside the phase: frozen weights are still what they were
-            self._freeze(trainer, pl_module)
+            self._freeze(trainer, pl_module, resumed=True)
 
     def preflight(self, trainer: Trainer, *rest: Any) -> None:
         """Find the importance that the rule needs, or raise if it is missing or late; looks at the callbacks alone."""
         if self.rule is None or not self.rule.needs_importance:
             return
+        rule = self.selector if isinstance(self.selector, str) else type(self.selector).__name__
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, Importance) and getattr(c, "measure", None) != self.during]
-        if len(found) != 1:
-            rule = self.selector if isinstance(self.selector, str) else type(self.selector).__name__
-            raise MisconfigurationException(
-                f"GradientFreezing.selector {rule!r} needs one callback with an importance map, such as ImportanceEMA, "
-                f"that measures another phase than {self.during!r}; there are {len(found)}; allowed: one, or selector "
-                "random, none"
-            )
-        if callbacks.index(found[0]) > callbacks.index(self):
-            raise MisconfigurationException(
-                f"{type(found[0]).__name__} stands after GradientFreezing in the list of callbacks; allowed: before "
-                "it, so that the map is complete when the mask is drawn"
-            )
-        self._importance = found[0]
+        who = f"GradientFreezing.selector {rule!r}"
+        self._importance = importance_before(self, callbacks, self.during, who, ", or selector random, none")
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         self._require_unmoved(pl_module)
         self._let_go()
+        self._forget()
         if current == self.during:
             self._frozen_phases += 1
             self._freeze(trainer, pl_module)
 
-    def _freeze(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _freeze(self, trainer: Trainer, pl_module: LightningModule, resumed: bool = False) -> None:
         if self.buffers:
             self._held = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
         if self.rule is None:
             return
-        known = None if self._importance is None else map_of(self._importance, pl_module)
-        if known is not None and not known:
+        if resumed and self._stored:
+            self._masks = {name: PackedMask(local(mask)) for name, mask in self._stored.items()}
+            self._remember(pl_module)
+            return
+        if self._importance is not None and not self._known(pl_module):
             rank_zero_warn(f"phase {self.during!r} begins before there is an importance map: nothing is frozen")
             return
+        self._waits = self.rule.needs_gradient
+        if not self._waits:
+            self._hold(trainer, pl_module, self.rule)
+
+    def _hold(self, trainer: Trainer, pl_module: LightningModule, rule: FreezingRule) -> None:
+        """Draw the masks and keep what the weights under them are."""
         params = self.trained(pl_module)
-        scores = self._scores(self.rule, params, known)
-        frozen = together(self._packed(frozen_blocks(scores, self.fraction, self.scope, self.rule.order)))
-        self._reference = {name: kept(local(params[name]), mask) for name, mask in self._masks.items()}
+        frozen = together(self._packed(self._blocks(rule, pl_module, params), params))
+        self._remember(pl_module)
         metrics = {"freeze/share": frozen.frozen / max(frozen.total, 1), "freeze/ties": frozen.tied}
-        if self.rule.needs_importance:
+        if rule.needs_importance:
             metrics["freeze/zero_share"] = frozen.zero / max(frozen.frozen, 1)
             self._warn_of_ties(frozen)
         log_metrics(trainer, metrics)
 
-    def _packed(self, blocks: Iterable[Frozen]) -> Iterator[Frozen]:
+    def _remember(self, pl_module: LightningModule) -> None:
+        params = self.trained(pl_module)
+        self._reference = {name: kept(local(params[name]), mask) for name, mask in self._masks.items()}
+
+    @property
+    def _stores(self) -> bool:
+        """Whether a checkpoint has to hold the masks."""
+        return self.rule is not None and self.rule.needs_gradient
+
+    def _forget(self) -> None:
+        """Let go of what is stored of a phase that has ended."""
+        self._stored = {}
+
+    def _blocks(
+        self, rule: FreezingRule, pl_module: LightningModule, params: Mapping[str, nn.Parameter]
+    ) -> Iterable[Frozen]:
+        """The masks, and what they freeze, one tensor after the other."""
+        scores = self._scores(rule, params, self._known(pl_module))
+        return frozen_blocks(scores, self.fraction, self.scope, rule.order)
+
+    def _known(self, pl_module: LightningModule) -> Mapping[str, Tensor] | None:
+        """The map of importance, empty before there is one; None where the rule needs none."""
+        return None if self._importance is None else map_of(self._importance, pl_module)
+
+    def _packed(self, blocks: Iterable[Frozen], params: Mapping[str, nn.Parameter]) -> Iterator[Frozen]:
         """Keep the masks, each packed before the next is drawn; the counts go on."""
         for block in blocks:
             self._masks |= {name: PackedMask(mask) for name, mask in block.masks.items()}
+            if self._stores:
+                self._stored |= {name: as_part(mask, params[name]) for name, mask in block.masks.items()}
             yield block._replace(masks={})
 
     def _warn_of_ties(self, frozen: Frozen) -> None:
@@ -189,7 +234,8 @@ class GradientFreezing(PhaseCallback):
             if known is not None and name not in known:
                 continue  # no optimizer stepped it in the measured phase
             importance = None if known is None else shard_like(known[name], p)
-            score = rule.score(Coordinates(name, p.shape, partial(self._draw, p, position), importance))
+            gradient = _gradient_of(p) if rule.needs_gradient else None
+            score = rule.score(Coordinates(name, p.shape, partial(self._draw, p, position), importance, gradient))
             if score is not None:
                 yield name, checked_score(score, name, p)
 
@@ -198,6 +244,9 @@ class GradientFreezing(PhaseCallback):
         return shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._waits and self.rule is not None:
+            self._waits = False
+            self._hold(trainer, pl_module, self.rule)
         found = [(p.grad, self._masks[name]) for name, p in self._frozen_weights(pl_module) if p.grad is not None]
         if not found:
             return
@@ -244,17 +293,24 @@ class GradientFreezing(PhaseCallback):
         return ((name, p) for name, p in pl_module.named_parameters() if name in self._masks)
 
     def _let_go(self) -> None:
-        self._masks, self._reference, self._held, self._checked = {}, {}, {}, False
+        self._masks, self._reference, self._held, self._checked, self._waits = {}, {}, {}, False, False
 
     def release(self) -> None:
         super().release()
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"number": self._frozen_phases, "seed": self.seed.settled}
+        stored = {"masks": full_on_first_rank(self._stored)} if self._stored else {}
+        return super().state_dict() | {"number": self._frozen_phases, "seed": self.seed.settled} | stored
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         renew(self)
         self._frozen_phases = state_dict["number"]
         self.seed.restore(state_dict.get("seed"))
+        self._stored = dict(state_dict.get("masks", {}))
+
+
+def _gradient_of(p: nn.Parameter) -> Tensor:
+    """fp32, laid out like `p`; 0 where the loss does not depend on it."""
+    return torch.zeros_like(p.detach()) if p.grad is None else p.grad.detach().float()

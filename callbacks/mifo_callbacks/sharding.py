@@ -87,14 +87,15 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
             pieces = part.chunk(parameter.device_mesh.size(dim), dim=placement.dim)
             place = parameter.device_mesh.get_local_rank(dim)
             part = pieces[place] if place < len(pieces) else part.narrow(placement.dim, 0, 0)
-    return DTensor.from_local(
-        part.to(parameter.device, copy=True),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    return as_part(part.to(parameter.device, copy=True), parameter)
+
+
+def as_part(part: Tensor, parameter: Tensor) -> Tensor:
+    """`part`, this rank's shard of a tensor of the parameter's shape, as a tensor laid out like it."""
+    if not isinstance(parameter, DTensor):
+        return part
+    layout = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, *layout, run_check=False, shape=parameter.shape, stride=parameter.stride())
 
 
 def require_data_parallel(trainer: Trainer, who: str) -> None:

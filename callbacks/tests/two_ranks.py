@@ -15,10 +15,18 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from toy import Log, Phases, Toy, fit
 
-from mifo_callbacks import GradientFreezing, ImportanceEMA
+from mifo_callbacks import CumulativeFreezing, GradientFreezing, ImportanceEMA, LowGain, OverlapShares
 
-SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2
-VARIANTS = [("rl_topk", "tensor"), ("rl_topk", "global"), ("random", "tensor")]
+SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2 + ["sft"]
+VARIANTS = [
+    ("rl_topk", "tensor"),
+    ("rl_topk", "global"),
+    ("random", "tensor"),
+    ("low_gain", "tensor"),
+    ("overlap_shares", "global"),
+    ("cumulative", "tensor"),
+    ("cumulative", "global"),
+]
 RESUME_FROM = (2, 5, 6)  # inside rl, inside sft, and after the last sft step
 
 
@@ -72,12 +80,19 @@ def once(strategy: str, variant: tuple[Any, Any], extra: list[Callback], **optio
     elif strategy != "single":
         sizes = (2, 1) if strategy == "fsdp2" else (1, 2)
         options["strategy"] = ModelParallelStrategy(*sizes)
-    freezing = GradientFreezing(selector=variant[0], scope=variant[1])
+    freezing = freezing_of(*variant)
     keep = Keep(freezing)
     devices = 1 if strategy == "single" else 2
     options |= {"devices": devices, "logger": keep.logged}
     fit([ImportanceEMA(), freezing, keep, *extra], Phases(SCHEDULE), Sharded(), **options)
     return keep
+
+
+def freezing_of(selector: Any, scope: Any) -> GradientFreezing:
+    if selector == "cumulative":
+        return CumulativeFreezing(0.2, 0.3, "random", scope)
+    rules = {"low_gain": LowGain(), "overlap_shares": OverlapShares()}
+    return GradientFreezing(selector=rules.get(selector, selector), scope=scope)
 
 
 if __name__ == "__main__":

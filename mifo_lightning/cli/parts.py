@@ -8,7 +8,11 @@ from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDro
 from mifo_lightning.cli.config_files import NULL, Given
 from mifo_lightning.cli.packaged import names
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.methods.anchor import Anchor
 from mifo_lightning.methods.direction_freezing import DirectionFreezing
+from mifo_lightning.methods.sign_conflict import SignConflict
+from mifo_lightning.methods.soft_freezing import SoftFreezing
+from mifo_lightning.methods.subspace_freezing import SubspaceFreezing
 from mifo_lightning.monitors.activity import SecondsByActivity
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
 from mifo_lightning.monitors.costs import Costs
@@ -20,6 +24,7 @@ from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
+from mifo_lightning.monitors.rank_agreement import RankAgreement
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
@@ -28,8 +33,12 @@ from mifo_lightning.monitors.update_norm import UpdateNorm
 METHOD = {
     "entropy": EntropyTokenSelection,
     "importance": ImportanceEMA,
+    "anchor": Anchor,  # before those that mask the gradient: what is frozen has none from it either
     "freeze": GradientFreezing,
     "directions": DirectionFreezing,
+    "soft": SoftFreezing,
+    "conflict": SignConflict,
+    "subspace": SubspaceFreezing,
     "drop": GradientDropping,
     "buffer": BufferPhaseSwitch,
 }
@@ -40,6 +49,7 @@ MONITORS: dict[str, type[Callback]] = {
     "phase_kl": PhaseKL,
     "layer_updates": LayerUpdates,
     "overlap": FrozenOverlap,
+    "agreement": RankAgreement,
     "seconds": SecondsByActivity,
     "summary": RunSummary,
     "costs": Costs,  # after those that measure before a batch: its clock starts then
@@ -55,19 +65,31 @@ MONITORS: dict[str, type[Callback]] = {
 ALWAYS = ("seconds", "samples", "export", "checkpoint", "progress", "summary")
 
 # whose random choices follow seed_everything
-SEEDED = ("entropy", "freeze", "directions", "drop")
+SEEDED = ("entropy", "anchor", "freeze", "directions", "conflict", "subspace", "drop")
 
 # the key of each part of a method that says how much of it: whoever gives it, or the class, wants the part
 AMOUNTS = {
     "entropy": "fraction",
     "importance": "alpha",
+    "anchor": "strength",
     "freeze": "fraction",
     "directions": "k",
+    "soft": "quantile",
+    "conflict": "fraction",
+    "subspace": "k",
     "drop": "probability",
     "buffer": "max_accuracy",
 }
 # configurations that switch a part on
-EXAMPLES = {"directions": "", "drop": "controls/drop_sft_gradients", "buffer": "methods/interleave"}
+EXAMPLES = {
+    "anchor": "methods/rpsft",
+    "directions": "",
+    "soft": "protections/soft",
+    "conflict": "protections/sign_conflict",
+    "subspace": "protections/subspace",
+    "drop": "controls/drop_sft_gradients",
+    "buffer": "methods/interleave",
+}
 
 
 def check_method(given: Iterable[Given]) -> None:

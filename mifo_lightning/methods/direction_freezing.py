@@ -15,10 +15,10 @@ from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import trainable
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.seeds import stable_key
+from mifo_lightning.methods.directions import SMALL, random_directions
 from mifo_lightning.policy.adapter import Change, adapters_of
 
 Selector = Literal["rl_topk", "random"]
-SMALL = 1e-5  # of the largest singular value: smaller ones are rounding, and their directions mean nothing
 
 
 class DirectionFreezing(PhaseCallback):
@@ -83,7 +83,7 @@ class DirectionFreezing(PhaseCallback):
             u, v = top_directions(change, self.k)
             if self.selector == "random":
                 generator = torch.Generator().manual_seed(stable_key(self.seed.value, self._phases, position))
-                u, v = (torch.linalg.qr(torch.randn(x.shape, generator=generator))[0].to(x) for x in (u, v))
+                u, v = (random_directions(x, generator) for x in (u, v))
             if u.shape[1]:
                 found[layer] = {"u": u, "v": v}
         return found

@@ -19,7 +19,12 @@ CALLBACKS = {
     "EntropyTokenSelection": "selection",
     "ImportanceEMA": "importance",
     "GradientFreezing": "freezing",
+    "CumulativeFreezing": "freezing",
     "DirectionFreezing": "freezing",
+    "Anchor": "freezing",
+    "SoftFreezing": "freezing",
+    "SignConflict": "freezing",
+    "SubspaceFreezing": "freezing",
     "GradientDropping": "dropping",
     "BufferPhaseSwitch": "buffer",
 }

@@ -183,6 +183,7 @@ class Plan:
             copies["importance"] += (1 + 1 / 32) * work.freezing
         elif work.importance:  # the weights where the phase began
             copies["importance"] += 1
+        copies["importance"] += work.protection[sft]
         if work.ranks > 1 and not work.sharded:
             copies["gradients"] = 1.0  # DDP's buckets, which stay
         parts = dict.fromkeys(COMPONENTS, 0) | traced

@@ -39,6 +39,7 @@ class Workload:
         moments: model.optimizer.moments.
         importance: Bytes of the importance map for each weight; 0: there is none.
         freezing: Whether SFT phases freeze weights.
+        protection: Copies of the trained weights that other protections hold in RL and in SFT phases.
         movement: Whether a monitor keeps a copy of the weights during the step.
         evaluated: Responses of an evaluation batch on each process; 0: there is none.
         samples: Responses to each of its questions.
@@ -70,6 +71,7 @@ class Workload:
     moments: str = "reset"
     importance: int = 0
     freezing: bool = False
+    protection: tuple[float, float] = (0.0, 0.0)
     movement: bool = False
     evaluated: int = 0
     samples: int = 1
@@ -209,11 +211,22 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         moments=model.optimizer.moments,
         importance=_map_bytes(config.importance),
         freezing=config.freeze is not None,
+        protection=_copies(config),
         movement=config.updates is not None,
         evaluated=data.eval_batch * samples if data.val or data.holdout else 0,
         samples=samples,
         sampling=Sampling(own.temperature, own.top_p, own.top_k, own.max_new_tokens or lengths[1]),
     ), said
+
+
+def _copies(config: Any) -> tuple[float, float]:
+    """What protections hold in RL and in SFT phases, in copies of the weights; an anchor's bases are two at most."""
+    held = {"anchor": (0.0, 1.0), "soft": (0.0, 1.0), "conflict": (1.25, 1.25), "subspace": (1.0, 1.0)}
+    found = [copies for part, copies in held.items() if config[part] is not None]
+    anchor = config.anchor
+    if anchor is not None and "init_args" in anchor and anchor.init_args.get("k") is not None:
+        found.append((0.0, 2.0))
+    return sum(rl for rl, _ in found), sum(sft for _, sft in found)
 
 
 def _map_bytes(given: Any) -> int:

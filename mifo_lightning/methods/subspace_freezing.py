@@ -1,0 +1,128 @@
+"""SubspaceFreezing: SFT leaves the directions alone in which RL has just moved each matrix."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mifo_callbacks.seeds import Seed
+from mifo_lightning.common.errors import require
+from mifo_lightning.common.seeds import stable_key
+from mifo_lightning.methods.directions import random_directions, singular_directions
+from mifo_lightning.methods.protection import Protection
+
+Selector = Literal["rl_topk", "random"]
+Sides = Literal["either", "both"]
+
+
+class SubspaceFreezing(Protection):
+    """Take out of SFT's movement of each matrix what lies in the k directions in which the last RL phase moved it most.
+
+    RL's net displacement of a matrix is D = U S V^T; P = U_k U_k^T, Q = V_k V_k^T. Of SFT's movement E = W - W_0 since
+    the phase began, "either" side takes out P E + E Q - P E Q, so that U_k^T W and W V_k stand still: k (n + m - k) of
+    n m dimensions, what RL writes into and what it reads from. "both" sides take out P E Q, k^2 dimensions, so that
+    U_k^T W V_k stands still, as `DirectionFreezing` does for adapters. The gradient is projected ahead of clipping, and
+    what AdamW moves all the same is taken back after each step, to rounding. Weights that are no matrices are free.
+    Costs a copy of the matrices, k (n + m) numbers each, and a decomposition of each in fp64 where an RL phase ends.
+
+    Args:
+        k: Directions of each matrix; fewer where D has fewer.
+        sides: Whether what is taken out has "either" side in these directions, or "both".
+        selector: The directions of RL's largest singular values, or as many at random (a control).
+        seed: Seed of random directions; null follows `seed_everything`.
+
+    Raises:
+        InputError: If a setting is not allowed; when training starts, with adapters or sharded weights.
+    """
+
+    group = "subspace"
+    needs_whole = True
+
+    def __init__(
+        self, k: int = 16, sides: Sides = "either", selector: Selector = "rl_topk", seed: int | None = None
+    ) -> None:
+        super().__init__()
+        require("subspace.k", k, k >= 1, "at least 1")
+        require("subspace.sides", sides, sides in ("either", "both"), "either or both")
+        require("subspace.selector", selector, selector in ("rl_topk", "random"), "rl_topk or random")
+        self.k, self.selector = k, selector
+        self.sides: Sides = sides
+        self.seed = Seed(seed, "subspace.seed")
+        self._phases = 0  # RL phases so far: random directions depend on it
+        self._start: dict[str, Tensor] = {}  # the matrices when the running phase began
+        self._held: dict[str, dict[str, Tensor]] = {}  # by matrix: u [n, k] and v [m, k]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be decomposed, and place what a checkpoint held."""
+        super().on_train_start(trainer, pl_module)
+        for held in (self._start, *self._held.values()):
+            held.update({name: tensor.to(pl_module.device) for name, tensor in held.items()})
+
+    def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
+        """Where RL ends, find its directions; note where each phase begins."""
+        matrices = {name: p.detach() for name, p in self.trained(pl_module).items() if p.ndim == 2}
+        if previous == "rl":
+            self._phases += 1
+            self._held = self._directions(matrices)
+        self._start = {name: p.clone() for name, p in matrices.items()}
+        if current == "sft" and not self._held:
+            rank_zero_warn("subspace: SFT begins before RL has moved anything: nothing is frozen")
+
+    def _directions(self, matrices: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        found = {}
+        for position, (name, start) in enumerate(self._start.items()):
+            u, v = singular_directions(matrices[name] - start, self.k)
+            if self.selector == "random":
+                generator = torch.Generator().manual_seed(stable_key(self.seed.value, self._phases, position))
+                u, v = (random_directions(x, generator) for x in (u, v))
+            if u.shape[1]:
+                found[name] = {"u": u, "v": v}
+        return found
+
+    def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the held directions out of the gradient."""
+        for _, p, u, v in self._matrices(pl_module, optimizer):
+            if p.grad is not None:
+                p.grad -= component(p.grad, u, v, self.sides)
+
+    def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take them out of what has moved since the phase began, so that rounding does not add up."""
+        for start, p, u, v in self._matrices(pl_module, optimizer):
+            p.data -= component(p.data - start, u, v, self.sides)
+
+    def _matrices(
+        self, pl_module: LightningModule, optimizer: Optimizer
+    ) -> Iterator[tuple[Tensor, nn.Parameter, Tensor, Tensor]]:
+        """Where it began, the matrix, u and v, of each that has directions."""
+        for name, p in self.stepped(pl_module, optimizer):
+            if name in self._held and name in self._start:
+                yield self._start[name], p, self._held[name]["u"], self._held[name]["v"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Directions, and the matrices where the running phase began."""
+        return super().state_dict() | {
+            "number": self._phases,
+            "seed": self.seed.settled,
+            "start": dict(self._start),
+            "held": {name: dict(pair) for name, pair in self._held.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        self._phases = state_dict["number"]
+        self.seed.restore(state_dict["seed"])
+        self._start = dict(state_dict["start"])
+        self._held = {name: dict(pair) for name, pair in state_dict["held"].items()}
+
+
+def component(of: Tensor, u: Tensor, v: Tensor, sides: Sides) -> Tensor:
+    """The part of a matrix [n, m] with either side, or both, in the space of u [n, k] or v [m, k], both orthonormal."""
+    left = u @ (u.T @ of)
+    if sides == "both":
+        return (left @ v) @ v.T
+    return left + ((of - left) @ v) @ v.T
