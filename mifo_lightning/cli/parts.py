@@ -20,6 +20,7 @@ from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
+from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
@@ -40,6 +41,7 @@ MONITORS: dict[str, type[Callback]] = {
     "phase_kl": PhaseKL,
     "layer_updates": LayerUpdates,
     "overlap": FrozenOverlap,
+    "retention": Retention,
     "seconds": SecondsByActivity,
     "summary": RunSummary,
     "costs": Costs,  # after those that measure before a batch: its clock starts then
