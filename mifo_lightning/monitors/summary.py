@@ -1,7 +1,6 @@
 """The table at the end: every source before and after, what the monitors found, and where the seconds went."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -186,13 +185,15 @@ def retention_line(found: Mapping[str, float]) -> str:
     """What was lost and gained beyond chance, and the KL to the initial model, over all questions."""
     parts = []
     if found.get("questions"):
-        changes = [
-            f"{name} {found[name]:+.3f} ± {found.get(f'{name}_se', math.nan):.3f}" for name in ("lost", "gained")
-        ]
+        changes = [f"{name} {found[name]:+.3f}{_error(found, name)}" for name in ("lost", "gained")]
         parts.append(f"{' and '.join(changes)} beyond chance on {found['questions']} questions")
     if "kl" in found:
         parts.append(f"KL(initial || trained) {found['kl']:.4f} nats a token")
     return "retention: " + ", ".join(parts)
+
+
+def _error(found: Mapping[str, float], name: str) -> str:
+    return f" ± {found[f'{name}_se']:.3f}" if f"{name}_se" in found else ""
 
 
 def seconds_line(seconds: dict[str, float]) -> str:
