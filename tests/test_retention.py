@@ -21,6 +21,7 @@ from mifo_lightning.data.skills import Skills
 from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.transitions import transitions
+from mifo_lightning.policy.adapter import Adapter
 from mifo_lightning.policy.head import LogitTransform
 from mifo_lightning.policy.loading import Loaded, export_model, load_policy, load_tokenizer
 from mifo_lightning.policy.policy import Policy, Sequences
@@ -256,6 +257,21 @@ def test_the_kl_is_to_the_initial_model_on_what_it_drew(make_trainer: MakeTraine
         assert monitor.summary()["all"][name] == pytest.approx(float(kl[mask].mean()), rel=1e-4), name
         assert monitor.summary()["sources"]["mirrored"][name] == pytest.approx(float(kl[3:][mask[3:]].mean()), rel=1e-4)
     assert monitor.summary()["all"]["kl"] > 1e-3
+
+
+def test_adapters_are_compared_with_their_base(make_trainer: MakeTrainer) -> None:
+    pytest.importorskip("peft")
+    monitor, module = Retention(questions=3, samples=1, tokens=4), make_module(adapter=Adapter(rank=4))
+    data = short(schedule=Schedule(rl_steps=0, prompts_per_step=4, sft_before=2, sft_batch=4))
+    make_trainer([monitor]).fit(module, datamodule=data)
+    given = Sequences.pack(
+        [q.prompt for load in data.val_dataloader().values() for q in load.questions[:3]],
+        [drawn["response"] for drawn in monitor.own_state()["start"]],
+        0,
+    )
+    kl = naive(load_policy("embedded"), module.policy, given)[given.mask()]
+    assert monitor.summary()["all"]["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert kl.mean() > 1e-6
 
 
 def test_rl_after_sft_learns_as_it_logs(make_trainer: MakeTrainer) -> None:

@@ -1,6 +1,7 @@
 """What a whole run forgets, apart from chance; how far it moves on old prompts; and how well RL still learns."""
 
 from collections.abc import Sequence
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -45,8 +46,9 @@ class Retention(PhaseMonitor):
 
     Costs 4 x `samples` responses a question, and 1 to a question without an answer; at the end 4 forwards of one
     response a question, and 4 more for each of `others`. At the end alone a second model is held on the device beside
-    the trained one, and a third one while one of `others` is compared, 4 bytes a weight each. Ranks share the work.
-    What the initial model answered is in the checkpoint, and which weights it had.
+    the trained one, and a third one while one of `others` is compared, 4 bytes a weight each; under FSDP2 two are whole
+    on every rank meanwhile. Ranks share the work. What the initial model answered is in the checkpoint, and a sum of its
+    weights: where others are loaded, or none can be, a line says so and there is no KL.
 
     Args:
         questions: How many questions to use of each source, the first ones.
@@ -107,7 +109,7 @@ class Retention(PhaseMonitor):
         groups = _places([q.source for q in found]).values()
         chosen = [found[i] for group in groups for i in group[: self.questions]]
         self._asked, self._unjudged = [q for q in chosen if q.truth], [q for q in chosen if not q.truth]
-        longest = self._sampling(module).max_new_tokens
+        longest = max(self._sampling(module).max_new_tokens, self.tokens if self._unjudged else 0)
         check_lengths(module.policy.model.config, chosen, "model.evaluation.sampling", longest)
         self._judge(module)
         for name, model in self.others.items():
@@ -173,8 +175,9 @@ class Retention(PhaseMonitor):
         logged = trainer.callback_metrics
         if batch["update"] == 0:
             self._signal.append(1.0 - float(logged["rollout/groups_without_signal"]))
-        if len(self._signal) <= PLASTIC:
-            self._norms.append(float(logged["rl/grad_norm"]))
+        norm = float(logged["rl/grad_norm"])
+        if len(self._signal) <= PLASTIC and isfinite(norm):  # else the step was skipped
+            self._norms.append(norm)
 
     def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any] | None:
         """How well RL learned after so many SFT steps."""
