@@ -47,8 +47,8 @@ class Retention(PhaseMonitor):
     Costs 4 x `samples` responses a question, and 1 to a question without an answer; at the end 4 forwards of one
     response a question, and 4 more for each of `others`. At the end alone a second model is held on the device beside
     the trained one, and a third one while one of `others` is compared, 4 bytes a weight each; under FSDP2 two are whole
-    on every rank meanwhile. Ranks share the work. What the initial model answered is in the checkpoint, and a sum of its
-    weights: where others are loaded, or none can be, a line says so and there is no KL.
+    on every rank meanwhile. Ranks share the work. What the initial model answered is in the checkpoint, and a sum of
+    its weights: where others are loaded, or none can be, a line says so and there is no KL.
 
     Args:
         questions: How many questions to use of each source, the first ones.
