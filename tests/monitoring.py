@@ -13,6 +13,7 @@ from mifo_lightning.monitors.history import History
 from mifo_lightning.monitors.layer_updates import LayerUpdates
 from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
+from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.monitors.update_norm import UpdateNorm
 from mifo_lightning.rollout.engine import Completion
 
@@ -74,7 +75,8 @@ def additions(**changes: Any) -> Any:
 def monitors(questions: int = 4) -> list[Any]:
     """All monitors that keep records, in the order of the command line."""
     phases = [Forgetting(questions, every=2), PhaseKL(questions), LayerUpdates(), FrozenOverlap()]
-    return [UpdateNorm(), HeldOutLoss(), *phases, Costs(), History()]
+    kept = Retention(questions, samples=2, at_least=0.0)
+    return [UpdateNorm(), HeldOutLoss(), *phases, kept, Costs(), History()]
 
 
 def plain(value: Any) -> Any:

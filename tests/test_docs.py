@@ -64,7 +64,7 @@ def test_every_metric_that_a_run_logs_is_on_its_page(make_trainer: Callable[...,
     logged = {key for row in records.metrics for key in row} - {"epoch"}
     rooms = {key.partition("/")[0] for key in logged}
     assert rooms >= {"phase", "rollout", "rl", "sft", "val", "entropy", "importance", "freeze", "buffer", "drop"}
-    assert rooms >= {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "costs", "seconds", "self_check"}
+    assert rooms >= {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "retention", "costs", "seconds"}
     assert not sorted(key for key in logged if not explained().fullmatch(key))
 
 

@@ -104,7 +104,7 @@ def test_two_sft_phases_in_a_row_are_two_phases_to_everything(make_trainer: Make
     for name, record in records.items():
         if name != "costs":
             expected = [("sft", n) for n in (1, 2, 3)]
-            expected = expected if name == "overlap" else [("rl", 1), *expected]
+            expected = {"overlap": expected, "retention": [("rl", 1)]}.get(name, [("rl", 1), *expected])
             assert [(r["phase"], r["number"]) for r in record["phases"]] == expected, name
     assert [r["steps"] for r in records["layer_updates"]["phases"]] == [1, 2, 2, 2]
     assert equal(watch.masks[1], watch.masks[2])

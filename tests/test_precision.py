@@ -21,6 +21,7 @@ from mifo_lightning.losses.sed import SED
 from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.heldout import HeldOutLoss
 from mifo_lightning.monitors.phase_kl import PhaseKL
+from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.token_scores import token_scores
 from mifo_lightning.rollout.evaluation import Evaluation
@@ -43,6 +44,9 @@ ASKERS = {
     "HeldOutLoss._losses": "HeldOutLoss",
     "PhaseKL.begin": "PhaseKL, drawn and scored",
     "PhaseKL.end": "PhaseKL, scored again",
+    "Retention.begin": "Retention, samples before",
+    "Retention._transitions": "Retention, samples after",
+    "Retention._divergences": "Retention, KL of both models",
     "Evaluator._respond": "evaluation, responses",
     "Evaluator._demonstration_loss": "evaluation, demonstrations",
 }
@@ -53,6 +57,8 @@ def asker(frame: FrameType | None) -> str:
     chain = []
     while frame is not None:
         name = frame.f_code.co_qualname
+        if name == "load_policy":  # a monitor may load one too
+            return name
         if name in ASKERS:
             return ASKERS[name]
         if frame.f_globals.get("__name__", "").startswith("mifo_"):
@@ -80,7 +86,7 @@ def forwards(policy: Policy) -> Iterator[Seen]:
 def test_every_forward_of_a_run_has_the_precision_of_the_run(
     make_trainer: MakeTrainer, forwards: Seen, precision: str, dtype: torch.dtype
 ) -> None:
-    monitors = [Forgetting(4), HeldOutLoss(4), PhaseKL(4)]
+    monitors = [Forgetting(4), HeldOutLoss(4), PhaseKL(4), Retention(4, samples=2)]
     trainer = make_trainer(
         [*method_callbacks(size=8), *monitors],
         precision=precision,

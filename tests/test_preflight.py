@@ -24,6 +24,9 @@ LOGGERS: dict[str, list[str]] = {
         (["--trainer.gradient_clip_val", "1.0"], "gradient_clip_val"),
         (["--importance", "null"], "ImportanceEMA"),
         (["--data.val", "null", "--forgetting", "{}"], "forgetting"),
+        (["--data.val", "null", "--retention", "{}"], "retention"),
+        (["--retention.prompts", "no_such.jsonl"], "retention.prompts"),
+        (["--retention.others", "{x: no/such/model}"], "retention.others.x"),
         (["--model.model", "broken"], "cannot be loaded"),
     ],
 )

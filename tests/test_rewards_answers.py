@@ -12,6 +12,7 @@ from mifo_lightning.rewards.answer_format import readings
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.choice import ChoiceReward
 from mifo_lightning.rewards.code import CodeReward
+from mifo_lightning.rewards.contains import ContainsReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward
 from mifo_lightning.rewards.scoring import score
@@ -50,7 +51,7 @@ def test_a_thought_that_never_ends_is_worth_nothing_or_its_whole_text(
         assert score(math, [response], ["1"], prompts=[prompt]) == [whole]
 
 
-@pytest.mark.parametrize("kind", [LastAnswerReward, ChoiceReward])
+@pytest.mark.parametrize("kind", [LastAnswerReward, ChoiceReward, ContainsReward])
 def test_other_rewards_with_a_marker_follow_the_same_rule(kind: type[LastAnswerReward]) -> None:
     for missing, expected in (("zero", 0), ("whole", 1)):
         reward = kind(answer_after="</think>", missing_marker=missing)  # type: ignore[arg-type]
@@ -163,6 +164,32 @@ def test_options_of_arc_and_gpqa_and_none() -> None:
     named = {"A": "same", "B": "same", "C": "other"}
     assert score(ChoiceReward(), ["same", "C"], ["A", "C"], columns=[{"options": named}] * 2) == [0, 1]
     assert ChoiceReward()(["Answer: B", "Answer: ice", "Answer: 3.5", "Z"], ["B", "Ice", "3", "B"]) == [1, 1, 0, 0]
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "expected"),
+    [
+        ("Paris", "Paris", 1),
+        ("It is **PARIS**, of course.", "Paris", 1),
+        ("Parisian", "Paris", 0),
+        ("in_Paris", "Paris", 0),
+        ("Lyon, not Paris? Lyon.", "Paris", 1),
+        ("New\n  York", "new york", 1),
+        ("New Jersey, York", "new york", 0),
+        ("10.5", "10.5", 1),
+        ("1005", "10.5", 0),
+        ("letter d", "d", 1),
+        ("did", "d", 0),
+        ("STRASSE", "Straße", 1),
+        ("", "d", 0),
+        ("<think>Paris</think>Rome", "Paris", 0),
+    ],
+)
+def test_the_truth_stands_among_the_words(response: str, truth: str, expected: float) -> None:
+    assert score(ContainsReward(), [response], [truth]) == [expected]
 
 
 # --- programs -------------------------------------------------------------------------------------------------------

@@ -103,6 +103,19 @@ def test_a_list_is_its_sources_one_after_the_other(tmp_path: Path) -> None:
     assert read_rows([file, Given(ROWS[2:5]), file]) == READ[:5] + READ[:2]
 
 
+def test_a_truth_may_be_absent_where_that_is_said(tmp_path: Path) -> None:
+    bare = {key: value for key, value in ROWS[1].items() if key != "reward_model"}
+    silent = [bare, {**ROWS[1], "reward_model": None}, {**ROWS[1], "reward_model": {"ground_truth": None}}]
+    for name in ("rows.parquet", "rows.jsonl"):
+        path = write(tmp_path / name, [ROWS[2], *silent])
+        assert [r["reward_model"]["ground_truth"] for r in read_rows(path, unanswered=True)] == ["3", "", "", ""]
+        with pytest.raises(InputError, match="row 2: "):
+            read_rows(path)
+    wrong = write(tmp_path / "wrong.jsonl", [{**ROWS[1], "reward_model": {"ground_truth": " "}}])
+    with pytest.raises(InputError, match="a Unicode text, not empty, or a number"):
+        read_rows(wrong, unanswered=True)
+
+
 def test_target_may_be_absent_and_lines_may_be_blank(tmp_path: Path) -> None:
     bare = {key: value for key, value in ROWS[1].items() if key != "target"}
     for name in ("rows.parquet", "rows.jsonl"):

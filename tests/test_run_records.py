@@ -235,7 +235,8 @@ def test_the_summary_holds_what_every_monitor_found(make_trainer: MakeTrainer, t
     record = json.loads((tmp_path / "summary.json").read_text())
     own = {"before", "after_rl", "after", "ends_on", "optimizer_steps", "sft_phases", "sft_phases_dropped", "seconds"}
     own |= {"fitted"}
-    assert record.keys() == own | {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "costs"}
+    measured = {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "retention"}
+    assert record.keys() == own | measured | {"costs"}
     assert {k: plain(v) for k, v in record.items() if k not in own} == summaries(extra)
     assert record["heldout"]["changes"]["sft"]
-    assert all(record[key]["seconds"] > 0 for key in ("heldout", "forgetting", "phase_kl", "layer_updates", "overlap"))
+    assert all(record[key]["seconds"] > 0 for key in measured)

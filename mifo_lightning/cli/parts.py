@@ -25,6 +25,7 @@ from mifo_lightning.monitors.overlap import FrozenOverlap
 from mifo_lightning.monitors.phase_kl import PhaseKL
 from mifo_lightning.monitors.progress import PhaseProgress
 from mifo_lightning.monitors.rank_agreement import RankAgreement
+from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.monitors.samples import SampleTable
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.update_norm import UpdateNorm
@@ -50,6 +51,7 @@ MONITORS: dict[str, type[Callback]] = {
     "layer_updates": LayerUpdates,
     "overlap": FrozenOverlap,
     "agreement": RankAgreement,
+    "retention": Retention,
     "seconds": SecondsByActivity,
     "summary": RunSummary,
     "costs": Costs,  # after those that measure before a batch: its clock starts then

@@ -23,6 +23,7 @@ def check_run(
         InputError: Model, data, schedule, lengths, demonstrations or a callback is not allowed.
     """
     module.trainer = data.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]  # where callbacks look for it
     trainer.strategy.connect(module)
     check_trainer(trainer)
     data.setup(stage)

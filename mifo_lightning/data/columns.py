@@ -66,7 +66,7 @@ class Columns:
         return self
 
 
-def to_row(found: dict[str, Any], columns: Columns, name: str, where: str) -> Row:
+def to_row(found: dict[str, Any], columns: Columns, name: str, where: str, unanswered: bool = False) -> Row:
     """A row of the row format; what `columns` do not name stays beside it.
 
     Args:
@@ -74,17 +74,19 @@ def to_row(found: dict[str, Any], columns: Columns, name: str, where: str) -> Ro
         columns: Which of them are meant.
         name: `data_source` of rows that have none.
         where: File and row, for messages.
+        unanswered: Whether the row may lack a truth, which is "" then.
 
     Raises:
         InputError: A column is missing or of the wrong type; the message begins with `where`.
     """
     reward_model = found.get("reward_model")
     others = reward_model if isinstance(reward_model, dict) else {"style": "rule"}
+    silent = unanswered and _look_up(found, columns.truth) in (MISSING, None)
     return {
         **found,
         "data_source": _source(found, columns, name, where),
         "prompt": _prompt(found, columns, where),
-        "reward_model": {**others, "ground_truth": _truth(found, columns, where)},
+        "reward_model": {**others, "ground_truth": "" if silent else _truth(found, columns, where)},
         "target": _target(found, columns, where),
     }
 

@@ -214,6 +214,24 @@ class QuestionData(LightningDataModule):
         """How a conversation becomes a prompt of this data."""
         return ChatTemplate(self.tokenizer, self.kept_template(), self._today)
 
+    def further(self, source: Rows, where: str) -> list[Question]:
+        """Questions of rows beside the three splits, made as theirs are; without demonstrations.
+
+        Args:
+            source: Rows, which may lack a truth; it is "" then.
+            where: The key that names them.
+
+        Raises:
+            InputError: As for the rows of a split; the message begins with `where`.
+        """
+        rows = [{**row, "target": None} for row in read_rows(source, where, self.columns, unanswered=True)]
+        template = ChatTemplate(self.tokenizer, self._template, self._today)
+        reward = self._settled.reward
+        found, drops = build_questions(rows, template, self.prompts, Demonstrations(), reward=reward, where=where)
+        if drops.dropped:
+            rank_zero_only(drops.print)()
+        return found
+
     def counts(self) -> dict[str, dict[str, tuple[int, int]]]:
         """Of each split and source how many questions there are, and how many of them have a demonstration."""
         found: dict[str, dict[str, tuple[int, int]]] = {}

@@ -31,13 +31,14 @@ Source = Any  # one of the above
 IN_DIRECTORY = (".parquet", ".jsonl", ".csv")  # a .json beside them describes the data set
 
 
-def read_rows(source: Source, where: str = "data", columns: Columns = Columns()) -> list[Row]:
+def read_rows(source: Source, where: str = "data", columns: Columns = Columns(), unanswered: bool = False) -> list[Row]:
     """All rows of `source` as plain Python values, `target` None where a row has no demonstration.
 
     Args:
         source: One of the above.
         where: The key that names the source.
         columns: Names of the columns of files and hub sets; a RowSource is in the row format.
+        unanswered: Whether rows may lack a truth, which is "" then.
 
     Raises:
         InputError: The source is absent, unreadable, empty or not what its name says, or a row has the wrong
@@ -52,7 +53,7 @@ def read_rows(source: Source, where: str = "data", columns: Columns = Columns())
     if not sources:
         raise InputError(f"{where}: no source; allowed are files, directories, hub names and row sources")
     try:
-        return [row for each in sources for row in _read(each, columns)]
+        return [row for each in sources for row in _read(each, columns, unanswered)]
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -63,13 +64,13 @@ def _is_table(source: object) -> bool:
     return rows or (hasattr(source, "column_names") and hasattr(source, "to_list"))
 
 
-def _read(source: Source, columns: Columns) -> list[Row]:
+def _read(source: Source, columns: Columns, unanswered: bool) -> list[Row]:
     if _is_table(source):
         rows = source if isinstance(source, list) else source.to_list()
-        return _checked(rows, columns, name="rows", where=type(source).__name__)
+        return _checked(rows, columns, unanswered, name="rows", where=type(source).__name__)
     if isinstance(source, RowSource):
         kind = type(source).__name__
-        return _checked(list(source.rows()), Columns(), name=kind, where=kind)
+        return _checked(list(source.rows()), Columns(), unanswered, name=kind, where=kind)
     if UNREADABLE.search(str(source)):
         raise InputError(f"{str(source)!r}: is no path")
     try:
@@ -79,10 +80,10 @@ def _read(source: Source, columns: Columns) -> list[Row]:
     except (OSError, RuntimeError) as error:  # the latter: the home of nobody
         raise _unreadable(source, error) from error
     if not local:
-        return _read_hub(str(source), columns)
+        return _read_hub(str(source), columns, unanswered)
     place = Path(os.path.abspath(path))  # "." has a name too; a link keeps its own
     name = place.name if path.is_dir() else place.stem  # of a directory, not of its parts
-    return [row for file in files for row in _checked(_read_file(file), columns, name, str(file))]
+    return [row for file in files for row in _checked(_read_file(file), columns, unanswered, name, str(file))]
 
 
 def _looks_local(name: str, path: Path) -> bool:
@@ -167,7 +168,7 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 }
 
 
-def _read_hub(source: str, columns: Columns) -> list[Row]:
+def _read_hub(source: str, columns: Columns, unanswered: bool) -> list[Row]:
     from datasets import load_dataset
 
     name, *config, split = source.split(":", 2) if ":" in source else (source, "train")
@@ -178,10 +179,10 @@ def _read_hub(source: str, columns: Columns) -> list[Row]:
         # `datasets` raises a dozen kinds of exception here, from the network down to the file format.
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise InputError(f"{source}: no such file, and not loadable from the hub ({problem})") from error
-    return _checked(data.to_list(), columns, name, source)
+    return _checked(data.to_list(), columns, unanswered, name, source)
 
 
-def _checked(found: Sequence[object], columns: Columns, name: str, where: str) -> list[Row]:
+def _checked(found: Sequence[object], columns: Columns, unanswered: bool, name: str, where: str) -> list[Row]:
     """The rows of one file or data set in the row format; `name` is the `data_source` of those that have none."""
     if not len(found):
         raise InputError(f"{where}: holds no rows")
@@ -190,7 +191,7 @@ def _checked(found: Sequence[object], columns: Columns, name: str, where: str) -
         if not isinstance(row, dict):
             raise wrong(f"{where}, row {number}", "a row", "an object with named columns", row)
     here = columns.of(list(dict.fromkeys(key for row in rows for key in row)), where)
-    return [to_row(row, here, name, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+    return [to_row(row, here, name, f"{where}, row {number}", unanswered) for number, row in enumerate(rows, 1)]
 
 
 def _plain(value: Any) -> Any:

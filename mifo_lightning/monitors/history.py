@@ -15,7 +15,7 @@ from mifo_lightning.monitors.run_dir import run_dir
 # not `rollout/tokens_per_s`: speed varies from run to run
 ROLLOUT = ("reward", "correct", "length", "truncated", "entropy", "groups_without_signal", "groups_trained")
 KEYS = (
-    *("phase/*", "rl/*", "sft/*", "buffer/*", "forgetting/*", "phase_kl/*", "overlap/*"),
+    *("phase/*", "rl/*", "sft/*", "buffer/*", "forgetting/*", "phase_kl/*", "overlap/*", "retention/*"),
     *(f"rollout/{name}" for name in ROLLOUT),
 )
 
@@ -28,7 +28,7 @@ class History(Callback):
 
     Args:
         keys: Patterns of metric names, with * and ?; null takes those of phases, rollouts, losses,
-            buffer, forgetting, KL and overlap.
+            buffer, forgetting, KL, overlap and retention.
 
     Raises:
         InputError: If there is no pattern.

@@ -1,7 +1,7 @@
 """The table at the end: every source before and after, what the monitors found, and where the seconds went."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,8 @@ from mifo_lightning.monitors.trained import as_trained
 class RunSummary(Callback):
     """Remembers the first and the last validation of a run; `report` prints both and writes `summary.json`.
 
-    The file also holds `callback.summary()` of every callback that has a `summary_key`, under that key. The first
+    The file also holds `callback.summary()` of every callback that has a `summary_key`, under that key, and its
+    `final_metrics()`, if it has such, under `after` beside those of the last validation. The first
     validation is in the checkpoint, so a resumed run still compares with its true beginning. A run that ends on SFT is
     validated once more before that SFT, so that its damage is seen apart, unless its end is not foreseen (`max_time`).
 
@@ -78,7 +79,7 @@ class RunSummary(Callback):
         record: dict[str, Any] = {
             "before": self.before,
             "after_rl": self.after_rl,
-            "after": self.after,
+            "after": self.after | measured_at_the_end(monitors),
             "ends_on": self.ends_on,
             "optimizer_steps": trainer.global_step,
             "sft_phases": switch.switches - self._dropped if switch else 0,
@@ -101,8 +102,16 @@ class RunSummary(Callback):
         )
         if "heldout" in record:
             console.print(heldout_line(record["heldout"]["changes"]), highlight=False)
+        if retained := record.get("retention", {}).get("all"):
+            console.print(retention_line(retained), highlight=False)
         if seconds:
             console.print(seconds_line(seconds), highlight=False)
+
+
+def measured_at_the_end(monitors: Iterable[Any]) -> dict[str, float]:
+    """What monitors have that is a metric of the trained model alone."""
+    offered = (monitor.final_metrics() for monitor in monitors if hasattr(monitor, "final_metrics"))
+    return {name: value for metrics in offered for name, value in metrics.items()}
 
 
 def no_rl_follows(trainer: Trainer, batch: Any) -> bool:
@@ -170,6 +179,21 @@ def heldout_line(changes: dict[str, list[float]]) -> str:
         if values
     ]
     return "loss on held-out demonstrations, nats per token: " + ", ".join(kinds)
+
+
+def retention_line(found: Mapping[str, float]) -> str:
+    """What was lost and gained beyond chance, and the KL to the initial model, over all questions."""
+    parts = []
+    if found.get("questions"):
+        changes = [f"{name} {found[name]:+.3f}{_error(found, name)}" for name in ("lost", "gained")]
+        parts.append(f"{' and '.join(changes)} beyond chance on {found['questions']} questions")
+    if "kl" in found:
+        parts.append(f"KL(initial || trained) {found['kl']:.4f} nats a token")
+    return "retention: " + ", ".join(parts)
+
+
+def _error(found: Mapping[str, float], name: str) -> str:
+    return f" ± {found[f'{name}_se']:.3f}" if f"{name}_se" in found else ""
 
 
 def seconds_line(seconds: dict[str, float]) -> str:

@@ -205,11 +205,11 @@ def add_adapters(policy: Policy, settings: Adapter, seed: int) -> None:
     Raises:
         InputError: The model has adapters already, or `Adapter.layers` refuses a setting.
     """
-    fingerprint = _fingerprint(policy.model)
+    base = fingerprint(policy.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy.adapter = put_beside(policy.model, settings)
-    policy.register_buffer(FINGERPRINT, fingerprint)
+    policy.register_buffer(FINGERPRINT, base)
     policy.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
     policy.register_load_state_dict_pre_hook(_with_base)  # type: ignore[no-untyped-call]
 
@@ -266,9 +266,13 @@ def _with_base(policy: Any, weights: dict[str, Any], prefix: str, *_: Any) -> No
             weights.setdefault(f"{prefix}model.{name}", weight)
 
 
-def _fingerprint(model: nn.Module) -> Tensor:
-    """[1] int64: the sum of the bits of all weights, the same in whatever order it is taken."""
-    return torch.stack([p.detach().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]).sum()[None]
+def fingerprint(model: nn.Module) -> Tensor:
+    """[1] int64: the sum of the bits of all fp32 weights, the same in whatever order it is taken.
+
+    Collective if they are sharded.
+    """
+    bits = (full(p.detach()).view(torch.int32) for p in model.parameters())
+    return torch.stack([b.sum(dtype=torch.int64) for b in bits]).sum()[None]
 
 
 def _ends(name: str, target: str) -> bool:

@@ -254,7 +254,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
         if type(module).__name__ in (policy.model._no_split_modules or []):
             fully_shard(module, mesh=mesh)
     fully_shard(policy, mesh=mesh)
-    register_fsdp_forward_method(policy, "decode")
+    for method in ("decode", "states"):
+        register_fsdp_forward_method(policy, method)
 
 
 def stored_dtype(model: str | Loaded, trust_remote_code: bool = False) -> torch.dtype:

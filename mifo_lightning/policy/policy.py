@@ -119,18 +119,35 @@ class Policy(nn.Module):
         position = sequences.prompt_lengths[row] + step
         targets = sequences.tokens[row, position]
         with self.numerics():
-            head: Any = self.model.get_output_embeddings() if self.split_head else nn.Identity()
             if grouped and self.share_prompts:
                 states = shared_states(self.model, sequences.tokens, sequences.prompt_lengths, mask.shape[1])
                 hidden = states[row, step]
-            elif self.split_head:
-                hidden = _run(self.model.base_model, sequences.tokens).last_hidden_state[row, position - 1]
             else:
-                hidden = _run(self.model, sequences.tokens).logits[row, position - 1]
-            # the state before a token predicts it; only response positions ever reach the head
+                hidden = self._states_before(sequences.tokens, row, position)
             transform = self.transform or LogitTransform()
-            scores = token_scores(head, hidden, targets, temperature, entropy_gradient, transform, top_k)
+            scores = token_scores(self.head, hidden, targets, temperature, entropy_gradient, transform, top_k)
         return tuple(_at(mask, s) for s in scores)
+
+    def states(self, sequences: Sequences) -> Tensor:
+        """What `logits` makes the distribution of each response token of: [N, D], response after response."""
+        row, step = sequences.mask().nonzero(as_tuple=True)
+        with self.numerics():
+            return self._states_before(sequences.tokens, row, sequences.prompt_lengths[row] + step)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, V] fp32 logits of [n, D] `states`; under FSDP2 only inside `sampling`."""
+        transform = self.transform or LogitTransform()
+        if transform.input_scale != 1.0:
+            states = states * transform.input_scale
+        with self.numerics():
+            return transform(self.head(states).float())
+
+    def _states_before(self, tokens: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """The states that predict these tokens, each the one before it: only those ever reach the head."""
+        base = self.model.base_model if self.split_head else self.model
+        out = _run(base, tokens)
+        states: Tensor = (out.last_hidden_state if self.split_head else out.logits)[row, position - 1]
+        return states
 
     def decode(self, ids: Tensor, cache: Any, attention: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Any]:
         """One cached forward pass for generation.
@@ -170,6 +187,11 @@ class Policy(nn.Module):
                 yield
         finally:
             self.numerics = numerics
+
+    @property
+    def head(self) -> Any:
+        """What makes outputs of hidden states; nothing is left to do where it cannot be applied to them alone."""
+        return self.model.get_output_embeddings() if self.split_head else nn.Identity()
 
     @property
     def split_head(self) -> bool:
