@@ -103,7 +103,9 @@ def evaluate(run: MifoCLI, weights: Weights) -> dict[str, float]:
     return {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
 
 
-def make_evaluate(configs: Sequence[Path | str], base: Path, changes: list[str]) -> Callable[[Weights], dict[str, float]]:
+def make_evaluate(
+    configs: Sequence[Path | str], base: Path, changes: list[str]
+) -> Callable[[Weights], dict[str, float]]:
     """A function that measures the metrics of `validate`, by name, with given weights in the model of `base`."""
     return partial(evaluate, make_run(configs, base, changes))
 

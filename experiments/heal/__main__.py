@@ -33,7 +33,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="a study, such as experiments/heal/points.yaml")
-    what.add_argument("--report", type=Path, metavar="DIR", help="write the page of DIR/records.json again, run nothing")
+    what.add_argument(
+        "--report", type=Path, metavar="DIR", help="write the page of DIR/records.json again, run nothing"
+    )
     parser.add_argument("--jobs", type=int, help="fits and bases at once, one thread each; instead of the file's")
     parser.add_argument("--out", type=Path, help="where everything is kept; instead of the file's")
     parsed = parser.parse_args(arguments)

@@ -37,9 +37,7 @@ def anatomy(weights: Weights, chosen: list[str]) -> Anatomy:
     kinds = {kind: sorted(found, key=layer_of) for kind, found in kinds.items() if found}
     matrices = sorted((name for found in kinds.values() for name in found), key=layer_of)
     layers = 1 + max((layer_of(name) for name in matrices), default=0)
-    thirds = {
-        third: [name for name in matrices if 3 * layer_of(name) // layers == i] for i, third in enumerate(THIRDS)
-    }
+    thirds = {third: [name for name in matrices if 3 * layer_of(name) // layers == i] for i, third in enumerate(THIRDS)}
     outside = [name for name in names if not LAYER.search(name)]
     embedding = [name for name in outside if "embed" in name]
     head = [name for name in outside if name not in embedding]

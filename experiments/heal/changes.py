@@ -33,7 +33,7 @@ CHANGES: Mapping[str, Change] = {"gauss": gauss, "permuted": permuted, "rotated"
 
 
 def next_layer(changes: Sequence[Tensor]) -> list[Tensor]:
-    """The changes of matrices of one kind, in order of layers, each taken from the next layer and as large as its own."""
+    """Changes of matrices of one kind, in order of layers: each that of the next layer, scaled to its own norm."""
     return [as_large(other.double(), own) for own, other in zip(changes, [*changes[1:], *changes[:1]], strict=True)]
 
 

@@ -16,10 +16,12 @@ EDITS = "edits"
 
 
 def measure_edits(study: Study, base: str) -> None:
-    """Make and evaluate every edit and control that has no record yet."""
+    """Make and evaluate every edit and control that has no record yet; none where the peak is the end."""
     torch.set_num_threads(1)
     records, bench = open_records(study, base), cache(partial(Bench, study, base))
     step = peak(study, records)
+    if step == study.last:
+        return
     rl = read_weights(rl_cells(study, base, step)[study.main, study.last].directory / "model")
     best, end = (read_weights(checkpoint(study, base, each)) for each in (step, study.last))
     rows = max(len(w) for name, w in end.items() if "embed" in name)

@@ -24,6 +24,8 @@ Family = Literal["rollback", "restoration", "published", "reverse", "random subs
 CONTROLS: tuple[Family, ...] = ("random subspace", "interpolation", "random change")
 """Families without which no table is written."""
 PROJECTIONS = {"block": edits.block, "either": edits.either}
+UNTRAINED = "rollback rows never trained"
+"""Rows of embedding and head of tokens that occur in nothing that is trained on."""
 COORDINATES = (0.25, 0.5, 0.75)
 """Shares of random coordinates that are put back, the control that needs no spectrum."""
 
@@ -64,7 +66,7 @@ class Editor:
 
     def all(self) -> Iterator[Edit]:
         """Every edit, the controls last."""
-        kinds = {
+        kinds: dict[str, Callable[[], Iterator[Edit]]] = {
             "rollback": self.rollbacks,
             "block": partial(self.projections, "block"),
             "either": partial(self.projections, "either"),
@@ -90,7 +92,7 @@ class Editor:
                 yield self._edit(f"rollback {part}", "rollback", names, self.peak.__getitem__)
         if self.untrained:
             rows = [n for n in (*a.embedding, *a.head) if len(self.end[n]) > max(self.untrained)]
-            yield self._edit("rollback rows never trained", "rollback", rows, self._rows)
+            yield self._edit(UNTRAINED, "rollback", rows, self._rows)
 
     def projections(self, kind: str) -> Iterator[Edit]:
         """Top and tail subspaces of the peak, on each group of layers, at each dimension."""
@@ -161,9 +163,7 @@ class Editor:
         names = self.anatomy.matrices if names is None else names
         return sum(float((weights[n].double() - self.peak[n].double()).square().sum()) for n in names) ** 0.5
 
-    def _edit(
-        self, name: str, family: Family, names: Sequence[str], change: Callable[[str], Tensor]
-    ) -> Edit:
+    def _edit(self, name: str, family: Family, names: Sequence[str], change: Callable[[str], Tensor]) -> Edit:
         """The end with the named weights as `change` makes them."""
         return Edit(name, family, lambda: ({**self.end, **{n: change(n).float() for n in names}}, {}))
 

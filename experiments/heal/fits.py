@@ -1,10 +1,11 @@
 """The fits of a study, as cells of a grid: each a process of its own, kept when done, gone on with when cut off."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.heal.settings import END, PEAK, Study
+from experiments.heal.settings import END, PEAK, Start, Study
 from mifo_lightning.common.errors import TrainingError
 from mifo_lightning.lab.ablation import IMPORTS
 from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
@@ -34,18 +35,17 @@ def checkpoint(study: Study, base: str, step: int, run: str = SWEEP) -> Path:
 
 def rl_cells(study: Study, base: str, peak: int) -> dict[tuple[str, int], Cell]:
     """Stage 2 by arm and step of the sweep that it starts from; `peak` is the step that was chosen on this base."""
-    arms = {name: (Arm(arm.configs, arm.set), arm.start) for name, arm in study.rl.items()}
-    still, _ = arms[study.main]
-    still = Arm(still.configs, {**still.set, "model.optimizer.rl.lr": 0.0})
-    found = {}
-    for name, (arm, starts) in (*arms.items(), (NO_UPDATE, (still, [END]))):
-        for step in steps_of(study, starts, peak):
+    main, found = study.rl[study.main], {}
+    still = replace(main, set={**main.set, "model.optimizer.rl.lr": 0.0}, start=[END])
+    for name, stage in {**study.rl, NO_UPDATE: still}.items():
+        arm = Arm(stage.configs, stage.set)
+        for step in steps_of(study, stage.start, peak):
             model = checkpoint(study, base, step)
             found[name, step] = _cell(study, base, name, arm, f"step{step}", model, study.seed_of(base))
     return found
 
 
-def steps_of(study: Study, starts: Sequence[int | str], peak: int) -> list[int]:
+def steps_of(study: Study, starts: Sequence[Start], peak: int) -> list[int]:
     """The steps of the sweep that starts mean on a base whose peak is this step, ascending, each once."""
     named = {PEAK: peak, END: study.last}
     return sorted({named[each] if isinstance(each, str) else each for each in starts})

@@ -95,9 +95,7 @@ def movement(before: Tensor, after: Tensor, ranks: Mapping[str, int], known: Svd
     shift = (new.s - old.s).abs()
     relative = shift / old.s.clamp(min=torch.finfo(torch.float64).tiny)
     spectral = float(torch.linalg.matrix_norm(change, 2))
-    turns = {
-        name: _turn(old, new, change, k, norm, spectral) for name, k in ranks.items() if 1 <= k <= len(old.s) // 2
-    }
+    turns = {name: _turn(old, new, change, k, norm, spectral) for name, k in ranks.items() if 1 <= k <= len(old.s) // 2}
     values = float(torch.linalg.vector_norm(shift)) / norm if norm else 0.0
     return Movement(float(relative.median()), float(relative.max()), values, norm, turns)
 
@@ -107,7 +105,15 @@ def _turn(old: Svd, new: Svd, change: Tensor, k: int, norm: float, spectral: flo
     inside = float((old.u[:, :k].T @ change @ old.v[:, :k]).square().sum())
     gap = float(old.s[k - 1] - old.s[k])
     chance = k * k / change.numel()
-    degrees = [float(x) for side in (left, right) for x in (side.rad2deg().mean(), side.rad2deg().max())]
-    distances = [float(torch.linalg.vector_norm(side.sin())) for side in (left, right)]
-    energy = inside / norm**2 / chance if norm else float("nan")
-    return Turn(k, *degrees, *distances, energy, gap, spectral / gap if gap else float("inf"))
+    return Turn(
+        k=k,
+        left_mean=float(left.rad2deg().mean()),
+        left_max=float(left.rad2deg().max()),
+        right_mean=float(right.rad2deg().mean()),
+        right_max=float(right.rad2deg().max()),
+        left_distance=float(torch.linalg.vector_norm(left.sin())),
+        right_distance=float(torch.linalg.vector_norm(right.sin())),
+        energy=inside / norm**2 / chance if norm else float("nan"),
+        gap=gap,
+        bound=spectral / gap if gap else float("inf"),
+    )

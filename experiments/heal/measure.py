@@ -101,4 +101,3 @@ def describe(rewards: torch.Tensor, advantages: torch.Tensor) -> dict[str, float
         "positive": float((rewards > 0).double().mean()),
         "advantage entropy": float(-(p * p.log()).sum()) + 0.0,
     }
-

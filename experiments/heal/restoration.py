@@ -1,7 +1,8 @@
-"""Was there a fall, how much of it came back, and is an edit better than going back on a straight line? Pure functions."""
+"""Was there a fall, how much of it came back, is an edit better than going back on a line? Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def at_equal(path: Sequence[tuple[float, float]], wanted: float) -> float:
     Where the path passes several times the mean of all passes; where it never does, its point nearest to `wanted`.
     """
     passes = []
-    for (x, y), (next_x, next_y) in zip(path, path[1:], strict=False):
+    for (x, y), (next_x, next_y) in pairwise(path):
         if min(x, next_x) <= wanted <= max(x, next_x):
             passes.append(y if x == next_x else y + (next_y - y) * (wanted - x) / (next_x - x))
     if passes:

@@ -13,6 +13,8 @@ from mifo_lightning.lab.grid import Arm, slug
 from mifo_lightning.lab.reading import GIVEN, build, read_keys
 
 PEAK, END = "peak", "end"
+Start = int | str
+"""A step of the sweep, peak or end."""
 KINDS = ("rollback", "block", "either", "values", "directions", "as_published", "reverse")
 Rank = int | str
 """A number of dimensions, or a share of min(m, n) as text: 1/8."""
@@ -31,14 +33,14 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Start:
+class Stage:
     """What one arm of stage 2 does, and from which checkpoints."""
 
     configs: list[str] = field(default_factory=list)
     """Configurations laid over those of all fits."""
     set: dict[str, Any] = field(default_factory=dict)
     """Keys and values laid over those of all fits."""
-    start: list[int | str] = field(default_factory=lambda: [END])
+    start: list[Start] = field(default_factory=lambda: [END])
     """Steps of the sweep, peak or end."""
 
 
@@ -93,7 +95,7 @@ class Study:
     evaluation: dict[str, dict[str, Any]]
     """Keys and values of `val`, by which checkpoints are chosen, and `test`, which is reported."""
     sweep: Sweep
-    rl: dict[str, Start]
+    rl: dict[str, Stage]
     """Arms of stage 2 by name; the first is the RL that spectra and reverse edits are about."""
     edits: Edits
     out: Path
@@ -165,7 +167,7 @@ def read_study(path: Path, **changes: Any) -> Study:
         if key in content:
             build(kind, content[key], f"{path}: {key}")
     for name, arm in content["rl"].items():
-        build(Start, arm, f"{path}: rl.{name}")
+        build(Stage, arm, f"{path}: rl.{name}")
     study = replace(build(Study, content, str(path)), **changes)
     _check(study, path)
     return study
@@ -202,7 +204,9 @@ def _check(study: Study, path: Path) -> None:
     late = [step for step in study.spectra.steps if step not in steps or not step]
     require(f"{path}: spectra.steps", late, not late, "some of sweep.steps, without 0")
     for key in ("val", "test"):
-        require(f"{path}: evaluation.{key}", study.evaluation.get(key), key in study.evaluation, "keys and values, or {}")
+        require(
+            f"{path}: evaluation.{key}", study.evaluation.get(key), key in study.evaluation, "keys and values, or {}"
+        )
     _check_edits(study.edits, path)
     _check_ranks(study.spectra.k, f"{path}: spectra.k")
     names = [slug(name) for name in study.bases]
@@ -210,7 +214,7 @@ def _check(study: Study, path: Path) -> None:
     _check_files(study, path)
 
 
-def _check_start(start: Sequence[int | str], steps: list[int], key: str) -> None:
+def _check_start(start: Sequence[Start], steps: list[int], key: str) -> None:
     wrong = [one for one in start if one not in (*steps, PEAK, END)]
     require(key, wrong or list(start), bool(start) and not wrong, f"some of {', '.join(map(str, steps))}, peak, end")
 
@@ -232,7 +236,7 @@ def _check_edits(edits: Edits, path: Path) -> None:
 def _check_ranks(ranks: Sequence[Rank], key: str) -> None:
     for rank in ranks:
         try:
-            good = isinstance(rank, int) and rank >= 1 or isinstance(rank, str) and share(rank) >= 0
+            good = rank >= 1 if isinstance(rank, int) else share(rank) >= 0
         except (ValueError, ZeroDivisionError):
             good = False
         require(key, rank, good, "whole numbers above 0 or shares such as 1/8")

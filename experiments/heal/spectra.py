@@ -33,12 +33,12 @@ def measure_spectra(study: Study, base: str) -> None:
 
 def _pairs(study: Study, base: str, records: Records) -> Iterator[tuple[str, Callable[[], Record]]]:
     """Name of each pair, and what measures it: lazily, as an SVD of all matrices takes minutes for a real model."""
-    best = peak(study, records)
-    steps = sorted({*study.spectra.steps, best, study.last})
-    for start, label in dict.fromkeys([(0, "base"), (best, "peak")]):
-        for step in steps:
-            if step > start:
-                yield f"{label} -> {step}", partial(_steps, study, base, start, step)
+    best, last = peak(study, records), study.last
+    ends = {**{str(step): step for step in study.spectra.steps if step != last}, "peak": best, "end": last}
+    for label, start in {"base": 0, "peak": best}.items():
+        for name, step in ends.items():
+            if start < step and (start or label == "base"):
+                yield f"{label} -> {name}", partial(_steps, study, base, start, step)
     yield "end -> rl", partial(_rl, study, base, best)
 
 
@@ -89,4 +89,3 @@ def means(movements: list[Movement]) -> Record:
         for name, each in turns.items()
     }
     return found
-

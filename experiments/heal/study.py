@@ -80,5 +80,3 @@ def _on_all_bases(study: Study, measure: Callable[[Study, str], None]) -> None:
     with ProcessPoolExecutor(study.jobs, mp_context=context) as pool:
         for done in [pool.submit(measure, study, base) for base in study.bases]:
             done.result()
-
-

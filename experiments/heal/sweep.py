@@ -21,8 +21,8 @@ def measure_sweep(study: Study, base: str) -> None:
     torch.set_num_threads(1)
     records, bench = open_records(study, base), cache(partial(Bench, study, base))
 
-    def on_test(run: str, step: int, draw: int = 0) -> dict[str, float]:
-        return bench("test").evaluate(read_weights(checkpoint(study, base, step, run)), draw)
+    def on_test(run: str, step: int, draw: int = 0) -> Record:
+        return {"test": bench("test").evaluate(read_weights(checkpoint(study, base, step, run)), draw)}
 
     def chosen_and_reported(step: int) -> Record:
         weights = read_weights(checkpoint(study, base, step))
@@ -36,10 +36,10 @@ def measure_sweep(study: Study, base: str) -> None:
 
     for step in study.sweep.steps:
         records.once(SWEEP, str(step), partial(chosen_and_reported, step))
-        records.once(HALF_RATE, str(step), lambda step=step: {"test": on_test(HALF_RATE, step)})
-    records.once(OTHER_SEED, str(study.last), lambda: {"test": on_test(OTHER_SEED, study.last)})
+        records.once(HALF_RATE, str(step), partial(on_test, HALF_RATE, step))
+    records.once(OTHER_SEED, str(study.last), partial(on_test, OTHER_SEED, study.last))
     for draw in range(1, study.draws + 1):
-        records.once(NOISE, str(draw), lambda draw=draw: {"test": on_test(SWEEP, study.last, draw)})
+        records.once(NOISE, str(draw), partial(on_test, SWEEP, study.last, draw))
     records.once(FACTS, "base", facts)
 
 
