@@ -78,7 +78,7 @@ def _cell(study: Study, base: str, name: str, arm: Arm, start: str, model: Path,
         Ablation(
             name=study.name,
             question="",
-            primary=study.ood,
+            primary=study.ood.rpartition("/")[2],  # over all questions: a fit's own evaluation may ask others
             reference=name,
             primary_contrast=[],
             config=study.config,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,12 @@ class Results:
 
     def swept(self, start: Start, metric: str, run: str = SWEEP) -> Scores:
         """A metric on test at a checkpoint: [bases, 1]."""
-        return units([_of(base[run], str(self.step(base, start)), metric) for base in self.bases.values()])
+        return self.at_steps([self.step(base, start) for base in self.bases.values()], metric, run)
+
+    def at_steps(self, steps: Sequence[int], metric: str, run: str = SWEEP) -> Scores:
+        """A metric on test after so many steps of a run, for each base its own: [bases, 1]."""
+        pairs = zip(self.bases.values(), steps, strict=True)
+        return units([_of(base[run], str(step), metric) for base, step in pairs])
 
     def signal(self, start: Start, key: str) -> Scores:
         """What RL would have to work with at a checkpoint: [bases, 1]."""
@@ -95,13 +101,14 @@ class Results:
             found.append(np.nan if far else _of(base[EDITS], name, metric) - at_equal(path, min(norm, 1.0)))
         return units(found)
 
-    def falls(self, start: Start = END) -> list[Fall]:
-        """What was lost of OOD from the peak to a checkpoint, by base."""
-        found = []
-        for base in self.bases.values():
+    def falls(self, start: Start = END) -> dict[str, Fall]:
+        """What was lost of OOD from the peak to a checkpoint after it, by base; not of bases where it comes before."""
+        found = {}
+        for name, base in self.bases.items():
             questions = base["questions"][self.study.ood.rpartition("/")[0]]
             steps = (base["peak"], self.step(base, start))
-            found.append(Fall(*(Share(_of(base[SWEEP], str(s), self.study.ood), questions) for s in steps)))
+            if steps[0] < steps[1] or start == END:
+                found[name] = Fall(*(Share(_of(base[SWEEP], str(s), self.study.ood), questions) for s in steps))
         return found
 
 

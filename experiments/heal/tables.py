@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED
 from experiments.heal.restoration import at_equal, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
-from experiments.heal.verdict import NO_FALL, is_fallen, restored, told
+from experiments.heal.verdict import NO_FALL, restored, told
 from mifo_lightning.lab.report.document import bracketed, number, probability
 from mifo_lightning.lab.report.statistics import Scores, interval, judge
 
@@ -38,23 +39,18 @@ def sweep_table(results: Results) -> str:
 
 def checkpoint_table(results: Results) -> str:
     """The checkpoints that four rules choose, on test."""
-    rules: dict[str, Callable[[dict[str, object]], object]] = {
-        "peak: highest OOD on val": lambda base: base["peak"],
-        "least loss on seen ID questions": lambda base: base["least train loss"],
-        "least loss on unseen ID questions": lambda base: base["least test loss"],
-        "end": lambda _: results.study.last,
+    bases = list(results.bases.values())
+    rules = {
+        "peak: highest OOD on val": [base["peak"] for base in bases],
+        "least loss on seen ID questions": [base["least train loss"] for base in bases],
+        "least loss on unseen ID questions": [base["least test loss"] for base in bases],
+        "end": [results.study.last for _ in bases],
     }
     rows = []
-    for rule, choose in rules.items():
-        steps = [choose(base) for base in results.bases.values()]
-        if None in steps:
-            continue
-        pairs = list(zip(results.bases.values(), steps, strict=True))
-        cells = [
-            bracketed(interval(units([base["sweep"][str(s)]["test"][key] for base, s in pairs])))
-            for key in accuracies(results)
-        ]
-        rows.append([rule, ", ".join(map(str, steps)), *cells])
+    for rule, steps in rules.items():
+        if None not in steps:
+            cells = [bracketed(interval(results.at_steps(steps, key))) for key in accuracies(results)]
+            rows.append([rule, ", ".join(map(str, steps)), *cells])
     return markdown(["checkpoint", "SFT steps by base", *accuracies(results)], rows)
 
 
@@ -74,11 +70,9 @@ def rl_table(results: Results) -> str:
 
 
 def share_restored(results: Results, arm: str, start: Start) -> str:
-    """R of an arm, and of how many bases; or why there is none."""
+    """R of an arm, and of how many bases; or that there is none."""
     shares = restored(results, arm, start)
-    if not is_fallen(results) or not len(shares):
-        return NO_FALL
-    return f"{told(interval(shares))} ({len(shares)})"
+    return f"{told(interval(shares))} ({len(shares)})" if len(shares) else NO_FALL
 
 
 def floor_table(results: Results) -> str:
@@ -86,8 +80,8 @@ def floor_table(results: Results) -> str:
     study, rows = results.study, []
     for key in accuracies(results):
         end = results.swept(END, key)
-        draws = units([np.std([d["test"][key] for d in base["noise"].values()], ddof=1) if len(base["noise"]) > 1
-                       else np.nan for base in results.bases.values()])  # fmt: skip
+        draws = units([_deviation([each["test"][key] for each in base["noise"].values()])
+                       for base in results.bases.values()])  # fmt: skip
         other = np.abs(results.swept(END, key, OTHER_SEED) - end)
         half = [
             at_equal(
@@ -113,21 +107,28 @@ def spectra_table(results: Results) -> str:
     for pair in pairs:
         having = [base["spectra"][pair] for base in results.bases.values() if pair in base["spectra"]]
         for row in having[0]:
-            each = [rows_of[row] for rows_of in having]
-            first = [mean(units([one[key] for one in each])) for key in ("relative_median", "relative_max", "values")]
-            for i, k in enumerate(each[0]["turns"]):
-                turns = [one["turns"][k] for one in each]
-                angles = [
-                    " / ".join(mean(units([turn[f"{side}_{of}"] for turn in turns])) for of in ("mean", "max"))
-                    for side in ("left", "right")
-                ]
-                distance = mean(units([(turn["left_distance"] + turn["right_distance"]) / 2 for turn in turns]))
-                more = [mean(units([_number(turn[key]) for turn in turns])) for key in ("energy", "gap", "unbounded")]
-                label = [pair, row, str(len(having)), *first] if i == 0 else ["", "", "", "", "", ""]
-                rows.append([*label, k, *angles, distance, *more])
+            each = [records[row] for records in having]
+            values = [_mean_of(each, key) for key in ("relative_median", "relative_max", "values")]
+            label = [pair, row, str(len(having)), *values]
+            for k in each[0]["turns"]:
+                rows.append([*label, k, *_turn([one["turns"][k] for one in each])])
+                label = [""] * len(label)
     header = ["pair", "row", "bases", "rel. ds median", "max", "|ds| / |dW|", "k", "left angle, mean / max",
-              "right angle, mean / max", "projector distance", "energy / chance", "gap", "no bound"]  # fmt: skip
+              "right angle, mean / max", "projector distance, left / right", "energy / chance", "gap", "no bound"]  # fmt: skip
     return markdown(header, rows)
+
+
+def _turn(turns: list[dict[str, Any]]) -> list[str]:
+    """Angles, distances and bounds of one k, means over bases."""
+    sides = ("left", "right")
+    angles = [f"{_mean_of(turns, f'{side}_mean')} / {_mean_of(turns, f'{side}_max')}" for side in sides]
+    distances = " / ".join(_mean_of(turns, f"{side}_distance") for side in sides)
+    return [*angles, distances, *(_mean_of(turns, key) for key in ("energy", "gap", "unbounded"))]
+
+
+def _mean_of(records: list[dict[str, Any]], key: str) -> str:
+    """The mean over bases of a value of their records; a dash where one has none."""
+    return mean(units([float("nan") if one[key] is None else one[key] for one in records]))
 
 
 def edit_table(results: Results) -> str:
@@ -177,6 +178,10 @@ def accuracies(results: Results) -> list[str]:
     return [key for key in (study.id_seen, study.id, study.ood) if key]
 
 
+def _deviation(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
 def mean(values: Scores) -> str:
     """The mean over bases; a dash if one has none."""
     return number(float(values.mean())) if np.isfinite(values).all() else "-"
@@ -185,8 +190,7 @@ def mean(values: Scores) -> str:
 def _reference(results: Results, against: str) -> Scores:
     edits = {"end": "interpolation 1", "peak": "rollback everything"}
     if against == "peak" and edits["peak"] not in results.edits:
-        bases = results.edited
-        return units([base["sweep"][str(base["peak"])]["test"][results.study.ood] for base in bases])
+        return units([base["sweep"][str(base["peak"])]["test"][results.study.ood] for base in results.edited])
     return results.edit(edits[against], results.study.ood)
 
 
@@ -220,7 +224,3 @@ def _mean_steps(results: Results, arm: str, start: Start) -> str:
 
 def _named(start: Start) -> str:
     return {0: "base", PEAK: PEAK, END: END}.get(start, f"step {start}")
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value

@@ -5,7 +5,7 @@ import numpy as np
 from experiments.heal.factorial import UNTRAINED
 from experiments.heal.restoration import ERRORS, fall_over_bases, units
 from experiments.heal.results import Results
-from experiments.heal.settings import END, PEAK
+from experiments.heal.settings import END, PEAK, Start
 from mifo_lightning.lab.report.document import bracketed, probability
 from mifo_lightning.lab.report.statistics import ALPHA, Comparison, Interval, Scores, bases_needed, interval, judge
 
@@ -24,17 +24,17 @@ def verdict(results: Results) -> list[str]:
     ]
 
 
-def restored(results: Results, arm: str, start: str | int) -> Scores:
-    """R of an arm on the bases whose fall exceeds its noise: [those bases, 1]."""
-    after = results.after(arm, start, results.study.ood)[:, 0]
-    found = [fall.restored(value) for fall, value in zip(results.falls(start), after, strict=True) if fall.real]
-    return units(found)
+def restored(results: Results, arm: str, start: Start) -> Scores:
+    """R of an arm on the bases whose fall exceeds its noise: [those bases, 1]; none unless it does over bases too."""
+    after = dict(zip(results.bases, results.after(arm, start, results.study.ood)[:, 0], strict=True))
+    falls = results.falls(start) if is_fallen(results, start) else {}
+    return units([fall.restored(after[base]) for base, fall in falls.items() if fall.real])
 
 
-def is_fallen(results: Results) -> bool:
-    """Whether OOD falls from peak to end by more than its noise over bases; one base: over questions."""
-    falls = results.falls()
-    return falls[0].real if len(falls) == 1 else fall_over_bases(falls)[1]
+def is_fallen(results: Results, start: Start = END) -> bool:
+    """Whether OOD falls from peak to a checkpoint by more than its noise over bases; one base: over questions."""
+    falls = list(results.falls(start).values())
+    return falls[0].real if len(falls) == 1 else bool(falls) and fall_over_bases(falls)[1]
 
 
 def primary(results: Results) -> Comparison | None:
@@ -44,8 +44,8 @@ def primary(results: Results) -> Comparison | None:
 
 
 def _fall(results: Results) -> str:
-    found, _ = fall_over_bases(results.falls())
-    real = sum(fall.real for fall in results.falls())
+    falls = list(results.falls().values())
+    (found, _), real = fall_over_bases(falls), sum(fall.real for fall in falls)
     steps = ", ".join(f"{base['peak']}" for base in results.bases.values())
     text = f"Out of distribution, peak (chosen on val, at SFT step {steps}) minus end: {told(found)}"
     text += f"; on {real} of {len(results.bases)} bases by more than {ERRORS:g} standard errors over questions."
@@ -71,10 +71,7 @@ def _regret(results: Results) -> list[str]:
     for key, what in (("least test loss", "unseen"), ("least train loss", "seen")):
         steps = [base[key] for base in results.bases.values()]
         if all(step is not None for step in steps):
-            chosen = units([
-                base["sweep"][str(step)]["test"][results.study.ood]
-                for base, step in zip(results.bases.values(), steps, strict=True)
-            ])  # fmt: skip
+            chosen = results.at_steps(steps, results.study.ood)
             lines.append(f"of least loss on {what} ID questions {told(interval(peak - chosen))}")
     return [f"OOD of the peak minus that of the checkpoint {'; '.join(lines)}."] if lines else []
 
