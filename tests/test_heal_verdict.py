@@ -13,7 +13,7 @@ from experiments.heal.report import write_report
 from experiments.heal.restoration import Fall, Share, at_equal, fall_over_bases, pareto
 from experiments.heal.results import read_results
 from experiments.heal.settings import Edits, Stage, Study, Sweep
-from experiments.heal.spectra import REFERENCES
+from experiments.heal.spectra import REFERENCES, TURN
 from experiments.heal.tables import rl_table
 from experiments.heal.verdict import verdict
 from mifo_lightning.common.errors import InputError
@@ -87,9 +87,7 @@ def base(peak: float, end: float, healed: float, edit: float, noise: float) -> d
 
     signal = {"groups with signal": 0.5, "positive": 0.4, "advantage entropy": 2.0}
     points = {"0": test(0.2, peak - 0.05), "4": test(0.4, peak), "9": test(0.8, end)}
-    turn = dict.fromkeys(("left_mean", "left_max", "right_mean", "right_max"), 1.0)
-    turn |= dict.fromkeys(("left_distance", "right_distance", "energy", "gap", "unbounded"), 1.0)
-    row = {"relative_median": 0.1, "relative_max": 0.1, "values": 0.1, "norm": 1.0, "turns": {"1": turn}}
+    row = {"relative_median": 0.1, "relative_max": 0.1, "values": 0.1, "norm": 1.0, "turns": {"1": [1.0] * len(TURN)}}
     interpolated = {"0": (0.4, peak), "0.5": (0.6, (peak + end) / 2), "1": (0.8, end)}
     edits = {
         f"interpolation {a}": {"family": "interpolation", "norm": 2 * float(a), **test(*place)}

@@ -2,8 +2,6 @@
 
 from functools import cache, partial
 
-import torch
-
 from experiments.heal.factorial import Edit, Editor
 from experiments.heal.fits import checkpoint, rl_cells
 from experiments.heal.measure import Bench
@@ -17,7 +15,6 @@ EDITS = "edits"
 
 def measure_edits(study: Study, base: str) -> None:
     """Make and evaluate every edit and control that has no record yet; none where the peak is the end."""
-    torch.set_num_threads(1)
     records, bench = open_records(study, base), cache(partial(Bench, study, base))
     step = peak(study, records)
     if step == study.last:

@@ -3,15 +3,18 @@
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experiments.heal.settings import Study
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.cell import write_json
+from mifo_lightning.lab.grid import slug
+from mifo_lightning.lab.plan import commit
 
 Record = dict[str, Any]
-PLAN = "study"
+PLAN, COMMITS = "study", "commits"
 
 
 class Records:
@@ -42,8 +45,14 @@ class Records:
         kept = self.content.setdefault(stage, {})
         if name not in kept:
             kept[name] = rounded(measure())
+            self.content[COMMITS] = dict.fromkeys([*self.commits, *filter(None, [now()])], True)
             write_json(self.path, self.content)
         return kept[name]
+
+    @property
+    def commits(self) -> list[str]:
+        """Those of the code that measured, in order."""
+        return list(self.content.get(COMMITS, {}))
 
     def stage(self, stage: str) -> Record:
         """All records of a stage."""
@@ -52,7 +61,18 @@ class Records:
 
 def open_records(study: Study, base: str) -> Records:
     """The records of a base of the study; `Records` says what is raised."""
-    return Records(study.out / "records" / f"{base}.json", study.content())
+    return Records(records_path(study, base), study.content())
+
+
+def records_path(study: Study, base: str) -> Path:
+    """Where they are kept."""
+    return study.out / "records" / f"{slug(base)}.json"
+
+
+@cache
+def now() -> str | None:
+    """The commit of the working tree, as this process finds it."""
+    return commit()
 
 
 def rounded(value: Any) -> Any:

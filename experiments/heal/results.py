@@ -145,6 +145,7 @@ def missing_controls(study: Study, base: dict[str, Any]) -> list[str]:
         "RL from the base": f"{study.main}/0" in base.get(RL, {}),
         "RL without updates": f"{NO_UPDATE}/{study.last}" in base.get(RL, {}),
     }
+    wanted["spectra of base -> end"] = "base -> end" in base.get(SPECTRA, {})
     for pair, rows in base.get(SPECTRA, {}).items():
         needed = set(REFERENCES) - ({"other seed"} if pair == "end -> rl" else set())
         wanted[f"reference rows of {pair}"] = needed <= set(rows)

@@ -1,7 +1,6 @@
 """Stage 3: how singular values and subspaces move from checkpoint to checkpoint, beside what any such change does."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 
@@ -18,6 +17,11 @@ from experiments.heal.sweep import peak
 from experiments.prune_update import Weights, read_weights
 
 SPECTRA = "spectra"
+TURN = (
+    *("left_mean", "left_max", "right_mean", "right_max", "left_distance", "right_distance", "energy", "gap"),
+    "unbounded",
+)
+"""What is kept of a `Turn`, in this order, and last the share of matrices whose `bound` exceeds 1."""
 REFERENCES = ("rounding", *CHANGES, "other seed")
 """Rows that stand beside every pair: W against W in bf16; random changes of the norm of the pair's; the same steps of
 another run."""
@@ -25,7 +29,6 @@ another run."""
 
 def measure_spectra(study: Study, base: str) -> None:
     """Compare base, peak and end pairwise, and the end with what RL makes of it; each with its reference rows."""
-    torch.set_num_threads(1)
     records = open_records(study, base)
     for name, load in _pairs(study, base, records):
         records.once(SPECTRA, name, load)
@@ -78,14 +81,12 @@ def variants(old: Tensor, new: Tensor, draw: Generator) -> dict[str, Tensor]:
 
 
 def means(movements: list[Movement]) -> Record:
-    """Means over matrices, of the angles by name of k; `bound` counts: the share of matrices in which it exceeds 1."""
+    """Means over matrices; `turns` are by name of k, in the order of `TURN`."""
     keys = ("relative_median", "relative_max", "values", "norm")
     found: Record = {key: fmean(getattr(each, key) for each in movements) for key in keys}
-    names = dict.fromkeys(name for each in movements for name in each.turns)
-    turns = {name: [asdict(each.turns[name]) for each in movements if name in each.turns] for name in names}
-    found["turns"] = {
-        name: {key: fmean(turn[key] for turn in each) for key in each[0] if key not in ("k", "bound")}
-        | {"matrices": len(each), "unbounded": fmean(turn["bound"] > 1 for turn in each)}
-        for name, each in turns.items()
-    }
+    found["turns"] = {}
+    for name in dict.fromkeys(name for each in movements for name in each.turns):
+        turns = [each.turns[name] for each in movements if name in each.turns]
+        unbounded = fmean(turn.bound > 1 for turn in turns)
+        found["turns"][name] = [*(fmean(getattr(turn, key) for turn in turns) for key in TURN[:-1]), unbounded]
     return found

@@ -2,19 +2,24 @@
 
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
+
+import torch
 
 from experiments.heal.edit_stage import EDITS, measure_edits
 from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, run, sweep_cells
-from experiments.heal.records import Record, Records, open_records
+from experiments.heal.records import Record, Records, open_records, records_path
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
 from experiments.heal.sweep import FACTS, NOISE, RL, least_loss, measure_rl, measure_sweep, peak
-from mifo_lightning.lab.plan import commit
+from mifo_lightning.common.terminal import quiet
+from mifo_lightning.lab.cell import output_to
 
 RECORDS = "records.json"
+Stage = Callable[[Study, str], None]
 
 
 def run_study(study: Study) -> None:
@@ -30,8 +35,8 @@ def run_study(study: Study) -> None:
     _on_all_bases(study, measure_sweep)
     chosen = {base: peak(study, open_records(study, base)) for base in study.bases}
     run([cell for base, step in chosen.items() for cell in rl_cells(study, base, step).values()], study.jobs)
-    for measure in (measure_rl, measure_spectra, measure_edits):
-        _on_all_bases(study, measure)
+    for stage in (measure_rl, measure_spectra, measure_edits):
+        _on_all_bases(study, stage)
     text = json.dumps(collect(study), separators=(",", ":"))
     (study.out / RECORDS).write_text(text + "\n", encoding="utf-8")
 
@@ -40,7 +45,8 @@ def collect(study: Study) -> Record:
     """What the page is made of: the study, and the records of its bases without what only a rerun needs."""
     return {
         "study": study.content(),
-        "commit": commit(),
+        "commit": ", ".join(dict.fromkeys(c for base in study.bases for c in open_records(study, base).commits))
+        or None,
         "bases": {base: _collected(study, open_records(study, base)) for base in study.bases},
     }
 
@@ -67,16 +73,34 @@ def _shortened(value: Any) -> Any:
     """Three significant digits: these are means over matrices."""
     if isinstance(value, dict):
         return {key: _shortened(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shortened(each) for each in value]
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _on_all_bases(study: Study, measure: Callable[[Study, str], None]) -> None:
-    """Measure every base, `jobs` of them at once, each in a process of its own; one alone in this one."""
-    if study.jobs == 1 or len(study.bases) == 1:
-        for base in study.bases:
-            measure(study, base)
+def _on_all_bases(study: Study, stage: Stage) -> None:
+    """Measure every base, `jobs` of them at once, each in a process of its own; one at a time in this one."""
+    work = [partial(_measure, study, stage, base) for base in study.bases]
+    if study.jobs == 1 or len(work) == 1:
+        for measure in work:
+            print(measure(), flush=True)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(study.jobs, mp_context=context) as pool:
-        for done in [pool.submit(measure, study, base) for base in study.bases]:
-            done.result()
+    with multiprocessing.get_context("spawn").Pool(study.jobs) as pool:  # ended with this block, however it ends
+        for line in pool.imap_unordered(_call, work):
+            print(line, flush=True)
+
+
+def _measure(study: Study, stage: Stage, base: str) -> str:
+    """Measure a base; what evaluations print goes to its log. The line that says so."""
+    quiet()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    path = records_path(study, base)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with output_to(path.with_suffix(".log")):
+        stage(study, base)
+    return f"{stage.__name__.replace('_', ' ')} of {base}: {time.monotonic() - began:.0f} s"
+
+
+def _call(work: Callable[[], str]) -> str:
+    return work()

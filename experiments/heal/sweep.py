@@ -4,8 +4,6 @@ import json
 from functools import cache, partial
 from typing import Any
 
-import torch
-
 from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, checkpoint, rl_cells
 from experiments.heal.measure import Bench
 from experiments.heal.records import Record, Records, open_records
@@ -18,7 +16,6 @@ FACTS, NOISE, RL = "facts", "noise", "rl"
 
 def measure_sweep(study: Study, base: str) -> None:
     """Evaluate every checkpoint on val and test, the controls on test, and the end with other draws."""
-    torch.set_num_threads(1)
     records, bench = open_records(study, base), cache(partial(Bench, study, base))
 
     def on_test(run: str, step: int, draw: int = 0) -> Record:
@@ -45,7 +42,6 @@ def measure_sweep(study: Study, base: str) -> None:
 
 def measure_rl(study: Study, base: str) -> None:
     """Evaluate on test what every arm of stage 2 has made of its checkpoints."""
-    torch.set_num_threads(1)
     records, bench = open_records(study, base), cache(partial(Bench, study, base))
 
     def result(arm: str, step: int) -> Record:

@@ -10,6 +10,7 @@ from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED
 from experiments.heal.restoration import at_equal, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
+from experiments.heal.spectra import TURN
 from experiments.heal.verdict import NO_FALL, restored, told
 from mifo_lightning.lab.report.document import bracketed, number, probability
 from mifo_lightning.lab.report.statistics import Scores, interval, judge
@@ -111,10 +112,11 @@ def spectra_table(results: Results) -> str:
             values = [_mean_of(each, key) for key in ("relative_median", "relative_max", "values")]
             label = [pair, row, str(len(having)), *values]
             for k in each[0]["turns"]:
-                rows.append([*label, k, *_turn([one["turns"][k] for one in each])])
+                turns = [dict(zip(TURN, one["turns"][k], strict=True)) for one in each]
+                rows.append([*label, k, *_turn(turns)])
                 label = [""] * len(label)
     header = ["pair", "row", "bases", "rel. ds median", "max", "|ds| / |dW|", "k", "left angle, mean / max",
-              "right angle, mean / max", "projector distance, left / right", "energy / chance", "gap", "no bound"]  # fmt: skip
+              "right angle, mean / max", "distance, left / right", "energy / chance", "gap", "no bound"]  # fmt: skip
     return markdown(header, rows)
 
 
