@@ -43,10 +43,10 @@ def run_study(study: Study) -> None:
 
 def collect(study: Study) -> Record:
     """What the page is made of: the study, and the records of its bases without what only a rerun needs."""
+    commits = dict.fromkeys(commit for base in study.bases for commit in open_records(study, base).commits)
     return {
         "study": study.content(),
-        "commit": ", ".join(dict.fromkeys(c for base in study.bases for c in open_records(study, base).commits))
-        or None,
+        "commit": ", ".join(commits) or None,
         "bases": {base: _collected(study, open_records(study, base)) for base in study.bases},
     }
 
