@@ -14,7 +14,8 @@ same randomness. Further arguments, e.g. `--data.val.init_args.count 512`, chang
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from mifo_callbacks import top_mask
 from mifo_callbacks.thresholds import floor_share, random_scores
-from mifo_lightning.cli.command_line import make_cli
+from mifo_lightning.cli.command_line import MifoCLI, make_cli
 from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.cli.parts import METHOD, MONITORS
 from mifo_lightning.common.errors import InputError
@@ -81,24 +82,32 @@ def read_weights(directory: Path) -> Weights:
     return {name: p.detach().clone() for name, p in load_policy(str(directory)).model.named_parameters()}
 
 
-def make_evaluate(configs: list[Path], base: Path, changes: list[str]) -> Callable[[Weights], dict[str, float]]:
-    """A function that measures the metrics of `validate`, by name, with given weights in the model of `base`."""
+def make_run(configs: Sequence[Path | str], base: Path, changes: list[str]) -> MifoCLI:
+    """Model, data and trainer of an evaluation of `base` on `data.val` by these configurations; it writes nothing."""
     arguments = [text for config in configs for text in ("--config", str(config))]
     arguments += ["--model.model", str(base), "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
     arguments += ["--trainer.enable_checkpointing", "false"]
     arguments += [text for group in (*METHOD, *MONITORS) for text in (f"--{group}", "null")]
     OneLineParser.arguments = changes
     cli = make_cli([*arguments, *changes], run=False)
-    cli.model.policy = policy = load_policy(str(base), trust_remote_code=cli.model.loading.trust_remote_code)
+    cli.model.policy = load_policy(str(base), trust_remote_code=cli.model.loading.trust_remote_code)
+    return cli
 
-    def evaluate(weights: Weights) -> dict[str, float]:
-        with torch.no_grad():
-            for name, p in policy.model.named_parameters():
-                p.copy_(weights[name])
-        (metrics,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[:1]
-        return {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
 
-    return evaluate
+def evaluate(run: MifoCLI, weights: Weights) -> dict[str, float]:
+    """The metrics of `validate`, by name, with given weights in the model of a run."""
+    with torch.no_grad():
+        for name, p in run.model.policy.model.named_parameters():
+            p.copy_(weights[name])
+    (metrics,) = run.trainer.validate(run.model, run.datamodule, verbose=False)[:1]
+    return {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+
+
+def make_evaluate(
+    configs: Sequence[Path | str], base: Path, changes: list[str]
+) -> Callable[[Weights], dict[str, float]]:
+    """A function that measures the metrics of `validate`, by name, with given weights in the model of `base`."""
+    return partial(evaluate, make_run(configs, base, changes))
 
 
 def accuracies(points: list[Point]) -> list[str]:
@@ -159,14 +168,14 @@ def tuned_of(text: str) -> tuple[str, Path]:
 
 def measure(args: argparse.Namespace, changes: list[str]) -> list[Point]:
     """Evaluate every update at every share."""
-    evaluate = make_evaluate(args.config, args.base, changes)
+    measured = make_evaluate(args.config, args.base, changes)
     base = read_weights(args.base)
     points = []
     for label, directory in args.tuned:
         tuned = read_weights(directory)
         for share in args.shares:
             weights, norm_kept = prune(base, tuned, share, args.by, args.seed)
-            points.append(Point(label, share, norm_kept, evaluate(weights)))
+            points.append(Point(label, share, norm_kept, measured(weights)))
     return points
 
 

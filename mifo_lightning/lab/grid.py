@@ -217,8 +217,8 @@ def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
         "checkpoint.dirpath": str(directory / "checkpoints"),
         "data.schedule.fit_sizes": False,
     }
-    settings = [text for file in configs for text in ("--config", file)] + _flags(values)
-    return Cell(arm, base, seed, directory, tuple(settings), tuple(_flags(places)), configs, model, ablation.primary)
+    settings = [text for file in configs for text in ("--config", file)] + flags(values)
+    return Cell(arm, base, seed, directory, tuple(settings), tuple(flags(places)), configs, model, ablation.primary)
 
 
 def _logger(ablation: Ablation, name: str, directory: Path) -> Any:
@@ -236,7 +236,7 @@ def _logger(ablation: Ablation, name: str, directory: Path) -> Any:
     return {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": options}
 
 
-def _flags(values: Mapping[str, Any]) -> list[str]:
+def flags(values: Mapping[str, Any]) -> list[str]:
     """Arguments of a command line; what is no string is written as JSON, which YAML contains."""
     return [t for key, v in values.items() for t in (f"--{key}", v if isinstance(v, str) else json.dumps(v))]
 

@@ -37,21 +37,30 @@ CROSSED_BASES, CROSSED_SEEDS = 5, 3
 
 def read_ablation(path: Path, **changes: Any) -> Ablation:
     """The ablation that a YAML file describes, with some keys changed; raises InputError for what cannot be run."""
+    content = read_keys(path, "experiments/ablations/*.yaml")
+    for key in ("arms", "bases"):
+        if key in content and not (isinstance(content[key], dict) and content[key]):
+            raise InputError(f"{path}: {key}: expected at least one name with what it stands for, got {content[key]}")
+    for name, arm in content.get("arms", {}).items():
+        build(Arm, arm, f"{path}: arms.{name}")
+    ablation = replace(build(Ablation, content, str(path)), **changes)
+    _check(ablation, path)
+    return ablation
+
+
+Kind = TypeVar("Kind")
+
+
+def read_keys(path: Path, like: str) -> dict[str, Any]:
+    """What a YAML file says, interpolations resolved; InputError unless it has keys, such as those of files `like`."""
     try:
         raw = OmegaConf.load(path)
         content = OmegaConf.to_container(raw, resolve=True) if isinstance(raw, DictConfig) else None
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"--config {path}: cannot be read: {_one_line(error)}") from None
     if not isinstance(content, dict):
-        raise InputError(f"--config {path}: expected keys and values, such as those of experiments/ablations/*.yaml")
-    for key in ("arms", "bases"):
-        if key in content and not (isinstance(content[key], dict) and content[key]):
-            raise InputError(f"{path}: {key}: expected at least one name with what it stands for, got {content[key]}")
-    for name, arm in content.get("arms", {}).items():
-        _build(Arm, arm, f"{path}: arms.{name}")
-    ablation = replace(_build(Ablation, content, str(path)), **changes)
-    _check(ablation, path)
-    return ablation
+        raise InputError(f"--config {path}: expected keys and values, such as those of {like}")
+    return {str(key): value for key, value in content.items()}
 
 
 def check_bases(ablation: Ablation, needed: Collection[str]) -> None:
@@ -62,11 +71,9 @@ def check_bases(ablation: Ablation, needed: Collection[str]) -> None:
             raise InputError(f"bases.{name}: {directory} is no model directory{make}")
 
 
-Kind = TypeVar("Kind", Ablation, Arm)
-
-
-def _build(kind: type[Kind], content: Any, where: str) -> Kind:
-    allowed = [f.name for f in fields(kind)]
+def build(kind: type[Kind], content: Any, where: str) -> Kind:
+    """The dataclass `kind` from its keys and values; InputError, which begins with `where`, for what it cannot hold."""
+    allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if not isinstance(content, dict):
         raise InputError(f"{where}: expected {{}} or some of {', '.join(allowed)}; got {content}")
     unknown = [key for key in content if key not in allowed]

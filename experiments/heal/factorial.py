@@ -1,0 +1,228 @@
+"""Stages 4 and 5: every edit of a study and its controls, by name, each made only when it is evaluated.
+
+An edit changes the chosen matrices of the end; embedding, head and vectors stay the end's unless its name says so.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from typing import Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from experiments.heal import edits
+from experiments.heal.anatomy import Anatomy, anatomy
+from experiments.heal.changes import CHANGES, next_layer, orthonormal
+from experiments.heal.edits import End
+from experiments.heal.geometry import Svd, svd
+from experiments.heal.settings import Edits, dimension, share
+from experiments.prune_update import Weights, prune
+
+Family = Literal["rollback", "restoration", "published", "reverse", "random subspace", "interpolation", "random change"]
+CONTROLS: tuple[Family, ...] = ("random subspace", "interpolation", "random change")
+"""Families without which no table is written."""
+PROJECTIONS = {"block": edits.block, "either": edits.either}
+UNTRAINED = "rollback rows never trained"
+"""Rows of embedding and head of tokens that occur in nothing that is trained on."""
+COORDINATES = (0.25, 0.5, 0.75)
+"""Shares of random coordinates that are put back, the control that needs no spectrum."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One set of weights to evaluate.
+
+    Attributes:
+        name: What it is.
+        family: Edits of one family are compared alike.
+        make: The weights, and, as published, what else is to be printed.
+    """
+
+    name: str
+    family: Family
+    make: Callable[[], tuple[Weights, dict[str, float]]]
+
+
+class Editor:
+    """All edits of one base.
+
+    Args:
+        settings: Which there are.
+        peak, end: fp32 weights that are put back, and those of the end of SFT.
+        rl: What RL makes of the end.
+        matrices: Kinds of matrices that are edited, such as q_proj.
+        untrained: Token ids that occur in nothing that is trained on.
+    """
+
+    def __init__(
+        self, settings: Edits, peak: Weights, end: Weights, rl: Weights, matrices: list[str], untrained: list[int]
+    ) -> None:
+        self.settings, self.peak, self.end, self.rl = settings, peak, end, rl
+        self.anatomy: Anatomy = anatomy(end, matrices)
+        self.untrained = untrained
+        self.peak_svd, self.end_svd = (cache(partial(_svd_of, weights)) for weights in (peak, end))
+
+    def all(self) -> Iterator[Edit]:
+        """Every edit, the controls last."""
+        kinds: dict[str, Callable[[], Iterator[Edit]]] = {
+            "rollback": self.rollbacks,
+            "block": partial(self.projections, "block"),
+            "either": partial(self.projections, "either"),
+            "values": partial(self.by_spectrum, "values"),
+            "directions": partial(self.by_spectrum, "directions"),
+            "as_published": self.published,
+            "reverse": self.reverse,
+        }
+        for kind in self.settings.kinds:
+            yield from kinds[kind]()
+        yield from self.random_subspaces()
+        yield from self.interpolations()
+        yield from self.random_changes()
+
+    def rollbacks(self) -> Iterator[Edit]:
+        """The peak's own weights in place of the end's."""
+        a = self.anatomy
+        parts = {"everything": list(self.end), "all but the matrices": [n for n in self.end if n not in a.matrices]}
+        parts |= self.thirds() | a.kinds
+        parts |= {"embedding": a.embedding, "head": a.head, "norms and biases": a.vectors}
+        for part, names in parts.items():
+            if names:
+                yield self._edit(f"rollback {part}", "rollback", names, self.peak.__getitem__)
+        if self.untrained:
+            rows = [n for n in (*a.embedding, *a.head) if len(self.end[n]) > max(self.untrained)]
+            yield self._edit(UNTRAINED, "rollback", rows, self._rows)
+
+    def projections(self, kind: str) -> Iterator[Edit]:
+        """Top and tail subspaces of the peak, on each group of layers, at each dimension."""
+        for (part, names), end, k in product(self.groups().items(), get_args(End), self.settings.k):
+            change = partial(self._projected, kind, end, k)
+            yield self._edit(f"{kind} {end} {k}{part}", "restoration", names, change)
+
+    def by_spectrum(self, kind: str) -> Iterator[Edit]:
+        """The peak's singular values in the end's directions, or the other way round."""
+        make = {"values": edits.values, "directions": edits.directions}[kind]
+        for part, names in self.groups().items():
+            change = partial(lambda make, n: make(self.end_svd(n), self.peak_svd(n)), make)
+            yield self._edit(f"{kind}{part}", "restoration", names, change)
+
+    def published(self) -> Iterator[Edit]:
+        """`edits.as_published` on everything with two dimensions, embedding and head too, as the authors' code."""
+        names = [n for n, w in self.end.items() if w.ndim == 2]
+        width = max(min(self.end[n].shape) for n in names)
+        for pair, with_values in product(self.settings.published, (True, False)):
+            k_top, k_tail = (round(share(text) * width) for text in pair)
+            what = "values and directions" if with_values else "directions"
+            name = f"as published, {what}, top {pair[0]} tail {pair[1]}"
+            yield Edit(name, "published", partial(self._published, names, k_top, k_tail, with_values))
+
+    def reverse(self) -> Iterator[Edit]:
+        """Only the part of RL's change that lies inside, or only what lies outside, the end's own subspaces."""
+        yield Edit("rl", "reverse", lambda: (self.rl, {}))
+        for where, end, k in product(("inside", "outside"), get_args(End), self.settings.k):
+            change = partial(self._healed, where, end, k)
+            yield self._edit(f"rl {where} {end} {k}", "reverse", self.anatomy.matrices, change)
+
+    def random_subspaces(self) -> Iterator[Edit]:
+        """`block` and `either` with subspaces that are random, of the same dimensions."""
+        for (kind, make), k, seed in product(PROJECTIONS.items(), self.settings.k, range(self.settings.seeds)):
+            change = partial(self._at_random, make, k, seed)
+            yield self._edit(f"random {kind} {k}, {seed}", "random subspace", self.anatomy.matrices, change)
+
+    def interpolations(self) -> Iterator[Edit]:
+        """The matrices, and all weights, on the straight line from the peak (0) to the end (1)."""
+        for a in (0.0, *self.settings.interpolation, 1.0):
+            change = partial(lambda a, n: torch.lerp(self.peak[n].double(), self.end[n].double(), a), a)
+            yield self._edit(f"interpolation {a:g}", "interpolation", self.anatomy.matrices, change)
+            if 0 < a < 1:
+                yield self._edit(f"interpolation of all weights {a:g}", "interpolation", list(self.end), change)
+        for put_back in COORDINATES:
+            yield Edit(f"coordinates {put_back:g}", "interpolation", partial(self._coordinates, put_back))
+
+    def random_changes(self) -> Iterator[Edit]:
+        """The peak with its matrices changed at random by as much as SFT has changed them, and by SFT itself."""
+        yield self._of_peak("peak + SFT's change", lambda n: self.end[n])
+        for name, make in CHANGES.items():
+            change = partial(lambda make, n: self.peak[n].double() + make(self._change(n), self._draw(0, n)), make)
+            yield self._of_peak(f"peak + {name}", change)
+        moved = cache(self._next_layer)
+        yield self._of_peak("peak + next layer's change", lambda n: self.peak[n].double() + moved()[n])
+
+    def thirds(self) -> dict[str, list[str]]:
+        """The matrices, and each third of the layers that holds some."""
+        return {"matrices": self.anatomy.matrices} | {third: n for third, n in self.anatomy.thirds.items() if n}
+
+    def groups(self) -> dict[str, list[str]]:
+        """What projections are applied to, by the end of their names: all matrices, and each third if wanted."""
+        thirds = self.thirds() if self.settings.thirds else {}
+        return {"": self.anatomy.matrices} | {f", {name}": n for name, n in thirds.items() if name != "matrices"}
+
+    def norm(self, weights: Weights, names: Sequence[str] | None = None) -> float:
+        """L2 distance of the matrices, or of the named weights, from the peak."""
+        names = self.anatomy.matrices if names is None else names
+        return sum(float((weights[n].double() - self.peak[n].double()).square().sum()) for n in names) ** 0.5
+
+    def _edit(self, name: str, family: Family, names: Sequence[str], change: Callable[[str], Tensor]) -> Edit:
+        """The end with the named weights as `change` makes them."""
+        return Edit(name, family, lambda: ({**self.end, **{n: change(n).float() for n in names}}, {}))
+
+    def _of_peak(self, name: str, change: Callable[[str], Tensor]) -> Edit:
+        """The peak with its matrices as `change` makes them."""
+        return Edit(
+            name,
+            "random change",
+            lambda: ({**self.peak, **{n: change(n).float() for n in self.anatomy.matrices}}, {}),
+        )
+
+    def _change(self, name: str) -> Tensor:
+        return self.end[name].double() - self.peak[name].double()
+
+    def _projected(self, kind: str, end: End, k: str, name: str) -> Tensor:
+        of = self.peak_svd(name)
+        u, v = edits.bases(of, dimension(k, len(of.s)), end)
+        return PROJECTIONS[kind](self.end[name].double(), self.peak[name].double(), u, v)
+
+    def _healed(self, where: str, end: End, k: str, name: str) -> Tensor:
+        start, of = self.end[name].double(), self.end_svd(name)
+        change = self.rl[name].double() - start
+        part = edits.inside(change, *edits.bases(of, dimension(k, len(of.s)), end))
+        return start + (part if where == "inside" else change - part)
+
+    def _at_random(self, make: Callable[..., Tensor], k: str, seed: int, name: str) -> Tensor:
+        m, n = self.end[name].shape
+        draw, size = self._draw(seed, name), dimension(k, min(m, n))
+        u, v = orthonormal(m, size, draw), orthonormal(n, size, draw)
+        return make(self.end[name].double(), self.peak[name].double(), u, v)
+
+    def _next_layer(self) -> dict[str, Tensor]:
+        """SFT's change of each matrix as that of the same kind in the next layer."""
+        kinds = self.anatomy.kinds.values()
+        found = [zip(names, next_layer([self._change(n) for n in names]), strict=True) for names in kinds]
+        return {name: change for pairs in found for name, change in pairs}
+
+    def _published(self, names: list[str], k_top: int, k_tail: int, values: bool) -> tuple[Weights, dict[str, float]]:
+        made = {
+            n: edits.as_published(self.end_svd(n), self.peak_svd(n), k_top, k_tail, with_values=values) for n in names
+        }
+        weights = {n: self.peak[n] if one.early else one.weight.float() for n, one in made.items()}
+        early = sum(one.early for one in made.values()) / len(made)
+        worst = max(one.orthonormality for one in made.values())
+        return {**self.end, **weights}, {"orthonormality": worst, "early": early}
+
+    def _coordinates(self, put_back: float) -> tuple[Weights, dict[str, float]]:
+        peak, end = ({n: weights[n] for n in self.anatomy.matrices} for weights in (self.peak, self.end))
+        return {**self.end, **prune(peak, end, put_back, "random")[0]}, {}
+
+    def _rows(self, name: str) -> Tensor:
+        rows = self.end[name].clone()
+        rows[self.untrained] = self.peak[name][self.untrained]
+        return rows
+
+    def _draw(self, seed: int, name: str) -> Generator:
+        """A generator of the matrix's own."""
+        return Generator().manual_seed(10_000 * seed + self.anatomy.matrices.index(name))
+
+
+def _svd_of(weights: Weights, name: str) -> Svd:
+    return svd(weights[name])

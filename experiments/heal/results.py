@@ -1,0 +1,161 @@
+"""The records of a study as numbers by base, for its page."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.heal.edit_stage import EDITS
+from experiments.heal.factorial import CONTROLS
+from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, steps_of
+from experiments.heal.restoration import Fall, Share, at_equal, units
+from experiments.heal.settings import END, Start, Study
+from experiments.heal.spectra import REFERENCES, SPECTRA
+from experiments.heal.study import RECORDS
+from experiments.heal.sweep import NOISE, RL
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.lab.reading import build
+from mifo_lightning.lab.report.statistics import Scores
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    Attributes:
+        study: What was run; its places mean nothing here.
+        bases: Of each base its records, as `study.collect` writes them.
+        commit: The commit that ran it.
+    """
+
+    study: Study
+    bases: dict[str, dict[str, Any]]
+    commit: str | None
+
+    @cached_property
+    def edited(self) -> list[dict[str, Any]]:
+        """The bases that have edits: where the peak is not the end."""
+        return [base for base in self.bases.values() if base[EDITS]]
+
+    @property
+    def edits(self) -> list[str]:
+        """Their names, in the order in which they were made; those that every edited base has."""
+        found = [base[EDITS] for base in self.edited]
+        return [name for name in (found[0] if found else []) if all(name in each for each in found)]
+
+    def family(self, edit: str) -> str:
+        """The family of an edit."""
+        return str(self.edited[0][EDITS][edit]["family"])
+
+    def step(self, base: dict[str, Any], start: Start) -> int:
+        """The step of the sweep that a start means on a base."""
+        (step,) = steps_of(self.study, [start], base["peak"])
+        return step
+
+    def swept(self, start: Start, metric: str, run: str = SWEEP) -> Scores:
+        """A metric on test at a checkpoint: [bases, 1]."""
+        return self.at_steps([self.step(base, start) for base in self.bases.values()], metric, run)
+
+    def at_steps(self, steps: Sequence[int], metric: str, run: str = SWEEP) -> Scores:
+        """A metric on test after so many steps of a run, for each base its own: [bases, 1]."""
+        pairs = zip(self.bases.values(), steps, strict=True)
+        return units([_of(base[run], str(step), metric) for base, step in pairs])
+
+    def signal(self, start: Start, key: str) -> Scores:
+        """What RL would have to work with at a checkpoint: [bases, 1]."""
+        values = [base[SWEEP][str(self.step(base, start))]["signal"][key] for base in self.bases.values()]
+        return units(values)
+
+    def after(self, arm: str, start: Start, metric: str) -> Scores:
+        """A metric on test after an arm of stage 2: [bases, 1]."""
+        return units([_of(base[RL], f"{arm}/{self.step(base, start)}", metric) for base in self.bases.values()])
+
+    def edit(self, name: str, metric: str) -> Scores:
+        """A metric on test of an edit: [edited bases, 1]."""
+        return units([_of(base[EDITS], name, metric) for base in self.edited])
+
+    def norm(self, name: str) -> Scores:
+        """Distance of the matrices from the peak over that of the end: [edited bases, 1]."""
+        return units([base[EDITS][name]["norm"] / base[EDITS]["interpolation 1"]["norm"] for base in self.edited])
+
+    def over_interpolation(self, name: str) -> Scores:
+        """OOD of an edit minus that of the interpolation of equal ID accuracy: [edited bases, 1]."""
+        x, y = self.study.matched, self.study.ood
+        found = []
+        for base in self.edited:
+            path = [(_of(base[EDITS], each, x), _of(base[EDITS], each, y)) for _, each in interpolations(base)]
+            found.append(_of(base[EDITS], name, y) - at_equal(path, _of(base[EDITS], name, x)))
+        return units(found)
+
+    def over_equal_norm(self, name: str, metric: str) -> Scores:
+        """A metric of an edit minus that of the interpolation as far from the peak: [edited bases, 1]; NaN beyond."""
+        found = []
+        for base, norm in zip(self.edited, self.norm(name)[:, 0], strict=True):
+            path = [(a, _of(base[EDITS], each, metric)) for a, each in interpolations(base)]
+            far = norm > 1 + 1e-6
+            found.append(np.nan if far else _of(base[EDITS], name, metric) - at_equal(path, min(norm, 1.0)))
+        return units(found)
+
+    def falls(self, start: Start = END) -> dict[str, Fall]:
+        """What was lost of OOD from the peak to a checkpoint after it, by base; not of bases where it comes before."""
+        found = {}
+        for name, base in self.bases.items():
+            questions = base["questions"][self.study.ood.rpartition("/")[0]]
+            steps = (base["peak"], self.step(base, start))
+            if steps[0] < steps[1] or start == END:
+                found[name] = Fall(*(Share(_of(base[SWEEP], str(s), self.study.ood), questions) for s in steps))
+        return found
+
+
+def interpolations(base: dict[str, Any]) -> list[tuple[float, str]]:
+    """Share of the change that is kept, and the name, of every interpolation of the matrices, by the share."""
+    names = (re.fullmatch(r"interpolation ([\d.]+)", name) for name in base[EDITS])
+    return sorted((float(found[1]), found[0]) for found in names if found)
+
+
+def read_results(directory: Path) -> Results:
+    """The results in a directory; InputError if there are none, or if a control is missing."""
+    path = directory / RECORDS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        plan = content["study"]
+        study = build(Study, {**plan, "bases": {n: n for n in plan["bases"]}, "out": str(directory)}, str(path))
+        results = Results(study, content["bases"], content["commit"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--report {directory}: no readable {RECORDS}: {type(error).__name__}: {error}") from None
+    for name, base in results.bases.items():
+        if missing := missing_controls(study, base):
+            raise InputError(f"{path}: {name}: no {missing[0]}; a table without its controls is not written")
+    return results
+
+
+def missing_controls(study: Study, base: dict[str, Any]) -> list[str]:
+    """What is absent of the controls of every stage."""
+    wanted = {
+        "sweep at half rate": set(base.get(HALF_RATE, ())) >= set(map(str, study.sweep.steps)),
+        "run of another seed": bool(base.get(OTHER_SEED)),
+        "other draws": bool(base.get(NOISE)),
+        "RL from the base": f"{study.main}/0" in base.get(RL, {}),
+        "RL without updates": f"{NO_UPDATE}/{study.last}" in base.get(RL, {}),
+    }
+    wanted["spectra of base -> end"] = "base -> end" in base.get(SPECTRA, {})
+    for pair, rows in base.get(SPECTRA, {}).items():
+        needed = set(REFERENCES) - ({"other seed"} if pair == "end -> rl" else set())
+        wanted[f"reference rows of {pair}"] = needed <= set(rows)
+    if base["peak"] != study.last:
+        families = {record["family"] for record in base.get(EDITS, {}).values()}
+        wanted |= {f"control edits of family {family}": family in families for family in CONTROLS}
+        wanted["edit named in edits.primary"] = study.edits.primary in base.get(EDITS, {})
+    return [name for name, there in wanted.items() if not there]
+
+
+def _of(stage: dict[str, Any], name: str, metric: str) -> float:
+    value = stage.get(name, {}).get("test", {}).get(metric)
+    return float("nan") if value is None else float(value)

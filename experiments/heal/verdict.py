@@ -1,0 +1,143 @@
+"""What a study shows, in sentences: the fall, what RL brings back, and the edit that was named beforehand."""
+
+import numpy as np
+
+from experiments.heal.factorial import UNTRAINED
+from experiments.heal.restoration import ERRORS, fall_over_bases, units
+from experiments.heal.results import Results
+from experiments.heal.settings import END, PEAK, Start
+from mifo_lightning.lab.report.document import bracketed, probability
+from mifo_lightning.lab.report.statistics import ALPHA, Comparison, Interval, Scores, bases_needed, interval, judge
+
+NO_FALL = "no fall to restore"
+
+
+def verdict(results: Results) -> list[str]:
+    """Paragraphs: the fall, the peak against the least loss, RL from the end, the primary edit, what to trust."""
+    return [
+        _fall(results),
+        *_rows(results),
+        *_regret(results),
+        _healing(results),
+        *_edit(results),
+        _caveats(results),
+    ]
+
+
+def restored(results: Results, arm: str, start: Start) -> Scores:
+    """R of an arm on the bases whose fall exceeds its noise: [those bases, 1]; none unless it does over bases too."""
+    after = dict(zip(results.bases, results.after(arm, start, results.study.ood)[:, 0], strict=True))
+    falls = results.falls(start) if is_fallen(results, start) else {}
+    return units([fall.restored(after[base]) for base, fall in falls.items() if fall.real])
+
+
+def is_fallen(results: Results, start: Start = END) -> bool:
+    """Whether OOD falls from peak to a checkpoint by more than its noise over bases; one base: over questions."""
+    falls = list(results.falls(start).values())
+    return falls[0].real if len(falls) == 1 else bool(falls) and fall_over_bases(falls)[1]
+
+
+def primary(results: Results) -> Comparison | None:
+    """The primary edit minus the interpolation of equal ID accuracy; None without edits."""
+    name = results.study.edits.primary
+    return judge({name: results.over_interpolation(name)})[name] if results.edited else None
+
+
+def _fall(results: Results) -> str:
+    falls = list(results.falls().values())
+    (found, _), real = fall_over_bases(falls), sum(fall.real for fall in falls)
+    steps = ", ".join(f"{base['peak']}" for base in results.bases.values())
+    text = f"Out of distribution, peak (chosen on val, at SFT step {steps}) minus end: {told(found)}"
+    text += f"; on {real} of {len(results.bases)} bases by more than {ERRORS:g} standard errors over questions."
+    if is_fallen(results):
+        return text
+    return f"**{NO_FALL.capitalize()}.** {text}"
+
+
+def _rows(results: Results) -> list[str]:
+    """What is left of the fall without rows of embedding and head that training can only push away."""
+    if UNTRAINED not in results.edits:
+        return []
+    ood = results.study.ood
+    back, end = (results.edit(name, ood) for name in (UNTRAINED, "interpolation 1"))
+    text = "Put back the rows of embedding and head of tokens that training never shows, and OOD at the end changes by"
+    return [f"{text} {told(interval(back - end))}: what changes so is no loss of the layers."]
+
+
+def _regret(results: Results) -> list[str]:
+    """What choosing by loss costs."""
+    lines = []
+    peak = results.swept(PEAK, results.study.ood)
+    for key, what in (("least test loss", "unseen"), ("least train loss", "seen")):
+        steps = [base[key] for base in results.bases.values()]
+        if all(step is not None for step in steps):
+            chosen = results.at_steps(steps, results.study.ood)
+            lines.append(f"of least loss on {what} ID questions {told(interval(peak - chosen))}")
+    return [f"OOD of the peak minus that of the checkpoint {'; '.join(lines)}."] if lines else []
+
+
+def _healing(results: Results) -> str:
+    """What RL from the end does, and what the same does without learning."""
+    study = results.study
+    gain = results.after(study.main, END, study.ood) - results.swept(END, study.ood)
+    text = f"{study.main} from the end changes OOD by {told(interval(gain))}"
+    if not is_fallen(results):
+        return f"{text}. R = (RL - end) / (peak - end) is undefined: {NO_FALL}."
+    shares = restored(results, study.main, END)
+    return f"{text}; R = (RL - end) / (peak - end) is {told(interval(shares))} on the {len(shares)} bases with a fall."
+
+
+def _edit(results: Results) -> list[str]:
+    study, found = results.study, primary(results)
+    if found is None:
+        return ["No edits: the peak is the end on every base."]
+    name = study.edits.primary
+    text = f"OOD of `{name}` minus interpolation at equal {study.matched}: delta = {told(found.difference)}"
+    counted = f"{found.ahead} of {found.bases} bases ahead"
+    if not study.verdict:
+        lines = [f"{text}, {counted}; described, not judged."]
+    elif not is_fallen(results):
+        lines = [f"{text}, {counted}; {NO_FALL}, so that this says nothing of restoration."]
+    else:
+        lines = [f"**{_judged(found)}**: delta = {told(found.difference)}, p = {probability(found.p)}, {counted}."]
+    equal = interval(results.over_equal_norm(name, study.ood))
+    lost = interval(results.over_equal_norm(name, study.matched))
+    lines.append(f"At equal |W - peak| it is {told(equal)} in OOD and {told(lost)} in {study.matched}.")
+    lines.append(
+        f"Random subspaces of the same dimension, on the same measure: {told(interval(_random(results, name)))}."
+    )
+    return lines
+
+
+def _judged(found: Comparison) -> str:
+    what = "interpolation at equal ID accuracy"
+    if not found.significant:
+        return f"Top-k restoration is not told from {what}"
+    return f"Top-k restoration {'beats' if found.difference.mean > 0 else 'loses to'} {what}"
+
+
+def _random(results: Results, name: str) -> Scores:
+    """Mean over seeds of what random subspaces of the edit's kind and dimension gain over interpolation."""
+    kind, _, k = name.split()[:3]
+    seeds = range(results.study.edits.seeds)
+    return np.mean([results.over_interpolation(f"random {kind} {k}, {seed}") for seed in seeds], axis=0)
+
+
+def _caveats(results: Results) -> str:
+    bases, study = len(results.bases), results.study
+    text = "Intervals are 95 %, Student's t over bases. "
+    if bases == 1:
+        text = "There is one base: nothing is known about other bases, and nothing has an interval. "
+    elif bases < bases_needed(1):
+        text += f"With {bases} bases no difference can be significant: {bases_needed(1)} are needed. "
+    text += (
+        "The primary edit was named before it was run and is tested as it is (p: the larger of Student's t and of "
+        f"sign flips of bases, level {ALPHA:.2f}); every other row is exploratory. The peak is chosen on val and all "
+        "is reported on test. Bases that show no fall of their own have no R."
+    )
+    return text if study.verdict else f"{text} This study describes."
+
+
+def told(found: Interval) -> str:
+    """A signed mean and its interval."""
+    return bracketed(found, "+")

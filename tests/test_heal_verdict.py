@@ -1,0 +1,248 @@
+"""What the heal study says: R only where there is a fall, edits against interpolation, no table without controls."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.heal.__main__ import main
+from experiments.heal.report import write_report
+from experiments.heal.restoration import Fall, Share, at_equal, fall_over_bases, pareto
+from experiments.heal.results import read_results
+from experiments.heal.settings import Edits, Stage, Study, Sweep
+from experiments.heal.spectra import REFERENCES, TURN
+from experiments.heal.tables import rl_table
+from experiments.heal.verdict import verdict
+from mifo_lightning.common.errors import InputError
+
+SEEN, ID, OOD = "seen/avg@1", "unseen/avg@1", "ood/avg@1"
+PRIMARY = "either top 1/4"
+
+
+def fall(peak: float, end: float, questions: int = 1000) -> Fall:
+    return Fall(Share(peak, questions), Share(end, questions))
+
+
+def test_restoration_is_the_share_of_the_fall_that_came_back() -> None:
+    found = fall(0.3, 0.1)
+    assert found.real
+    assert [found.restored(after) for after in (0.1, 0.2, 0.3, 0.05)] == pytest.approx([0.0, 0.5, 1.0, -0.25])
+
+
+def test_there_is_no_share_of_a_fall_within_two_standard_errors() -> None:
+    error = math.sqrt(0.2 * 0.8 / 1000 + 0.16 * 0.84 / 1000)
+    assert fall(0.2, 0.16).error == pytest.approx(error)
+    assert 2 * error < 0.04
+    assert fall(0.2, 0.16).real
+    for none in (fall(0.2, 0.17), fall(0.2, 0.2), fall(0.1, 0.3), fall(0.2, 0.16, questions=500)):
+        assert not none.real
+        assert math.isnan(none.restored(0.2))
+
+
+def test_a_fall_must_exceed_its_noise_over_bases_too() -> None:
+    assert fall_over_bases([fall(0.3, 0.1), fall(0.32, 0.1), fall(0.28, 0.1)])[1]
+    found, real = fall_over_bases([fall(0.9, 0.1), fall(0.1, 0.3), fall(0.2, 0.1)])
+    assert not real
+    assert found.mean == pytest.approx(0.7 / 3)
+    assert not fall_over_bases([fall(0.9, 0.1)])[1]
+
+
+def test_the_path_is_read_at_equal_values() -> None:
+    path = [(0.2, 0.10), (0.4, 0.20), (0.8, 0.00)]
+    assert at_equal(path, 0.3) == pytest.approx(0.15)
+    assert at_equal(path, 0.6) == pytest.approx(0.10)
+    assert (at_equal(path, 0.1), at_equal(path, 0.9)) == (0.10, 0.00)  # beyond its ends: the nearest point
+    assert at_equal([*path, (0.4, 0.4)], 0.6) == pytest.approx((0.10 + 0.20) / 2)  # it passes twice
+    assert at_equal(path[::-1], 0.3) == pytest.approx(0.15)
+
+
+def test_the_front_holds_what_nothing_else_beats() -> None:
+    assert pareto([(1, 3), (2, 2), (3, 1), (2, 1), (1, 2), (3, 1)]) == [(1, 3), (2, 2), (3, 1)]
+
+
+def study() -> Study:
+    return Study(
+        name="pretend",
+        config=["points"],
+        bases={},
+        id=ID,
+        id_seen=SEEN,
+        ood=OOD,
+        evaluation={"val": {}, "test": {}},
+        sweep=Sweep(steps=[0, 4, 9]),
+        rl={"grpo": Stage(start=[0, "end"])},
+        edits=Edits(primary=PRIMARY, kinds=["either"], k=["1/4"], thirds=False, seeds=1, interpolation=[0.5]),
+        out=Path("out"),
+    )
+
+
+def base(peak: float, end: float, healed: float, edit: float, noise: float) -> dict[str, Any]:
+    """Records of a base whose peak is step 4; `edit` is what the primary edit gains over interpolation."""
+
+    def test(seen: float, ood: float) -> dict[str, Any]:
+        return {"test": {SEEN: seen, ID: 0.1, OOD: ood + noise}}
+
+    signal = {"groups with signal": 0.5, "positive": 0.4, "advantage entropy": 2.0}
+    points = {"0": test(0.2, peak - 0.05), "4": test(0.4, peak), "9": test(0.8, end)}
+    row = {"relative_median": 0.1, "relative_max": 0.1, "values": 0.1, "norm": 1.0, "turns": {"1": [1.0] * len(TURN)}}
+    interpolated = {"0": (0.4, peak), "0.5": (0.6, (peak + end) / 2), "1": (0.8, end)}
+    edits = {
+        f"interpolation {a}": {"family": "interpolation", "norm": 2 * float(a), **test(*place)}
+        for a, place in interpolated.items()
+    }
+    # at equal seen accuracy interpolation has a quarter of the fall left
+    edits[PRIMARY] = {"family": "restoration", "norm": 1.0, **test(0.5, peak - (peak - end) / 4 + edit)}
+    edits["random either 1/4, 0"] = {"family": "random subspace", "norm": 1.5, **test(0.6, end)}
+    edits["peak + gauss"] = {"family": "random change", "norm": 2.0, **test(0.4, peak)}
+    return {
+        "peak": 4,
+        "least train loss": 9,
+        "least test loss": 0,
+        "questions": {"ood": 1000},
+        "sweep": {step: {**each, "signal": signal} for step, each in points.items()},
+        "half rate": points,
+        "other seed": {"9": test(0.8, end)},
+        "noise": {"1": test(0.8, end), "2": test(0.8, end)},
+        "rl": {"grpo/0": test(0.2, peak), "grpo/9": test(0.8, healed), "no update/9": test(0.8, end)},
+        "spectra": {"base -> end": dict.fromkeys(("change", *REFERENCES), row)},
+        "edits": edits,
+    }
+
+
+def write(directory: Path, bases: dict[str, dict[str, Any]]) -> Path:
+    for each in bases.values():
+        for record in each["rl"].values():
+            record |= {"optimizer steps": 12, "norm": 0.0}
+    content = {"study": {**study().content(), "bases": list(bases)}, "commit": None, "bases": bases}
+    (directory / "records.json").write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+def several(number: int = 8, **values: Any) -> dict[str, dict[str, Any]]:
+    """Bases that differ a little; a callable value is given the number of the base."""
+    found = {"peak": 0.3, "end": 0.1, "healed": 0.2, "edit": 0.0, **values}
+    noise = np.linspace(-0.01, 0.01, number)
+    return {
+        f"b{i}": base(**{k: v(i) if callable(v) else v for k, v in found.items()}, noise=float(noise[i]))
+        for i in range(number)
+    }
+
+
+def said(directory: Path, bases: dict[str, dict[str, Any]]) -> str:
+    return "\n".join(verdict(read_results(write(directory, bases))))
+
+
+def test_half_of_the_fall_comes_back(tmp_path: Path) -> None:
+    text = said(tmp_path, several())
+    assert "peak (chosen on val, at SFT step 4, 4, 4, 4, 4, 4, 4, 4) minus end: +0.200 [+0.200, +0.200]" in text
+    assert "R = (RL - end) / (peak - end) is +0.500 [+0.500, +0.500] on the 8 bases with a fall." in text
+    table = rl_table(read_results(tmp_path))
+    (end,) = [line for line in table.splitlines() if line.startswith("| grpo | end |")]
+    assert "+0.500 [+0.500, +0.500] (8)" in end
+    (still,) = [line for line in table.splitlines() if line.startswith("| no update |")]
+    assert still.count("+0.000 [+0.000, +0.000]") == 4  # three accuracies, and R
+
+
+def test_without_a_fall_nothing_is_restored_whatever_the_edit_does(tmp_path: Path) -> None:
+    text = said(tmp_path, several(peak=0.1, end=0.1, edit=lambda i: 0.05 + 0.001 * i))
+    assert text.startswith("**No fall to restore.** Out of distribution")
+    assert "is undefined: no fall to restore." in text
+    assert "so that this says nothing of restoration" in text
+    assert "beats" not in text
+    assert "| no fall to restore |" in rl_table(read_results(tmp_path))
+
+
+def test_falls_of_some_bases_alone_are_none(tmp_path: Path) -> None:
+    text = said(tmp_path, several(peak=lambda i: 0.5 if i < 2 else 0.1, end=0.12))
+    assert text.startswith("**No fall to restore.**")
+    assert "on 2 of 8 bases" in text
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda i: 0.05 + 0.002 * i, "Top-k restoration beats interpolation at equal ID accuracy"),
+        (lambda i: -0.05 - 0.002 * i, "Top-k restoration loses to interpolation at equal ID accuracy"),
+        (lambda i: 0.05 * (-1) ** i, "Top-k restoration is not told from interpolation at equal ID accuracy"),
+    ],
+)
+def test_the_primary_edit_is_judged_over_bases(tmp_path: Path, edit: Any, words: str) -> None:
+    text = said(tmp_path, several(edit=edit))
+    expected = np.mean([edit(i) for i in range(8)])
+    assert f"**{words}**: delta = {expected:+.3f} [" in text
+    # as far from the peak as a = 0.5: more OOD by a quarter of the fall, less of what was learned
+    assert f"At equal |W - peak| it is {expected + 0.05:+.3f} [" in text
+    assert "in OOD and -0.100 [-0.100, -0.100] in seen/avg@1" in text
+
+
+def test_too_few_bases_are_never_enough(tmp_path: Path) -> None:
+    text = said(tmp_path, several(number=4, edit=lambda i: 0.05 + 0.001 * i))
+    assert "is not told from" in text
+    assert "With 4 bases no difference can be significant: 6 are needed." in text
+
+
+def test_bases_whose_peak_is_the_end_have_no_edits(tmp_path: Path) -> None:
+    bases = several(edit=lambda i: 0.05 + 0.001 * i)
+    bases["b0"] |= {"peak": 9, "edits": {}}
+    assert "7 of 7 bases ahead" in said(tmp_path, bases)
+    for each in bases.values():
+        each |= {"peak": 9, "edits": {}}
+    assert "No edits: the peak is the end on every base." in said(tmp_path, bases)
+    assert write_report(tmp_path).read_text().count("## ") > 5
+
+
+def test_the_page_is_remade_from_its_records(tmp_path: Path) -> None:
+    page = write_report(write(tmp_path, several()))
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(first) == {"records.json", "report.md", "curve.svg", "window.svg", "front.svg"}
+    assert main(["--report", str(tmp_path)]) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+    text = page.read_text(encoding="utf-8")
+    assert "| either top 1/4 (primary) | restoration |" in text
+    tables = [block for block in text.split("\n\n") if block.startswith("| ")]
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+    (named,) = [line for line in text.splitlines() if line.startswith("| peak: highest OOD on val")]
+    assert "0.300 [" in named
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "missing"),
+    [
+        ("half rate", "4", "sweep at half rate"),
+        ("other seed", "9", "run of another seed"),
+        ("rl", "grpo/0", "RL from the base"),
+        ("rl", "no update/9", "RL without updates"),
+        ("edits", "random either 1/4, 0", "control edits of family random subspace"),
+        ("edits", "peak + gauss", "control edits of family random change"),
+        ("edits", PRIMARY, "edit named in edits.primary"),
+    ],
+)
+def test_a_page_without_a_control_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, name: str, missing: str
+) -> None:
+    bases = several()
+    del bases["b3"][stage][name]
+    assert main(["--report", str(write(tmp_path, bases))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"b3: no {missing}; a table without its controls is not written" in line
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_pair_without_its_reference_rows_is_refused(tmp_path: Path) -> None:
+    bases = several()
+    bases["b0"]["spectra"]["base -> end"] = {"change": bases["b0"]["spectra"]["base -> end"]["change"]}
+    with pytest.raises(InputError, match="b0: no reference rows of base -> end"):
+        read_results(write(tmp_path, bases))
+
+
+def test_a_directory_without_records_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--report", str(tmp_path)]) == 2
+    assert "no readable records.json" in capsys.readouterr().err
+    (tmp_path / "records.json").write_text("{}", encoding="utf-8")
+    assert main(["--report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --report {tmp_path}: no readable records.json")
