@@ -43,11 +43,11 @@ def right(model: PreTrainedModel, questions: Questions) -> Tensor:
 def accuracy(
     model: PreTrainedModel, questions: Questions, parts: Collection[Part] = (), by: Outputs | None = None
 ) -> float:
-    """The share that is answered right, with the outputs of `parts` taken from `by`."""
+    """The share that is answered right, with the outputs of `parts`, if there are any, taken from `by`."""
     if by is None:
-        return float(right(model, questions).float().mean())
+        return float(right(model, questions).double().mean())
     with replaced(model, parts, by):
-        return float(right(model, questions).float().mean())
+        return float(right(model, questions).double().mean())
 
 
 def necessity(

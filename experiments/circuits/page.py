@@ -98,23 +98,20 @@ def _lines(results: Results) -> Iterator[str]:
     yield from ("## What is each part needed for?", "", *_necessities(results))
     yield from ("## What this cannot say", LIMITS)
     seconds = [record["cpu_seconds"] for record in results.records.values()]
-    yield f"{len(seconds)} models were measured in {sum(seconds) / 60:.0f} CPU minutes, at most {max(seconds):.0f} s each."
+    yield f"{len(seconds)} models took {sum(seconds) / 60:.0f} CPU minutes, {max(seconds):.0f} s the slowest."
 
 
 def _setting(study: dict[str, Any]) -> str:
     """How everything was measured."""
-    begin = f"the first {study['given']} tokens" if study["given"] > 1 else "the first token"
-    after = (
-        f", after {begin} of the demonstration, gives the rest of it" if study["given"] else " gives the demonstration"
-    )
     return (
-        f"Accuracy is the share of {study['questions']} {study['split']} questions for which greedy decoding{after} word "
-        "for word. A part is ablated by putting the mean of its outputs over as many other questions of the skill in "
-        "its place, position by position (where a table says resampled, its output for another question). A head's "
-        "output is what enters `o_proj`. A circuit is the set of heads, grown in the order of their necessity, that "
-        f"keeps {study['kept']:.0%} of the accuracy with all other heads at their mean and every MLP at work; a skill "
-        f"with an accuracy below {study['least']:g} has none. Means [95 % intervals by Student's t] over "
-        f"{len(study['bases'])} bases at most; all but the primary comparison is exploratory, not corrected for number."
+        f"Accuracy is the share of {study['questions']} {study['split']} questions for which greedy decoding gives "
+        f"the demonstration word for word (tokens of it that are given: {study['given']}). A part is ablated by "
+        "putting the mean of its outputs over as many other questions of the skill in its place, position by position (where a "
+        "table says resampled, its output for another question). A head's output is what enters `o_proj`. A circuit is "
+        f"the set of heads, grown in the order of their necessity, that keeps {study['kept']:.0%} of the accuracy with "
+        "all other heads at their mean and every MLP at work; a skill with an accuracy below "
+        f"{study['least']:g} has none. Means [95 % intervals by Student's t] over {len(study['bases'])} bases at most; "
+        "all but the primary comparison is exploratory and not corrected for number."
     )
 
 
@@ -165,8 +162,8 @@ def _likeness(results: Results) -> Iterator[str]:
         rows.append([skill, "*base, other questions*", same, chance, "", order, ""])
     yield (
         "Jaccard index of the circuit with the base's, and Spearman's correlation of the heads' necessities with the "
-        "base's, where both models have a circuit. Chance: as many random heads in the place of the trained model's. "
-        "Random change: the base with every weight matrix changed at random by as much (L2) as training changed it. The "
+        "base's, where both models have a circuit. Chance: as many random heads in place of the trained model's. "
+        "Random change: the base with every weight matrix changed at random by as much (L2) as in training. The "
         "base on other questions, for scores and means alike, is as like itself as can be measured."
     )
     yield ""
@@ -188,7 +185,7 @@ def _necessities(results: Results) -> Iterator[str]:
         for arm in (BASE, *results.arms):
             cells = []
             for place in columns.values():
-                finds = [necessity_of(skill, how, lambda order, at=place: order[at]) for how in ("mean", "resampled")]
+                finds = [necessity_of(skill, how, place) for how in ("mean", "resampled")]
                 cells.append(" / ".join(number(float(np.mean(results.values(arm, find)))) for find in finds))
             rows.append([skill, arm, *cells])
     yield (

@@ -194,18 +194,17 @@ class Bench:
 
 
 def measure(study: Study) -> Iterator[str]:
-    """Measure what has no record yet, base by base; a line for each record, and each run that is not there."""
-    write_json(
-        study.out / "study.json",
-        {**study.measured, "bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm},
-    )
-    for base, directory in study.bases.items():
-        if not (directory / "config.json").is_file():
-            make = f"; make it with `{study.make_bases}`" if study.make_bases else ""
-            raise InputError(f"bases.{base}: {directory} is no model directory{make}")
+    """Measure what has no record yet, base by base; a line for each record, and each run that is not there.
+
+    Raises:
+        InputError: A base is missing, or a run started from another; before anything is measured.
+    """
+    runs = {base: _runs(study, base) for base in study.bases}
+    about = {"bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm}
+    write_json(study.out / "study.json", {**study.measured, **about})
+    for base, of_arms in runs.items():
         bench: Bench | None = None
-        for arm in (BASE, *study.arms):
-            run = None if arm == BASE else find_run(study, arm, base)
+        for arm, run in of_arms.items():
             if arm != BASE and run is None:
                 yield f"{arm}/{base}: no finished run below {study.runs / slug(arm) / slug(base)}, left out"
                 continue
@@ -218,6 +217,15 @@ def measure(study: Study) -> Iterator[str]:
             seconds = time.process_time() - began
             write_json(path, {"key": key, "cpu_seconds": round(seconds, 1), **found})
             yield f"{arm}/{base}: {seconds:.0f} CPU seconds"
+
+
+def _runs(study: Study, base: str) -> dict[str, Path | None]:
+    """The base first, which has no run, then the run of every arm from it."""
+    directory = study.bases[base]
+    if not (directory / "config.json").is_file():
+        make = f"; make it with `{study.make_bases}`" if study.make_bases else ""
+        raise InputError(f"bases.{base}: {directory} is no model directory{make}")
+    return {BASE: None, **{arm: find_run(study, arm, base) for arm in study.arms}}
 
 
 def record_path(out: Path, arm: str, base: str) -> Path:

@@ -127,14 +127,14 @@ def alike(skill: str, which: str, measure: str) -> Find:
     return find
 
 
-def necessity_of(skill: str, how: str, parts: Callable[[list[str]], list[str]]) -> Find:
-    """The mean necessity of parts that are chosen from all, heads in the order of their necessity in the base."""
+def necessity_of(skill: str, how: str, places: slice) -> Find:
+    """The mean necessity of parts by their place: heads by necessity in their base, the first first, then MLPs."""
 
     def find(record: Record, of_base: Record) -> float:
         known = of_base["skills"][skill]["mean"]
-        order = sorted(
-            known, key=lambda part: (part.endswith("mlp"), 0.0 if part.endswith("mlp") else -known[part], part)
-        )
-        return float(np.mean([record["skills"][skill][how][part] for part in parts(order)]))
+        heads = [part for part in known if not part.endswith("mlp")]
+        order = sorted(heads, key=lambda head: (-known[head], head))
+        order += [part for part in known if part.endswith("mlp")]
+        return float(np.mean([record["skills"][skill][how][part] for part in order[places]]))
 
     return find
