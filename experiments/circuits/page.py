@@ -66,7 +66,7 @@ def primary_line(results: Results) -> str:
     return (
         f"{named} what the base's circuit restores minus what as many random heads restore: "
         f"{bracketed(compared.difference, '+')}, {compared.bases} of {len(results.study['bases'])} bases, "
-        f"p = {probability(compared.p)}, {word}. Most of these skills is lost in {most}."
+        f"p = {probability(compared.p)}, {word}. The arm that lost most of them: {most}."
     )
 
 
@@ -106,12 +106,12 @@ def _setting(study: dict[str, Any]) -> str:
     return (
         f"Accuracy is the share of {study['questions']} {study['split']} questions for which greedy decoding gives "
         f"the demonstration word for word (tokens of it that are given: {study['given']}). A part is ablated by "
-        "putting the mean of its outputs over as many other questions of the skill in its place, position by position (where a "
-        "table says resampled, its output for another question). A head's output is what enters `o_proj`. A circuit is "
-        f"the set of heads, grown in the order of their necessity, that keeps {study['kept']:.0%} of the accuracy with "
-        "all other heads at their mean and every MLP at work; a skill with an accuracy below "
-        f"{study['least']:g} has none. Means [95 % intervals by Student's t] over {len(study['bases'])} bases at most; "
-        "all but the primary comparison is exploratory and not corrected for number."
+        "putting the mean of its outputs over as many other questions of the skill in its place, position by position "
+        "(where a table says resampled, its output for another question). A head's output is what enters `o_proj`. A "
+        "circuit is the set of heads, grown in the order of their necessity, that keeps "
+        f"{study['kept']:.0%} of the accuracy with all other heads at their mean and every MLP at work; a skill with "
+        f"an accuracy below {study['least']:g} has none. Means [95 % intervals by Student's t] over the bases, of which "
+        f"there are {len(study['bases'])}; all but the primary comparison is exploratory and not corrected for number."
     )
 
 
