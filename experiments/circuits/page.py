@@ -110,7 +110,7 @@ def _setting(study: dict[str, Any]) -> str:
         "(where a table says resampled, its output for another question). A head's output is what enters `o_proj`. A "
         "circuit is the set of heads, grown in the order of their necessity, that keeps "
         f"{study['kept']:.0%} of the accuracy with all other heads at their mean and every MLP at work; a skill with "
-        f"an accuracy below {study['least']:g} has none. Means [95 % intervals by Student's t] over the bases, of which "
+        f"an accuracy below {study['least']:g} has none. Means [95 % intervals by Student's t] over bases, of which "
         f"there are {len(study['bases'])}; all but the primary comparison is exploratory and not corrected for number."
     )
 
