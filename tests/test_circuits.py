@@ -223,10 +223,11 @@ def test_likeness_by_chance_is_the_mean_over_all_sets(a: int, b: int, n: int) ->
 def test_other_sets_are_as_large_all_different_and_never_the_circuit() -> None:
     parts = [Part(0, head) for head in range(5)]
     circuit = frozenset(parts[:2])
-    others = other_sets(parts, circuit, 9, "a")
-    assert len(set(others)) == 9  # all there are
-    assert circuit not in others
-    assert {len(other) for other in others} == {2}
+    for seed in "abcdefghij":
+        others = other_sets(parts, circuit, 9, seed)
+        assert len(set(others)) == 9  # all there are
+        assert circuit not in others
+        assert {len(other) for other in others} == {2}
     assert (
         other_sets(parts, circuit, 4, "a") == other_sets(parts, circuit, 4, "a") != other_sets(parts, circuit, 4, "b")
     )

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from experiments.circuits.records import Record
 from experiments.circuits.results import Find, Results
@@ -28,7 +29,7 @@ def draw(results: Results) -> str:
             row[0].set_ylabel(skill)
         for axes, arm in zip(panels[0], arms, strict=True):
             axes.set_title(arm)
-        figure.supxlabel("heads of the base in the trained model (thin line: the base itself)", fontsize=11)
+        figure.supxlabel("heads of the base put back; line: the base", fontsize=11)
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(ORDERS), frameon=False)
         svg = alone(as_svg(figure, TITLE))
@@ -39,6 +40,7 @@ def draw(results: Results) -> str:
 def _panel(axes: Axes, results: Results, arm: str, skill: str) -> None:
     """Both orders; the point at 0 is the trained model."""
     unit_axis(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for color, (order, (label, dashes)) in zip(PALETTE, ORDERS.items(), strict=False):
         found = [interval(np.array(scores)[:, None]) for scores in _curve(results, arm, skill, order)]
         half = [np.nan_to_num(one.half) for one in found]
