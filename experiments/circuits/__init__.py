@@ -1,0 +1,1 @@
+"""Which heads carry a skill, and are they still its heads after training? `python -m experiments.circuits --help`."""

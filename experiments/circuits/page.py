@@ -1,0 +1,196 @@
+"""The page of a study of circuits, from its records alone: Markdown with one picture, no model needed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.circuits.picture import draw
+from experiments.circuits.results import (
+    Results,
+    alike,
+    circuit_minus_random,
+    lost,
+    necessity_of,
+    own,
+    restored,
+    size,
+)
+from experiments.circuits.study import BASE
+from mifo_lightning.lab.report.document import bracketed, number, probability
+from mifo_lightning.lab.report.statistics import judge
+
+PAGE, PICTURE = "README.md", "circuits.svg"
+RANKS = 3
+"""So many of the most necessary heads are shown one by one."""
+WAYS = {
+    "into_tuned": "Does it come back? Outputs of the base's heads in the trained model",
+    "into_base": "The reverse: outputs of the trained model's heads in the base",
+}
+LIMITS = """
+- The patched outputs come from a model that reads the same question *and* the right answer so far. What they restore
+  shows that the rest of the trained model can still use them, not that the skill lies in those heads: the control is
+  what as many other heads restore.
+- A circuit of most heads shares most of them with any random set of its size, so that the primary difference can only
+  be small; the picture, where heads are put back one by one from either end of their order, is not limited so.
+- Patched heads go through the trained model's `o_proj`; its embedding, MLPs, norms and head stay its own.
+- Accuracy is greedy and of the demonstration's own words; the studies of methods sample at T = 1 and grade answers.
+- One run of an arm on a base: what differs from run to run is part of what differs from base to base.
+"""
+
+
+def write_page(directory: Path, out: Path | None = None) -> Path:
+    """Write README.md and circuits.svg from the records of a directory; the page's path.
+
+    Raises:
+        InputError: There are no records.
+    """
+    results, out = Results(directory), out or directory
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PICTURE).write_text(draw(results), encoding="utf-8")
+    (out / PAGE).write_text("\n".join(_lines(results)) + "\n", encoding="utf-8")
+    return out / PAGE
+
+
+def primary_line(results: Results) -> str:
+    """The one comparison that was named before the run."""
+    arm, skills = results.study["primary_arm"], results.study["untrained"]
+    named = f"**Primary comparison** (named in the study's file): in {arm}, over {' and '.join(skills)},"
+    values = results.values(arm, circuit_minus_random(skills))
+    if not values:
+        return f"{named} no result yet."
+    compared = judge({"primary": np.array(values)[:, None]}, "nested")["primary"]
+    word = "significant" if compared.significant else "not significant"
+    most = max(results.arms, key=lambda one: sum(np.mean(results.values(one, lost(skill))) for skill in skills))
+    return (
+        f"{named} what the base's circuit restores minus what as many random heads restore: "
+        f"{bracketed(compared.difference, '+')}, {compared.bases} of {len(results.study['bases'])} bases, "
+        f"p = {probability(compared.p)}, {word}. The arm that lost most of them: {most}."
+    )
+
+
+def verdict(results: Results, arm: str, skill: str) -> str:
+    """One arm and skill in a sentence."""
+    if not results.values(arm, restored(skill, "circuit")):
+        return f"{arm}: its bases have no circuit of {skill}."
+    gone, circuit, other, heads = (
+        results.cell(arm, find)
+        for find in (lost(skill), *(restored(skill, by) for by in ("circuit", "random", "heads")))
+    )
+    return (
+        f"{arm}: patching the base's circuit restores {circuit} of the {gone} lost in {skill}; as many random heads "
+        f"restore {other}, all heads {heads}."
+    )
+
+
+def _lines(results: Results) -> Iterator[str]:
+    """The page."""
+    yield from ("# Circuits: which heads carry a skill, before and after training", "")
+    yield from (_setting(results.study), "", primary_line(results), "")
+    for skill in results.study["untrained"]:
+        yield from (f"- {verdict(results, arm, skill)}" for arm in results.arms)
+    yield from ("", f"![accuracy as heads are put back]({PICTURE})", "")
+    for way, title in WAYS.items():
+        yield from (f"## {title}", "", "Changes of accuracy.", "", *_transplants(results, way))
+    yield from ("## How many heads does a skill need?", "", *_sizes(results))
+    yield from ("## Is it the same circuit?", "", *_likeness(results))
+    yield from ("## What is each part needed for?", "", *_necessities(results))
+    yield from ("## What this cannot say", LIMITS)
+    seconds = [record["cpu_seconds"] for record in results.records.values()]
+    yield f"{len(seconds)} models took {sum(seconds) / 60:.0f} CPU minutes, {max(seconds):.0f} s the slowest."
+
+
+def _setting(study: dict[str, Any]) -> str:
+    """How everything was measured."""
+    return (
+        f"Accuracy is the share of {study['questions']} {study['split']} questions for which greedy decoding gives "
+        f"the demonstration word for word (tokens of it that are given: {study['given']}). A part is ablated by "
+        "putting the mean of its outputs over as many other questions of the skill in its place, position by position "
+        "(where a table says resampled, its output for another question). A head's output is what enters `o_proj`. A "
+        "circuit is the set of heads, grown in the order of their necessity, that keeps "
+        f"{study['kept']:.0%} of the accuracy with all other heads at their mean and every MLP at work; a skill with "
+        f"an accuracy below {study['least']:g} has none. Means [95 % intervals by Student's t] over bases, of which "
+        f"there are {len(study['bases'])}; all but the primary comparison is exploratory and not corrected for number."
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|---" * len(header) + "|"
+    yield from ("| " + " | ".join(row) + " |" for row in rows)
+    yield ""
+
+
+def _transplants(results: Results, way: str) -> Iterator[str]:
+    """What patching in one direction changes."""
+    rows = []
+    for skill in results.study["untrained"]:
+        for arm in results.arms:
+            finds = [restored(skill, by, way) for by in ("circuit", "random", "heads", "heads_and_mlps")]
+            changes = [results.cell(arm, find, "+") for find in (*finds, circuit_minus_random([skill], way))]
+            rows.append([skill, arm, results.cell(arm, lost(skill)), *changes])
+    names = ["circuit", "random heads", "all heads", "heads and MLPs", "circuit - random"]
+    yield from _table(["skill", "arm", "lost in training", *names], rows)
+
+
+def _sizes(results: Results) -> Iterator[str]:
+    """Sizes of circuits, and whether growing them found the smallest."""
+    rows = []
+    for skill in results.study["skills"]:
+        for arm in (BASE, *results.arms):
+            grown, fewest = (results.values(arm, size(skill, which)) for which in ("circuit", "smallest"))
+            same = sum(a == b for a, b in zip(grown, fewest, strict=True))
+            cells = [results.cell(arm, find) for find in (own(skill), size(skill, "circuit"), size(skill, "smallest"))]
+            rows.append([skill, arm, *cells, f"{same} of {len(grown)}"])
+    yield "The smallest set: every set with fewer heads than the circuit was tried."
+    yield ""
+    yield from _table(["skill", "arm", "accuracy", "heads of the circuit", "of the smallest set", "equally many"], rows)
+
+
+def _likeness(results: Results) -> Iterator[str]:
+    """Circuits and necessities after training against the base's, with the floors."""
+    rows = []
+    for skill in results.study["skills"]:
+        for arm in results.arms:
+            ways = [("skills", "jaccard"), ("skills", "chance"), ("random_change", "jaccard")]
+            ways += [("skills", "spearman"), ("random_change", "spearman")]
+            rows.append([skill, arm, *(results.cell(arm, alike(skill, *way)) for way in ways)])
+        same, chance, order = (
+            results.cell(BASE, alike(skill, "other_sample", measure)) for measure in ("jaccard", "chance", "spearman")
+        )
+        rows.append([skill, "*base, other questions*", same, chance, "", order, ""])
+    yield (
+        "Jaccard index of the circuit with the base's, and Spearman's correlation of the heads' necessities with the "
+        "base's, where both models have a circuit. Chance: as many random heads in place of the trained model's. "
+        "Random change: the base with every weight matrix changed at random by as much (L2) as in training. The "
+        "base on other questions, for scores and means alike, is as like itself as can be measured."
+    )
+    yield ""
+    header = ["skill", "arm", "Jaccard", "by chance", "after a random change", "Spearman", "after a random change"]
+    yield from _table(header, rows)
+
+
+def _necessities(results: Results) -> Iterator[str]:
+    """Heads by their rank in each base, since the heads of two bases do not correspond; MLPs by layer."""
+    record = next(record for (arm, _), record in results.records.items() if arm == BASE)
+    parts = next(iter(record["skills"].values()))["mean"]
+    mlps = [part for part in parts if part.endswith("mlp")]
+    heads = len(parts) - len(mlps)
+    columns = {f"head {i + 1}": slice(i, i + 1) for i in range(min(RANKS, heads))}
+    columns |= {"other heads": slice(RANKS, heads)} if heads > RANKS else {}
+    columns |= {f"MLP {i + 1}": slice(heads + i, heads + i + 1) for i in range(len(mlps))}
+    rows = []
+    for skill in results.study["skills"]:
+        for arm in (BASE, *results.arms):
+            cells = []
+            for place in columns.values():
+                finds = [necessity_of(skill, how, place) for how in ("mean", "resampled")]
+                cells.append(" / ".join(number(float(np.mean(results.values(arm, find)))) for find in finds))
+            rows.append([skill, arm, *cells])
+    yield (
+        "Accuracy that is lost where one part alone is ablated, mean / resampled; means over bases. Heads stand in the "
+        "order of their necessity in their own base, since heads of two bases do not correspond; MLPs by layer."
+    )
+    yield ""
+    yield from _table(["skill", "arm", *columns], rows)
