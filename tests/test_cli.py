@@ -41,9 +41,10 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
 @pytest.mark.parametrize("base", BASES)
 def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
-    buffered = method.startswith(("mifo", "interleave")) or method in ("relift.yaml", "own_rollouts.yaml")
-    assert (config["buffer"] is not None) == buffered
-    assert (config["freeze"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml"))
+    whole = ("rl", "sft", "sft_then_rl", "rl_then_sft", "luffy", "srft", "chord", "chord_phi", "hpt")
+    assert (config["buffer"] is None) == (method.removesuffix(".yaml") in whole)
+    frozen = ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml", "cumulative.yaml")
+    assert (config["freeze"] is not None) == (method in frozen)
     assert (config["importance"] is None) == (config["freeze"] is None)
     assert (config["entropy"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_es.yaml"))
     mixed = method.startswith(("chord", "hpt", "luffy", "srft"))
