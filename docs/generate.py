@@ -237,7 +237,7 @@ def results_of(methods: list[str]) -> str:
         found = [
             row
             for row in rows[1:]
-            if row.split("|")[1].replace("\\", "").removesuffix("(reference)").strip() in methods
+            if row.split("|")[1].replace("\\", "").strip().removesuffix("(reference)").strip() in methods
         ]
         if found:
             (headline,) = re.findall(r"^(\*\*.*\*\*)$", text, re.M)[:1]
