@@ -99,6 +99,7 @@ class Policy(nn.Module):
         entropy_gradient: bool = False,
         grouped: bool = False,
         top_k: int = 0,
+        teacher: Sequences | None = None,
     ) -> tuple[Tensor, ...]:
         """Teacher-forced scores of the response tokens.
 
@@ -109,10 +110,12 @@ class Policy(nn.Module):
             grouped: Whether several rows may have the same prompt, which runs once then if `share_prompts` allows it.
                 The same on all ranks.
             top_k: How many of each position's largest log-probabilities are wanted beside the token's own.
+            teacher: The same responses after other prompts, under which the same weights, without gradient, are the
+                teacher of the KL; None wants none.
 
         Returns:
             `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response; where `top_k` is above
-            0 also `top` [B, L, K], as of `token_scores`.
+            0 also `top` [B, L, K], and with a `teacher` `kl` [B, L], as of `token_scores`.
         """
         mask = sequences.mask()
         row, step = mask.nonzero(as_tuple=True)
@@ -120,17 +123,27 @@ class Policy(nn.Module):
         targets = sequences.tokens[row, position]
         with self.numerics():
             head: Any = self.model.get_output_embeddings() if self.split_head else nn.Identity()
+            shown = None
+            if teacher is not None:
+                with torch.no_grad():
+                    shown = self._states(teacher.tokens)[row, teacher.prompt_lengths[row] + step - 1]
             if grouped and self.share_prompts:
                 states = shared_states(self.model, sequences.tokens, sequences.prompt_lengths, mask.shape[1])
                 hidden = states[row, step]
-            elif self.split_head:
-                hidden = _run(self.model.base_model, sequences.tokens).last_hidden_state[row, position - 1]
             else:
-                hidden = _run(self.model, sequences.tokens).logits[row, position - 1]
+                hidden = self._states(sequences.tokens)[row, position - 1]
             # the state before a token predicts it; only response positions ever reach the head
             transform = self.transform or LogitTransform()
-            scores = token_scores(head, hidden, targets, temperature, entropy_gradient, transform, top_k)
+            scores = token_scores(head, hidden, targets, temperature, entropy_gradient, transform, top_k, shown)
         return tuple(_at(mask, s) for s in scores)
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] what the head is applied to, of whole sequences; [B, T, V] logits where the head cannot be split."""
+        if self.split_head:
+            states: Tensor = _run(self.model.base_model, tokens).last_hidden_state
+        else:
+            states = _run(self.model, tokens).logits
+        return states
 
     def decode(self, ids: Tensor, cache: Any, attention: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Any]:
         """One cached forward pass for generation.
