@@ -37,11 +37,14 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
     }
 
 
+BUFFERED = ("relift.yaml", "own_rollouts.yaml", "self_sft.yaml", "self_sft_refreshed.yaml", "sdft.yaml")
+
+
 @pytest.mark.parametrize("method", sorted(p.name for p in (CONFIGS / "methods").glob("*.yaml")))
 @pytest.mark.parametrize("base", BASES)
 def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
     config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
-    buffered = method.startswith(("mifo", "interleave")) or method in ("relift.yaml", "own_rollouts.yaml")
+    buffered = method.startswith(("mifo", "interleave")) or method in BUFFERED
     assert (config["buffer"] is not None) == buffered
     assert (config["freeze"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml"))
     assert (config["importance"] is None) == (config["freeze"] is None)
