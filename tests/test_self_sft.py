@@ -67,7 +67,7 @@ def test_what_is_drawn_does_not_depend_on_the_order_of_questions(policy: Policy,
     assert pools[0].responses == pools[1].responses
 
 
-def test_a_new_response_takes_the_place_and_an_old_one_stays_where_there_is_none(policy: Policy, tokenizer: Any) -> None:
+def test_a_new_response_replaces_the_old_one_which_stays_where_there_is_none(policy: Policy, tokenizer: Any) -> None:
     qs, pool = asked(tokenizer), pool_of(Noting(), attempts=1)
     pool.responses = {q.id: [9, 9, 1] for q in qs}
     share = pool.refresh(policy, qs[:32], 5)
@@ -99,7 +99,7 @@ def first_right(engine: Noting, calls: slice, tokenizer: Any) -> dict[tuple[int,
 @pytest.mark.parametrize("name", ["self_sft", "self_sft_refreshed"])
 def test_a_run_learns_from_them_alone(make_trainer: MakeTrainer, tokenizer: Any, name: str) -> None:
     engine = Noting()
-    watch, module = run(name, make_trainer, engine=engine)
+    watch, _ = run(name, make_trainer, engine=engine)
     pool, steps = first_right(engine, slice(0, 8), tokenizer), [i for i, p in enumerate(watch.phases) if p == "s"]
     assert len(steps) >= 4
     at, moved = 8, 0  # the next call of the engine, and responses that are others than before
@@ -140,9 +140,9 @@ def test_an_sft_stage_goes_over_them(make_trainer: MakeTrainer) -> None:
     make_trainer([watch]).fit(module, datamodule=make_data(schedule=schedule))
     assert module.supervision.pool is not None
     assert {q.id for work in watch.items for q in work["questions"]} <= (module.supervision.pool.responses or {}).keys()
+    many = make_data(schedule=Schedule(rl_steps=0, sft_before=6, sft_batch=64))
     with pytest.raises(InputError, match=r"data.schedule.sft_batch: 64 is more than the \d+ questions that have a"):
-        many = Schedule(rl_steps=0, sft_before=6, sft_batch=64)
-        make_trainer().fit(make_module(demonstrations="initial"), datamodule=make_data(schedule=many))
+        make_trainer().fit(make_module(demonstrations="initial"), datamodule=many)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class Policy(nn.Module):
         return tuple(_at(mask, s) for s in scores)
 
     def _states(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] what the head is applied to, of whole sequences; [B, T, V] logits where the head cannot be split."""
+        """[B, T, D] what the head is applied to, of whole sequences; [B, T, V] logits where the head stays on."""
         if self.split_head:
             states: Tensor = _run(self.model.base_model, tokens).last_hidden_state
         else:

@@ -126,7 +126,7 @@ class Batch:
         return self._mapped(lambda tensor: tensor.to(device), lambda sequences: sequences.to(device))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors on the CPU, tuples and numbers, for a checkpoint between two updates of RL, which has no teacher."""
+        """Plain tensors on the CPU, tuples and numbers, for a checkpoint between two updates of RL (no teacher)."""
         state = vars(self.to(torch.device("cpu")))
         return {k: tuple(v) if isinstance(v, (Stream, Sequences)) else v for k, v in state.items()}
 

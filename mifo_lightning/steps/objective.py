@@ -21,9 +21,10 @@ from mifo_lightning.steps.batch import Batch
 class Objective:
     """`rl.scale (L_policy + kl.scale KL - bonus.scale H) + ce.scale L_SFT`, each a weighted sum over tokens.
 
-    L_SFT is the KL to the teacher where there is one; else the weighted cross-entropy and, where it is on, SED-SFT's term on the same tokens, which no weight
-    multiplies. What depends on the running forward is worked out here, once, from scores without a gradient: the weight
-    of each demonstration token, SED-SFT's mask, and SRFT's factor of the policy's own rollouts.
+    L_SFT is the KL to the teacher, if there is one; otherwise the weighted cross-entropy and, where it is on, SED-SFT's
+    term on the same tokens, which no weight multiplies. What depends on the running forward is worked out here, once,
+    from scores without a gradient: the weight of each demonstration token, SED-SFT's mask, and SRFT's factor of the
+    policy's own rollouts.
 
     Args:
         surrogate: Objective of the policy's own tokens.
