@@ -137,12 +137,13 @@ class MifoModule(LightningModule):
         self.responder = Responder(engine, self.tokenizer, self.reward, self.success_threshold, self.seed)
         self.sampling = rollout.sampling
         self.reinforcement = Reinforcement(self.responder, rollout, loss, mixing)
-        self.supervision = Supervision(self.tokenizer, sft_loss)
+        self.supervision = Supervision(self.tokenizer, sft_loss, self.responder, self.sampling)
         self.evaluator = Evaluator(self.responder, evaluation, self.sampling)
         check = SelfCheck(self.responder, self.sampling, rollout.check_every)
         self.self_check = check if rollout.self_check else None
         self.own_demonstrations = self.supervision.own_demonstrations
         self.needs_demonstrations = mixing is not None or self.supervision.measures
+        self.teacher_template = None if sft_loss.distillation is None else sft_loss.distillation.template
         self.optimizer_of_phase: PhaseAdamW | None = None
         self._restored: dict[str, Any] = {}
         self._metrics = StepMetrics()
@@ -306,8 +307,10 @@ class MifoModule(LightningModule):
             if self.trainer.fit_loop.done:  # what `on_train_epoch_end` asks: there is none to come
                 self._finite.end()
             self._restored = {}
-        elif self.supervision.measures:
+        else:
             self.supervision.measure(self._policy, loader.questions)
+        if self.supervision.pool is not None:
+            loader.lend(self.supervision.pool.responses)
 
     def teardown(self, stage: str) -> None:
         """Let the engine end what it has begun."""

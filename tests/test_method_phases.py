@@ -15,6 +15,7 @@ from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientFre
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import PhaseLoader
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.losses.distillation import SelfDistillation
 from mifo_lightning.losses.sed import SED
 from mifo_lightning.module import MifoModule
 from mifo_lightning.policy.loading import load_policy
@@ -76,7 +77,7 @@ def test_which_questions_relift_buffers_and_in_which_order_they_leave() -> None:
 def test_the_gate_of_the_buffer_and_the_order_of_the_others(name: str) -> None:
     buffer = BufferPhaseSwitch(**merged(name, "buffer")).buffer
     buffer.add([{"id": n, "n_correct": n, "size": 8, "has_demonstration": True} for n in range(9)], 1)
-    expected = [0, 1, 2, 3, 4] if name == "own_rollouts" else [0, 1]
+    expected = [0, 1, 2, 3, 4] if name in ("own_rollouts", "self_sft", "self_sft_refreshed") else [0, 1]
     assert [entry["id"] for entry in buffer.take(9)] == expected
 
 
@@ -124,6 +125,8 @@ def run(name: str, make_trainer: MakeTrainer, **changes: Any) -> tuple[Watch, Mi
     settings = {**model.get("optimizer", {}), **model.get("sft_loss", {})}
     if "sed" in settings:
         settings["sed"] = SED(**settings["sed"])
+    if "distillation" in settings:
+        settings["distillation"] = SelfDistillation(**settings["distillation"])
     for phase in ("rl", "sft"):
         settings[phase] = AdamWSettings(**merged(name, "model", "optimizer", phase))
     module = make_module(reward=Coin(), **settings, **changes)

@@ -19,6 +19,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.losses.advantages import GroupStd
+from mifo_lightning.losses.distillation import SelfDistillation
 from mifo_lightning.losses.sed import SED
 from mifo_lightning.methods import HPT, SRFT, Chord
 from mifo_lightning.module import MifoModule
@@ -192,6 +193,9 @@ RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {**PASSES, "rl_steps": 2},
     ),
     "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
+    "self-sft": ({"demonstrations": "initial", "reward": Coin()}, {"rl_steps": 3}),
+    "self-sft, drawn anew": ({"demonstrations": "refreshed", "attempts": 4, "reward": Coin()}, {"rl_steps": 4}),
+    "sdft": ({"distillation": SelfDistillation()}, {"rl_steps": 3}),
     "dynamic sampling, flow": ({"loss": PolicyLoss(dynamic_sampling=2), "weight": "flow"}, {"rl_steps": 3}),
     "eaft, sed": ({"weight": "eaft", "sed": SED(4.0)}, {"rl_steps": 3}),
 }

@@ -16,6 +16,8 @@ class Question:
         truth: Ground truth handed to the reward.
         demonstration: Token ids of the verified solution D(q) and one end token; None if there is none.
         answer_start: Index into `demonstration` of the first token of the final answer; None where no marker names it.
+        teacher_prompt: Token ids of the prompt with the demonstration in it, for a teacher (SDFT); None where there is
+            no demonstration, or no teacher.
         columns: The row's further columns by name, and its `data_source`, for rewards that want them.
     """
 
@@ -26,4 +28,5 @@ class Question:
     truth: str
     demonstration: list[int] | None = None
     answer_start: int | None = None
+    teacher_prompt: list[int] | None = None
     columns: dict[str, Any] = field(default_factory=dict)

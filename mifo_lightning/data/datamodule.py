@@ -82,6 +82,7 @@ class QuestionData(LightningDataModule):
         self.seed = Seed(seed, "data.seed")
         self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self._template: str | None = None  # in place of the tokenizer's own
+        self._teacher: str | None = None  # template of a teacher's prompts, of the module
         self._today = date.today()
         self._questions: dict[str, list[Question]] = {}
         self._loader: PhaseLoader | None = None
@@ -119,8 +120,9 @@ class QuestionData(LightningDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         settings, theirs = settle(self.given, module), getattr(module, "seed", None)
         seed = theirs if self.seed.given is None and isinstance(theirs, Seed) else self.seed
-        if self.settings is None or seed is not self.seed or any(map(operator.is_not, settings, self.settings)):
-            self._questions, self.settings, self.seed = {}, settings, seed
+        teacher, same = getattr(module, "teacher_template", None), self.settings is not None and seed is self.seed
+        if not same or teacher != self._teacher or any(map(operator.is_not, settings, self._settled)):
+            self._questions, self.settings, self.seed, self._teacher = {}, settings, seed, teacher
             given = self.prompts.chat_template
             self._template = read_template(given, settings.tokenizer, "data.prompts.chat_template")
 
@@ -139,6 +141,7 @@ class QuestionData(LightningDataModule):
                 reward=self._settled.reward,
                 success_threshold=self._settled.success_threshold,
                 damage=self._damage if split == "train" and self.demonstrations.damaged_share else None,
+                teacher=self._teacher if split == "train" else None,
                 where=where,
             )
             self._questions[split] = questions

@@ -1,7 +1,7 @@
 """The PhaseLoader decides what the next optimizer step works on, and remembers where it is."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -69,7 +69,7 @@ class PhaseLoader:
         questions: All training questions; position equals `Question.id`.
         schedule: How much of which phase.
         phase_size: Demonstrations that a buffer pushes for one SFT phase; only to check that batches divide.
-        own_demonstrations: Whether pushed entries bring their demonstrations; only to check that there are enough.
+        own_demonstrations: Whether demonstrations are not the data's; only to check that there are enough.
         seed: Seed of the order of questions and demonstrations.
         rank: This process.
         world_size: Number of data-parallel processes.
@@ -124,6 +124,20 @@ class PhaseLoader:
         self.schedule.check_phase(len(entries))
         own = {entry["id"]: list(entry["demonstration"]) for entry in entries if "demonstration" in entry}
         self._queue.append(Pushed([entry["id"] for entry in entries], own))
+
+    def lend(self, ids: Iterable[int]) -> None:
+        """Let these questions alone be learned from in SFT, whatever has a demonstration in the data.
+
+        Raises:
+            InputError: SFT steps on all demonstrations have too few.
+        """
+        self.demonstrated = sorted(ids)
+        if self.schedule.sft_before or self.schedule.sft_after:
+            self.schedule.check_sft(len(self.demonstrated), None, self.world_size)
+
+    def phase(self) -> list[Question]:
+        """This rank's share of the questions of what is under way, each once."""
+        return [self.questions[i] for i in list(dict.fromkeys(self._ids))[self.rank :: self.world_size]]
 
     def more(self) -> list[Question]:
         """This rank's share of the next batch of questions, for a rollout under way that wants further ones."""

@@ -12,6 +12,7 @@ from mifo_lightning.common.question import Question
 from mifo_lightning.common.terminal import table_text
 from mifo_lightning.data.settings import Demonstrations, Prompts
 from mifo_lightning.data.source import Row
+from mifo_lightning.losses.distillation import fill_template
 from mifo_lightning.policy.ending import end_texts, end_tokens, response_texts, turn_end
 from mifo_lightning.policy.template import ChatTemplate, with_system
 from mifo_lightning.rewards.base import Reward
@@ -93,6 +94,7 @@ def build_questions(
     reward: Reward,
     success_threshold: float = 1.0,
     damage: Rewrite | None = None,
+    teacher: str | None = None,
     where: str,
 ) -> tuple[list[Question], Drops]:
     """Questions in the order of `rows`, and an account of what was dropped (MIFO, demonstrations D(q)).
@@ -108,6 +110,7 @@ def build_questions(
         reward: Verifies demonstrations, as it will grade rollouts.
         success_threshold: Reward from which a response counts as correct.
         damage: Other texts for some demonstrations, by question id; None leaves all as they are.
+        teacher: Template of a teacher's prompt (`SelfDistillation`); None: there is no teacher.
         where: Name of the data, for messages.
 
     Raises:
@@ -118,13 +121,14 @@ def build_questions(
     _check_tokenizer(tokenizer, template.source, where)
     texts = prompt_texts(rows, template, prompts.system_prompt, where)
     drops = Drops(where)
-    pairs = _keep_prompts(rows, texts, _encode(tokenizer, texts), prompts.max_tokens, drops)
-    questions = [question for question, _ in pairs]
+    kept = _keep_prompts(rows, texts, _encode(tokenizer, texts), prompts.max_tokens, drops)
+    questions = [question for question, _ in kept]
     if not questions:
         reasons = ", ".join(f"{reason} {count}" for reason, count in drops.by_reason().items()) or "no rows"
         raise InputError(
             f"{where}: no question left of {len(rows)} ({reasons}); data.prompts.max_tokens is {prompts.max_tokens}"
         )
+    pairs = [(question, row["target"][0]["content"] if row["target"] else None) for question, row in kept]
     damaged = damage(pairs) if damage else {}
     pairs = [(question, damaged.get(question.id, text)) for question, text in pairs]
     given = [(question, text) for question, text in pairs if text is not None]
@@ -133,6 +137,8 @@ def build_questions(
         _attach_demonstrations(given, tokenizer, end, demonstrations, drops)
     if demonstrations.verify:
         _verify_demonstrations(questions, tokenizer, reward, success_threshold, drops)
+    if teacher is not None:
+        _show_to_teacher(kept, template, prompts.system_prompt, teacher, where)
     shown = [question for question in questions if question.demonstration]
     drops.demonstrations.update(question.source for question in shown)
     drops.damaged.update(question.source for question in shown if question.id in damaged)
@@ -163,11 +169,11 @@ def prompt_texts(rows: list[Row], template: ChatTemplate, system_prompt: str | N
 
 def _keep_prompts(
     rows: list[Row], texts: list[str], encoded: list[list[int]], max_prompt_tokens: int, drops: Drops
-) -> list[tuple[Question, str | None]]:
-    """The questions whose prompt is neither empty nor too long, each with its row's demonstration, if any."""
-    pairs: list[tuple[Question, str | None]] = []
+) -> list[tuple[Question, Row]]:
+    """The questions whose prompt is neither empty nor too long, each with its row."""
+    pairs: list[tuple[Question, Row]] = []
     for row, text, ids in zip(rows, texts, encoded, strict=True):
-        source, truth, target = row["data_source"], row["reward_model"]["ground_truth"], row["target"]
+        source, truth = row["data_source"], row["reward_model"]["ground_truth"]
         drops.rows[source] += 1
         if not text or len(ids) > max_prompt_tokens:
             drops.dropped[source, LONG_PROMPT if text else EMPTY_PROMPT] += 1
@@ -175,7 +181,7 @@ def _keep_prompts(
         drops.questions[source] += 1
         columns = {name: value for name, value in row.items() if name not in TAKEN}
         question = Question(len(pairs), source, text, ids, truth, columns=columns)
-        pairs.append((question, target[0]["content"] if target else None))
+        pairs.append((question, row))
     return pairs
 
 
@@ -197,6 +203,21 @@ def _attach_demonstrations(
             drops.dropped[question.source, ENDED_DEMO] += 1
         else:
             question.demonstration, question.answer_start = [*ids, end], answer_start
+
+
+def _show_to_teacher(
+    kept: list[tuple[Question, Row]], template: ChatTemplate, system_prompt: str | None, teacher: str, where: str
+) -> None:
+    """Give each question with a demonstration the prompt of a teacher that sees it: in its last message."""
+    shown = [(question, row) for question, row in kept if question.demonstration]
+    solutions = response_texts(template.tokenizer, [question.demonstration or [] for question, _ in shown])
+    texts = []
+    for (_, row), solution in zip(shown, solutions, strict=True):
+        *before, last = with_system(row["prompt"], system_prompt)
+        content = fill_template(teacher, last["content"], solution)
+        texts.append(template.render([*before, {**last, "content": content}], where))
+    for (question, _), ids in zip(shown, _encode(template.tokenizer, texts), strict=True):
+        question.teacher_prompt = ids
 
 
 def _verify_demonstrations(

@@ -99,6 +99,7 @@ class Policy(nn.Module):
         entropy_gradient: bool = False,
         grouped: bool = False,
         top_k: int = 0,
+        teacher: Sequences | None = None,
     ) -> tuple[Tensor, ...]:
         """Teacher-forced scores of the response tokens.
 
@@ -109,23 +110,29 @@ class Policy(nn.Module):
             grouped: Whether several rows may have the same prompt, which runs once then if `share_prompts` allows it.
                 The same on all ranks.
             top_k: How many of each position's largest log-probabilities are wanted beside the token's own.
+            teacher: The same responses after other prompts, under which the same weights, without gradient, are the
+                teacher of the KL; None wants none.
 
         Returns:
             `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response; where `top_k` is above
-            0 also `top` [B, L, K], as of `token_scores`.
+            0 also `top` [B, L, K], and with a `teacher` `kl` [B, L], as of `token_scores`.
         """
         mask = sequences.mask()
         row, step = mask.nonzero(as_tuple=True)
         position = sequences.prompt_lengths[row] + step
         targets = sequences.tokens[row, position]
         with self.numerics():
+            shown = None
+            if teacher is not None:
+                with torch.no_grad():
+                    shown = self._states_before(teacher.tokens, row, teacher.prompt_lengths[row] + step)
             if grouped and self.share_prompts:
                 states = shared_states(self.model, sequences.tokens, sequences.prompt_lengths, mask.shape[1])
                 hidden = states[row, step]
             else:
                 hidden = self._states_before(sequences.tokens, row, position)
             transform = self.transform or LogitTransform()
-            scores = token_scores(self.head, hidden, targets, temperature, entropy_gradient, transform, top_k)
+            scores = token_scores(self.head, hidden, targets, temperature, entropy_gradient, transform, top_k, shown)
         return tuple(_at(mask, s) for s in scores)
 
     def states(self, sequences: Sequences) -> Tensor:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mifo_lightning.losses.distillation import reverse_kl
 from mifo_lightning.policy.head import LogitTransform
 from mifo_lightning.policy.running_scores import RunningScores, Settings
 
@@ -23,6 +25,7 @@ def token_scores(
     entropy_gradient: bool = False,
     transform: LogitTransform = LogitTransform(),
     top_k: int = 0,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Score each target token under softmax(transform(head(hidden)) / temperature).
 
@@ -38,24 +41,29 @@ def token_scores(
         entropy_gradient: Whether the entropy needs a gradient: a bonus does, a selection does not.
         transform: What makes logits of the head's outputs.
         top_k: How many of each position's largest log-probabilities are wanted beside the target's.
+        teacher: [N, D] hidden states of a teacher with the same head, whose KL is wanted; None wants none.
 
     Returns:
         `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats; where `top_k` is
-        above 0 also `top` [N, min(top_k, V)] fp32 in nats, the largest first, without gradient.
+        above 0 also `top` [N, min(top_k, V)] fp32 in nats, the largest first, without gradient; with a `teacher` as
+        the fourth (`top` is [N, 0] if it is not wanted) `kl` [N] fp32, KL(student || teacher) in nats over the whole
+        vocabulary, with gradient by the student alone.
     """
     if transform.input_scale != 1.0:
         hidden = hidden * transform.input_scale
-    if _is_linear(head) and len(hidden) * len(head.weight) >= RUNNING_FROM:
+        teacher = None if teacher is None else teacher * transform.input_scale
+    if teacher is None and _is_linear(head) and len(hidden) * len(head.weight) >= RUNNING_FROM:
         settings = Settings(_dtype(head.weight), temperature, transform, entropy_gradient, top_k)
         apply: Any = RunningScores.apply
         return tuple(scores.float() for scores in apply(hidden, head.weight, head.bias, targets, settings))
     with _without_cache(hidden.device.type):
         n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
     if len(hidden) <= n:
-        return _score(head, hidden, targets, temperature, entropy_gradient, transform, top_k)
+        return _score(head, hidden, targets, temperature, entropy_gradient, transform, top_k, teacher)
+    others = repeat(None) if teacher is None else teacher.split(n)
     parts = [
-        checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, top_k, use_reentrant=False)
-        for h, t in zip(hidden.split(n), targets.split(n), strict=True)
+        checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, top_k, other, use_reentrant=False)
+        for h, t, other in zip(hidden.split(n), targets.split(n), others, strict=False)
     ]
     return tuple(torch.cat(scores) for scores in zip(*parts, strict=True))
 
@@ -87,21 +95,26 @@ def _score(
     entropy_gradient: bool,
     transform: LogitTransform,
     top_k: int,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     with _without_cache(hidden.device.type):  # here, not in the caller: chunks are made again in the backward pass
         logits = transform(head(hidden).float())
+        with torch.no_grad():
+            shown = None if teacher is None else transform(head(teacher).float())
     if temperature != 1.0:
         logits = logits / temperature
+        shown = None if shown is None else shown / temperature
     log_z = logits.logsumexp(-1)
     logp = logits.gather(-1, targets[:, None])[:, 0] - log_z
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         # H = log Z - E[logit]; rounding can push a deterministic token just below zero
         probs = torch.exp(logits - log_z[:, None])
         entropy = (log_z - (probs * logits).sum(-1)).clamp_min(0.0)
-    if not top_k:
+    if not top_k and shown is None:
         return logp, entropy
     with torch.no_grad():
-        return logp, entropy, logits.topk(min(top_k, logits.shape[-1])).values - log_z[:, None]
+        top = logits.topk(min(top_k, logits.shape[-1])).values - log_z[:, None]
+    return (logp, entropy, top) if shown is None else (logp, entropy, top, reverse_kl(logits, shown))
 
 
 def _without_cache(device: str) -> AbstractContextManager[object]:

@@ -1,5 +1,6 @@
 """Graded responses: what the buffer, the tables and the log want to know of fresh rollouts."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,19 +84,21 @@ class Graded:
         prompts = sum(len(q.prompt) for q in self.questions)
         return prompts + sum(len(c.tokens) for group in self.completions for c in group)
 
-    def groups(self, own: bool) -> list[dict[str, Any]]:
+    def groups(self, own: bool, pool: Container[int] | None = None) -> list[dict[str, Any]]:
         """What BufferPhaseSwitch wants to know of each question.
 
         Args:
             own: Whether the first correct response, not the data's solution, is the demonstration.
+            pool: Ids of the questions that have a demonstration, where it is not the data's; None: it is.
         """
+        lends = {q.id: bool(q.demonstration) if pool is None else q.id in pool for q in self.questions}
         entries = []
         for q, group, correct in zip(self.questions, self.completions, self.correct.tolist(), strict=True):
             entry = {
                 "id": q.id,
                 "n_correct": sum(correct),
                 "size": len(group),
-                "has_demonstration": any(correct) if own else bool(q.demonstration),
+                "has_demonstration": any(correct) if own else lends[q.id],
             }
             if own and any(correct):
                 entry["demonstration"] = group[correct.index(True)].tokens

@@ -55,6 +55,7 @@ class Batch:
         initial: [B] fp32 loss of each demonstration before training, in units of the median; None where no weight
             wants it.
         sed_threshold: tau of SED-SFT's term; None without it.
+        teacher: The same responses after the prompts of a teacher that sees demonstrations; None without distillation.
         named: Masks [B, L] bool of tokens that a selection may be told to keep: `eos`, and `answer` where a marker
             (`data.demonstrations.answer_after`) says where answers begin.
         temperature: Logits are divided by it before everything.
@@ -78,6 +79,7 @@ class Batch:
     keep: Tensor | None = None
     initial: Tensor | None = None
     sed_threshold: float | None = None
+    teacher: Sequences | None = None
     named: dict[str, Tensor] = field(default_factory=dict)
     temperature: float = 1.0
     idle: bool = False
@@ -99,13 +101,12 @@ class Batch:
 
     def rows(self, chosen: Tensor) -> "Batch":
         """The chosen rows, trimmed to their own longest sequence and response."""
-        sequences = self.sequences.select(chosen)
-        length = int(sequences.response_lengths.max())
+        length = int(self.sequences.response_lengths[chosen].max())
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor[chosen][..., :length] if tensor.dim() == 2 else tensor[chosen]
 
-        return self._mapped(pick, sequences)
+        return self._mapped(pick, lambda sequences: sequences.select(chosen))
 
     def _nothing(self) -> "Batch":
         one = self.rows(torch.zeros(1, dtype=torch.long, device=self.question.device))
@@ -122,10 +123,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device."""
-        return self._mapped(lambda tensor: tensor.to(device), self.sequences.to(device))
+        return self._mapped(lambda tensor: tensor.to(device), lambda sequences: sequences.to(device))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors on the CPU, tuples and numbers, for a checkpoint between two updates."""
+        """Plain tensors on the CPU, tuples and numbers, for a checkpoint between two updates of RL (no teacher)."""
         state = vars(self.to(torch.device("cpu")))
         return {k: tuple(v) if isinstance(v, (Stream, Sequences)) else v for k, v in state.items()}
 
@@ -135,14 +136,16 @@ class Batch:
         streams = {k: Stream(*v) for k, v in state.items() if isinstance(v, tuple) and k != "sequences"}
         return cls(**{**state, **streams, "sequences": Sequences(*state["sequences"])}).to(device)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor], sequences: Sequences) -> "Batch":
-        """With every tensor changed."""
-        changed: dict[str, Any] = {"sequences": sequences}
+    def _mapped(self, change: Callable[[Tensor], Tensor], move: Callable[[Sequences], Sequences]) -> "Batch":
+        """With every tensor changed, and sequences moved."""
+        changed: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 changed[name] = change(value)
             elif isinstance(value, Stream):
                 changed[name] = value._replace(weight=change(value.weight))
+            elif isinstance(value, Sequences):
+                changed[name] = move(value)
             elif isinstance(value, dict):
                 changed[name] = {key: change(tensor) for key, tensor in value.items()}
         return Batch(**{**vars(self), **changed})

@@ -128,7 +128,8 @@ def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str,
         max_new_tokens: The longest response in tokens.
 
     Raises:
-        InputError: If a prompt with its longest response, or with its demonstration, does not fit.
+        InputError: If a prompt with its longest response, or with its demonstration, does not fit, or a teacher's with
+            its longest response.
     """
     limit = positions(config)
     prompt = max((len(q.prompt) for q in questions), default=0)
@@ -143,6 +144,13 @@ def check_lengths(config: PreTrainedConfig, questions: list[Question], key: str,
         raise InputError(
             f"data.demonstrations.max_tokens: a prompt with its demonstration has {whole} tokens, and the model has "
             f"{limit} positions; lower it or data.prompts.max_tokens, or take a model with a longer context"
+        )
+    taught = max((len(q.teacher_prompt or []) for q in questions), default=0)
+    if limit is not None and taught and taught + max_new_tokens > limit:
+        raise InputError(
+            f"model.sft_loss.distillation.template: a prompt with a demonstration in it has {taught} tokens, which "
+            f"{max_new_tokens} of a response make {taught + max_new_tokens}, and the model has {limit} positions; "
+            "shorten it, or lower data.demonstrations.max_tokens"
         )
 
 

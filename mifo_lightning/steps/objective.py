@@ -21,9 +21,10 @@ from mifo_lightning.steps.batch import Batch
 class Objective:
     """`rl.scale (L_policy + kl.scale KL - bonus.scale H) + ce.scale L_SFT`, each a weighted sum over tokens.
 
-    L_SFT is the weighted cross-entropy and, where it is on, SED-SFT's term on the same tokens, which no weight
-    multiplies. What depends on the running forward is worked out here, once, from scores without a gradient: the weight
-    of each demonstration token, SED-SFT's mask, and SRFT's factor of the policy's own rollouts.
+    L_SFT is the KL to the teacher, if there is one; otherwise the weighted cross-entropy and, where it is on, SED-SFT's
+    term on the same tokens, which no weight multiplies. What depends on the running forward is worked out here, once,
+    from scores without a gradient: the weight of each demonstration token, SED-SFT's mask, and SRFT's factor of the
+    policy's own rollouts.
 
     Args:
         surrogate: Objective of the policy's own tokens.
@@ -49,7 +50,7 @@ class Objective:
         return max(self.sft_weight.top_k, self.sed.top_k if self.sed.strength else 0)
 
     def __call__(
-        self, batch: Batch, logp: Tensor, entropy: Tensor, top: Tensor | None = None
+        self, batch: Batch, logp: Tensor, entropy: Tensor, top: Tensor | None = None, kl: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one chunk of an optimizer step, and what is logged of it.
 
@@ -59,6 +60,7 @@ class Objective:
             entropy: [B, L] entropies in nats, with gradient if `bonus.scale` is above 0.
             top: [B, L, top_k] the largest log-probabilities in nats, the largest first, without gradient; fewer where
                 the vocabulary is smaller. Needed if `top_k` is above 0.
+            kl: [B, L] KL(policy || teacher) in nats, with gradient. Needed if the batch has a teacher.
 
         Returns:
             The scalar loss and scalars without gradient; both sum over chunks and ranks to those of the whole step.
@@ -67,8 +69,8 @@ class Objective:
         if batch.rl is not None:
             loss, metrics = self._policy_loss(batch, logp, entropy)
         if batch.kl is not None and batch.logp_ref is not None:
-            kl = batch.kl.mean(self.kl(logp, batch.logp_ref))
-            loss, metrics["kl_ref"] = loss + batch.kl.scale * kl, kl.detach()
+            to_reference = batch.kl.mean(self.kl(logp, batch.logp_ref))
+            loss, metrics["kl_ref"] = loss + batch.kl.scale * to_reference, to_reference.detach()
         if batch.bonus is not None:
             bonus = batch.bonus.mean(entropy)
             metrics["entropy"] = bonus.detach()
@@ -79,7 +81,7 @@ class Objective:
         if batch.rl is not None:
             loss = batch.rl.scale * loss
         if batch.ce is not None:
-            sft, described = self._sft_loss(batch, logp, entropy, top)
+            sft, described = self._sft_loss(batch, logp, entropy, top) if kl is None else _distillation(batch, kl)
             metrics["loss" if batch.rl is None else "sft_loss"] = described.pop("loss")
             metrics |= described
             loss = loss + batch.ce.scale * sft
@@ -130,6 +132,13 @@ class Objective:
             loss = loss + self.sed.strength * penalty
             metrics |= {"sed": penalty.detach(), "sed_share": batch.ce.mean(is_open.float())}
         return loss, metrics
+
+
+def _distillation(batch: Batch, kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of SDFT: the mean over its tokens of the KL to the teacher."""
+    assert batch.ce is not None
+    loss = batch.ce.mean(kl)
+    return loss, {"loss": loss.detach()}
 
 
 def _describe(corrected: Corrected, own: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Literal
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.losses.advantages import Advantage, AdvantageName, BatchStd, as_advantage
 from mifo_lightning.losses.corrections import Correction, CorrectionName, as_correction
+from mifo_lightning.losses.distillation import SelfDistillation
 from mifo_lightning.losses.kl import KL_ESTIMATORS, KLName
 from mifo_lightning.losses.named import named
 from mifo_lightning.losses.policy import Aggregation, Ratio
@@ -123,7 +124,7 @@ class PolicyLoss:
 
 @dataclass
 class SFTLoss:
-    """The loss of SFT phases: cross-entropy on demonstrations.
+    """The loss of SFT phases: cross-entropy on demonstrations, or self-distillation.
 
     Args:
         weight: What multiplies each demonstration token's cross-entropy: uniform, dft, chord, low_entropy,
@@ -131,24 +132,46 @@ class SFTLoss:
         sed: SED-SFT's term beside the cross-entropy of the same tokens; a weight multiplies the latter alone.
         entropy_bonus: Weight of the policy's mean entropy on demonstration tokens, which is taken off the loss
             (ReLIFT).
-        demonstrations: What a buffered question is learned from: the data's solution, or the model's own correct
-            rollout.
+        demonstrations: What a buffered question is learned from: the data's solution; own, the first correct rollout
+            of the group that it was buffered for; initial, a right response of the model before training (Self-SFT, to
+            which SFT stages go by too); refreshed, the same, drawn anew for the questions of each phase as it begins.
+        attempts: Most responses that are drawn for a question until one is right, where initial or refreshed.
+        distillation: What makes SFT phases SDFT, in place of cross-entropy; null: they are not.
     """
 
     weight: SFTWeightName | SFTWeight = "uniform"
     sed: SED = field(default_factory=SED)
     entropy_bonus: float = 0.0
-    demonstrations: Literal["data", "own"] = "data"
+    demonstrations: Literal["data", "own", "initial", "refreshed"] = "data"
+    attempts: int = 8
+    distillation: SelfDistillation | None = None
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
-        if self.demonstrations == "own" and as_sft_weight(self.weight).needs_initial_losses:
-            raise InputError(f"{key}.weight: flow is not allowed with demonstrations own; it weighs the data's")
+        others = self.demonstrations
+        if others != "data" and as_sft_weight(self.weight).needs_initial_losses:
+            raise InputError(f"{key}.weight: flow is not allowed with demonstrations {others}; it weighs the data's")
         require(f"{key}.sed", repr(self.sed)[:80], isinstance(self.sed, SED), "a SED")
         self.sed.check(f"{key}.sed")
-        data = not self.sed.strength or self.demonstrations == "data"
-        require(f"{key}.sed.strength", self.sed.strength, data, "0 with demonstrations own: tau is of the data's")
+        data = not self.sed.strength or others == "data"
+        require(f"{key}.sed.strength", self.sed.strength, data, f"0 with demonstrations {others}: tau is of the data's")
         require(f"{key}.entropy_bonus", self.entropy_bonus, self.entropy_bonus >= 0, "at least 0")
+        require(f"{key}.attempts", self.attempts, self.attempts >= 1, "at least 1")
+        if self.distillation is not None:
+            self._check_distillation(key, self.distillation)
+
+    def _check_distillation(self, key: str, distillation: SelfDistillation) -> None:
+        kind = isinstance(distillation, SelfDistillation)
+        require(f"{key}.distillation", repr(distillation)[:80], kind, "a SelfDistillation, or null")
+        distillation.check(f"{key}.distillation")
+        plain = {
+            "demonstrations": (self.demonstrations, "data"),
+            "weight": (self.weight, "uniform"),
+            "sed.strength": (self.sed.strength, 0.0),
+        }
+        for name, (value, only) in plain.items():
+            what = f"{only} with distillation, which has no cross-entropy on demonstrations"
+            require(f"{key}.{name}", value, value == only, what)
 
 
 def check_rl(rollout: Rollout, loss: PolicyLoss, mixing: Mixing | None) -> None:

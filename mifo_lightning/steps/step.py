@@ -56,7 +56,7 @@ class OptimizerStep:
         if is_rl:
             objective, whole = self.reinforcement.objective, self._rl_batch(trainer, policy, item, output)
         else:
-            objective, whole = self.supervision.objective, self.supervision.batch(item["questions"], policy.device)
+            objective, whole = self.supervision.objective, self._sft_batch(trainer, policy, item)
         settings, shared = self.settings, is_rl and policy.share_prompts
         cut = item["update"] % item["minibatches"], settings.micro_batches, settings.micro_batch_tokens, shared
         chunks = whole.chunks(*cut)
@@ -65,6 +65,9 @@ class OptimizerStep:
             whole, late = self._select(trainer, policy, whole, select_tokens, output), None
             chunks = whole.chunks(*cut)
         output["loss"] = self._descend(trainer, policy, chunks, objective, item["phase"], late)
+        shown = [chunk.teacher.token_count() for chunk in chunks if chunk.teacher is not None and not chunk.idle]
+        output["work"]["scored"] += sum(shown)
+        output["work"]["generated"] += self.supervision.take_decoded()
         output["work"] |= {
             "trained": sum(chunk.sequences.token_count() for chunk in chunks if not chunk.idle),
             "demonstrations": [i for chunk in chunks if not chunk.idle for i in chunk.demonstrations],
@@ -76,11 +79,19 @@ class OptimizerStep:
         more: Any = getattr(trainer.train_dataloader, "more", None)
         batch, fresh = self.reinforcement.batch(policy, item, more, lambda activity: profiled(trainer, activity))
         if fresh is not None:
-            groups = fresh.drawn.groups(self.supervision.own_demonstrations)
+            groups = self.supervision.groups(fresh.drawn)
             output |= {"groups": groups, "samples": fresh.drawn.samples(), "work": fresh.work}
             self.metrics.put("rollout", fresh.metrics)
             self.last_reward = fresh.metrics["reward"]
         return batch
+
+    def _sft_batch(self, trainer: Trainer, policy: Policy, item: WorkItem) -> Batch:
+        """What an SFT step trains on, drawn first where the model learns from responses of its own."""
+        phase: Any = getattr(trainer.train_dataloader, "phase", None)
+        with profiled(trainer, "rollout") if self.supervision.draws else nullcontext():
+            questions, metrics = self.supervision.answered(policy, item, phase)
+        self.metrics.put("sft", metrics)
+        return self.supervision.batch(questions, policy.device)
 
     def _select(
         self, trainer: Trainer, policy: Policy, batch: Batch, select_tokens: Any, output: dict[str, Any]
@@ -113,6 +124,7 @@ class OptimizerStep:
                     entropy_gradient=with_bonus,
                     grouped=phase == "rl",
                     top_k=objective.top_k if chunk.ce is not None else 0,
+                    teacher=chunk.teacher,
                 )
             chosen = chunk if late is None else selected(chunk, late, scores[1].detach())
             loss, metrics = objective(chosen, *scores)

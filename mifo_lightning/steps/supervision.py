@@ -1,6 +1,6 @@
 """The demonstrations of an SFT step as a `Batch`, and the tokens that its loss sees."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from mifo_callbacks.collectives import rank, ranks, sum_over, sum_ranks, world_group
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
+from mifo_lightning.data.loader import WorkItem
 from mifo_lightning.losses.sed import SED, sed_threshold, top_sum
 from mifo_lightning.losses.sft_weights import as_sft_weight
 from mifo_lightning.policy.ending import padding
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import score_without_gradient
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.graded import Graded
+from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.objective import Objective
+from mifo_lightning.steps.pool import Pool
 from mifo_lightning.steps.settings import SFTLoss
 
 INITIAL_ROWS = 64  # demonstrations packed together; bounds padding
@@ -29,6 +34,8 @@ class Supervision:
     Args:
         tokenizer: The model's.
         settings: The loss.
+        responder: Draws responses, where they are learned from; None where none are.
+        sampling: How.
 
     Raises:
         InputError: If a setting is impossible.
@@ -37,24 +44,86 @@ class Supervision:
         objective: The loss of a chunk.
         initial_losses: [N] fp32 by question id, for a weight that wants them; None before `measure`.
         sed_threshold: tau of SED-SFT's term, where it is on; None before `measure`.
+        pool: The model's own right responses, where they take the place of the data's demonstrations.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: SFTLoss) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SFTLoss,
+        responder: Responder | None = None,
+        sampling: Sampling = Sampling(),
+    ) -> None:
         settings.check("model.sft_loss")
         self.tokenizer, self.settings = tokenizer, settings
         self.objective = Objective(sft_weight=as_sft_weight(settings.weight), sed=settings.sed)
         self.initial_losses: Tensor | None = None
         self.sed_threshold: float | None = None
+        self.responder, self.sampling = responder, sampling
+        pooled = settings.demonstrations in ("initial", "refreshed")
+        self.pool = Pool(self._drawing, sampling, settings.attempts) if pooled else None
+        self._decoded = 0
 
     @property
     def own_demonstrations(self) -> bool:
-        """Whether a buffered question is learned from a correct rollout of the model's own."""
-        return self.settings.demonstrations == "own"
+        """Whether a buffered question is learned from a correct response of the model's own."""
+        return self.settings.demonstrations != "data"
+
+    @property
+    def draws(self) -> bool:
+        """Whether SFT steps draw responses."""
+        return self.settings.demonstrations == "refreshed" or self.settings.distillation is not None
 
     @property
     def needs_initial_losses(self) -> bool:
         """Whether the weight wants each demonstration's loss before training."""
         return self.objective.sft_weight.needs_initial_losses
+
+    def groups(self, drawn: Graded) -> list[dict[str, Any]]:
+        """What the buffer wants to know of fresh rollouts: above all which questions have something to learn from."""
+        pool = None if self.pool is None else self.pool.responses
+        return drawn.groups(self.settings.demonstrations == "own", pool)
+
+    def answered(
+        self, policy: Policy, item: WorkItem, phase: Callable[[], list[Question]]
+    ) -> tuple[list[Question], dict[str, float]]:
+        """The questions of an SFT step, each with what is learned from in the place of its demonstration; collective.
+
+        Args:
+            policy: The running model, which draws what is to be drawn.
+            item: The SFT step.
+            phase: Gives this rank's share of the questions of the whole phase; of a stage a step is one.
+
+        Returns:
+            The questions, and what is logged of them.
+        """
+        if self.pool is not None:
+            metrics = {}
+            if self.settings.demonstrations == "refreshed" and item["update"] == 0:
+                metrics["refreshed"] = self.pool.refresh(policy, phase(), item["step"])
+            return self.pool.shown(item["questions"]), metrics
+        if self.settings.distillation is not None:
+            return self._attempted(policy, item), {}
+        return item["questions"], {}
+
+    def _attempted(self, policy: Policy, item: WorkItem) -> list[Question]:
+        """The questions with a response of the running model to each, right or not."""
+        questions = item["questions"]
+        keys = [self._drawing.key("sft", item["step"], q.id) for q in questions]
+        drawn = self._drawing.draw(policy, [q.prompt for q in questions], keys, 1, self.sampling)
+        responses = [response.tokens for (response,) in drawn]
+        self._decoded += sum(len(q.prompt) + len(r) for q, r in zip(questions, responses, strict=True))
+        return [replace(q, demonstration=r, answer_start=None) for q, r in zip(questions, responses, strict=True)]
+
+    def take_decoded(self) -> int:
+        """Tokens that decoding for SFT ran through the model on this rank since the last call, prompts included."""
+        decoded, self._decoded = self._decoded, 0
+        return decoded + (self.pool.take_decoded() if self.pool is not None else 0)
+
+    @property
+    def _drawing(self) -> Responder:
+        assert self.responder is not None, "who learns from responses says who draws them"
+        return self.responder
 
     @property
     def measures(self) -> bool:
@@ -64,19 +133,22 @@ class Supervision:
     def measure(self, policy: Policy, questions: list[Question]) -> None:
         """Score the demonstrations of all training questions before training, for all that depends on it; collective.
 
-        Costs a forward pass over them for each, shared by the ranks.
+        Costs a forward pass over them for each, shared by the ranks, and the responses of a pool, if there is one.
         """
         pad = padding(self.tokenizer)
         if self.needs_initial_losses:
             self.initial_losses = initial_losses(policy, questions, pad)
         if self.settings.sed.strength:
             self.sed_threshold = initial_sed_threshold(policy, questions, pad, self.settings.sed)
+        if self.pool is not None:
+            self.pool.fill(policy, questions)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `measure` found, for a checkpoint."""
+        """What `measure` found and the pool holds, for a checkpoint."""
         sed = self.settings.sed
         measured = (self.sed_threshold, sed.top_k, sed.mask_ratio) if self.sed_threshold is not None else None
-        return {"initial_losses": self.initial_losses, "sed": measured}
+        pool = None if self.pool is None else self.pool.responses
+        return {"initial_losses": self.initial_losses, "sed": measured, "pool": pool}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what a run measured where it began.
@@ -96,11 +168,30 @@ class Supervision:
                 "its threshold stands still"
             )
         self.initial_losses, self.sed_threshold = losses, None if measured is None else measured[0]
+        pool = state.get("pool")
+        if (pool is None) != (self.pool is None):
+            raise InputError(
+                f"model.sft_loss.demonstrations: {self.settings.demonstrations} is not allowed here; initial and "
+                "refreshed begin with a run, and end with it"
+            )
+        if self.pool is not None:
+            self.pool.responses = pool
 
     def batch(self, questions: list[Question], device: torch.device) -> Batch:
         """As `sft_batch`, with these settings."""
         batch = sft_batch(questions, self.tokenizer, device, self.settings.entropy_bonus, self.initial_losses)
-        return replace(batch, sed_threshold=self.sed_threshold)
+        teacher = self._teacher(questions).to(device) if self.settings.distillation is not None else None
+        return replace(batch, sed_threshold=self.sed_threshold, teacher=teacher)
+
+    def _teacher(self, questions: list[Question]) -> Sequences:
+        """The responses after the prompts of the teacher."""
+        prompts = [q.teacher_prompt or [] for q in questions]
+        if not all(prompts):
+            raise InputError(
+                "model.sft_loss.distillation: a question has no prompt for the teacher; QuestionData makes them of "
+                "demonstrations, other data sets Question.teacher_prompt"
+            )
+        return Sequences.pack(prompts, [q.demonstration or [] for q in questions], padding(self.tokenizer))
 
 
 def _named(sed: tuple[Any, ...] | None) -> str:
