@@ -27,8 +27,10 @@ class Costs(Callback):
     are not in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of a few
     integers per optimizer step. FLOPs are those of the matrix products with weights: 2 N per generated or scored
     token, 4 N + 2 T per trained token, N as `multiplying` counts and T those of them that are trained: all, all but
-    frozen ones, or the adapters' alone. Attention between tokens and recomputed activations are left out. Raises:
-    InputError: If `training_step` returns no `work`.
+    frozen ones, or the adapters' alone. Attention between tokens and recomputed activations are left out.
+
+    Raises:
+        InputError: If `training_step` returns no `work`.
     """
 
     summary_key = "costs"
