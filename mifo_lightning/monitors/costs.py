@@ -22,9 +22,9 @@ class Costs(Callback):
     An account has `optimizer_steps`, `questions` (answered by rollouts), `demonstrations` (trained on; with
     repetitions), `generated_tokens`, `scored_tokens` (forwarded without gradient), `trained_tokens`, `flops` and
     `seconds` (wall seconds of the training batches on the first rank; what callbacks do before a batch, such as drawing
-    masks, is under `callbacks`, given an `ActivityProfiler`). What Self-SFT draws before training is in the tokens of the
-    first step, whatever its kind, and in no seconds. Evaluation, phase monitors and FLOW's pass before training are not
-    in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of
+    masks, is under `callbacks`, given an `ActivityProfiler`). What Self-SFT draws before training is in the tokens of
+    the first step, whatever its kind, and in no seconds. Evaluation, phase monitors and FLOW's pass before training are
+    not in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of
     a few integers per optimizer step.
 
     FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 4 N + 2 T per trained token,
