@@ -23,9 +23,9 @@ class Costs(Callback):
     repetitions), `generated_tokens`, `scored_tokens` (forwarded without gradient), `trained_tokens`, `flops` and
     `seconds` (wall seconds of the training batches on the first rank; what callbacks do before a batch, such as drawing
     masks, is under `callbacks`, given an `ActivityProfiler`). What Self-SFT draws before training is in the tokens of
-    the first step, whatever its kind, and in no seconds. Evaluation, phase monitors and FLOW's pass before training are
-    not in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of
-    a few integers per optimizer step.
+    the first step, whatever its kind, and in no seconds. Evaluation, phase monitors and FLOW's pass before training
+    are not in the accounts. Logs `costs/flops` and `costs/<kind>_tokens`, cumulative. Costs one gathering of a few
+    integers per optimizer step.
 
     FLOPs are those of the matrix products with weights: 2 N per generated or scored token, 4 N + 2 T per trained token,
     N as `multiplying` counts and T those of them that are trained: all, all but frozen ones, or the adapters' alone.
