@@ -29,7 +29,15 @@ def test_two_processes_see_the_gradients_and_scores_of_one(
     tmp_path: Path, singly: dict[str, Any], strategy: str
 ) -> None:
     shared = run(strategy, "gradients", tmp_path / "two.pt")["cases"]
-    assert set(singly) == {"phases", "mixed", "summed", "dynamic sampling", "adapters"}
+    assert set(singly) == {
+        "phases",
+        "mixed",
+        "summed",
+        "own responses",
+        "distilled",
+        "dynamic sampling",
+        "adapters",
+    }
     for case, one in singly.items():
         two = shared[case]
         assert one["phases"] == two["phases"]

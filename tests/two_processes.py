@@ -13,11 +13,13 @@ from conftest import make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from rl_steps import Coin
 
 from mifo_callbacks import GradientFreezing
 from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.sharding import full
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.losses.distillation import SelfDistillation
 from mifo_lightning.losses.sed import SED
 from mifo_lightning.methods import HPT, SRFT
 from mifo_lightning.monitors.export import ExportModel
@@ -91,6 +93,10 @@ CASES: dict[str, dict[str, Any]] = {
         "weight": "eaft",
         "entropy_bonus": 0.1,
     },
+    # each rank draws for a part of the questions, and some ranks have nothing left to draw before others
+    "own responses": {"demonstrations": "refreshed", "attempts": 3, "reward": Coin()},
+    # the model runs twice before each backward pass, and the teacher's prompts are longer
+    "distilled": {"distillation": SelfDistillation(), "micro_batch_tokens": 60},
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
     # SFT sees all tokens here
     # prompts run once a group, whatever a rank has of it
