@@ -50,7 +50,7 @@ def loader(name: str, questions: int = 512, **changes: Any) -> PhaseLoader:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_order_and_length_of_stages(name: str) -> None:
-    plan = {"sft": "s" * 120, "sft_then_rl": "s" * 40 + "r" * 120, "rl_then_sft": "r" * 120 + "s" * 40}
+    plan = {"sft": "s" * 120, "sft_then_rl": "s" * 20 + "r" * 120, "rl_then_sft": "r" * 120 + "s" * 20}
     assert "".join(work["phase"][0] for work in loader(name)) == plan.get(name, "r" * 120)
 
 

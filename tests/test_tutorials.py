@@ -32,7 +32,7 @@ def test_mifo_on_a_laptop(tmp_path: Path) -> None:
     lines = run("1_mifo_on_a_laptop", tmp_path)
     before, after = numbers(lines, "mirrored    ")
     assert before < 0.05
-    assert after > 0.2, "demonstrations teach what RL never samples"
+    assert after > 0.1, "demonstrations teach what RL never samples"
     steps, phases, frozen = numbers([line.replace("%", "") for line in lines if "SFT phases" in line], "")
     assert (steps, phases > 2, round(frozen)) == (32 + 4 * phases, True, 50)
 
