@@ -51,11 +51,21 @@ TASKS = {
 }
 
 
-def pack(models: dict[str, Qwen2ForCausalLM], file: Path) -> None:
-    """Write the weights of named models as float16 into one file, `<name>/<weight>` each."""
+def pack(models: dict[str, Qwen2ForCausalLM], vocabulary: list[str], file: Path) -> None:
+    """Write the weights of named models as float16 into one file, `<name>/<weight>` each: whole, or not at all.
+
+    Raises:
+        InputError: A model is not of the shape that `build_model` gives with this vocabulary.
+    """
+    shapes = {key: w.shape for key, w in make_base.build_model(vocabulary).state_dict().items()}
+    for name, model in models.items():
+        if {key: w.shape for key, w in model.state_dict().items()} != shapes:
+            raise InputError(f"--pack: {name} is no base of this task: its weights have other names or shapes")
     weights = {f"{name}/{key}": w.half() for name, model in models.items() for key, w in model.state_dict().items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, file)
+    part = file.with_name(f"{file.name}.part")
+    save_file(weights, part)
+    part.replace(file)
 
 
 def unpack(file: Path, vocabulary: list[str]) -> dict[str, Qwen2ForCausalLM]:
@@ -100,20 +110,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--out", type=Path, help="write the kept bases into this directory")
     parser.add_argument("--pack", type=Path, help="keep bases of this directory, as make_base wrote them")
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(12), help="which of them")
+    parser.add_argument("--seeds", type=int, nargs="+", help="which of those of --pack; the first twelve by default")
     args = parser.parse_args(arguments)
     if (args.out is None) == (args.pack is None):
         parser.error("--out or --pack: one of the two is needed")
+    if args.seeds and not args.pack:
+        parser.error("--seeds: goes with --pack; --out writes all that are kept")
     quiet()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     task, file = TASKS[args.task], ASSETS / f"{args.task}_bases.safetensors"
     try:
         if args.pack:
-            names = [f"seed{seed}" for seed in args.seeds]
+            names = [f"seed{seed}" for seed in args.seeds or range(12)]
             if missing := [name for name in names if not (args.pack / name / "config.json").is_file()]:
                 raise InputError(f"--pack {args.pack}: has no {missing[0]}")
-            pack({name: Qwen2ForCausalLM.from_pretrained(args.pack / name) for name in names}, file)
+            pack({name: Qwen2ForCausalLM.from_pretrained(args.pack / name) for name in names}, task.vocabulary, file)
             print(table(unpack(file, task.vocabulary), task))
         else:
             write(unpack(file, task.vocabulary), task.vocabulary, args.out)

@@ -10,18 +10,18 @@ Step 0, the base itself, is among them. Runs that are done are kept; the table s
 import argparse
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from experiments.prune_update import make_evaluate, model_of, read_weights
-from mifo_lightning.common.errors import InputError, TrainingError
-from mifo_lightning.common.terminal import fail, quiet
-from mifo_lightning.lab.ablation import IMPORTS
-from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.terminal import quiet
+from mifo_lightning.lab.exit_status import exit_status
 from mifo_lightning.lab.grid import Ablation, Arm, Cell, cells
-from mifo_lightning.lab.runner import View, run_here
+from mifo_lightning.lab.runner import run_all
 
 STEPS = [0, 5, 10, 20, 40, 80, 160, 297]
 Scores = dict[int, dict[str, float]]
@@ -47,23 +47,16 @@ def sft_cells(config: list[str], bases: list[Path], steps: list[int], out: Path,
     )
 
 
-def run(grid: list[Cell], jobs: int) -> None:
-    """Run what is not done.
+def in_order(bases: Sequence[Path]) -> list[Path]:
+    """The bases by the numbers in their names: `seed2` before `seed10`.
 
     Raises:
-        InputError: A run was made with other settings.
-        TrainingError: One failed; the line names its log.
+        InputError: Two have the same name.
     """
-    chosen = [(cell, fingerprint(cell)) for cell in grid]
-    for cell, present in chosen:
-        check_fingerprint(cell, present)
-    work = [(cell, present) for cell, present in chosen if outcome(cell.directory).status != "done"]
-    if work:
-        with View(len(chosen) - len(work), len(work)) as view:
-            run_here(work, jobs, IMPORTS, view)
-    for cell in grid:
-        if (found := outcome(cell.directory)).status != "done":
-            raise TrainingError(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
+    names = [base.name for base in bases]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"--bases: {twice[0]} is the name of two; each needs one of its own, that of what is written")
+    return sorted(bases, key=lambda base: ([int(n) for n in re.findall(r"\d+", base.name)], base.name))
 
 
 def measure(cell: Cell, steps: list[int], evaluate: Callable[..., dict[str, float]]) -> Scores:
@@ -85,10 +78,13 @@ def table(chosen: dict[str, tuple[int, Scores]], metric: str) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run, measure, choose, write, print."""
+def main(arguments: Sequence[str]) -> int:
+    """Run, measure, choose, write, print; the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m experiments.sft_checkpoints",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", nargs="+", default=["tiny"], help="configurations of the runs")
     parser.add_argument("--bases", type=model_of, nargs="+", required=True, help="model directories")
@@ -101,20 +97,22 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--jobs: allowed is 1 or more; --steps: 0 or more, one of them above 0")
     quiet()
     torch.set_num_threads(1)
-    bases = sorted(args.bases, key=lambda base: ([int(n) for n in re.findall(r"\d+", base.name)], base.name))
-    steps, chosen = sorted(set(args.steps)), {}
-    try:
+
+    def work() -> int:
+        bases, steps = in_order(args.bases), sorted(set(args.steps))
         grid = sft_cells(args.config, bases, steps, args.out / "runs", args.metric)
-        run(grid, args.jobs)
+        run_all(grid, args.jobs)
+        chosen = {}
         for cell, base in zip(grid, bases, strict=True):
             scores = measure(cell, steps, make_evaluate([Path(file) for file in args.config], base, []))
             step = best(scores, args.metric)
             chosen[base.name] = step, scores
             shutil.copytree(cell.directory / f"model-{step}", args.out / base.name, dirs_exist_ok=True)
-    except (InputError, TrainingError) as error:
-        fail(str(error))
-    print(f"{args.metric} on validation\n\n{table(chosen, args.metric)}")
+        print(f"{args.metric} on validation\n\n{table(chosen, args.metric)}")
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(sys.argv[1:]))

@@ -47,12 +47,25 @@ def test_a_base_that_is_not_there_is_one_line(
     for arguments, said in (
         (["--pack", str(made), "--seeds", "2", "3"], f"--pack {made}: has no seed3"),
         (["--out", str(tmp_path / "out")], "these bases have not been kept yet"),
+        (["--out", str(tmp_path / "out"), "--seeds", "2"], "--seeds: goes with --pack"),
     ):
         with pytest.raises(SystemExit) as end:
             bases.main(["skills", *arguments])
         assert end.value.code == 2
-        (line,) = capsys.readouterr().err.strip().split("\n")
-        assert said in line
+        assert said in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+def test_models_of_another_task_leave_what_is_kept_as_it_is(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bases, "ASSETS", tmp_path)
+    kept = tmp_path / "points_bases.safetensors"
+    kept.write_bytes(b"kept")
+    with pytest.raises(SystemExit) as end:
+        bases.main(["points", "--pack", str(made), "--seeds", "2"])
+    assert end.value.code == 2
+    assert "seed2 is no base of this task" in capsys.readouterr().err
+    assert kept.read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize("task", ["skills", "points"])

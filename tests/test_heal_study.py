@@ -11,7 +11,7 @@ import torch
 import yaml
 from small_grid import BASE, ROOT
 
-from experiments.heal import fits, measure, sweep
+from experiments.heal import measure, sweep
 from experiments.heal.__main__ import main
 from experiments.heal.measure import describe
 from experiments.heal.records import Records, open_records
@@ -20,6 +20,7 @@ from experiments.heal.three_ways import ThreeWays
 from experiments.make_points_base import Recipe, make
 from experiments.prune_update import read_weights
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.lab import runner
 from mifo_lightning.losses.advantages import GroupStd
 
 SMALL: dict[str, Any] = {
@@ -207,7 +208,7 @@ def test_the_same_command_runs_nothing_again(small: Path, monkeypatch: pytest.Mo
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("it was done already")
 
-    monkeypatch.setattr(fits, "run_here", never)
+    monkeypatch.setattr(runner, "run_here", never)
     monkeypatch.setattr(measure.Bench, "evaluate", never)
     assert main(["--config", str(small)]) == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -18,7 +18,7 @@ from mifo_callbacks import ImportanceEMA
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.methods import Anchor, SignConflict, SoftFreezing, SubspaceFreezing
 from mifo_lightning.methods.anchor import penalty
-from mifo_lightning.methods.directions import random_directions, singular_directions
+from mifo_lightning.methods.directions import at_random, singular_directions
 from mifo_lightning.methods.soft_freezing import hold_back_, quantile_of, rates
 from mifo_lightning.methods.subspace_freezing import component
 
@@ -225,8 +225,9 @@ def test_singular_directions_are_those_of_the_decomposition() -> None:
     torch.testing.assert_close(v @ v.T, expected_vt[:2].T @ expected_vt[:2], atol=1e-5, rtol=0)
     assert [x.shape[1] for x in singular_directions(matrix, 8)] == [3, 3], "it has no more"
     assert [x.shape[1] for x in singular_directions(matrix * 0, 8)] == [0, 0]
-    drawn = random_directions(u, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(drawn.T @ drawn, torch.eye(2), atol=1e-6, rtol=0)
+    for drawn, like in zip(at_random(u, v, 0, 1), (u, v), strict=True):
+        assert drawn.shape == like.shape
+        torch.testing.assert_close(drawn.T @ drawn, torch.eye(2), atol=1e-6, rtol=0)
 
 
 def test_components_are_orthogonal_projections() -> None:

@@ -15,6 +15,16 @@ def test_the_highest_is_chosen_and_of_equals_the_earliest() -> None:
     assert best({0: {"a": 0.1}, 5: {"a": 0.4}, 10: {"a": 0.4}, 20: {"a": 0.3}}, "a") == 5
 
 
+def test_two_bases_of_one_name_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bases = [tmp_path / place / "seed0" for place in ("a", "b")]
+    for base in bases:
+        base.mkdir(parents=True)
+        (base / "config.json").write_text("{}", encoding="utf-8")
+    assert main(["--bases", *map(str, bases), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert "--bases: seed0 is the name of two" in line
+
+
 @pytest.mark.slow
 def test_the_chosen_model_is_that_of_the_run_after_so_many_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -24,7 +34,7 @@ def test_the_chosen_model_is_that_of_the_run_after_so_many_steps(
     counts = {"train": {"init_args": {"count": 64}}, "val": {"init_args": {"count": 16}}}
     small.write_text(json.dumps({"data": {**counts, "schedule": {"sft_batch": 8}}}), encoding="utf-8")
     arguments = ["--config", "tiny", str(small), "--bases", BASE, "--steps", "0", "2", "--out", str(tmp_path / "out")]
-    main(arguments)
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     (row,) = [line for line in printed.split("\n") if line.startswith("| base |") and "step" not in line]
     chosen = int(row.split("|")[-2])
@@ -38,5 +48,5 @@ def test_the_chosen_model_is_that_of_the_run_after_so_many_steps(
     assert not torch.equal(start, end)
     assert torch.equal(found, {0: start, 2: end}[chosen])
     written = (made / "outcome.json").stat().st_mtime
-    main(arguments)
+    assert main(arguments) == 0
     assert (made / "outcome.json").stat().st_mtime == written

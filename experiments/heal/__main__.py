@@ -13,15 +13,13 @@ The same command goes on where it was stopped. Exit status 2: bad input; 1: a fi
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.heal.settings import read_study
-from mifo_lightning.checkpoints import interruption
-from mifo_lightning.common.errors import InputError, Interrupted, TrainingError
-from mifo_lightning.common.terminal import printable, quiet
+from mifo_lightning.common.terminal import quiet
+from mifo_lightning.lab.exit_status import exit_status
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -53,26 +51,19 @@ def main(arguments: Sequence[str]) -> int:
     from experiments.heal.report import write_report
 
     changes = {key: value for key in ("jobs", "out") if (value := getattr(parsed, key)) is not None}
-    try:
-        with interruption.noted():
-            place = parsed.report
-            if parsed.config:
-                from experiments.heal.study import run_study
 
-                study = read_study(parsed.config, **changes)
-                place = study.out
-                run_study(study)
-            print(f"wrote {write_report(place)}")
-    except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
-    except Interrupted as stop:
-        print(f"interrupted by {signal.Signals(stop.signum).name}; the same command goes on", file=sys.stderr)
-        return 128 + stop.signum
-    return 0
+    def work() -> int:
+        place = parsed.report
+        if parsed.config:
+            from experiments.heal.study import run_study
+
+            study = read_study(parsed.config, **changes)
+            place = study.out
+            run_study(study)
+        print(f"wrote {write_report(place)}")
+        return 0
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.heal.settings import END, PEAK, Start, Study
-from mifo_lightning.common.errors import TrainingError
-from mifo_lightning.lab.ablation import IMPORTS
-from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
 from mifo_lightning.lab.grid import Ablation, Arm, Cell, cells, slug
-from mifo_lightning.lab.runner import View, run_here
 
 SWEEP, HALF_RATE, OTHER_SEED = "sweep", "half rate", "other seed"
 NO_UPDATE = "no update"
@@ -49,26 +45,6 @@ def steps_of(study: Study, starts: Sequence[Start], peak: int) -> list[int]:
     """The steps of the sweep that starts mean on a base whose peak is this step, ascending, each once."""
     named = {PEAK: peak, END: study.last}
     return sorted({named[each] if isinstance(each, str) else each for each in starts})
-
-
-def run(fits: Sequence[Cell], jobs: int) -> None:
-    """Run those that are not done, `jobs` at once.
-
-    Raises:
-        InputError: One was made with other settings.
-        TrainingError: One failed; the line names its log. The others have been run.
-    """
-    chosen = [(cell, fingerprint(cell)) for cell in fits]
-    for cell, present in chosen:
-        check_fingerprint(cell, present)
-    work = [(cell, present) for cell, present in chosen if outcome(cell.directory).status != "done"]
-    if not work:
-        return
-    with View(len(chosen) - len(work), len(work)) as view:
-        run_here(work, jobs, IMPORTS, view)
-    for cell, _ in work:
-        if (found := outcome(cell.directory)).status != "done":
-            raise TrainingError(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
 
 
 def _cell(study: Study, base: str, name: str, arm: Arm, start: str, model: Path, seed: int) -> Cell:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from experiments.heal.edit_stage import EDITS, measure_edits
-from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, run, sweep_cells
+from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, sweep_cells
 from experiments.heal.records import Record, Records, open_records, records_path
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
 from experiments.heal.sweep import FACTS, NOISE, RL, least_loss, measure_rl, measure_sweep, peak
 from mifo_lightning.common.terminal import quiet
 from mifo_lightning.lab.cell import output_to
+from mifo_lightning.lab.runner import run_all
 
 RECORDS = "records.json"
 Stage = Callable[[Study, str], None]
@@ -31,10 +32,10 @@ def run_study(study: Study) -> None:
     """
     for base in study.bases:
         open_records(study, base)  # refused before the first fit, not after it
-    run([cell for base in study.bases for cell in sweep_cells(study, base).values()], study.jobs)
+    run_all([cell for base in study.bases for cell in sweep_cells(study, base).values()], study.jobs)
     _on_all_bases(study, measure_sweep)
     chosen = {base: peak(study, open_records(study, base)) for base in study.bases}
-    run([cell for base, step in chosen.items() for cell in rl_cells(study, base, step).values()], study.jobs)
+    run_all([cell for base, step in chosen.items() for cell in rl_cells(study, base, step).values()], study.jobs)
     for stage in (measure_rl, measure_spectra, measure_edits):
         _on_all_bases(study, stage)
     text = json.dumps(collect(study), separators=(",", ":"))

@@ -13,27 +13,20 @@ a W&B sweep.
 
 import argparse
 import shlex
-import signal
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
-from mifo_lightning.checkpoints import interruption
-from mifo_lightning.common.errors import InputError, Interrupted
-from mifo_lightning.common.terminal import printable
-from mifo_lightning.lab.cell import LOG, check_fingerprint, fingerprint, outcome
+from mifo_lightning.common.errors import InputError
+from mifo_lightning.lab.cell import LOCK, LOG, held, outcome
+from mifo_lightning.lab.exit_status import exit_status
 from mifo_lightning.lab.grid import Ablation, cells, choose, sweep, with_wandb
 from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
 from mifo_lightning.lab.reading import check_bases, read_ablation
 from mifo_lightning.lab.records import check_same_bases, keep, restore
-from mifo_lightning.lab.runner import View, run_here, run_on_cluster
-
-# imported once for all fits of `run_here`; W&B imports the latter two when a run begins
-IMPORTS = ("mifo_lightning.cli", "wandb.wandb_run", "mifo_lightning.lab.cell")
-IMPORTS_OF_WANDB = ("wandb.sdk.launch", "pandas")
+from mifo_lightning.lab.runner import IMPORTS, IMPORTS_OF_WANDB, View, run_here, run_on_cluster, unfinished
 
 
 def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str) -> int:
@@ -45,10 +38,8 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     if ablation.records:
         restore(ablation.records, grid)
     check_named_before(ablation, grid)
-    chosen = [(cell, fingerprint(cell)) for cell in choose(grid, only)]
-    for cell, present in chosen:
-        check_fingerprint(cell, present)
-    work = [(cell, present) for cell, present in chosen if outcome(cell.directory).status != "done"]
+    chosen = choose(grid, only)
+    work = unfinished(chosen)
     check_bases(ablation, {cell.base for cell, _ in work})
     check_same_bases(work, grid)
     write_plan(ablation, command, fits=bool(work))
@@ -61,7 +52,8 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
                 run_here(work, ablation.jobs, IMPORTS + (IMPORTS_OF_WANDB if ablation.wandb else ()), view)
         finally:
             if ablation.records:
-                keep(ablation.records, grid)
+                with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
+                    keep(ablation.records, grid)
     rows = write_cells(ablation, grid)
     done = sum(row["status"] == "done" for row in rows)
     if done and (not only or done == len(rows)):
@@ -70,7 +62,7 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
         view.say(f"report: {write_report(ablation.out)}")
     elif done:
         view.say(f"{done} of {len(rows)} done; report: python -m mifo_lightning.lab report {ablation.out}")
-    failed = [cell for cell, _ in chosen if outcome(cell.directory).status != "done"]
+    failed = [cell for cell in chosen if outcome(cell.directory).status != "done"]
     for cell in failed:
         found = outcome(cell.directory)
         view.say(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
@@ -103,23 +95,19 @@ def main(arguments: Sequence[str]) -> int:
     parsed = parse(arguments)
     command = shlex.join(["python", "-m", "mifo_lightning.lab", "ablation", *arguments])
     changes = {key: value for key in ("jobs", "out") if (value := getattr(parsed, key)) is not None}
-    try:
-        with interruption.noted():
-            ablation = with_wandb(read_ablation(parsed.config, **changes), parsed.wandb)
-            chosen = choose(cells(ablation), parsed.only)
-            if parsed.sweep:
-                text = yaml.safe_dump(sweep(ablation, chosen, parsed.config), sort_keys=False)
-                parsed.sweep.write_text(text, encoding="utf-8")
-                print(f"wrote {parsed.sweep} with {len(chosen)} fits; next: wandb sweep {parsed.sweep}")
-            elif parsed.dry_run:
-                for cell in chosen:
-                    print(f"# {cell.name}\n{cell.command}")
-            else:
-                return run(ablation, parsed.only, parsed.slurm, command)
-    except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(f"interrupted by {signal.Signals(stop.signum).name}; the same command goes on", file=sys.stderr)
-        return 128 + stop.signum
-    return 0
+
+    def work() -> int:
+        ablation = with_wandb(read_ablation(parsed.config, **changes), parsed.wandb)
+        chosen = choose(cells(ablation), parsed.only)
+        if parsed.sweep:
+            text = yaml.safe_dump(sweep(ablation, chosen, parsed.config), sort_keys=False)
+            parsed.sweep.write_text(text, encoding="utf-8")
+            print(f"wrote {parsed.sweep} with {len(chosen)} fits; next: wandb sweep {parsed.sweep}")
+        elif parsed.dry_run:
+            for cell in chosen:
+                print(f"# {cell.name}\n{cell.command}")
+        else:
+            return run(ablation, parsed.only, parsed.slurm, command)
+        return 0
+
+    return exit_status(work)

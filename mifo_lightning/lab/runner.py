@@ -14,13 +14,55 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.errors import InputError, Interrupted, TrainingError
 from mifo_lightning.common.terminal import printable
-from mifo_lightning.lab.cell import LOG, ClusterCell, Fingerprint, Outcome, child, last_line, outcome, record_outcome
+from mifo_lightning.lab.cell import (
+    LOG,
+    ClusterCell,
+    Fingerprint,
+    Outcome,
+    check_fingerprint,
+    child,
+    fingerprint,
+    last_line,
+    outcome,
+    record_outcome,
+)
 from mifo_lightning.lab.grid import Cell
 
+# imported once for all fits of `run_here`; W&B imports the latter two when a run begins
+IMPORTS = ("mifo_lightning.cli", "wandb.wandb_run", "mifo_lightning.lab.cell")
+IMPORTS_OF_WANDB = ("wandb.sdk.launch", "pandas")
 GRACE = 25.0  # seconds that interrupted fits have to write their checkpoints; schedulers give 30
 Work = Sequence[tuple[Cell, Fingerprint]]
+
+
+def unfinished(grid: Sequence[Cell]) -> Work:
+    """The cells that are not done, each with what it is run with.
+
+    Raises:
+        InputError: A cell's directory holds something else than a run of exactly this cell.
+    """
+    present = [(cell, fingerprint(cell)) for cell in grid]
+    for cell, made_with in present:
+        check_fingerprint(cell, made_with)
+    return [(cell, made_with) for cell, made_with in present if outcome(cell.directory).status != "done"]
+
+
+def run_all(grid: Sequence[Cell], jobs: int) -> None:
+    """Run what is not done, here, `jobs` at once.
+
+    Raises:
+        InputError: A run was made with other settings.
+        TrainingError: One failed; the line names its log. The others have been run.
+    """
+    work = unfinished(grid)
+    if work:
+        with View(len(grid) - len(work), len(work)) as view:
+            run_here(work, jobs, IMPORTS, view)
+    for cell, _ in work:
+        if (found := outcome(cell.directory)).status != "done":
+            raise TrainingError(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
 
 
 class View:

@@ -13,8 +13,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import full_on_first_rank, local, shard_group, shard_like
 from mifo_lightning.common.errors import require
-from mifo_lightning.common.seeds import stable_key
-from mifo_lightning.methods.directions import random_directions, singular_directions
+from mifo_lightning.methods.directions import at_random, singular_directions
 from mifo_lightning.methods.protection import Protection
 
 Selector = Literal["top", "random"]
@@ -82,8 +81,7 @@ class Anchor(Protection):
                 continue
             u, v = singular_directions(weight, self.k)
             if self.selector == "random":
-                generator = torch.Generator().manual_seed(stable_key(self.seed.value, self._phases, position))
-                u, v = (random_directions(x, generator) for x in (u, v))
+                u, v = at_random(u, v, self.seed.value, self._phases, position)
             yield name, (u, v)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

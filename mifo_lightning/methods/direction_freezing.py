@@ -14,8 +14,7 @@ from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import trainable
 from mifo_lightning.common.errors import InputError, require
-from mifo_lightning.common.seeds import stable_key
-from mifo_lightning.methods.directions import SMALL, random_directions
+from mifo_lightning.methods.directions import SMALL, at_random
 from mifo_lightning.policy.adapter import Change, adapters_of
 
 Selector = Literal["rl_topk", "random"]
@@ -82,8 +81,7 @@ class DirectionFreezing(PhaseCallback):
         for position, (layer, change) in enumerate(adapters.changes(self._start, dict(pl_module.named_parameters()))):
             u, v = top_directions(change, self.k)
             if self.selector == "random":
-                generator = torch.Generator().manual_seed(stable_key(self.seed.value, self._phases, position))
-                u, v = (random_directions(x, generator) for x in (u, v))
+                u, v = at_random(u, v, self.seed.value, self._phases, position)
             if u.shape[1]:
                 found[layer] = {"u": u, "v": v}
         return found

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mifo_lightning.common.seeds import stable_key
+
 SMALL = 1e-5  # of the largest singular value: smaller ones are rounding, and their directions mean nothing
 
 
@@ -17,7 +19,8 @@ def singular_directions(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return u[:, :kept].float().contiguous(), vt[:kept].T.float().contiguous()
 
 
-def random_directions(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns at random, in the shape, dtype and place of `like`; drawn on the CPU."""
-    columns: Tensor = torch.linalg.qr(torch.randn(like.shape, generator=generator))[0]
-    return columns.to(like)
+def at_random(u: Tensor, v: Tensor, *key: int) -> tuple[Tensor, Tensor]:
+    """As many directions at random: orthonormal columns in the shape, dtype and place of each, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(stable_key(*key))
+    left, right = (torch.linalg.qr(torch.randn(x.shape, generator=generator))[0].to(x) for x in (u, v))
+    return left, right

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -11,8 +10,7 @@ from torch.optim import Optimizer
 
 from mifo_callbacks.seeds import Seed
 from mifo_lightning.common.errors import require
-from mifo_lightning.common.seeds import stable_key
-from mifo_lightning.methods.directions import random_directions, singular_directions
+from mifo_lightning.methods.directions import at_random, singular_directions
 from mifo_lightning.methods.protection import Protection
 
 Selector = Literal["rl_topk", "random"]
@@ -77,8 +75,7 @@ class SubspaceFreezing(Protection):
         for position, (name, start) in enumerate(self._start.items()):
             u, v = singular_directions(matrices[name] - start, self.k)
             if self.selector == "random":
-                generator = torch.Generator().manual_seed(stable_key(self.seed.value, self._phases, position))
-                u, v = (random_directions(x, generator) for x in (u, v))
+                u, v = at_random(u, v, self.seed.value, self._phases, position)
             if u.shape[1]:
                 found[name] = {"u": u, "v": v}
         return found

@@ -32,12 +32,12 @@ def front(ablation: Ablation) -> Section:
     """Kept at equal learning, arm by arm, and the curves that it is read off."""
     sweep, (learned, kept) = ablation.the_sweep, ablation.trade_off
     at = f"{kept} at {learned} = {sweep.level:g}"
-    scores, found = equal(ablation), at_equal(ablation)
+    scores, found, along = equal(ablation), at_equal(ablation), curves(ablation)
     rows = []
     for arm in ranked(scores):
         c, here = found.get((arm, ablation.reference)), reached(scores[arm])
         row = [arm, bracketed(here), f"{np.isfinite(scores[arm]).sum()} of {len(ablation.bases)}"]
-        row += [str(count) for count in missed(curves(ablation)[arm][0], sweep.level)]
+        row += [str(count) for count in missed(along[arm][0], sweep.level)]
         rows.append([*row, *([difference(c), f"{c.ahead} of {c.bases}", probability(c.p)] if c else ["", "", ""])])
     header = ["arm", at, "bases that reach it", "all below", "all above", f"difference to {ablation.reference}"]
     caption = "Mean [95 % interval] over the bases that reach the level, highest first"
