@@ -82,21 +82,21 @@ def study() -> Study:
 def base(peak: float, end: float, healed: float, edit: float, noise: float) -> dict[str, Any]:
     """Records of a base whose peak is step 4; `edit` is what the primary edit gains over interpolation."""
 
-    def test(seen: float, ood: float) -> dict[str, Any]:
+    def on_test(seen: float, ood: float) -> dict[str, Any]:
         return {"test": {SEEN: seen, ID: 0.1, OOD: ood + noise}}
 
     signal = {"groups with signal": 0.5, "positive": 0.4, "advantage entropy": 2.0}
-    points = {"0": test(0.2, peak - 0.05), "4": test(0.4, peak), "9": test(0.8, end)}
+    points = {"0": on_test(0.2, peak - 0.05), "4": on_test(0.4, peak), "9": on_test(0.8, end)}
     row = {"relative_median": 0.1, "relative_max": 0.1, "values": 0.1, "norm": 1.0, "turns": {"1": [1.0] * len(TURN)}}
     interpolated = {"0": (0.4, peak), "0.5": (0.6, (peak + end) / 2), "1": (0.8, end)}
     edits = {
-        f"interpolation {a}": {"family": "interpolation", "norm": 2 * float(a), **test(*place)}
+        f"interpolation {a}": {"family": "interpolation", "norm": 2 * float(a), **on_test(*place)}
         for a, place in interpolated.items()
     }
     # at equal seen accuracy interpolation has a quarter of the fall left
-    edits[PRIMARY] = {"family": "restoration", "norm": 1.0, **test(0.5, peak - (peak - end) / 4 + edit)}
-    edits["random either 1/4, 0"] = {"family": "random subspace", "norm": 1.5, **test(0.6, end)}
-    edits["peak + gauss"] = {"family": "random change", "norm": 2.0, **test(0.4, peak)}
+    edits[PRIMARY] = {"family": "restoration", "norm": 1.0, **on_test(0.5, peak - (peak - end) / 4 + edit)}
+    edits["random either 1/4, 0"] = {"family": "random subspace", "norm": 1.5, **on_test(0.6, end)}
+    edits["peak + gauss"] = {"family": "random change", "norm": 2.0, **on_test(0.4, peak)}
     return {
         "peak": 4,
         "least train loss": 9,
@@ -104,9 +104,9 @@ def base(peak: float, end: float, healed: float, edit: float, noise: float) -> d
         "questions": {"ood": 1000},
         "sweep": {step: {**each, "signal": signal} for step, each in points.items()},
         "half rate": points,
-        "other seed": {"9": test(0.8, end)},
-        "noise": {"1": test(0.8, end), "2": test(0.8, end)},
-        "rl": {"grpo/0": test(0.2, peak), "grpo/9": test(0.8, healed), "no update/9": test(0.8, end)},
+        "other seed": {"9": on_test(0.8, end)},
+        "noise": {"1": on_test(0.8, end), "2": on_test(0.8, end)},
+        "rl": {"grpo/0": on_test(0.2, peak), "grpo/9": on_test(0.8, healed), "no update/9": on_test(0.8, end)},
         "spectra": {"base -> end": dict.fromkeys(("change", *REFERENCES), row)},
         "edits": edits,
     }
