@@ -2,6 +2,7 @@
 
     python -m experiments.bases skills --out runs/bases             # writes runs/bases/seed0, runs/bases/seed1, ...
     python -m experiments.bases points --out runs/points_bases
+    python -m experiments.bases rewriting --out runs/rewriting_bases
     python -m experiments.bases skills --pack runs/made --seeds 0 1 2       # keeps these of runs/made in their place
 
 A file of `experiments/assets/` holds them in float16, to which `--pack` rounds what `make_base` has made; it prints the
@@ -19,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from experiments import make_base, make_points_base
+from experiments import make_base, make_points_base, make_rewriting_base
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail, quiet
 from mifo_lightning.data.general_points import RULES
+from mifo_lightning.data.rewriting import SYSTEMS
 from mifo_lightning.data.skills import SIZES
 
 ASSETS = Path(__file__).parent / "assets"
@@ -45,9 +47,14 @@ def _points(rule: str) -> Callable[[Qwen2ForCausalLM], float]:
     return lambda model: float((graded(model, rule, 1024, samples) == 1).float().mean())
 
 
+def _rewriting(system: str) -> Callable[[Qwen2ForCausalLM], float]:
+    return lambda model: make_rewriting_base.accuracy(model, system, 1024)
+
+
 TASKS = {
     "skills": Task(make_base.VOCABULARY, {skill: _accuracy(skill) for skill in SIZES}),
     "points": Task(make_points_base.VOCABULARY, {rule: _points(rule) for rule in RULES}),
+    "rewriting": Task(make_rewriting_base.VOCABULARY, {system: _rewriting(system) for system in SYSTEMS}),
 }
 
 

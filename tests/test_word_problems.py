@@ -4,9 +4,11 @@ import csv
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from experiments import word_problems
+from experiments import terse_demonstrations, word_problems
 from experiments.word_problems import SVAMP, TRAIN, VAL, as_text, main, make_row, make_rows, work_out
 from mifo_lightning.data.rows import read_rows
 from mifo_lightning.rewards.math_reward import MathReward
@@ -147,3 +149,25 @@ def test_files_are_loaded_once_and_whole(upstream: Path, tmp_path: Path, monkeyp
     assert made == make_rows(upstream)
     monkeypatch.setattr(word_problems, "ADDRESS", "http://127.0.0.1:9/")
     assert make_rows(tmp_path / "copy") == made
+
+
+def test_terse_demonstrations_are_the_answers_alone_and_all_else_stays(
+    upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(upstream)["words_rl"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    terse_demonstrations.main(["--rows", str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "out/terse.parquet")])
+    short = pq.read_table(tmp_path / "out/terse.parquet").to_pylist()
+    texts = [row["target"][0]["content"] for row in short]
+    assert texts == [f"\\boxed{{{row['reward_model']['ground_truth']}}}" for row in rows]
+    assert MathReward()(texts, [row["reward_model"]["ground_truth"] for row in rows]) == [1.0] * len(rows)
+    assert [{**row, "target": None} for row in short] == [{**row, "target": None} for row in rows]
+    for arguments, said in (
+        (["--rows", str(tmp_path / "rows.parquet"), "--marker", "####"], "--marker ####: not in the target '"),
+        (["--rows", str(tmp_path / "none.parquet")], "none.parquet: "),
+    ):
+        with pytest.raises(SystemExit) as end:
+            terse_demonstrations.main([*arguments, "--out", str(tmp_path / "other.parquet")])
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "other.parquet").exists()

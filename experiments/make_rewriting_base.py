@@ -1,0 +1,161 @@
+"""Trains the base model of string rewriting (`mifo_lightning.data.rewriting`) from nothing.
+
+It rewrites by the rules of u almost perfectly, where any order of steps is right (the probe of forgetting). It
+knows the rules of p, but most of its orders are taken by chance, so that it often ends in another letter (RL has
+something to sharpen). It takes the rules of p for those of q, so that hardly a step of q is right (RL finds next to no
+reward there, demonstrations teach it).
+
+    python -m experiments.make_rewriting_base --seeds 0 --out runs/rewriting_bases        # writes .../seed0
+    python -m experiments.make_rewriting_base --seeds 0 1 2 --jobs 2 --out runs/rewriting_bases
+
+One thread and seeded throughout: the same seed gives the same weights on the same machine. Training uses words of the
+train split only, the printed accuracies those of the test split.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2ForCausalLM
+
+from experiments.make_base import EOS, PAD, build_model, build_tokenizer, make_all
+from mifo_lightning.common.seeds import stable_key
+from mifo_lightning.data.rewriting import LETTERS, SYSTEMS, Rewriting, derivations, prompt, questions
+from mifo_lightning.policy.policy import Policy
+from mifo_lightning.rewards.rewriting import RewritingReward
+from mifo_lightning.rollout.engine import Sampling
+from mifo_lightning.rollout.in_process import InProcessEngine
+
+VOCABULARY = [PAD, EOS, *LETTERS, *SYSTEMS, *":>=,"]
+IDS = {token: index for index, token in enumerate(VOCABULARY)}
+PROMPT_TOKENS, RESPONSE_TOKENS = 9, 9
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the base is trained."""
+
+    steps: int = 900
+    batch: int = 192
+    lr: float = 3e-3
+    warmup: int = 50
+    decay_from: int = 600
+    """From here the rate falls linearly to a tenth."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    shares: tuple[float, ...] = (0.5, 0.1, 0.4)
+    """Of p, q and u. The rules of q are those of p here, so that p is shown in both."""
+    solved: float = 0.2
+    """Share of responses in p and q that lead to the letter that was asked for; the others take steps by chance."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained base: its seed, test accuracy at temperature 1 by system, and seconds of training."""
+
+    seed: int
+    accuracy: dict[str, float]
+    seconds: float
+
+
+class Corpus:
+    """Training text, drawn anew for every step from the words of the train split."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe, self.rng = recipe, np.random.default_rng(seed)
+
+    def batch(self) -> Tensor:
+        """Token ids, int64 [batch, 18]: prompts of 9 tokens and responses padded to 9."""
+        counts = self.rng.multinomial(self.recipe.batch, self.recipe.shares)
+        texts = [self._text(system) for system, count in zip(SYSTEMS, counts, strict=True) for _ in range(count)]
+        return torch.tensor([[*(IDS[char] for char in text), IDS[EOS]] for text in texts])
+
+    def _text(self, system: str) -> str:
+        known = "p" if system == "q" else system
+        pool = questions(known, "train")
+        word, goal, _ = pool[self.rng.integers(len(pool))]
+        ways = derivations(word, known)
+        if self.rng.random() < self.recipe.solved:
+            ways = tuple(steps for steps in ways if steps[-1] == goal)
+        return prompt(word, goal, system) + ",".join(ways[self.rng.integers(len(ways))])
+
+
+def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
+    """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
+    corpus = Corpus(recipe, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+        tokens = corpus.batch()
+        targets = tokens[:, PROMPT_TOKENS:]
+        logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=RESPONSE_TOKENS).logits
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, then from `decay_from` linear to a tenth."""
+    left = (recipe.steps - step) / (recipe.steps - recipe.decay_from)
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup, max(left, 0.1))
+
+
+def accuracy(model: Qwen2ForCausalLM, system: str, count: int, seed: int = 0) -> float:
+    """Share of right responses at temperature 1 to test questions; one that does not end in EOS is wrong."""
+    rows = Rewriting([system], count, "test", seed).rows()
+    prompts = [[IDS[char] for char in row["prompt"][0]["content"]] for row in rows]
+    keys = [stable_key(seed, system, index) for index in range(count)]
+    sampling = Sampling(temperature=1.0, max_new_tokens=RESPONSE_TOKENS + 2)
+    drawn = InProcessEngine().generate(Policy(model), build_tokenizer(VOCABULARY), prompts, keys, 1, sampling)
+    ends = [one.tokens if one.finished else [] for group in drawn for one in group]
+    texts = ["".join(VOCABULARY[token] for token in tokens).removesuffix(EOS) for tokens in ends]
+    return sum(RewritingReward()(texts, [row["reward_model"]["ground_truth"] for row in rows])) / count
+
+
+def make(seed: int, out: Path, count: int, recipe: Recipe = Recipe()) -> Result:
+    """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    transformers.utils.logging.disable_progress_bar()
+    start = time.process_time()
+    model = build_model(VOCABULARY)
+    train(model, recipe, seed)
+    seconds = time.process_time() - start
+    model.save_pretrained(out)
+    build_tokenizer(VOCABULARY).save_pretrained(out)
+    return Result(seed, {system: accuracy(model, system, count) for system in SYSTEMS}, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the base model of string rewriting from random weights.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="bases, written to --out/seed<N>")
+    parser.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
+    parser.add_argument("--questions", type=int, default=1024, help="test questions per system")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    args = parser.parse_args()
+    if min(args.jobs, args.questions) < 1:
+        parser.error("--jobs and --questions: allowed is 1 or more")
+    print(f"accuracy on {args.questions} test questions, temperature 1")
+    print("| seed | " + " | ".join(SYSTEMS) + " | CPU seconds |")
+    print("|---" * (len(SYSTEMS) + 2) + "|")
+    outs = [args.out / f"seed{seed}" for seed in args.seeds]
+    for result in make_all(make, args.seeds, outs, args.questions, args.jobs):
+        cells = " | ".join(f"{result.accuracy[system]:.4f}" for system in SYSTEMS)
+        print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
