@@ -41,11 +41,11 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 9, 9
 class Recipe:
     """How the base is trained."""
 
-    steps: int = 900
+    steps: int = 1600
     batch: int = 192
     lr: float = 3e-3
     warmup: int = 50
-    decay_from: int = 600
+    decay_from: int = 1000
     """From here the rate falls linearly to a tenth."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
@@ -54,7 +54,8 @@ class Recipe:
     shares: tuple[float, ...] = (0.5, 0.1, 0.4)
     """Of p, q and u. The rules of q are those of p here, so that p is shown in both."""
     solved: float = 0.2
-    """Share of responses in p and q that lead to the letter that was asked for; the others take steps by chance."""
+    """Share of responses that begin with a step towards the letter that was asked for; the others begin by chance. As
+    every response goes on to that letter where it still can, the last two steps are learned, the first is left open."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ class Corpus:
         pool = questions(known, "train")
         word, goal, _ = pool[self.rng.integers(len(pool))]
         ways = derivations(word, known)
-        if self.rng.random() < self.recipe.solved:
-            ways = tuple(steps for steps in ways if steps[-1] == goal)
+        if self.rng.random() >= self.recipe.solved:  # the first step by chance, then the goal if it can be reached
+            first = ways[self.rng.integers(len(ways))][0]
+            ways = tuple(steps for steps in ways if steps[0] == first)
+        ways = tuple(steps for steps in ways if steps[-1] == goal) or ways
         return prompt(word, goal, system) + ",".join(ways[self.rng.integers(len(ways))])
 
 

@@ -28,6 +28,7 @@ from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import exact_kl
 from mifo_lightning.rewards.contains import ContainsReward
 from mifo_lightning.rollout.engine import Completion, Sampling
+from mifo_lightning.rollout.evaluation import Evaluation
 from mifo_lightning.steps.optimizer import AdamWSettings
 
 MakeTrainer = Callable[..., Trainer]
@@ -285,6 +286,55 @@ def test_rl_after_sft_learns_as_it_logs(make_trainer: MakeTrainer) -> None:
     assert phase["grad_norm"] == pytest.approx(sum(norms[:16]) / 16)
     without = records.series("rollout/groups_without_signal")
     assert phase["groups_with_signal"] == pytest.approx(1 - sum(without[:8]) / 8)
+
+
+def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def fit(monitor: Retention, **changes: Any) -> dict[str, Any]:
+        make_trainer([*method_callbacks(), monitor]).fit(make_module(**changes), datamodule=short())
+        return plain(monitor.summary())
+
+    def monitor(**changes: Any) -> Retention:
+        return Retention(**{"questions": 4, "samples": 2, "at_least": 0.0, "cache": str(tmp_path / "kept"), **changes})
+
+    fresh = fit(monitor(cache=None))
+    first, second = fit(monitor()), fit(monitor())
+    assert fresh == first
+    assert (first["responses"], second.pop("responses")) == (8 * 8, 8 * 2)
+    assert second == {name: value for name, value in first.items() if name != "responses"}
+    faster = {"rl": AdamWSettings(lr=0.01), "sft": AdamWSettings(lr=0.01)}
+    assert fit(monitor(), **faster)["responses"] == 8 * 2  # how it goes on does not matter
+    torch.manual_seed(0)
+    export_model(other(load_policy("embedded")), load_tokenizer("embedded"), tmp_path / "moved", write=True)
+    for changes, module in (
+        ({}, {"model": str(tmp_path / "moved")}),
+        ({}, {"seed": 5}),
+        ({}, {"evaluation": Evaluation(sampling=Sampling(max_new_tokens=13))}),
+        ({"samples": 3}, {}),
+        ({"tokens": 3}, {}),
+        ({"reward": ContainsReward()}, {}),
+        ({"questions": 5}, {}),
+    ):
+        other_one = monitor(**changes)
+        alone = fit(monitor(**changes, cache=None), **module)
+        assert fit(other_one, **module) == alone, (changes, module)
+        assert alone["responses"] == 2 * other_one.questions * 4 * other_one.samples
+    assert len(list((tmp_path / "kept").iterdir())) == 8
+
+
+def test_answers_that_cannot_be_read_or_kept_are_one_line(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    def fit(cache: Path) -> None:
+        make_trainer([Retention(2, samples=1, cache=str(cache))]).fit(make_module(), datamodule=short())
+
+    fit(tmp_path / "kept")
+    (file,) = (tmp_path / "kept").iterdir()
+    for text in ("{", "[]", "{}", '{"about": "x", "answers": []}'):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=rf"retention.cache: .*{file.name}: \w+: .*; remove it") as caught:
+            fit(tmp_path / "kept")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match=r"retention.cache: .*taken"):
+        fit(tmp_path / "taken")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed.*")
