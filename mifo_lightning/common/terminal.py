@@ -44,7 +44,7 @@ def quiet() -> None:
         ".*Total length of `dict` across ranks is zero.*",  # no validation was asked for
         ".*in eval mode at the start of training.*",  # on purpose: no dropout
         ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has synchronised them
-        ".*`compute` method of metric.*was called before.*",  # a source without demonstrations
+        ".*`compute`` method of metric.*was called before.*",  # a source without demonstrations
     ):
         warnings.filterwarnings("ignore", text)
     # the tip of a product that Lightning prints at every start
