@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.data.rewriting import LETTERS, SYSTEMS, Rewriting, derivations, questions
+from mifo_lightning.data.rewriting import DIGITS, LETTERS, SYSTEMS, TURNS, Rewriting, derivations, words
 from mifo_lightning.data.source import Row, Split
 from mifo_lightning.rewards.rewriting import RewritingReward
 from mifo_lightning.rewards.scoring import score
@@ -44,35 +44,33 @@ def rows() -> list[Row]:
 
 def test_systems_are_what_their_table_says() -> None:
     pairs = [x + y for x in LETTERS for y in LETTERS]
-    assert all(sorted(rules) == pairs and set(rules.values()) == set(LETTERS) for rules in SYSTEMS.values())
-    assert all(SYSTEMS["q"][x + y] == SYSTEMS["p"][y + x] for x, y in pairs)
-    for x in LETTERS:
-        assert {SYSTEMS["p"][x + y] for y in LETTERS} == set(LETTERS)
-    assert [x + y for x, y in pairs if SYSTEMS["p"][x + y] == SYSTEMS["q"][x + y]] == [2 * letter for letter in LETTERS]
-    places = {letter: place for place, letter in enumerate(LETTERS)}
-    square = {x: np.linalg.matrix_power(TURN, places[x] % 4) @ (FLIP if places[x] > 3 else np.eye(2)) for x in LETTERS}
+    assert sorted(SYSTEMS["p"]) == sorted(SYSTEMS["u"]) == pairs
+    turn = {letter: np.exp(2j * np.pi * number / 8) for number, letter in enumerate(TURNS)}
+    assert all(turn[SYSTEMS["p"][x + y]] == pytest.approx(turn[x] * turn[y]) for x, y in pairs)
+    square = {
+        letter: np.linalg.matrix_power(TURN, place % 4) @ (FLIP if place > 3 else np.eye(2))
+        for place, letter in enumerate(LETTERS)
+    }
     assert all(np.array_equal(square[SYSTEMS["u"][x + y]], square[x] @ square[y]) for x, y in pairs)
+    assert {left: right for left, right in SYSTEMS["q"].items() if len(left) == 2} == SYSTEMS["p"]
+    codes = [SYSTEMS["q"][letter] for letter in LETTERS]
+    assert len(set(codes)) == 8
+    assert all(len(code) == 3 and set(code) <= set(DIGITS) for code in codes)
 
 
-def test_derivations_are_all_of_them_and_only_in_some_systems_does_their_order_matter() -> None:
-    for word in map("".join, product(LETTERS[:3], repeat=4)):
+def test_derivations_are_all_of_them_and_all_lead_to_one_end() -> None:
+    for word in map("".join, product(LETTERS[::3], repeat=4)):
         for system, rules in SYSTEMS.items():
             found = derivations(word, system)
             assert list(found) == sorted(set(found))
             assert set(found) == {
-                (one, two, rules[two])
+                (one, two, rules[two], *([rules[rules[two]]] if system == "q" else []))
                 for i, j in product(range(3), range(2))
                 for one in [word[:i] + rules[word[i : i + 2]] + word[i + 2 :]]
                 for two in [one[:j] + rules[one[j : j + 2]] + one[j + 2 :]]
             }
-    ends = {
-        system: [
-            len({steps[-1] for steps in derivations("".join(word), system)}) for word in product(LETTERS, repeat=4)
-        ]
-        for system in ALL
-    }
-    assert set(ends["u"]) == {1}
-    assert min(sum(ends["p"]), sum(ends["q"])) > 3.5 * len(ends["p"])
+    for word in map("".join, product(LETTERS, repeat=4)):
+        assert all(len({steps[-1] for steps in derivations(word, system)}) == 1 for system in SYSTEMS)
 
 
 def test_rows_have_the_format_of_the_files_and_follow_their_system(rows: list[Row]) -> None:
@@ -82,42 +80,40 @@ def test_rows_have_the_format_of_the_files_and_follow_their_system(rows: list[Ro
         assert row["data_source"] == f"rewriting-{system}"
         assert row["extra_info"] == {"index": index, "split": "train"}
         assert [message["role"] for message in row["prompt"] + row["target"]] == ["user", "assistant"]
-        word, goal = question(row)[2:6], question(row)[7]
-        assert question(row) == f"{system}:{word}>{goal}="
-        assert truth(row).startswith(f"{word} > {goal} | aa>{SYSTEMS[system]['aa']} ab>")
-        assert demonstration(row).split(",")[-1] == goal
+        word, steps = question(row)[2:6], demonstration(row).split(",")
+        assert question(row) == f"{system}:{word}="
+        assert tuple(steps) == derivations(word, system)[0]
+        assert truth(row).startswith(f"{word} > {steps[-1]} | aa>{SYSTEMS[system]['aa']} ab>")
 
 
-def test_demonstrations_are_right_and_hardly_ever_by_other_rules(rows: list[Row]) -> None:
+def test_every_derivation_is_right_and_none_is_by_the_rules_of_another_system(rows: list[Row]) -> None:
     texts = [demonstration(row) for row in rows]
-    assert RewritingReward()(texts, [truth(row) for row in rows]) == [1.0] * len(rows)
-    assert {len(text) for text in texts} == {8}
-    others = [
-        truth(row).partition("|")[0] + "|" + truth(rows[(index + 1) % 3]).partition("|")[2]
-        for index, row in enumerate(rows)
-    ]
-    assert sum(RewritingReward()(texts, others)) < 0.05 * len(rows)
-
-
-def test_every_reachable_letter_is_asked_for_once() -> None:
-    for system in ALL:
-        asked = [(word, goal) for split in SPLITS for word, goal, _ in questions(system, split)]
-        assert len(set(asked)) == len(asked)
-        words = map("".join, product(LETTERS, repeat=4))
-        assert set(asked) == {(word, steps[-1]) for word in words for steps in derivations(word, system)}
+    truths = [truth(row) for row in rows]
+    assert RewritingReward()(texts, truths) == [1.0] * len(rows)
+    last = [",".join(derivations(question(row)[2:6], question(row)[0])[-1]) for row in rows]
+    assert RewritingReward()(last, truths) == [1.0] * len(rows)
+    assert sum(a != b for a, b in zip(last, texts, strict=True)) > 0.9 * len(rows)
+    rules = [text.partition("|")[2] for text in truths]
+    others = [f"{text.partition('|')[0]}|{rules[index % 3 - 1]}" for index, text in enumerate(truths)]
+    of_p = [index for index in range(len(rows)) if index % 3 != 1]  # q has the rules of p, and more
+    assert sum(RewritingReward()([texts[i] for i in of_p], [others[i] for i in of_p])) < 0.05 * len(rows)
 
 
 def test_a_word_is_in_one_split_in_any_system_and_under_any_seed() -> None:
     seen: dict[str, Split] = {}
     for split in SPLITS:
+        assert len(set(words(split))) == len(words(split))
         for seed in (0, 1):
-            for row in Rewriting(ALL, 2000, split, seed).rows():
+            for row in Rewriting(ALL, 1200, split, seed).rows():
                 assert seen.setdefault(question(row)[2:6], split) == split
+    assert (
+        sum(len(words(split)) for split in SPLITS) == len({word for split in SPLITS for word in words(split)}) == 8**4
+    )
 
 
 def test_an_exhausted_split_is_named() -> None:
-    with pytest.raises(InputError, match=r"rewriting: 5000 test questions of 'u' asked for, there are 1263$"):
-        Rewriting(["u", "p"], 10_000, "test").rows()
+    with pytest.raises(InputError, match=r"rewriting: 1500 test words of 'u' asked for, there are 1263$"):
+        Rewriting(["u", "p"], 3000, "test").rows()
     assert len(Rewriting(["u"], 1263, "test").rows()) == 1263
 
 

@@ -1,14 +1,13 @@
-"""String rewriting: two neighbours of a word become one letter, until the letter that was asked for is left.
+"""String rewriting: two neighbours of a word become one letter by a rule, until no rule is left that applies.
 
-| system | rules, one for each of the 64 pairs of letters | the order of steps | meant for |
-|---|---|---|---|
-| p | drawn by chance | decides what is left | training |
-| q | those of p read backwards: `ab` becomes what `ba` becomes in p | decides what is left | training |
-| u | a to d turn a square, e to h flip it first: what two do together | does not matter | seeing what is forgotten |
+| system | rules | prompt | response | meant for |
+|---|---|---|---|---|
+| p | turns of an octagon, their letters drawn: what two do together | `p:abcd=` | `aad,ab,d` | training |
+| q | those of p, and a code of three digits for a single letter | `q:abcd=` | `aad,ab,d,667` | training |
+| u | a to d turn a square, e to h flip it first: what two do together | `u:abcd=` | `abb,ac,c` | never trained |
 
-The prompt `p:abcd>e=` asks to make e of abcd by the rules of p. A response writes every word on the way, `hcd,hf,e`.
-Often several ways lead to the letter, and any of them is right. A word of four letters belongs to one split by a hash
-of it, whatever the system and the letter, so nothing of a held-out word is seen in training.
+A response writes every word on the way. Any order of steps is right: all lead to the same end. A word of four letters
+belongs to one split by a hash of it, whatever the system, so that nothing of a held-out word is seen in training.
 """
 
 import zlib
@@ -21,39 +20,40 @@ import numpy as np
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.source import Row, RowSource, Split, check_generated
 
-LETTERS = "abcdefgh"
+LETTERS, DIGITS = "abcdefgh", "12345678"
 LENGTH = 4
-BUCKETS: dict[str, tuple[int, ...]] = {"train": (0, 1, 2, 3, 4), "val": (5, 6), "test": (7, 8, 9)}
+BUCKETS: dict[str, tuple[int, ...]] = {"train": (0, 1, 2, 3, 4, 5), "val": (6,), "test": (7, 8, 9)}
 
-# Row x, place y: what xy becomes in p. Every letter comes once in a row, and no two letters make the same both ways
-# round: so a rule of p is right in q for pairs of twice the same letter only.
-_DRAWN = ("ghceadbf", "dchbgaef", "hecfbadg", "dfcbhega", "ecdfhbag", "bfdhgaec", "fdachgeb", "hcfgdbea")
+# drawn once, by Python's random with seed 0: the letters in the order of their turns, and their codes
+TURNS = "ebfcadhg"
+CODES = dict(zip(LETTERS, ("747", "577", "861", "667", "448", "327", "551", "328"), strict=True))
 
 Derivation = tuple[str, ...]
 
 
-def _system(*rows: str) -> dict[str, str]:
-    return {x + y: made for x, row in zip(LETTERS, rows, strict=True) for y, made in zip(LETTERS, row, strict=True)}
+def _turned(x: str, y: str) -> str:
+    return TURNS[(TURNS.index(x) + TURNS.index(y)) % 8]
 
 
-def _turned(x: int, y: int) -> int:
-    """Two ways to turn and flip a square as one; a number is quarter turns, plus 4 where it is flipped first."""
-    turns = x + (y if x < 4 else -y)
-    return turns % 4 + 4 * ((x < 4) != (y < 4))
+def _flipped(x: str, y: str) -> str:
+    """A place in the alphabet is quarter turns, plus 4 where the square is flipped first."""
+    i, j = LETTERS.index(x), LETTERS.index(y)
+    return LETTERS[(i + (j if i < 4 else -j)) % 4 + 4 * ((i < 4) != (j < 4))]
 
 
+_P = {x + y: _turned(x, y) for x in LETTERS for y in LETTERS}
 SYSTEMS: dict[str, dict[str, str]] = {
-    "p": _system(*_DRAWN),
-    "q": _system(*map("".join, zip(*_DRAWN, strict=True))),
-    "u": _system(*("".join(LETTERS[_turned(x, y)] for y in range(8)) for x in range(8))),
+    "p": _P,
+    "q": {**_P, **CODES},
+    "u": {x + y: _flipped(x, y) for x in LETTERS for y in LETTERS},
 }
 
 
 def derivations(word: str, system: str) -> tuple[Derivation, ...]:
-    """All ways to bring `word` down to one letter, each as the words that follow it, in the order of their texts."""
-    if len(word) == 1:
-        return ((),)
+    """All ways to rewrite letters to the end, each as the words that follow `word`, in the order of their texts."""
     rules = SYSTEMS[system]
+    if len(word) == 1:
+        return ((rules[word],),) if word in rules else ((),)
     nexts = {word[:i] + rules[word[i : i + 2]] + word[i + 2 :] for i in range(len(word) - 1)}
     return tuple((made, *later) for made in sorted(nexts) for later in derivations(made, system))
 
@@ -63,39 +63,27 @@ def belongs(word: str, split: Split) -> bool:
     return zlib.crc32(word.encode()) % 10 in BUCKETS[split]
 
 
-def prompt(word: str, goal: str, system: str) -> str:
-    """The question: the system, a word, the letter that is to be left."""
-    return f"{system}:{word}>{goal}="
-
-
 @cache
-def questions(system: str, split: Split) -> tuple[tuple[str, str, str], ...]:
-    """Every question of a system and split once: word, goal, and the first derivation as a response."""
-    found = []
-    for word in map("".join, product(LETTERS, repeat=LENGTH)):
-        if belongs(word, split):
-            first: dict[str, str] = {}
-            for steps in derivations(word, system):
-                first.setdefault(steps[-1], ",".join(steps))
-            found += [(word, goal, first[goal]) for goal in sorted(first)]
-    return tuple(found)
+def words(split: Split) -> tuple[str, ...]:
+    """All words of a split, in the order of the alphabet."""
+    return tuple(word for word in map("".join, product(LETTERS, repeat=LENGTH)) if belongs(word, split))
 
 
 class Rewriting(RowSource):
     """Rows of string rewriting in equal shares of the systems, interleaved: row i is asked in `systems[i % len]`.
 
-    Within a source no question comes twice. The data source is `rewriting-` and the system's letter; the ground truth
-    holds word, goal and rules, as in `abcd > e | ab>g ac>f`, and the demonstration is the first derivation by its text.
+    Within a system no word comes twice. The data source is `rewriting-` and the system's letter; the ground truth
+    holds word, end and rules, as in `abcd > e | ab>g ac>f`, and the demonstration is the first derivation by its text.
 
     Args:
         systems: Letters from p, q, u, each at most once.
         count: Number of rows, at least 1.
-        split: train (half of the words), val (a fifth) or test.
-        seed: Non-negative; which questions are drawn, and their order.
+        split: train (six tenths of the 4096 words), val (one) or test (three).
+        seed: Non-negative; which words are drawn, and their order.
 
     Raises:
         InputError: An unknown or repeated system, no system, an unknown split, count < 1, seed < 0, or, from `rows`,
-            more questions than a system has in this split.
+            more words than this split has.
     """
 
     def __init__(self, systems: list[str], count: int, split: Split = "train", seed: int = 0) -> None:
@@ -106,29 +94,25 @@ class Rewriting(RowSource):
         """All rows, in the format of the parquet files, each with a correct demonstration as `target`."""
         shares = Counter(self.systems[index % len(self.systems)] for index in range(self.count))
         drawn = {system: iter(self._draw(system, share)) for system, share in shares.items()}
-        return [
-            _row(*next(drawn[system]), system, index, self.split)
-            for index in range(self.count)
-            for system in [self.systems[index % len(self.systems)]]
-        ]
+        systems = (self.systems[index % len(self.systems)] for index in range(self.count))
+        return [_row(next(drawn[system]), system, index, self.split) for index, system in enumerate(systems)]
 
-    def _draw(self, system: str, count: int) -> list[tuple[str, str, str]]:
-        found = questions(system, self.split)
+    def _draw(self, system: str, count: int) -> list[str]:
+        found = words(self.split)
         if len(found) < count:
-            raise InputError(
-                f"rewriting: {count} {self.split} questions of {system!r} asked for, there are {len(found)}"
-            )
+            raise InputError(f"rewriting: {count} {self.split} words of {system!r} asked for, there are {len(found)}")
         order = np.random.default_rng([self.seed, list(SYSTEMS).index(system)]).permutation(len(found))
         return [found[place] for place in order[:count]]
 
 
-def _row(word: str, goal: str, response: str, system: str, index: int, split: str) -> Row:
-    rules = " ".join(f"{pair}>{made}" for pair, made in SYSTEMS[system].items())
+def _row(word: str, system: str, index: int, split: str) -> Row:
+    steps = derivations(word, system)[0]
+    rules = " ".join(f"{left}>{right}" for left, right in SYSTEMS[system].items())
     return {
         "data_source": f"rewriting-{system}",
-        "prompt": [{"role": "user", "content": prompt(word, goal, system)}],
-        "target": [{"role": "assistant", "content": response}],
+        "prompt": [{"role": "user", "content": f"{system}:{word}="}],
+        "target": [{"role": "assistant", "content": ",".join(steps)}],
         "ability": "rewriting",
-        "reward_model": {"style": "rule", "ground_truth": f"{word} > {goal} | {rules}"},
+        "reward_model": {"style": "rule", "ground_truth": f"{word} > {steps[-1]} | {rules}"},
         "extra_info": {"index": index, "split": split},
     }

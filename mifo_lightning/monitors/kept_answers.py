@@ -43,9 +43,7 @@ def _attempt(work: Callable[[], Answers | None], path: Path) -> Answers | str | 
     try:
         return work()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return (
-            f"retention.cache: {path}: {type(error).__name__}: {error!s:.120}; remove it, or name another directory"
-        )
+        return f"retention.cache: {path}: {type(error).__name__}: {error!s:.120}; remove it, or name another directory"
 
 
 def _read(path: Path, about: str) -> Answers | None:
