@@ -41,11 +41,11 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 7, 13
 class Recipe:
     """How the base is trained."""
 
-    steps: int = 1000
+    steps: int = 1600
     batch: int = 192
     lr: float = 3e-3
     warmup: int = 50
-    decay_from: int = 600
+    decay_from: int = 1000
     """From here the rate falls linearly to a tenth."""
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
