@@ -18,19 +18,45 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail
 
 
-def terse(row: dict[str, Any], marker: str) -> dict[str, Any]:
-    """The row with the last message of its target cut down to its answer.
+def terse(target: Any, marker: str) -> Any:
+    """A target, a text or a list whose last message is the demonstration, cut down to its answer.
 
     Raises:
-        InputError: There is no target, or it has no marker.
+        InputError: It is no demonstration, or has no marker.
     """
-    if not row.get("target"):
-        raise InputError(f"--rows: a row without a target: {row!r:.80}")
-    *before, last = row["target"]
-    _, found, answer = last["content"].rpartition(marker)
+    if isinstance(target, list) and target:
+        return [*target[:-1], {**target[-1], "content": terse(target[-1].get("content"), marker)}]
+    if not isinstance(target, str):
+        raise InputError(f"its target is {target!r:.80}, which is no demonstration")
+    _, found, answer = target.rpartition(marker)
     if not found:
-        raise InputError(f"--marker {marker}: not in the target {last['content']!r:.80}")
-    return {**row, "target": [*before, {**last, "content": marker + answer}]}
+        raise InputError(f"its target has no {marker!r}, which --marker may change: {target!r:.80}")
+    return marker + answer
+
+
+def write(rows: Path, marker: str, out: Path) -> int:
+    """Write the rows with their targets cut down, and return how many there are.
+
+    Raises:
+        InputError: A file cannot be read or written, or the target of a row is none; the line names it.
+    """
+    try:
+        table = pq.read_table(rows)
+        if "target" not in table.column_names:
+            raise InputError(f"--rows {rows}: has no column target, but {', '.join(table.column_names)}")
+        cut = []
+        for number, target in enumerate(table["target"].to_pylist()):
+            try:
+                cut.append(terse(target, marker))
+            except InputError as error:
+                raise InputError(f"--rows {rows}, row {number}: {error}") from None
+        place = table.column_names.index("target")
+        kept = table.set_column(place, table.schema.field(place), pa.array(cut, table.schema.field(place).type))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(kept, out)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"--rows {rows}, --out {out}: {str(error).splitlines()[0]:.120}") from error
+    return len(cut)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,14 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(arguments)
     try:
-        rows = [terse(row, args.marker) for row in pq.read_table(args.rows).to_pylist()]
+        print(f"{args.out}: {write(args.rows, args.marker, args.out)} rows")
     except InputError as error:
         fail(str(error))
-    except (OSError, pa.ArrowException) as error:
-        fail(f"--rows {args.rows}: {str(error).splitlines()[0]:.120}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), args.out)
-    print(f"{args.out}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_models_of_another_task_leave_what_is_kept_as_it_is(
     assert kept.read_bytes() == b"kept"
 
 
-@pytest.mark.parametrize("task", ["skills", "points"])
+@pytest.mark.parametrize("task", sorted(bases.TASKS))
 def test_twelve_bases_are_kept_and_all_differ(task: str) -> None:
     file = bases.ASSETS / f"{task}_bases.safetensors"
     models = bases.unpack(file, bases.TASKS[task].vocabulary)

@@ -201,6 +201,8 @@ def test_partial_credit_is_what_the_documentation_says(response: str, reward: fl
 
 
 def test_any_derivation_is_right_the_long_way_too() -> None:
+    assert graded("bba,bc", "abba > bc | ab>b ba>c bb>") == 1  # the example of the documentation
+    assert graded("abc,bc", "abba > bc | ab>b ba>c bb>") == 1
     assert graded("bba,bc,c", "abba > c | ab>b ba>c bc>c") == 1
     assert graded("c", "ba > c | ba>c c>cc cc>c") == 1
     assert graded("c,cc,c", "ba > c | ba>c c>cc cc>c") == 1
@@ -211,8 +213,21 @@ def test_any_derivation_is_right_the_long_way_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "of", ["", "abba", "abba > c", "abba > c |", "abba c | ab>b", "abba > c | >b", "abba > c | ab", "abba > c | a>b>c"]
+    "of",
+    [
+        "",
+        "abba",
+        "abba > c",
+        "abba > c |",
+        "abba c | ab>b",
+        "abba > c | >b",
+        "abba > c | ab",
+        "abba > c | a>b>c",
+        "a,b > c | a>c",
+        "abba > c,d | ab>c",
+        "a>b|c > d | x>y",
+    ],
 )
 def test_a_ground_truth_of_another_form_stops_the_run(of: str) -> None:
-    with pytest.raises(InputError, match=r"ground truth is .* allowed is for example 'abba > c \| ab>b ba>c bb>'"):
+    with pytest.raises(InputError, match=r"ground truth is .* allowed is for example 'abba > bc \| ab>b ba>c bb>'"):
         score(RewritingReward(), ["b"], [of])

@@ -155,19 +155,37 @@ def test_terse_demonstrations_are_the_answers_alone_and_all_else_stays(
     upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = make_rows(upstream)["words_rl"]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    nothing = pa.array([None] * len(rows), pa.string())
+    table = pa.Table.from_pylist(rows).append_column("note", nothing)
+    pq.write_table(table, tmp_path / "rows.parquet")
     terse_demonstrations.main(["--rows", str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "out/terse.parquet")])
-    short = pq.read_table(tmp_path / "out/terse.parquet").to_pylist()
-    texts = [row["target"][0]["content"] for row in short]
-    assert texts == [f"\\boxed{{{row['reward_model']['ground_truth']}}}" for row in rows]
-    assert MathReward()(texts, [row["reward_model"]["ground_truth"] for row in rows]) == [1.0] * len(rows)
-    assert [{**row, "target": None} for row in short] == [{**row, "target": None} for row in rows]
+    short = pq.read_table(tmp_path / "out/terse.parquet")
+    assert short.schema.equals(table.schema)
+    assert short.drop_columns("target").equals(table.drop_columns("target"))
+    texts = [target[0]["content"] for target in short["target"].to_pylist()]
+    truths = [row["reward_model"]["ground_truth"] for row in rows]
+    assert texts == [f"\\boxed{{{truth}}}" for truth in truths]
+    assert MathReward()(texts, truths) == [1.0] * len(rows)
+    plain = pa.table({"target": ["2+3\n#### 5", "#### 6"]})
+    pq.write_table(plain, tmp_path / "plain.parquet")
+    terse_demonstrations.main(
+        ["--rows", str(tmp_path / "plain.parquet"), "--marker", "####", "--out", str(tmp_path / "plain_terse.parquet")]
+    )
+    assert pq.read_table(tmp_path / "plain_terse.parquet")["target"].to_pylist() == ["#### 5", "#### 6"]
+
+    pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "bare.parquet")
+    pq.write_table(pa.table({"target": ["#### 5", None]}), tmp_path / "gap.parquet")
     for arguments, said in (
-        (["--rows", str(tmp_path / "rows.parquet"), "--marker", "####"], "--marker ####: not in the target '"),
-        (["--rows", str(tmp_path / "none.parquet")], "none.parquet: "),
+        (["--rows", "rows", "--marker", "####"], "rows.parquet, row 0: its target has no '####'"),
+        (["--rows", "gap", "--marker", "####"], "gap.parquet, row 1: its target is None"),
+        (["--rows", "bare"], "bare.parquet: has no column target, but prompt"),
+        (["--rows", "none"], "none.parquet"),
+        (["--rows", "plain", "--marker", "####", "--out", str(tmp_path)], f"--out {tmp_path}: "),
     ):
+        asked = [*arguments, *([] if "--out" in arguments else ["--out", str(tmp_path / "other.parquet")])]
+        asked[1] = str(tmp_path / f"{asked[1]}.parquet")
         with pytest.raises(SystemExit) as end:
-            terse_demonstrations.main([*arguments, "--out", str(tmp_path / "other.parquet")])
+            terse_demonstrations.main(asked)
         assert end.value.code == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "other.parquet").exists()

@@ -1,13 +1,15 @@
-"""String rewriting: two neighbours of a word become one letter by a rule, until no rule is left that applies.
+"""String rewriting: two neighbours of a word become one letter by a rule, until a single one is left.
 
 | system | rules | prompt | response | meant for |
 |---|---|---|---|---|
 | p | turns of an octagon, their letters drawn: what two do together | `p:abcd=` | `aad,ab,d` | training |
-| q | those of p, and a code of three digits for a single letter | `q:abcd=` | `aad,ab,d,667` | training |
+| q | those of p, and a code of three digits for each letter | `q:abcd=` | `aad,ab,d,667` | training |
 | u | a to d turn a square, e to h flip it first: what two do together | `u:abcd=` | `abb,ac,c` | never trained |
 
-A response writes every word on the way. Any order of steps is right: all lead to the same end. A word of four letters
-belongs to one split by a hash of it, whatever the system, so that nothing of a held-out word is seen in training.
+A response writes every word on the way. In whatever order letters are taken together, the same one is left; in q its
+code is then the end. (Its rules let a letter become its code before that, but no such way leads to the end that is
+asked for.) A word of four letters belongs to one split by a hash of it, whatever the system; the shorter words on the
+way are common to all splits.
 """
 
 import zlib
@@ -50,7 +52,12 @@ SYSTEMS: dict[str, dict[str, str]] = {
 
 
 def derivations(word: str, system: str) -> tuple[Derivation, ...]:
-    """All ways to rewrite letters to the end, each as the words that follow `word`, in the order of their texts."""
+    """All ways to the end that a word has, each as the words that follow it, in the order of their texts.
+
+    Args:
+        word: One letter or more.
+        system: p, q or u.
+    """
     rules = SYSTEMS[system]
     if len(word) == 1:
         return ((rules[word],),) if word in rules else ((),)

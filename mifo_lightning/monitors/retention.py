@@ -13,7 +13,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.divergence import load_beside, response_kl, weights_of
-from mifo_lightning.monitors.kept_answers import kept_answers
+from mifo_lightning.monitors.kept_answers import Answers, beginning, kept_answers
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.monitors.transitions import transitions
@@ -21,7 +21,7 @@ from mifo_lightning.policy.loading import load_tokenizer
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.function import as_reward
-from mifo_lightning.rewards.isolation import release, state_of
+from mifo_lightning.rewards.isolation import release
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.graded import Graded
 from mifo_lightning.rollout.respond import Responder
@@ -60,8 +60,9 @@ class Retention(PhaseMonitor):
             KL alone; null takes validation questions.
         reward: Says which responses are right, by the run's `success_threshold`; null takes the run's own.
         others: Models by name, whose KL is a scale: the untouched model, or another cold start.
-        cache: A directory that keeps what initial models answered: runs that begin alike, as the arms of a study on one
-            base do, ask once. null asks in every run.
+        cache: A directory that keeps what initial models answered: of runs that begin alike, as the arms of a study on
+            one base do, the first asks for all that start later. What is compared is everything but the code, which
+            is yours to remember. null asks in every run.
 
     Raises:
         InputError: If a number is not allowed; before training, if there are no questions, one is too long, or a model
@@ -142,23 +143,22 @@ class Retention(PhaseMonitor):
         if not self._start:
             module = as_trained(pl_module, "retention")
             self._weights = weights_of(module.policy)
-            beginning = self._beginning(trainer, module)
-            self._start = kept_answers(self.cache, beginning, lambda: self._first_answers(trainer, module))
+            self._start = self._first_answers(trainer, module)
 
-    def _beginning(self, trainer: Trainer, module: Trained) -> dict[str, Any]:
-        """All that decides what the initial model answers, and what of it is right."""
-        judge, sampling = self._judge(module), self._sampling(module)
-        return {
-            "weights": self._weights,
-            "numerics": [str(trainer.precision), module.policy.device.type],
-            "engine": type(judge.engine).__name__,
-            "seed": judge.seed.value,
-            "sampling": [self.samples, self.tokens, sampling.max_new_tokens, sampling.stop],
-            "judge": [type(judge.reward).__name__, str(state_of(judge.reward)), judge.success_threshold],
-            "questions": [[q.source, q.id, q.prompt, q.truth] for q in self._questions],
-        }
+    def _first_answers(self, trainer: Trainer, module: Trained) -> Answers:
+        """What the initial model answers to all questions, in their order: asked now, or by a run that began alike."""
+        if self.cache is not None:
+            judge, sizes = self._judge(module), {"samples": self.samples, "tokens": self.tokens}
+            try:
+                about = beginning(trainer, module, judge, self._questions, self._sampling(module), **sizes)
+            except InputError as error:
+                rank_zero_warn(f"retention.cache: not used, since {error}")
+            else:
+                about["weights"] = self._weights
+                return kept_answers(self.cache, about, lambda: self._ask(trainer, module))
+        return self._ask(trainer, module)
 
-    def _first_answers(self, trainer: Trainer, module: Trained) -> list[dict[str, Any]]:
+    def _ask(self, trainer: Trainer, module: Trained) -> Answers:
         """What the initial model answers to all questions, in their order."""
         asked = self._answered(module, self.deal(trainer, self._asked)) if self._asked else []
         unjudged = self._continued(module, self.deal(trainer, self._unjudged)) if self._unjudged else []

@@ -1,4 +1,4 @@
-"""The reward of string rewriting: every step follows a rule, and the last word is the one that was asked for."""
+"""The reward of string rewriting: every step follows a rule, and the last word is that of the ground truth."""
 
 import re
 from functools import lru_cache
@@ -6,7 +6,8 @@ from functools import lru_cache
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward
 
-TRUTH = re.compile(r"\s*(\S+)\s*>\s*(\S+)\s*\|((?:\s+[^\s>]+>[^\s>]*)+)\s*")
+SIGN = r"[^\s,>|]"  # of a word: the others part words and rules from each other
+TRUTH = re.compile(rf"\s*({SIGN}+)\s*>\s*({SIGN}+)\s*\|((?:\s+{SIGN}+>{SIGN}*)+)\s*")
 LIMIT = 200  # words of a response, and characters of a word
 
 Rules = tuple[tuple[str, str], ...]
@@ -15,13 +16,15 @@ Rules = tuple[tuple[str, str], ...]
 class RewritingReward(Reward):
     """1 if a response is a derivation of the goal from the word by the rules of the ground truth, else 0.
 
-    The ground truth is word, goal and rules, as in `abba > c | ab>b ba>c bb>`: each rule lets its left side, wherever
-    it stands in a word, become its right side, which may be empty. A response is the words that follow the given one,
-    with commas between; blanks around a word do not count. Each must come from the one before it by one rule at one
-    place, and the last must be the goal. Any derivation is right, short or not, up to 200 words of 200 characters.
+    The ground truth is word, goal and rules, as in `abba > bc | ab>b ba>c bb>`: each rule lets its left side, wherever
+    it stands in a word, become its right side, which may be empty. No blank, comma, `>` or `|` is part of a word. A
+    response is the words that follow the given one, `bba,bc`, with commas between; blanks around a word do not count.
+    Each must come from the one before it by one rule at one place, and the last must be the goal. Any derivation is
+    right, short or not, up to 200 words of 200 characters.
 
     Args:
-        graded: Whether a wrong response gets a part: after n steps in a row that follow a rule, 0.5 n / (n + 1).
+        graded: Whether a wrong response gets a part: after n steps in a row that follow a rule, 0.5 n / (n + 1). Where
+            rules do not make words shorter, going round in circles earns nearly 0.5.
 
     Raises:
         InputError: From a call, a ground truth that is not of this form.
@@ -68,7 +71,7 @@ def _read(truth: str) -> tuple[str, str, Rules]:
     match = TRUTH.fullmatch(truth)
     if match is None:
         raise InputError(
-            f"RewritingReward: ground truth is {truth!r:.80}, allowed is for example 'abba > c | ab>b ba>c bb>'"
+            f"RewritingReward: ground truth is {truth!r:.80}, allowed is for example 'abba > bc | ab>b ba>c bb>'"
         )
     rules = tuple(tuple(rule.split(">")) for rule in match[3].split())
     return match[1], match[2], rules
