@@ -126,6 +126,30 @@ def test_an_arms_settings_win_over_those_of_all(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_of_all_arms_that_replaces_what_makes_an_arm_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "data.schedule.rl_steps"
+
+    def told(arm: dict[str, Any], **of_all: Any) -> str:
+        changes = {"arms": {**GRID["arms"], "mifo": arm}, "set": {**GRID["set"], **of_all}}
+        assert ablation.main(["--config", str(write(tmp_path, **changes)), "--dry_run"]) == 0
+        return capsys.readouterr().err
+
+    said = told({"configs": ["methods/sft"]}, **{key: 2})
+    assert "warning: set.data.schedule.rl_steps: 2 takes the place of 0 of 'mifo' (" in said
+    assert "sft.yaml, line" in said
+    assert "buffer.size" not in said  # it follows the key buffer_size
+    assert "set.buffer.max_accuracy: 0.5 takes the place of 0.125 of 'interleave, half + lr' (" in said
+    for arm, of_all in (
+        ({"configs": ["methods/sft"]}, 0),
+        ({"configs": ["methods/sft"], "set": {key: 0}}, 2),
+        ({"configs": ["methods/sft"], "set": {key: 3}}, 2),
+        ({"configs": ["methods/rl"]}, 2),
+    ):
+        assert key not in told(arm, **{key: of_all})
+
+
 @pytest.mark.parametrize(
     ("only", "count"),
     [

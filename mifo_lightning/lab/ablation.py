@@ -13,6 +13,7 @@ a W&B sweep.
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from mifo_lightning.lab.cell import LOCK, LOG, held, outcome
 from mifo_lightning.lab.exit_status import exit_status
 from mifo_lightning.lab.grid import Ablation, cells, choose, sweep, with_wandb
 from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
-from mifo_lightning.lab.reading import check_bases, read_ablation
+from mifo_lightning.lab.reading import check_bases, read_ablation, replaced
 from mifo_lightning.lab.records import check_same_bases, keep, restore
 from mifo_lightning.lab.runner import IMPORTS, IMPORTS_OF_WANDB, View, run_here, run_on_cluster, unfinished
 
@@ -43,6 +44,8 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     check_bases(ablation, {cell.base for cell, _ in work})
     check_same_bases(work, grid)
     write_plan(ablation, command, fits=bool(work))
+    if work:
+        warn(ablation)
     with View(len(chosen) - len(work), len(work)) as view:
         try:
             if work and on_cluster:
@@ -67,6 +70,12 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
         found = outcome(cell.directory)
         view.say(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
     return 1 if failed else 0
+
+
+def warn(ablation: Ablation) -> None:
+    """Tell what settings of all arms do to single ones."""
+    for line in replaced(ablation):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -104,6 +113,7 @@ def main(arguments: Sequence[str]) -> int:
             parsed.sweep.write_text(text, encoding="utf-8")
             print(f"wrote {parsed.sweep} with {len(chosen)} fits; next: wandb sweep {parsed.sweep}")
         elif parsed.dry_run:
+            warn(ablation)
             for cell in chosen:
                 print(f"# {cell.name}\n{cell.command}")
         else:

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
+from mifo_lightning.cli.config_files import given
 from mifo_lightning.cli.packaged import find
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.grid import Ablation, Arm, slug
@@ -114,6 +115,28 @@ def _check(ablation: Ablation, path: Path) -> None:
         for key in part.set:
             if source := next((GIVEN[own] for own in GIVEN if f"{key}.".startswith(f"{own}.")), None):
                 raise InputError(f"{path}: {prefix}set.{key}: the grid gives it, from {source}; leave it out")
+
+
+def replaced(ablation: Ablation) -> list[str]:
+    """Lines about settings of all arms that take the place of what makes an arm the method it is called by.
+
+    So may `data.schedule.rl_steps` of a table give steps of RL to SFT alone. An arm that says itself what holds, and a
+    value that follows another key, are left out.
+    """
+    lines = []
+    for key, of_all in ablation.set.items():
+        found = [
+            f"{one.value} of {name!r} ({one.place})"
+            for name, arm in ablation.arms.items()
+            if key not in arm.set
+            for one in given([text for file in arm.configs for text in ("--config", file)])
+            if one.key == key and "${" not in one.value and safe_load(one.value) != of_all
+        ]
+        if found:
+            lines.append(
+                f"set.{key}: {of_all} takes the place of {', '.join(found)}; an arm's own `set` can say otherwise"
+            )
+    return lines
 
 
 def _check_sweep(ablation: Ablation, path: Path) -> None:
