@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from experiments import make_base, make_points_base, make_rewriting_base
+from experiments.base_training import build_model, build_tokenizer
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail, quiet
 from mifo_lightning.data.general_points import RULES
@@ -64,7 +65,7 @@ def pack(models: dict[str, Qwen2ForCausalLM], vocabulary: list[str], file: Path)
     Raises:
         InputError: A model is not of the shape that `build_model` gives with this vocabulary.
     """
-    shapes = {key: w.shape for key, w in make_base.build_model(vocabulary).state_dict().items()}
+    shapes = {key: w.shape for key, w in build_model(vocabulary).state_dict().items()}
     for name, model in models.items():
         if {key: w.shape for key, w in model.state_dict().items()} != shapes:
             raise InputError(f"--pack: {name} is no base of this task: its weights have other names or shapes")
@@ -89,7 +90,7 @@ def unpack(file: Path, vocabulary: list[str]) -> dict[str, Qwen2ForCausalLM]:
         weights.setdefault(name, {})[weight] = tensor.float()
     models = {}
     for name in sorted(weights, key=lambda name: (len(name), name)):
-        models[name] = make_base.build_model(vocabulary)
+        models[name] = build_model(vocabulary)
         models[name].load_state_dict(weights[name])
     return models
 
@@ -98,7 +99,7 @@ def write(models: dict[str, Qwen2ForCausalLM], vocabulary: list[str], out: Path)
     """Write each model with its tokenizer as a Hugging Face directory `out/<name>`."""
     for name, model in models.items():
         model.save_pretrained(out / name)
-        make_base.build_tokenizer(vocabulary).save_pretrained(out / name)
+        build_tokenizer(vocabulary).save_pretrained(out / name)
 
 
 def table(models: dict[str, Qwen2ForCausalLM], task: Task) -> str:

@@ -12,26 +12,19 @@ the same machine. Training uses questions of the train split only, the printed a
 """
 
 import argparse
-import multiprocessing
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import DynamicCache, Qwen2ForCausalLM
 
+from experiments.base_training import EOS, PAD, make_all, make_model, optimize
 from mifo_lightning.data.skills import SIZES, Ids, Skills, Worked, belongs, worked
 
-PAD, EOS = "<pad>", "<eos>"
 # The last five symbols occur in no skill: room for a further skill without a new base.
 VOCABULARY = [PAD, EOS, *"0123456789+x=>sr:", *"-*<,;"]
 IDS = {token: index for index, token in enumerate(VOCABULARY)}
@@ -39,7 +32,6 @@ CODE_TO_ID = np.array([IDS.get(chr(code), -1) for code in range(128)], dtype=np.
 DIGITS = np.frombuffer(b"0123456789", np.uint8)
 PROMPT_TOKENS, RESPONSE_TOKENS, SAMPLED_TOKENS = 8, 12, 14
 Tokens = NDArray[np.int64]
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -81,48 +73,6 @@ class Result:
     seed: int
     accuracy: dict[str, float]
     seconds: float
-
-
-def build_tokenizer(vocabulary: list[str]) -> Qwen2Tokenizer:
-    """One token per character, none merged; as with any byte-level vocabulary, a character outside it is dropped."""
-    # transformers loads every qwen2 directory with this class, whatever class wrote it: so this class writes it
-    return Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=[],
-        unk_token=None,  # type: ignore[arg-type]  # the default would add a token without an embedding
-        eos_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-        model_max_length=64,
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
-    )
-
-
-def build_model(vocabulary: list[str]) -> Qwen2ForCausalLM:
-    """A Qwen2 shape with random weights, float32; 300,672 parameters with the 24 tokens of the skills.
-
-    The head is not the embedding: tied, the letters of skills that are not trained are pushed down as outputs, and so
-    become unreadable as inputs, which looks like forgetting. Heads are 32 wide, since vLLM on a CPU takes none below.
-    """
-    eos, pad = vocabulary.index(EOS), vocabulary.index(PAD)
-    config = Qwen2Config(
-        vocab_size=len(vocabulary),
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        intermediate_size=256,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        initializer_range=0.1,  # at the usual 0.02, 900 steps are too few to learn to add digits with a carry
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        dtype="float32",
-    )
-    model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, do_sample=True)
-    return model
 
 
 class Corpus:
@@ -176,20 +126,7 @@ class Corpus:
 def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
     """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
     corpus = Corpus(recipe, seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        tokens = corpus.batch(step)
-        targets = tokens[:, PROMPT_TOKENS:]
-        logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=RESPONSE_TOKENS).logits
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IDS[PAD])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+    optimize(model, recipe, corpus.batch, lambda step: learning_rate(step, recipe), PROMPT_TOKENS)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -226,25 +163,8 @@ def accuracy(model: Qwen2ForCausalLM, skill: str, questions: int, seed: int = 0)
 
 def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Result:
     """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    transformers.utils.logging.disable_progress_bar()
-    start = time.process_time()
-    model = build_model(VOCABULARY)
-    train(model, recipe, seed)
-    seconds = time.process_time() - start
-    model.save_pretrained(out)
-    build_tokenizer(VOCABULARY).save_pretrained(out)
+    model, seconds = make_model(VOCABULARY, seed, out, lambda model: train(model, recipe, seed))
     return Result(seed, {skill: accuracy(model, skill, questions) for skill in SIZES}, seconds)
-
-
-def make_all(
-    make: Callable[[int, Path, int], Made], seeds: list[int], outs: list[Path], questions: int, jobs: int
-) -> Iterator[Made]:
-    """The bases of these seeds in their order, `jobs` trained at the same time, in processes of their own."""
-    # fork would copy torch's thread state into the workers
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(make, seeds, outs, [questions] * len(seeds))
 
 
 def main() -> None:

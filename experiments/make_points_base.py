@@ -14,18 +14,15 @@ generalizes.
 """
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM
 
-from experiments.make_base import EOS, PAD, build_model, build_tokenizer, make_all
+from experiments.base_training import EOS, PAD, answers, make_all, make_model, optimize
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.general_points import (
     CARDS,
@@ -41,10 +38,7 @@ from mifo_lightning.data.general_points import (
     ways,
     written,
 )
-from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.points import PointsReward
-from mifo_lightning.rollout.engine import Sampling
-from mifo_lightning.rollout.in_process import InProcessEngine
 
 VOCABULARY = [PAD, EOS, *"0123456789ATJQK+-*/()=,:tl"]
 IDS = {token: index for index, token in enumerate(VOCABULARY)}
@@ -124,47 +118,27 @@ def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
     """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
     pool = corpus(recipe, seed)
     rng = np.random.default_rng([seed, 1])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+
+    def batch(step: int) -> Tensor:
         tokens = pool[rng.integers(recipe.pool, size=recipe.batch)]
-        longest = int((tokens != IDS[PAD]).sum(1).max())
-        targets = tokens[:, PROMPT_TOKENS:longest]
-        logits = model(tokens[:, : longest - 1], use_cache=False, logits_to_keep=targets.shape[1]).logits
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IDS[PAD])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+        return tokens[:, : int((tokens != IDS[PAD]).sum(1).max())]
+
+    optimize(model, recipe, batch, lambda step: learning_rate(step, recipe), PROMPT_TOKENS)
 
 
 def grades(model: Qwen2ForCausalLM, rule: str, questions: int, samples: int = 1, seed: int = 0) -> Tensor:
     """Graded rewards of responses at temperature 1 to test hands, [questions, samples]; without EOS they are 0."""
     rows = GeneralPoints([rule], questions, "test", seed).rows()
-    prompts = [[IDS[char] for char in row["prompt"][0]["content"]] for row in rows]
+    prompts = [row["prompt"][0]["content"] for row in rows]
     keys = [stable_key(seed, rule, index) for index in range(questions)]
-    sampling = Sampling(temperature=1.0, max_new_tokens=RESPONSE_TOKENS)
-    drawn = InProcessEngine().generate(Policy(model), build_tokenizer(VOCABULARY), prompts, keys, samples, sampling)
-    ends = [one.tokens if one.finished else [] for group in drawn for one in group]
-    texts = ["".join(VOCABULARY[token] for token in tokens).removesuffix(EOS) for tokens in ends]
+    texts = answers(model, VOCABULARY, prompts, keys, samples, RESPONSE_TOKENS)
     truths = [row["reward_model"]["ground_truth"] for row in rows for _ in range(samples)]
     return torch.tensor(PointsReward(graded=True)(texts, truths)).view(questions, samples)
 
 
 def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Result:
     """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    transformers.utils.logging.disable_progress_bar()
-    start = time.process_time()
-    model = build_model(VOCABULARY)
-    train(model, recipe, seed)
-    seconds = time.process_time() - start
-    model.save_pretrained(out)
-    build_tokenizer(VOCABULARY).save_pretrained(out)
+    model, seconds = make_model(VOCABULARY, seed, out, lambda model: train(model, recipe, seed))
     right = {rule: grades(model, rule, questions, SAMPLES) == 1 for rule in RULES}
     accuracy = {rule: float(each.float().mean()) for rule, each in right.items()}
     return Result(seed, accuracy, {rule: float(each.any(1).float().mean()) for rule, each in right.items()}, seconds)

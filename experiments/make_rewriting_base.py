@@ -15,24 +15,18 @@ with rl and interleave; no study has these seeds.
 """
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM
 
-from experiments.make_base import EOS, PAD, build_model, build_tokenizer, make_all
+from experiments.base_training import EOS, PAD, answers, make_all, make_model, optimize
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.rewriting import DIGITS, LETTERS, SYSTEMS, Rewriting, words
-from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rewards.rewriting import RewritingReward
-from mifo_lightning.rollout.engine import Sampling
-from mifo_lightning.rollout.in_process import InProcessEngine
 
 VOCABULARY = [PAD, EOS, *LETTERS, *DIGITS, *SYSTEMS, *":=,"]
 IDS = {token: index for index, token in enumerate(VOCABULARY)}
@@ -100,20 +94,7 @@ class Corpus:
 def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
     """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
     corpus = Corpus(recipe, seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        tokens = corpus.batch()
-        targets = tokens[:, PROMPT_TOKENS:]
-        logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=RESPONSE_TOKENS).logits
-        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IDS[PAD])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
+    optimize(model, recipe, lambda step: corpus.batch(), lambda step: learning_rate(step, recipe), PROMPT_TOKENS)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -125,26 +106,15 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def accuracy(model: Qwen2ForCausalLM, system: str, count: int, seed: int = 0) -> float:
     """Share of right responses at temperature 1 to test questions; one that does not end in EOS is wrong."""
     rows = Rewriting([system], count, "test", seed).rows()
-    prompts = [[IDS[char] for char in row["prompt"][0]["content"]] for row in rows]
+    prompts = [row["prompt"][0]["content"] for row in rows]
     keys = [stable_key(seed, system, index) for index in range(count)]
-    sampling = Sampling(temperature=1.0, max_new_tokens=RESPONSE_TOKENS + 1)
-    drawn = InProcessEngine().generate(Policy(model), build_tokenizer(VOCABULARY), prompts, keys, 1, sampling)
-    ends = [one.tokens if one.finished else [] for group in drawn for one in group]
-    texts = ["".join(VOCABULARY[token] for token in tokens).removesuffix(EOS) for tokens in ends]
+    texts = answers(model, VOCABULARY, prompts, keys, 1, RESPONSE_TOKENS + 1)
     return sum(RewritingReward()(texts, [row["reward_model"]["ground_truth"] for row in rows])) / count
 
 
 def make(seed: int, out: Path, count: int, recipe: Recipe = Recipe()) -> Result:
     """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    transformers.utils.logging.disable_progress_bar()
-    start = time.process_time()
-    model = build_model(VOCABULARY)
-    train(model, recipe, seed)
-    seconds = time.process_time() - start
-    model.save_pretrained(out)
-    build_tokenizer(VOCABULARY).save_pretrained(out)
+    model, seconds = make_model(VOCABULARY, seed, out, lambda model: train(model, recipe, seed))
     return Result(seed, {system: accuracy(model, system, count) for system in SYSTEMS}, seconds)
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import bases
-from experiments.make_base import VOCABULARY, build_model, build_tokenizer
+from experiments.base_training import build_model, build_tokenizer
+from experiments.make_base import VOCABULARY
 
 
 @pytest.fixture

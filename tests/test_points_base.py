@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.make_base import build_model
+from experiments.base_training import build_model
 from experiments.make_points_base import (
     EOS,
     IDS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.make_base import build_model
+from experiments.base_training import build_model
 from experiments.make_rewriting_base import EOS, IDS, PAD, PROMPT_TOKENS, VOCABULARY, Corpus, Recipe, accuracy, make
 from mifo_lightning.data.rewriting import DIGITS, SYSTEMS, Rewriting, belongs
 from mifo_lightning.rewards.rewriting import RewritingReward
