@@ -8,11 +8,12 @@ from mifo_callbacks.sharding import full
 
 
 class LowGain(FreezingRule):
-    """Freeze where importance is high and SFT's first gradient small: rank(C) - rank(|g|), within the tensor.
+    """Freeze where importance is high and SFT's first gradient small: rank(C) - rank(abs g), within the tensor.
 
     Ranks, since C and g^2 have no common scale, and a quotient C / g^2 would go to coordinates whose one noisy gradient
-    happens to be near 0, whatever their importance. Coordinates with C = 0 come last: there is nothing to protect. |g|
-    and g^2 rank alike, so this is the gain to first order of a step along the gradient as of one along its sign.
+    happens to be near 0, whatever their importance. Coordinates with C = 0 come last: there is nothing to protect. The
+    size of g and g^2 rank alike, so this is the gain to first order of a step along the gradient as of one along its
+    sign.
     """
 
     needs_gradient = True
