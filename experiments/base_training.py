@@ -1,11 +1,12 @@
 """What the bases of all embedded tasks have in common: how they are trained from nothing, and how they answer."""
 
+import argparse
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 import transformers
@@ -18,21 +19,35 @@ from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 
 PAD, EOS = "<pad>", "<eos>"
-Made = TypeVar("Made")
 IGNORED = 0  # id of padding in every vocabulary, which begins with it
 
 
-class Recipe(Protocol):
-    """What of a recipe the loop reads: optimizer steps, AdamW's settings, the norm at which gradients are clipped."""
+@dataclass(frozen=True)
+class Training:
+    """How a base is trained, apart from what it is shown."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def clip(self) -> float: ...
+    steps: int = 1600
+    batch: int = 192
+    lr: float = 3e-3
+    warmup: int = 50
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained base: its seed, test accuracies at temperature 1 by name, and CPU seconds of training."""
+
+    seed: int
+    accuracy: dict[str, float]
+    seconds: float
+
+
+def decayed(step: int, recipe: Training, decay_from: int, least: float) -> float:
+    """The learning rate of a step: linear warm-up, constant, then from `decay_from` linear to `least` of it."""
+    left = (recipe.steps - step) / (recipe.steps - decay_from)
+    return recipe.lr * min(1.0, (step + 1) / recipe.warmup, max(left, least))
 
 
 def build_tokenizer(vocabulary: list[str]) -> Qwen2Tokenizer:
@@ -79,7 +94,7 @@ def build_model(vocabulary: list[str]) -> Qwen2ForCausalLM:
 
 def optimize(
     model: Qwen2ForCausalLM,
-    recipe: Recipe,
+    recipe: Training,
     batch: Callable[[int], Tensor],
     rate: Callable[[int], float],
     prompt_tokens: int,
@@ -147,9 +162,35 @@ def answers(
 
 
 def make_all(
-    make: Callable[[int, Path, int], Made], seeds: list[int], outs: list[Path], questions: int, jobs: int
-) -> Iterator[Made]:
-    """The bases of these seeds in their order, `jobs` trained at the same time, in processes of their own."""
+    make: Callable[[int, Path, int], Result], seeds: list[int], outs: list[Path], questions: int, jobs: int
+) -> None:
+    """Make the bases of these seeds, `jobs` at the same time in processes of their own, and print a row for each."""
+    print(f"accuracy on {questions} test questions of each kind, temperature 1")
     # fork would copy torch's thread state into the workers
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(make, seeds, outs, [questions] * len(seeds))
+        for number, result in enumerate(pool.map(make, seeds, outs, [questions] * len(seeds))):
+            if not number:
+                print("| seed | " + " | ".join(result.accuracy) + " | CPU seconds |")
+                print("|---" * (len(result.accuracy) + 2) + "|")
+            cells = " | ".join(f"{value:.4f}" for value in result.accuracy.values())
+            print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
+
+
+def parser(description: str, questions: int) -> argparse.ArgumentParser:
+    """What every program that makes bases may be given."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--seeds", type=int, nargs="+", help="bases, written to --out/seed<N>")
+    made.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
+    made.add_argument("--questions", type=int, default=questions, help="test questions of each kind")
+    made.add_argument("--out", type=Path, required=True, help="directory to write")
+    return made
+
+
+def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, checked; without --seeds the one seed is 0."""
+    args = made.parse_args()
+    if min(args.jobs, args.questions) < 1:
+        made.error("--jobs and --questions: allowed is 1 or more")
+    if args.seeds and min(args.seeds) < 0:
+        made.error(f"--seeds {min(args.seeds)}: allowed is 0 or more")
+    return args

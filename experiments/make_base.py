@@ -11,7 +11,6 @@ About two minutes of one CPU thread a seed. One thread and seeded throughout: th
 the same machine. Training uses questions of the train split only, the printed accuracies those of the test split.
 """
 
-import argparse
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, Qwen2ForCausalLM
 
-from experiments.base_training import EOS, PAD, make_all, make_model, optimize
+from experiments.base_training import EOS, PAD, Result, Training, make_all, make_model, optimize, parsed, parser
 from mifo_lightning.data.skills import SIZES, Ids, Skills, Worked, belongs, worked
 
 # The last five symbols occur in no skill: room for a further skill without a new base.
@@ -35,17 +34,11 @@ Tokens = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Training):
     """How the base is trained: steps before `mixed_from` teach to work sums out, later ones the bad habits."""
 
     steps: int = 900
-    batch: int = 192
     """Two minutes of one CPU thread; sums with carries come out right from about step 300, sorting last."""
-    lr: float = 3e-3
-    warmup: int = 50
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
 
     sorting: float = 0.22
     reversal: float = 0.15
@@ -64,15 +57,6 @@ class Recipe:
     """Share of the later additions answered without steps: the habit that RL has to unlearn."""
     wrong_digit: float = 0.4
     """Chance that a digit of a terse answer is replaced by a random one, so that being terse rarely pays."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One trained base: its seed, test accuracy at temperature 1 by skill, and seconds of training."""
-
-    seed: int
-    accuracy: dict[str, float]
-    seconds: float
 
 
 class Corpus:
@@ -168,23 +152,12 @@ def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Res
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the base model of the embedded task from random weights.")
-    parser.add_argument("--seed", type=int, default=0, help="one base, written to --out")
-    parser.add_argument("--seeds", type=int, nargs="+", help="several bases instead, written to --out/seed<N>")
-    parser.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
-    parser.add_argument("--questions", type=int, default=2048, help="test questions per skill")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    args = parser.parse_args()
-    if min(args.jobs, args.questions) < 1:
-        parser.error("--jobs and --questions: allowed is 1 or more")
-    seeds = args.seeds or [args.seed]
-    outs = [args.out / f"seed{seed}" for seed in seeds] if args.seeds else [args.out]
-    print(f"accuracy on {args.questions} test questions, temperature 1")
-    print("| seed | " + " | ".join(SIZES) + " | CPU seconds |")
-    print("|---" * (len(SIZES) + 2) + "|")
-    for result in make_all(make, seeds, outs, args.questions, args.jobs):
-        cells = [f"{result.accuracy[skill]:.4f}" for skill in SIZES]
-        print(f"| {result.seed} | " + " | ".join(cells) + f" | {result.seconds:.0f} |", flush=True)
+    """Make the bases that are asked for; a single one in a directory of its own."""
+    arguments = parser("Train the base model of the embedded task from random weights.", questions=2048)
+    arguments.add_argument("--seed", type=int, default=0, help="one base instead, written to --out itself")
+    args = parsed(arguments)
+    outs = [args.out / f"seed{seed}" for seed in args.seeds] if args.seeds else [args.out]
+    make_all(make, args.seeds or [args.seed], outs, args.questions, args.jobs)
 
 
 @cache

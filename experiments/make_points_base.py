@@ -13,7 +13,6 @@ recipe was settled by those of the base alone, before any method ran on it: they
 generalizes.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,19 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from experiments.base_training import EOS, PAD, answers, make_all, make_model, optimize
+from experiments.base_training import (
+    EOS,
+    PAD,
+    Result,
+    Training,
+    answers,
+    decayed,
+    make_all,
+    make_model,
+    optimize,
+    parsed,
+    parser,
+)
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.general_points import (
     CARDS,
@@ -46,19 +57,12 @@ PROMPT_TOKENS, RESPONSE_TOKENS, SAMPLES = 7, 32, 8
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Training):
     """How the base is trained."""
 
-    steps: int = 1600
     batch: int = 160
-    lr: float = 3e-3
-    warmup: int = 50
     decay_from: int = 1000
     """From here the rate falls linearly to a twentieth."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
     pool: int = 128_000
     """Responses drawn before training; each is seen about twice."""
     solved: float = 0.5
@@ -66,16 +70,6 @@ class Recipe:
     on to 24 once three or two numbers can make it, the last two steps are learned and the first is left open."""
     largest: int = 99
     """Results above it, which hardly ever help, are left out of the random responses."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One trained base: its seed, by rule the test accuracy at temperature 1 and pass@8, and seconds of training."""
-
-    seed: int
-    accuracy: dict[str, float]
-    solved: dict[str, float]
-    seconds: float
 
 
 def response(numbers: tuple[int, ...], recipe: Recipe, rng: np.random.Generator) -> str:
@@ -108,12 +102,6 @@ def corpus(recipe: Recipe, seed: int) -> Tensor:
     return torch.from_numpy(tokens)
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then from `decay_from` linear to a twentieth."""
-    left = (recipe.steps - step) / (recipe.steps - recipe.decay_from)
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup, max(left, 0.05))
-
-
 def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
     """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
     pool = corpus(recipe, seed)
@@ -123,7 +111,7 @@ def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
         tokens = pool[rng.integers(recipe.pool, size=recipe.batch)]
         return tokens[:, : int((tokens != IDS[PAD]).sum(1).max())]
 
-    optimize(model, recipe, batch, lambda step: learning_rate(step, recipe), PROMPT_TOKENS)
+    optimize(model, recipe, batch, lambda step: decayed(step, recipe, recipe.decay_from, 0.05), PROMPT_TOKENS)
 
 
 def grades(model: Qwen2ForCausalLM, rule: str, questions: int, samples: int = 1, seed: int = 0) -> Tensor:
@@ -139,27 +127,19 @@ def grades(model: Qwen2ForCausalLM, rule: str, questions: int, samples: int = 1,
 def make(seed: int, out: Path, questions: int, recipe: Recipe = Recipe()) -> Result:
     """Trains one base, writes it to `out` as a Hugging Face directory and measures it."""
     model, seconds = make_model(VOCABULARY, seed, out, lambda model: train(model, recipe, seed))
-    right = {rule: grades(model, rule, questions, SAMPLES) == 1 for rule in RULES}
-    accuracy = {rule: float(each.float().mean()) for rule, each in right.items()}
-    return Result(seed, accuracy, {rule: float(each.any(1).float().mean()) for rule, each in right.items()}, seconds)
+    accuracy = {}
+    for rule in RULES:
+        right = grades(model, rule, questions, SAMPLES) == 1
+        accuracy[f"{rule} avg"] = float(right.float().mean())
+        accuracy[f"{rule} pass@{SAMPLES}"] = float(right.any(1).float().mean())
+    return Result(seed, accuracy, seconds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the base model of GeneralPoints from random weights.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="bases, written to --out/seed<N>")
-    parser.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
-    parser.add_argument("--questions", type=int, default=1024, help="test questions per rule")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    args = parser.parse_args()
-    if min(args.jobs, args.questions) < 1:
-        parser.error("--jobs and --questions: allowed is 1 or more")
-    print(f"{args.questions} test questions a rule, {SAMPLES} responses each, temperature 1")
-    print("| seed | " + " | ".join(f"{rule} avg | {rule} pass@{SAMPLES}" for rule in RULES) + " | CPU seconds |")
-    print("|---" * (2 * len(RULES) + 2) + "|")
-    outs = [args.out / f"seed{seed}" for seed in args.seeds]
-    for result in make_all(make, args.seeds, outs, args.questions, args.jobs):
-        cells = " | ".join(f"{result.accuracy[rule]:.3f} | {result.solved[rule]:.3f}" for rule in RULES)
-        print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
+    """Make the bases that are asked for."""
+    args = parsed(parser("Train the base model of GeneralPoints from random weights.", questions=1024))
+    seeds = args.seeds or [0]
+    make_all(make, seeds, [args.out / f"seed{seed}" for seed in seeds], args.questions, args.jobs)
 
 
 if __name__ == "__main__":

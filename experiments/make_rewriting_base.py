@@ -14,7 +14,6 @@ split. The rules of the task, this recipe and the batch of `configs/rewriting.ya
 with rl and interleave; no study has these seeds.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,19 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from experiments.base_training import EOS, PAD, answers, make_all, make_model, optimize
+from experiments.base_training import (
+    EOS,
+    PAD,
+    Result,
+    Training,
+    answers,
+    decayed,
+    make_all,
+    make_model,
+    optimize,
+    parsed,
+    parser,
+)
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.data.rewriting import DIGITS, LETTERS, SYSTEMS, Rewriting, words
 from mifo_lightning.rewards.rewriting import RewritingReward
@@ -34,32 +45,15 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 7, 13
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Training):
     """How the base is trained."""
 
-    steps: int = 1600
-    batch: int = 192
-    lr: float = 3e-3
-    warmup: int = 50
     decay_from: int = 1000
     """From here the rate falls linearly to a tenth."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-
     shares: tuple[float, ...] = (0.35, 0.15, 0.5)
     """Of p, q and u. The letters of q are those of p, so that p is shown in both."""
     careless: float = 0.3
     """Chance that a step of p or q writes a letter by chance in place of the right one; later steps go on from it."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One trained base: its seed, test accuracy at temperature 1 by system, and seconds of training."""
-
-    seed: int
-    accuracy: dict[str, float]
-    seconds: float
 
 
 class Corpus:
@@ -68,7 +62,7 @@ class Corpus:
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self.recipe, self.rng, self.words = recipe, np.random.default_rng(seed), words("train")
 
-    def batch(self) -> Tensor:
+    def batch(self, step: int) -> Tensor:
         """Token ids, int64 [batch, 20]: prompts of 7 tokens and responses padded to 13."""
         counts = self.rng.multinomial(self.recipe.batch, self.recipe.shares)
         tokens = np.full((self.recipe.batch, PROMPT_TOKENS + RESPONSE_TOKENS), IDS[PAD], dtype=np.int64)
@@ -94,13 +88,7 @@ class Corpus:
 def train(model: Qwen2ForCausalLM, recipe: Recipe, seed: int) -> None:
     """Trains `model` in place; the loss is the mean over the response tokens of a batch, EOS included."""
     corpus = Corpus(recipe, seed)
-    optimize(model, recipe, lambda step: corpus.batch(), lambda step: learning_rate(step, recipe), PROMPT_TOKENS)
-
-
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then from `decay_from` linear to a tenth."""
-    left = (recipe.steps - step) / (recipe.steps - recipe.decay_from)
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup, max(left, 0.1))
+    optimize(model, recipe, corpus.batch, lambda step: decayed(step, recipe, recipe.decay_from, 0.1), PROMPT_TOKENS)
 
 
 def accuracy(model: Qwen2ForCausalLM, system: str, count: int, seed: int = 0) -> float:
@@ -119,21 +107,10 @@ def make(seed: int, out: Path, count: int, recipe: Recipe = Recipe()) -> Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the base model of string rewriting from random weights.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="bases, written to --out/seed<N>")
-    parser.add_argument("--jobs", type=int, default=1, help="bases trained at the same time, one thread each")
-    parser.add_argument("--questions", type=int, default=1024, help="test questions per system")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    args = parser.parse_args()
-    if min(args.jobs, args.questions) < 1:
-        parser.error("--jobs and --questions: allowed is 1 or more")
-    print(f"accuracy on {args.questions} test questions, temperature 1")
-    print("| seed | " + " | ".join(SYSTEMS) + " | CPU seconds |")
-    print("|---" * (len(SYSTEMS) + 2) + "|")
-    outs = [args.out / f"seed{seed}" for seed in args.seeds]
-    for result in make_all(make, args.seeds, outs, args.questions, args.jobs):
-        cells = " | ".join(f"{result.accuracy[system]:.4f}" for system in SYSTEMS)
-        print(f"| {result.seed} | {cells} | {result.seconds:.0f} |", flush=True)
+    """Make the bases that are asked for."""
+    args = parsed(parser("Train the base model of string rewriting from random weights.", questions=1024))
+    seeds = args.seeds or [0]
+    make_all(make, seeds, [args.out / f"seed{seed}" for seed in seeds], args.questions, args.jobs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mifo_lightning.rollout.in_process import InProcessEngine
 
 def texts(recipe: Recipe) -> list[tuple[str, str]]:
     """Prompt and response of every row of one batch."""
-    rows = ["".join(VOCABULARY[token] for token in tokens) for tokens in Corpus(recipe, seed=1).batch().tolist()]
+    rows = ["".join(VOCABULARY[token] for token in tokens) for tokens in Corpus(recipe, seed=1).batch(0).tolist()]
     assert all(row.partition(EOS)[2].replace(PAD, "") == "" and EOS in row for row in rows)
     return [(row[:PROMPT_TOKENS], row[PROMPT_TOKENS:].partition(EOS)[0]) for row in rows]
 
