@@ -1,9 +1,6 @@
 """What a run forgets beyond chance, how far it moves on old prompts, and how well RL still learns."""
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from mifo_callbacks import BufferPhaseSwitch
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.monitors.kept_answers import settings
 from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.monitors.summary import RunSummary
 from mifo_lightning.monitors.transitions import transitions
@@ -31,10 +27,7 @@ from mifo_lightning.policy.loading import Loaded, export_model, load_policy, loa
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.policy.scoring import exact_kl
 from mifo_lightning.rewards.contains import ContainsReward
-from mifo_lightning.rewards.function import FunctionReward
-from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Completion, Sampling
-from mifo_lightning.rollout.evaluation import Evaluation
 from mifo_lightning.steps.optimizer import AdamWSettings
 
 MakeTrainer = Callable[..., Trainer]
@@ -292,95 +285,6 @@ def test_rl_after_sft_learns_as_it_logs(make_trainer: MakeTrainer) -> None:
     assert phase["grad_norm"] == pytest.approx(sum(norms[:16]) / 16)
     without = records.series("rollout/groups_without_signal")
     assert phase["groups_with_signal"] == pytest.approx(1 - sum(without[:8]) / 8)
-
-
-def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    def fit(monitor: Retention, **changes: Any) -> dict[str, Any]:
-        make_trainer([*method_callbacks(), monitor]).fit(make_module(**changes), datamodule=short())
-        return plain(monitor.summary())
-
-    def monitor(**changes: Any) -> Retention:
-        return Retention(**{"questions": 4, "samples": 2, "at_least": 0.0, "cache": str(tmp_path / "kept"), **changes})
-
-    fresh = fit(monitor(cache=None))
-    first, second = fit(monitor()), fit(monitor())
-    assert fresh == first
-    assert (first["responses"], second.pop("responses")) == (8 * 8, 8 * 2)
-    assert second == {name: value for name, value in first.items() if name != "responses"}
-    faster = {"rl": AdamWSettings(lr=0.01), "sft": AdamWSettings(lr=0.01)}
-    assert fit(monitor(), **faster)["responses"] == 8 * 2  # how it goes on does not matter
-    torch.manual_seed(0)
-    export_model(other(load_policy("embedded")), load_tokenizer("embedded"), tmp_path / "moved", write=True)
-    for changes, module in (
-        ({}, {"model": str(tmp_path / "moved")}),
-        ({}, {"seed": 5}),
-        ({}, {"evaluation": Evaluation(sampling=Sampling(max_new_tokens=13))}),
-        ({"samples": 3}, {}),
-        ({"tokens": 3}, {}),
-        ({"reward": ContainsReward()}, {}),
-        ({"questions": 5}, {}),
-        ({}, {"evaluation": Evaluation(sampling=Sampling(max_new_tokens=14, stop=["9"]))}),
-        ({}, {"success_threshold": 0.5}),
-        ({}, {"reward": LastAnswerReward(answer_after="=")}),
-    ):
-        other_one = monitor(**changes)
-        alone = fit(monitor(**changes, cache=None), **module)
-        assert fit(other_one, **module) == alone, (changes, module)
-        assert alone["responses"] == 2 * other_one.questions * 4 * other_one.samples
-    assert len(list((tmp_path / "kept").iterdir())) == 11
-
-
-def test_what_is_compared_is_the_same_in_every_process_and_tells_options_apart() -> None:
-    program = (
-        "import json; from mifo_lightning.monitors.kept_answers import settings; "
-        "from mifo_lightning.rewards.math_reward import MathReward; "
-        "from mifo_lightning.rewards.weighted import FormatReward, WeightedRewards; "
-        "print(json.dumps(settings(WeightedRewards({'a': MathReward(), 'b': MathReward(timeout=3.0)}))))"
-    )
-    texts = {subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(2)}
-    assert len(texts) == 1
-    assert json.loads(texts.pop())[1]["rewards"]["b"][1]["timeout"] == 3.0
-    assert settings({"options": ["x", "y"]}) != settings({"options": ["y", "x"]})
-    with pytest.raises(InputError, match="a function is no setting that can be compared"):
-        settings(FunctionReward(lambda responses, truths: [0.0] * len(responses)))
-
-
-def test_a_run_whose_beginning_is_not_known_asks_for_itself(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    for _ in range(2):
-        monitor = Retention(questions=2, samples=2, cache=str(tmp_path / "kept"))
-        with pytest.warns(UserWarning, match="retention.cache: not used, since Exam may draw otherwise another time"):
-            make_trainer([monitor]).fit(make_module(engine=Exam(START, END)), datamodule=short())
-        assert monitor.responses == 4 * 8
-    assert not (tmp_path / "kept").exists()
-
-
-def test_many_runs_may_keep_the_same_answers_at_once(tmp_path: Path) -> None:
-    program = (
-        "import sys, time; from mifo_lightning.monitors.kept_answers import kept_answers\n"
-        "while time.time() < float(sys.argv[2]): pass\n"
-        "for number in range(300): kept_answers(sys.argv[1], {'number': number}, lambda: [{'shares': [0.5] * 99}] * 20)"
-    )
-    begin = str(time.time() + 20)  # when both have imported
-    runs = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), begin]) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    assert len(list(tmp_path.iterdir())) == 300
-
-
-def test_answers_that_cannot_be_read_or_kept_are_one_line(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    def fit(cache: Path) -> None:
-        make_trainer([Retention(2, samples=1, cache=str(cache))]).fit(make_module(), datamodule=short())
-
-    fit(tmp_path / "kept")
-    (file,) = (tmp_path / "kept").iterdir()
-    about = json.dumps(json.loads(file.read_text(encoding="utf-8"))["about"])
-    for text in ("{", "[]", "{}", '{"about": "x", "answers": []}', f'{{"about": {about}, "answers": "x"}}'):
-        file.write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=rf"retention.cache: .*{file.name}: \w+: .*; remove it") as caught:
-            fit(tmp_path / "kept")
-        assert "\n" not in str(caught.value)
-    (tmp_path / "taken").write_text("", encoding="utf-8")
-    with pytest.raises(InputError, match=r"retention.cache: .*taken"):
-        fit(tmp_path / "taken")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed.*")

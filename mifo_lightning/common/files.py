@@ -1,6 +1,8 @@
-"""Files that may be opened, and names that a file can have."""
+"""Files that may be opened, names that a file can have, and files that are never there by half."""
 
+import os
 import re
+import socket
 import stat
 from pathlib import Path
 
@@ -32,3 +34,14 @@ def check_regular(path: Path) -> None:
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside, force it onto the disk, then give it the name; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

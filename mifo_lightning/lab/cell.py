@@ -23,6 +23,7 @@ import yaml
 
 from mifo_lightning.cli.packaged import DEFAULTS, find
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.files import replace_text
 from mifo_lightning.lab.grid import Cell
 
 FINGERPRINT, OUTCOME, SUMMARY, LOG, LOCK = "fingerprint.json", "outcome.json", "summary.json", "log.txt", "lock"
@@ -86,10 +87,7 @@ def record_outcome(directory: Path, error: str | None, seconds: float, cut_off: 
 
 def write_json(path: Path, record: Any) -> None:
     """Write a JSON file that is never there by half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def prepare(directory: Path) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.files import replace_text
 from mifo_lightning.lab.cell import FINGERPRINT, SUMMARY, Fingerprint, outcome, record_outcome, write_json
 from mifo_lightning.lab.grid import Cell
 
@@ -26,10 +27,7 @@ def keep(path: Path, grid: Iterable[Cell]) -> None:
                 for key, file in (("fingerprint", FINGERPRINT), ("summary", SUMMARY))
             }
             rows[cell.name] = {"cell": cell.name, "seconds": found.seconds, **read}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows.values()), encoding="utf-8")
-    part.replace(path)
+    replace_text(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows.values()))
 
 
 def restore(path: Path, grid: Iterable[Cell]) -> None:

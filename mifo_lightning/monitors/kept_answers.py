@@ -2,15 +2,16 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mifo_callbacks.collectives import from_first_rank, rank
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.files import replace_text
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.seeds import stable_key
 from mifo_lightning.monitors.trained import Trained
@@ -65,8 +66,23 @@ def settings(value: object) -> Any:
     raise InputError(f"a {type(value).__name__} is no setting that can be compared")
 
 
+def check_cache(directory: str) -> None:
+    """Make the directory; an InputError before training, not after the answers are drawn, if it cannot be written."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(directory, os.W_OK | os.X_OK) else "cannot be written"
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        problem = str(getattr(error, "strerror", None) or error)
+    if problem:
+        raise InputError(
+            f"retention.cache: {directory!r}: {problem}; allowed is a directory that can be written, or null"
+        )
+
+
 def kept_answers(directory: str, about: dict[str, Any], draw: Callable[[], Answers]) -> Answers:
     """What `draw` returns, or what it has returned to a run with the same `about`; collective.
+
+    Answers that cannot be kept are used all the same, with a line that says why.
 
     Args:
         directory: Where answers are kept, in a file for each `about`; the first rank reads and writes.
@@ -74,41 +90,32 @@ def kept_answers(directory: str, about: dict[str, Any], draw: Callable[[], Answe
         draw: Draws the answers of all ranks; collective.
 
     Raises:
-        InputError: A file cannot be read or written, on all ranks.
+        InputError: A file cannot be read, on all ranks.
     """
     text = json.dumps(about, sort_keys=True)
     path = Path(directory) / f"{stable_key(text):016x}.json"
-    found, problem = from_first_rank(_attempt(lambda: _read(path, text), path) if rank() == 0 else (None, None))
-    if found is None and problem is None:
-        found = draw()
-        drawn = found
-        _, problem = from_first_rank(_attempt(lambda: _write(path, text, drawn), path) if rank() == 0 else (None, None))
-    if problem is not None:
-        raise InputError(problem)
-    assert found is not None, "nothing is found only where there is a problem"
+    found = from_first_rank(_read(path, text) if rank() == 0 else None)
+    if isinstance(found, str):
+        raise InputError(found)
+    if found is not None:
+        return found
+    found = draw()
+    if rank() == 0:
+        try:
+            replace_text(path, json.dumps({"about": text, "answers": found}))
+        except OSError as error:
+            rank_zero_warn(f"retention.cache: {path}: {error.strerror}; the answers are used and not kept")
     return found
 
 
-def _attempt(work: Callable[[], Answers | None], path: Path) -> tuple[Answers | None, str | None]:
-    """The result, or the line that says what went wrong: an exception on one rank would leave the others waiting."""
-    try:
-        return work(), None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error!s:.120}"
-        return None, f"retention.cache: {path}: {why}; remove it, or name another directory"
-
-
-def _read(path: Path, about: str) -> Answers | None:
+def _read(path: Path, about: str) -> Answers | str | None:
+    """The answers, or the line that says what is wrong: an exception on one rank would leave the others waiting."""
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record["about"] != about:
-        raise ValueError("holds the answers of another run")
-    return [dict(answer) for answer in record["answers"]]
-
-
-def _write(path: Path, about: str, answers: Answers) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")  # another run may write it too
-    part.write_text(json.dumps({"about": about, "answers": answers}), encoding="utf-8")
-    part.replace(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["about"] != about:
+            raise ValueError("holds the answers of another run")
+        return [dict(answer) for answer in record["answers"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"retention.cache: {path}: {type(error).__name__}: {error!s:.120}; remove it, or name another directory"

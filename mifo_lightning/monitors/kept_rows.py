@@ -11,6 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from mifo_lightning.common.files import replace_text
 from mifo_lightning.monitors.run_dir import goes_on_here, run_of
 
 METRICS = ExperimentWriter.NAME_METRICS_FILE
@@ -53,17 +54,6 @@ def carry(trainer: Trainer, target: Path, start: Path, keep: Callable[[str, int]
         with open(source, encoding="utf-8", newline="") as file:
             text = keep(file.read(), step)
         replace_text(target, text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside, then give it the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 class KeptRows(ExperimentWriter):

@@ -13,7 +13,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.divergence import load_beside, response_kl, weights_of
-from mifo_lightning.monitors.kept_answers import Answers, beginning, kept_answers
+from mifo_lightning.monitors.kept_answers import Answers, beginning, check_cache, kept_answers
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.monitors.transitions import transitions
@@ -117,6 +117,8 @@ class Retention(PhaseMonitor):
         longest = max(self._sampling(module).max_new_tokens, self.tokens if self._unjudged else 0)
         check_lengths(module.policy.model.config, chosen, "model.evaluation.sampling", longest)
         self._judge(module)
+        if self.cache is not None:
+            check_cache(self.cache)
         for name, model in self.others.items():
             try:
                 tokenizer = load_tokenizer(model, pl_module.loading.trust_remote_code)
