@@ -53,7 +53,9 @@ def write(rows: Path, marker: str, out: Path) -> int:
         place = table.column_names.index("target")
         kept = table.set_column(place, table.schema.field(place), pa.array(cut, table.schema.field(place).type))
         out.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(kept, out)
+        part = out.with_name(f"{out.name}.part")
+        pq.write_table(kept, part)
+        part.replace(out)  # whole, or not at all
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"--rows {rows}, --out {out}: {str(error).splitlines()[0]:.120}") from error
     return len(cut)

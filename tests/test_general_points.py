@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import combinations_with_replacement, permutations
 
 import pytest
+from task_rows import demonstration, question, truth
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.general_points import RANKS, RULES, GeneralPoints, solutions, values, ways
@@ -17,18 +18,6 @@ BOTH = list(RULES)
 SPLITS: list[Split] = ["train", "val", "test"]
 COUNTS = {"ten": dict(zip(RANKS, [*range(1, 11), 10, 10, 10], strict=True))}
 COUNTS["literal"] = dict(zip(RANKS, range(1, 14), strict=True))
-
-
-def question(row: Row) -> str:
-    return row["prompt"][0]["content"]
-
-
-def demonstration(row: Row) -> str:
-    return row["target"][0]["content"]
-
-
-def truth(row: Row) -> str:
-    return row["reward_model"]["ground_truth"]
 
 
 def graded(response: str, of: str = "13 5 3 1 > 24") -> float:

@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from task_rows import demonstration, question, truth
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.rewriting import DIGITS, LETTERS, SYSTEMS, TURNS, Rewriting, derivations, words
@@ -16,18 +17,6 @@ ALL = list(SYSTEMS)
 SPLITS: list[Split] = ["train", "val", "test"]
 TURN, FLIP = np.array([[0, -1], [1, 0]]), np.array([[1, 0], [0, -1]])
 TRUTH = "abba > c | ab>b ba>c bb> c>cc"
-
-
-def question(row: Row) -> str:
-    return row["prompt"][0]["content"]
-
-
-def demonstration(row: Row) -> str:
-    return row["target"][0]["content"]
-
-
-def truth(row: Row) -> str:
-    return row["reward_model"]["ground_truth"]
 
 
 def graded(response: str, of: str = TRUTH) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from task_rows import demonstration, question
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.make_base import EOS, IDS, VOCABULARY, Corpus, Recipe, make
@@ -14,14 +15,6 @@ from mifo_lightning.data.source import Row, Split
 
 ALL = list(SIZES)
 BASE = str(files("mifo_lightning") / "assets" / "base")
-
-
-def question(row: Row) -> str:
-    return row["prompt"][0]["content"]
-
-
-def demonstration(row: Row) -> str:
-    return row["target"][0]["content"]
 
 
 def solve(text: str) -> tuple[str, str]:
