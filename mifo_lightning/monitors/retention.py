@@ -1,8 +1,6 @@
 """What a whole run forgets, apart from chance; how far it moves on old prompts; and how well RL still learns."""
 
 from collections.abc import Sequence
-from math import isfinite
-from statistics import fmean
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -15,6 +13,7 @@ from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.divergence import load_beside, response_kl, weights_of
 from mifo_lightning.monitors.kept_answers import Answers, beginning, check_cache, kept_answers
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.plasticity import Plasticity
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.monitors.transitions import transitions
 from mifo_lightning.policy.loading import load_tokenizer
@@ -28,7 +27,6 @@ from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.steps.guards import check_lengths
 
 SETS = 3  # of samples of the initial model: those that choose questions, `before`, and `again`
-PLASTIC = 8  # RL steps at the start of a phase that tell how well it still learns
 Cells = dict[str, dict[str, float]]  # what is found of each source, and under "" of all questions together
 
 
@@ -42,8 +40,8 @@ class Retention(PhaseMonitor):
     precision. The initial model is loaded again for it when training is over.
 
     Logs at the end `retention/<metric>` over all questions and `retention/<source>/<metric>`, which `summary.json` has
-    under `after` too, as metrics of the final evaluation. Its records of RL phases say how well RL still learns: means
-    of the gradient's norm and of the share of groups with a signal over the first 8 RL steps of a phase, as logged.
+    under `after` too, as metrics of the final evaluation. Its records of RL phases say how well RL still learns
+    (`Plasticity`).
 
     Costs 4 x `samples` responses a question, and 1 to a question without an answer; at the end 4 forwards of one
     response a question, and 4 more for each of `others`. At the end alone a second model is held on the device beside
@@ -95,9 +93,7 @@ class Retention(PhaseMonitor):
         self._start: list[dict[str, Any]] = []  # of each of both: source, shares right by set, one response's tokens
         self._weights = 0  # fingerprint of the initial ones
         self._found: Cells = {}
-        self._signal: list[float] = []  # of each RL step of the running phase, the share of groups with one
-        self._norms: list[float] = []  # of the gradients of the first of these
-        self._sft_steps = 0  # since the last RL phase
+        self._plasticity = Plasticity()
 
     # --- before training ------------------------------------------------------------------------------------------
 
@@ -141,7 +137,7 @@ class Retention(PhaseMonitor):
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count anew; before the first step of a run also draw what the initial model answers."""
-        self._signal, self._norms = [], []
+        self._plasticity.begin()
         if not self._start:
             module = as_trained(pl_module, "retention")
             self._weights = weights_of(module.policy)
@@ -193,23 +189,11 @@ class Retention(PhaseMonitor):
     ) -> None:
         """Note what the step has logged."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if batch["phase"] == "sft":
-            self._sft_steps += 1
-            return
-        logged = trainer.callback_metrics
-        if batch["update"] == 0:
-            self._signal.append(1.0 - float(logged["rollout/groups_without_signal"]))
-        norm = float(logged["rl/grad_norm"])
-        if len(self._signal) <= PLASTIC and isfinite(norm):  # else the step was skipped
-            self._norms.append(norm)
+        self._plasticity.note(batch, trainer.callback_metrics)
 
     def end(self, trainer: Trainer, pl_module: LightningModule, phase: str) -> dict[str, Any] | None:
         """How well RL learned after so many SFT steps."""
-        if phase != "rl" or not self._norms:
-            return None
-        signal, steps, self._sft_steps = self._signal[:PLASTIC], self._sft_steps, 0
-        found = {"after_sft_steps": steps, "rl_steps": len(signal)}
-        return found | {"grad_norm": fmean(self._norms), "groups_with_signal": fmean(signal)}
+        return self._plasticity.end() if phase == "rl" else None
 
     # --- when it is over ------------------------------------------------------------------------------------------
 
@@ -319,16 +303,13 @@ class Retention(PhaseMonitor):
             "responses": self.responses,
             "start": list(self._start),
             "weights": self._weights,
-            "signal": list(self._signal),
-            "norms": list(self._norms),
-            "sft_steps": self._sft_steps,
+            **self._plasticity.state_dict(),
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.responses, self._start, self._weights = state["responses"], state["start"], state["weights"]
-        self._signal, self._norms = list(state["signal"]), list(state["norms"])
-        self._sft_steps = state["sft_steps"]
+        self._plasticity.load_state_dict(state)
 
 
 def _keys(module: Trained, mine: list[Question], when: str) -> list[int]:
