@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from mifo_lightning.cli import main
+from mifo_lightning.cli.plan import planned
 from mifo_lightning.monitors.costs import multiplying
 from mifo_lightning.planning.memory import Moment, Plan, Sizes
 from mifo_lightning.planning.speed import GPU, Shape, speed
@@ -251,15 +252,25 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_protection_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    def planned(method: str) -> list[str]:
+    def importance(method: str) -> list[str]:
         main(["plan", "--config", "tiny", "--config", method, "--gpus", "1"])
         rows = {row.split("|")[1].strip(): row.split("|") for row in capsys.readouterr().out.splitlines() if "|" in row}
         place = rows["moment"].index(" importance ")
         return [rows[moment][place].strip() for moment in ("RL update", "SFT update")]
 
-    assert planned("methods/interleave") == ["-", "-"]
-    assert planned("methods/rpsft") == ["-", "0.00"]
-    assert planned("{conflict: {fraction: 0.5}, buffer: {size: 8, max_accuracy: 0.5}}") == ["0.00", "0.00"]
+    assert importance("methods/interleave") == ["-", "-"]
+    assert importance("methods/rpsft") == ["-", "0.00"]
+    assert importance("{conflict: {fraction: 0.5}, buffer: {size: 8, max_accuracy: 0.5}}") == ["0.00", "0.00"]
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens"), [("interleave", 3), ("own_rollouts", 9), ("self_sft", 9), ("sdft", 9)], ids=str
+)
+def test_sft_is_planned_on_the_responses_that_it_learns_from(method: str, tokens: int) -> None:
+    lengths = ["--data.demonstrations.max_tokens", "3", "--model.rollout.sampling.max_new_tokens", "9"]
+    found, _, said = planned(["--config", "tiny", "--config", f"methods/{method}", "--gpus", "1", *lengths])
+    assert found.work.demonstration == tokens
+    assert any("teacher" in line for line in said) == (method == "sdft")
 
 
 def test_an_engine_of_ones_own_that_decodes_in_process_may_take_other_arguments(

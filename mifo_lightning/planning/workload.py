@@ -183,6 +183,10 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         adapter.check("model.adapter")
     own = model.evaluation.sampling
     samples = model.evaluation.samples or 1
+    learned, longest = model.sft_loss, data.demonstrations.max_tokens
+    own_responses = learned.demonstrations != "data" or learned.distillation is not None
+    if learned.distillation is not None:
+        said.append("the pass of SDFT's teacher, whose prompts hold the demonstrations, is not counted")
     buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
     updates = schedule.epochs_per_rollout * schedule.minibatches
     return Workload(
@@ -207,7 +211,7 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         scored=updates > 1 or loss.entropy_fraction < 1,
         reference=loss.kl_coefficient > 0,
         demonstrations=schedule.sft_batch // ranks if buffered else 0,
-        demonstration=min(data.demonstrations.max_tokens, response or data.demonstrations.max_tokens),
+        demonstration=lengths[1] if own_responses else min(longest, response or longest),
         moments=model.optimizer.moments,
         importance=_map_bytes(config.importance),
         freezing=config.freeze is not None,
