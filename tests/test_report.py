@@ -156,7 +156,45 @@ def test_what_no_monitor_recorded_is_left_out_in_one_line(tmp_path: Path) -> Non
     text = verdict(root) + (root / "report.md").read_text().replace("\\", "")
     assert "nan" not in text
     for monitor in ("history", "forgetting", "phase_kl", "layer_updates", "overlap", "costs", "samples"):
-        assert f"Not recorded: the monitor {monitor} would show it." in text
+        assert f"? (monitor {monitor})" in text
+
+
+def test_a_page_of_the_bases_that_are_whole_says_so_and_is_remade_from_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = bare(make(tmp_path / "runs", {"ref": 0.5, "a": 0.6}, bases=3, seeds=1))
+    edit(root / "cells.json", lambda cells: [cells.remove(cell) for cell in list(cells) if cell["base"] == "seed1"])
+    assert main(["report", str(root), "--out", str(tmp_path / "docs")]) == 0
+    assert [row[1] for row in rows_of(tmp_path / "docs", "highest first")[1:]] == ["-", "-"]
+    some = ["--bases", "seed2", "seed0"]
+    assert main(["report", str(root), "--out", str(tmp_path / "docs"), *some]) == 0
+    text = (tmp_path / "docs" / "report.md").read_text()
+    assert "> Of the 3 bases of this study 2 are in these numbers: seed0, seed2." in text
+    assert "None: all 4 runs are done." in text
+    rows = rows_of(tmp_path / "docs", "highest first")
+    assert "-" not in [row[1] for row in rows]
+    write_report(tmp_path / "docs")
+    assert rows_of(tmp_path / "docs", "highest first") == rows
+    assert main(["report", str(root), "--out", str(tmp_path / "docs"), "--bases", "seed7"]) == 2
+    assert "--bases: seed7 is not allowed; it must be some of seed0, seed1, seed2" in capsys.readouterr().err
+    assert main(["report", str(root), *some]) == 2
+    assert "needs --out" in capsys.readouterr().err
+
+
+def test_old_abilities_have_a_section_of_their_own(tmp_path: Path) -> None:
+    root = bare(make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=2, seeds=1))
+    found = {"retention/lost": 0.25, "retention/kl": 0.125, "retention/kl_to_other": 0.5}
+    for path in root.glob("arm*/*/*/summary.json"):
+        edit(path, lambda record: record["after"].update(found))
+    edit(root / "ablation.json", lambda plan: plan["metrics"].extend(found))
+    write_report(root)
+    header, row, *_ = rows_of(root, "Old abilities")
+    assert header == ["arm", "lost", "kl", "kl_to_other"]
+    assert [cell.split()[0] for cell in row[1:]] == ["0.250", "0.125", "0.500"]
+    assert not any("retention" in name for name in rows_of(root, "Further metrics")[0])
+    text = (root / "report.md").read_text().replace("\\", "")
+    assert "kl_to_: that of the initial model to another one." in text
+    assert "kl_from_" not in text
 
 
 def test_scores_are_sorted_and_the_reference_is_marked(small: Path) -> None:
@@ -262,5 +300,5 @@ def test_page_of_a_large_ablation_is_small(tmp_path: Path) -> None:
     page = write_report(make(tmp_path, PAPER))
     assert page.stat().st_size < 2_000_000
     text = page.with_name("report.md").read_text()
-    assert "Not recorded" not in text
+    assert "(monitor" not in text
     assert "**'mifo' has the highest avg@1" in text

@@ -6,6 +6,8 @@ The runner does this by itself when it ends. A directory with a committed page h
 statistics are written again from these, in place, without what only the runs themselves can tell.
 
     python -m mifo_lightning.lab report docs/results/paper_table
+
+Of an ablation that is still running, `--bases` takes those bases on which all arms are done; the page says so.
 """
 
 import argparse
@@ -29,9 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, help="where to write report.html and report.md; default: the same directory"
     )
+    parser.add_argument("--bases", nargs="+", default=[], metavar="BASE", help="these bases alone; needs --out")
     args = parser.parse_args(arguments)
     try:
-        page = write_report(args.directory, args.out)
+        page = write_report(args.directory, args.out, args.bases)
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """What did the arms cost? The section about data, tokens, floating-point operations and seconds."""
 
-from mifo_lightning.lab.report.document import Measure, Section, absent, ends, means
+from mifo_lightning.lab.report.document import Measure, Section, ends, means
 from mifo_lightning.lab.report.dynamics import table
 from mifo_lightning.lab.report.results import KINDS, Ablation, Cell, Kind
 
@@ -12,7 +12,7 @@ def costs(ablation: Ablation) -> Section:
     """Data, tokens, floating-point operations and seconds."""
     question = "What did it cost?"
     if not any("costs" in cell.summary for cell in ablation.cells):
-        return absent(question, "costs")
+        return Section(question, monitor="costs")
     columns: dict[str, Measure] = {
         "questions": lambda cell: cell.summary.get("costs", {}).get("distinct_questions"),
         "demonstrations": lambda cell: cell.summary.get("costs", {}).get("distinct_demonstrations"),

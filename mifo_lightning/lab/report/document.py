@@ -57,17 +57,16 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
-    """A question, the sentences that answer it at once, others that explain, and tables and pictures in order."""
+    """A question, the sentences that answer it at once, others that explain, and tables and pictures in order.
+
+    Or the `monitor` that would answer it, where no run recorded anything about it.
+    """
 
     question: str
     answer: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     blocks: list[Table | Gallery] = field(default_factory=list)
-
-
-def absent(question: str, monitor: str) -> Section:
-    """The section of a question that no run recorded anything about."""
-    return Section(question, text=[f"Not recorded: the monitor {monitor} would show it."])
+    monitor: str = ""
 
 
 def intervals(ablation: Ablation, scores: Mapping[str, Scores]) -> dict[str, Interval]:

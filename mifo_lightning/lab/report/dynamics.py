@@ -11,7 +11,6 @@ from mifo_lightning.lab.report.document import (
     Measure,
     Section,
     Table,
-    absent,
     ends,
     large,
     means,
@@ -32,7 +31,7 @@ def learning(ablation: Ablation) -> Section:
     question = "How did they learn?"
     drawn = {arm: data for arm in ablation.names if (data := learning_curves(ablation.done(arm)))}
     if not drawn:
-        return absent(question, "history")
+        return Section(question, monitor="history")
     last = {
         axis: max((c.edges[-1] for c in drawn.values() if c.axis == axis), default=0) for axis in ("rl_step", "step")
     }
@@ -57,7 +56,7 @@ def updates(ablation: Ablation) -> Section:
     """Size of the updates by layer and kind of phase."""
     question = "How large were the updates, and where?"
     if not ablation.recorded("layer_updates"):
-        return absent(question, "layer_updates")
+        return Section(question, monitor="layer_updates")
 
     def sizes(kind: Kind) -> dict[str, Measure]:
         def length(cell: Cell) -> float | None:
@@ -111,7 +110,7 @@ def overlap(ablation: Ablation) -> Section:
     """Share of the SFT gradient on frozen coordinates, against chance."""
     question = "Does freezing hold what SFT wants to move?"
     if not ablation.recorded("overlap"):
-        return absent(question, "overlap")
+        return Section(question, monitor="overlap")
     names = {
         "frozen": "chance (share of coordinates frozen)",
         "gradient": "L1 mass",

@@ -1,5 +1,7 @@
 """What did the phases make the models forget, and what predicts it? The sections about retention and KL."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mifo_lightning.lab.report import figures
@@ -11,7 +13,6 @@ from mifo_lightning.lab.report.document import (
     Measure,
     Section,
     Table,
-    absent,
     bracketed,
     ends,
     intervals,
@@ -24,14 +25,46 @@ from mifo_lightning.lab.report.drawing import RL, SFT, keys
 from mifo_lightning.lab.report.dynamics import RL_AND_SFT
 from mifo_lightning.lab.report.reductions import PhaseChange, mean_of, phase_changes, retention, retention_by_phase
 from mifo_lightning.lab.report.results import KINDS, Ablation, Kind, probe
+from mifo_lightning.lab.report.scores import metrics_table, of_every_run, ranked
 from mifo_lightning.lab.report.statistics import rank_correlation
+
+MEANING = {
+    "lost": "the probability of an answer that is right before and wrong after, less what sampling alone turns round",
+    "gained": "the same of wrong before and right after",
+    "before": "the share right before training",
+    "after": "the share right after it",
+    "floor": "what sampling alone turns from right to wrong",
+    "kl": "the KL from the initial to the trained model in nats a token, along responses of the initial one",
+    "kl_floor": "that of the initial model to itself, computed in other batches",
+    "kl_to_": "that of the initial model to another one",
+    "kl_from_": "that of another model to the trained one",
+}
+"""What the monitor retention finds, by its name or the beginning of it."""
+
+
+def old_abilities(ablation: Ablation) -> Section | None:
+    """What the monitor retention found, where metrics of the ablation name it."""
+    if not ablation.of_retention:
+        return None
+    order = ranked(intervals(ablation, ablation.scores(ablation.primary)))
+    names = {metric: metric.removeprefix("retention/") for metric in ablation.of_retention}
+    told = "; ".join(f"{name}: {what}" for name, what in MEANING.items() if any(map(_means(name), names.values())))
+    text = [f"The end of each run against its beginning, by the monitor retention at T = 1. {told}."]
+    pictures = [of_every_run(ablation, metric, order) for metric in names]
+    table = metrics_table(ablation, order, names, "Old abilities")
+    return Section("What became of abilities that were not trained?", [], text, [table, Gallery(pictures)])
+
+
+def _means(name: str) -> Callable[[str], bool]:
+    """Whether a key of `MEANING` is that of a metric."""
+    return lambda metric: metric == name or (name.endswith("_") and metric.startswith(name))
 
 
 def forgetting(ablation: Ablation) -> Section:
     """Retention of solved questions over the run and per phase."""
     question = "What was forgotten?"
     if not ablation.recorded("forgetting"):
-        return absent(question, "forgetting")
+        return Section(question, monitor="forgetting")
     sources = sorted({s for cell in ablation.cells for s in cell.summary.get("forgetting", {}).get("run", {})})
     whole = means(ablation, _retained())
     answer = [f"Of the questions solved before training, {ends(whole)} are still solved after it."] if whole else []
@@ -97,7 +130,7 @@ def divergence(ablation: Ablation) -> Section:
     """Forward KL of each phase and whether it predicts forgetting."""
     question = "How far did each phase move the policy, and does that predict forgetting?"
     if not ablation.recorded("phase_kl"):
-        return absent(question, "phase_kl")
+        return Section(question, monitor="phase_kl")
 
     def kl(kind: Kind) -> Measure:
         return lambda cell: mean_of(cell.phases("phase_kl", kind), "kl")

@@ -11,16 +11,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import printable
+from mifo_lightning.lab.cell import write_json
 from mifo_lightning.lab.report import costs, dynamics, forgetting, front, scores, sections
 from mifo_lightning.lab.report.document import Figure, Gallery, Section, Table
 from mifo_lightning.lab.report.drawing import alone
-from mifo_lightning.lab.report.results import PLAN, RUNS, Ablation, load, write_runs
+from mifo_lightning.lab.report.results import PLAN, RUNS, Ablation, load, read_plan, write_runs
 from mifo_lightning.lab.report.verdict import verdict
 
 PARTS = (
     scores.best,
     scores.contrasts,
+    forgetting.old_abilities,
     dynamics.learning,
     forgetting.forgetting,
     forgetting.divergence,
@@ -32,22 +35,29 @@ PARTS = (
     sections.made,
 )
 """Each answers one question, in reading order, or has nothing to ask (None)."""
-OF_SCORES = (scores.best, scores.contrasts, sections.unfinished, sections.made)
+OF_SCORES = (scores.best, scores.contrasts, forgetting.old_abilities, sections.unfinished, sections.made)
 """Those that final scores can answer."""
 OF_SWEEP = (front.front, front.chosen, sections.unfinished, sections.made)
 """Those of an ablation whose arms ran at several values of one setting; final scores answer them."""
 
 
-def write_report(directory: Path, out: Path | None = None) -> Path:
+def write_report(directory: Path, out: Path | None = None, bases: Sequence[str] = ()) -> Path:
     """Write `report.html`, `report.md` and its `report.svg` of the ablation in `directory` into `out`; the page's path.
 
     With them go the ablation's plan and `runs.csv`, from which alone the page's statistics can be written again.
 
+    Args:
+        directory: Of the ablation.
+        out: Another one; None: the same.
+        bases: Those that are whole, of an ablation that is still running; none: all. The page says which.
+
     Raises:
-        InputError: A file of the ablation is missing or is not what the runner writes.
+        InputError: A file of the ablation is missing or is not what the runner writes, or a base is none of it.
     """
-    ablation, words, parts = _told(directory)
+    ablation, words, parts = _told(directory, bases)
     out = out or directory
+    if bases and out.resolve() == directory.resolve():
+        raise InputError("--bases: a page of some bases needs --out, a directory of its own")
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     page.write_text(as_html(ablation, words, parts), encoding="utf-8")
@@ -55,7 +65,7 @@ def write_report(directory: Path, out: Path | None = None) -> Path:
     (out / "report.svg").write_text(alone(first_picture(parts).svg), encoding="utf-8")
     write_runs(ablation, out / RUNS)
     if out.resolve() != directory.resolve():
-        (out / PLAN).write_bytes((directory / PLAN).read_bytes())
+        write_json(out / PLAN, read_plan(directory, bases))
     return page
 
 
@@ -112,11 +122,13 @@ def first_picture(parts: Sequence[Section]) -> Figure:
     return next(gallery.figures[0] for gallery in galleries if gallery.kind == "wide")
 
 
-def _told(directory: Path) -> tuple[Ablation, list[str], list[Section]]:
+def _told(directory: Path, bases: Sequence[str] = ()) -> tuple[Ablation, list[str], list[Section]]:
     """The ablation in `directory`, what it says first, and its answers to the questions that it can answer."""
-    ablation = load(directory)
+    ablation = load(directory, bases)
     asked = OF_SWEEP if ablation.sweep else OF_SCORES if ablation.scores_only else PARTS
-    return ablation, verdict(ablation), [section for part in asked if (section := part(ablation))]
+    found = [section for part in asked if (section := part(ablation))]
+    shown, missing = [s for s in found if not s.monitor], [s for s in found if s.monitor]
+    return ablation, verdict(ablation), [*shown[:-1], *sections.not_recorded(missing), shown[-1]]
 
 
 def _rows(table: Table) -> str:

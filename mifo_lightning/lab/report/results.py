@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from yaml import YAMLError
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.lab.report.statistics import Design, Scores
 
 Record = dict[str, Any]
@@ -112,6 +112,11 @@ class Ablation:
         return [f"base {base}" for base in self.bases]
 
     @property
+    def of_retention(self) -> list[str]:
+        """Those of `metrics` that the monitor of that name found; a section of its own tells of them."""
+        return [metric for metric in self.metrics if metric.startswith("retention/")]
+
+    @property
     def runs(self) -> int:
         """Of every arm, finished or not."""
         return sum(map(len, self.seeds.values()))
@@ -147,15 +152,15 @@ class Ablation:
         return {arm: np.mean([part[arm] for part in parts], axis=0) for arm in self.names}
 
 
-def load(directory: Path) -> Ablation:
+def load(directory: Path, bases: Sequence[str] = ()) -> Ablation:
     """Read an ablation's directory, as the runner leaves it or as a page is committed: `ablation.json` and `runs.csv`.
 
-    A cell that is not named is missing; one without a finite primary metric has failed.
+    A cell that is not named is missing; one without a finite primary metric has failed. `bases` takes these alone.
 
     Raises:
-        InputError: A file is missing or is not what the runner writes; the message names it.
+        InputError: A file is missing or is not what the runner writes, or a base is none of it; the message names it.
     """
-    plan = _json(directory / PLAN)
+    plan = read_plan(directory, bases)
     scores_only = (directory / RUNS).is_file() and not (directory / "cells.json").is_file()
     try:
         plan["arms"] = [Arm(arm["name"], arm["configs"], arm["set"]) for arm in plan["arms"]]
@@ -180,6 +185,21 @@ def load(directory: Path) -> Ablation:
     if ablation.design not in get_args(Design):
         raise InputError(f"{directory}/ablation.json: design {ablation.design!r} is none of {get_args(Design)}")
     return ablation
+
+
+def read_plan(directory: Path, bases: Sequence[str] = ()) -> Record:
+    """The `ablation.json` of a directory; of these bases alone, if any are named, with a note that says so."""
+    plan = _json(directory / PLAN)
+    every = plan.get("bases", []) if isinstance(plan, dict) else []
+    for base in bases:
+        require("--bases", base, base in every, f"some of {', '.join(every)}")
+    if not bases:
+        return plan
+    taken = [base for base in every if base in bases]
+    note = f"Of the {len(every)} bases of this study {len(taken)} are in these numbers: {', '.join(taken)}."
+    if isinstance(plan["seeds"], dict):
+        plan["seeds"] = {base: plan["seeds"][base] for base in taken}
+    return {**plan, "bases": taken, "note": f"{note} {plan.get('note', '')}".strip()}
 
 
 def evaluation(ablation: Ablation) -> tuple[str, str]:

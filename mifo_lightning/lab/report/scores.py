@@ -37,8 +37,8 @@ def best(ablation: Ablation) -> Section:
     blocks: list[Table | Gallery] = [_scores_table(ablation, order, comparisons)]
     if 1 < len(ablation.bases) < FEW_BASES:  # of more, the pictures and runs.csv tell
         blocks.append(_by_base(ablation, order, scores))
-    if ablation.metrics:
-        blocks.append(_metrics_table(ablation, order))
+    if further := _further(ablation):
+        blocks.append(metrics_table(ablation, order, {name: name for name in further}, "Further metrics"))
     blocks.append(_pictures(ablation, order, comparisons))
     drawn, questions = evaluation(ablation)
     sampled = f"avg@n is over responses sampled{f' at {drawn}' if drawn else ''}, n to a question"
@@ -158,24 +158,34 @@ def _by_base(ablation: Ablation, order: list[str], scores: Mapping[str, Scores])
     return Table(f"{ablation.primary} by base, mean over seeds, and difference to {reference} there", header, rows)
 
 
-def _metrics_table(ablation: Ablation, order: list[str]) -> Table:
-    found = {metric: intervals(ablation, ablation.scores(metric)) for metric in ablation.metrics}
+def _further(ablation: Ablation) -> list[str]:
+    """The metrics that no other section tells of."""
+    return [metric for metric in ablation.metrics if metric not in ablation.of_retention]
+
+
+def metrics_table(ablation: Ablation, order: list[str], metrics: Mapping[str, str], caption: str) -> Table:
+    """A row for each arm; `metrics` are column names by metric."""
+    found = {metric: intervals(ablation, ablation.scores(metric)) for metric in metrics}
     rows = [[_name(arm, ablation.reference), *(bracketed(one[arm]) for one in found.values())] for arm in order]
-    before = [_before(ablation.scores(metric, "before")) for metric in ablation.metrics]
+    before = [_before(ablation.scores(metric, "before")) for metric in metrics]
     rows += [["before training", *before]] if set(before) != {"-"} else []
-    return Table("Further metrics, mean [95 % interval]", ["arm", *ablation.metrics], rows)
+    return Table(f"{caption}, mean [95 % interval]", ["arm", *metrics.values()], rows)
+
+
+def of_every_run(ablation: Ablation, metric: str, order: list[str], caption: str = "") -> Figure:
+    """The picture of a metric: all runs, by arm."""
+    scores = ablation.scores(metric)
+    found = intervals(ablation, scores)
+    strips = {arm: [figures.Strip(scores[arm], found[arm])] for arm in order}
+    picture = figures.dots(metric, strips, metric, line=found[ablation.reference].mean, bold=ablation.reference)
+    return Figure(picture, caption)
 
 
 def _pictures(ablation: Ablation, order: list[str], comparisons: Comparisons) -> Gallery:
     """The primary metric, the differences in it, and every further metric."""
     primary, reference = ablation.primary, ablation.reference
-    drawn = []
-    for metric in dict.fromkeys([primary, *ablation.metrics]):
-        scores = ablation.scores(metric)
-        found = intervals(ablation, scores)
-        strips = {arm: [figures.Strip(scores[arm], found[arm])] for arm in order}
-        picture = figures.dots(metric, strips, metric, line=found[reference].mean, bold=reference)
-        drawn.append(Figure(picture, MARKS if metric == primary else ""))
+    shown = dict.fromkeys([primary, *_further(ablation)])
+    drawn = [of_every_run(ablation, metric, order, MARKS if metric == primary else "") for metric in shown]
     scores = ablation.scores(primary)
     lines = {
         arm: [figures.Strip(scores[arm] - scores[reference], c.difference, hollow=not c.significant)]

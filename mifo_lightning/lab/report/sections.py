@@ -1,8 +1,9 @@
 """What do the models answer, and how was it found out? The sections about the runs themselves."""
 
 import json
+from collections.abc import Sequence
 
-from mifo_lightning.lab.report.document import Gallery, Section, Table, absent
+from mifo_lightning.lab.report.document import Gallery, Section, Table
 from mifo_lightning.lab.report.rates import ARMS, DESIGNS, MEASURED, VARIANCES
 from mifo_lightning.lab.report.results import Ablation, samples
 from mifo_lightning.lab.report.statistics import EXACT, LEVEL, Design
@@ -33,7 +34,7 @@ def responses(ablation: Ablation) -> Section:
                 tables.append(Table(title, header, rows, folded=True, prose=True))
     question = "What do the trained models answer?"
     if not tables:
-        return absent(question, "samples")
+        return Section(question, monitor="samples")
     text = (
         "The last recorded response of each source, sampled as for avg@n, from one run only of each arm: the one that "
         "its line names."
@@ -56,6 +57,12 @@ def unfinished(ablation: Ablation) -> Section:
     )
     table = Table("Runs without a result", ["arm", "base", "seed", "status", "error"], rows, prose=True)
     return Section(question, [answer], blocks=[table])
+
+
+def not_recorded(missing: Sequence[Section]) -> list[Section]:
+    """What further monitors would have shown."""
+    listed = "; ".join(f"{section.question} (monitor {section.monitor})" for section in missing)
+    return [Section("What was not recorded?", text=[f"These runs did not record: {listed}."])] if missing else []
 
 
 def made(ablation: Ablation) -> Section:
