@@ -1,6 +1,6 @@
 """What a whole run forgets, apart from chance; how far it moves on old prompts; and how well RL still learns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -11,7 +11,7 @@ from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.divergence import load_beside, response_kl, weights_of
-from mifo_lightning.monitors.kept_answers import Answers, beginning, check_cache, kept_answers
+from mifo_lightning.monitors.kept import beginning, check_cache, kept
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 from mifo_lightning.monitors.plasticity import Plasticity
 from mifo_lightning.monitors.trained import Trained, as_trained
@@ -58,9 +58,9 @@ class Retention(PhaseMonitor):
             KL alone; null takes validation questions.
         reward: Says which responses are right, by the run's `success_threshold`; null takes the run's own.
         others: Models by name, whose KL is a scale: the untouched model, or another cold start.
-        cache: A directory that keeps what initial models answered: of runs that begin alike, as the arms of a study on
-            one base do, the first asks for all that start later. What is compared is everything but the code, which
-            is yours to remember. null asks in every run.
+        cache: A directory that keeps what initial models answered, and KLs in which no trained model has a part: of
+            runs that begin alike, as the arms of a study on one base do, the first finds them for all that start
+            later. What is compared is everything but the code, which is yours to remember. null keeps nothing.
 
     Raises:
         InputError: If a number is not allowed; before training, if there are no questions, one is too long, or a model
@@ -141,10 +141,12 @@ class Retention(PhaseMonitor):
         if not self._start:
             module = as_trained(pl_module, "retention")
             self._weights = weights_of(module.policy)
-            self._start = self._first_answers(trainer, module)
+            self._start = self._kept(trainer, module, lambda: self._ask(trainer, module))
 
-    def _first_answers(self, trainer: Trainer, module: Trained) -> Answers:
-        """What the initial model answers to all questions, in their order: asked now, or by a run that began alike."""
+    def _kept(
+        self, trainer: Trainer, module: Trained, find: Callable[[], list[Any]], anew: bool = False, **further: object
+    ) -> list[Any]:
+        """What `find` finds of the initial model: now, or in a run that began alike and looked for the same."""
         if self.cache is not None:
             judge, sizes = self._judge(module), {"samples": self.samples, "tokens": self.tokens}
             try:
@@ -152,11 +154,10 @@ class Retention(PhaseMonitor):
             except InputError as error:
                 rank_zero_warn(f"retention.cache: not used, since {error}")
             else:
-                about["weights"] = self._weights
-                return kept_answers(self.cache, about, lambda: self._ask(trainer, module))
-        return self._ask(trainer, module)
+                return kept(self.cache, {**about, "weights": self._weights, **further}, find, anew)
+        return find()
 
-    def _ask(self, trainer: Trainer, module: Trained) -> Answers:
+    def _ask(self, trainer: Trainer, module: Trained) -> list[dict[str, Any]]:
         """What the initial model answers to all questions, in their order."""
         asked = self._answered(module, self.deal(trainer, self._asked)) if self._asked else []
         unjudged = self._continued(module, self.deal(trainer, self._unjudged)) if self._unjudged else []
@@ -243,11 +244,15 @@ class Retention(PhaseMonitor):
         def along(p: Policy, q: Policy, regrouped: bool = False) -> list[float]:
             return gather_dealt(response_kl(p, q, prompts, responses, module.tokenizer, regrouped))
 
+        def scale(q: Policy, regrouped: bool = False) -> list[float]:  # no part of it is the trained model's
+            about = {"along": [weights_of(q), regrouped, trainer.world_size]}
+            return self._kept(trainer, module, lambda: along(initial, q, regrouped), anew=True, **about)
+
         initial = load_beside(module, module.model_name, self._weights)
-        found = {"kl": along(initial, trained), "kl_floor": along(initial, initial, regrouped=True)}
+        found = {"kl": along(initial, trained), "kl_floor": scale(initial, regrouped=True)}
         for name, model in self.others.items():
             other = load_beside(module, model)
-            found |= {f"kl_from_{name}": along(other, trained), f"kl_to_{name}": along(initial, other)}
+            found |= {f"kl_from_{name}": along(other, trained), f"kl_to_{name}": scale(other)}
         return found
 
     def final_metrics(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What an initial model answered, kept for other runs that begin alike: the arms of a study ask it once, not each."""
+"""What was found of an initial model, kept for other runs that begin alike: the arms of a study ask it once."""
 
 import json
 import os
@@ -21,8 +21,6 @@ from mifo_lightning.rewards.isolation import state_of
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.in_process import InProcessEngine
 from mifo_lightning.rollout.respond import Responder
-
-Answers = list[dict[str, Any]]
 
 
 def beginning(
@@ -79,43 +77,48 @@ def check_cache(directory: str) -> None:
         )
 
 
-def kept_answers(directory: str, about: dict[str, Any], draw: Callable[[], Answers]) -> Answers:
-    """What `draw` returns, or what it has returned to a run with the same `about`; collective.
+def kept(directory: str, about: dict[str, Any], find: Callable[[], list[Any]], anew: bool = False) -> list[Any]:
+    """What `find` returns, or what it has returned to a run with the same `about`; collective.
 
-    Answers that cannot be kept are used all the same, with a line that says why.
+    What cannot be kept is used all the same, with a line that says why.
 
     Args:
-        directory: Where answers are kept, in a file for each `about`; the first rank reads and writes.
-        about: All that decides what is drawn, the same on every rank; as JSON.
-        draw: Draws the answers of all ranks; collective.
+        directory: Where it is kept, in a file for each `about`; the first rank reads and writes.
+        about: All that decides what is found, the same on every rank; as JSON.
+        find: Finds a list, the same on every rank, that JSON can hold; collective.
+        anew: Whether what cannot be read is found anew and replaced, with a line.
 
     Raises:
-        InputError: A file cannot be read, on all ranks.
+        InputError: A file cannot be read, on all ranks, and is not to be replaced.
     """
     text = json.dumps(about, sort_keys=True)
     path = Path(directory) / f"{stable_key(text):016x}.json"
     found = from_first_rank(_read(path, text) if rank() == 0 else None)
     if isinstance(found, str):
-        raise InputError(found)
-    if found is not None:
+        if not anew:
+            raise InputError(found)
+        rank_zero_warn(f"{found}; found anew")
+    elif found is not None:
         return found
-    found = draw()
+    found = find()
     if rank() == 0:
         try:
-            replace_text(path, json.dumps({"about": text, "answers": found}))
+            replace_text(path, json.dumps({"about": text, "found": found}))
         except OSError as error:
-            rank_zero_warn(f"retention.cache: {path}: {error.strerror}; the answers are used and not kept")
+            rank_zero_warn(f"retention.cache: {path}: {error.strerror}; what was found is used and not kept")
     return found
 
 
-def _read(path: Path, about: str) -> Answers | str | None:
-    """The answers, or the line that says what is wrong: an exception on one rank would leave the others waiting."""
+def _read(path: Path, about: str) -> list[Any] | str | None:
+    """What is kept, or the line that says what is wrong: an exception on one rank would leave the others waiting."""
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["about"] != about:
-            raise ValueError("holds the answers of another run")
-        return [dict(answer) for answer in record["answers"]]
+            raise ValueError("holds what another run found")
+        if not isinstance(record["found"], list):
+            raise ValueError("holds no list")
+        return list(record["found"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"retention.cache: {path}: {type(error).__name__}: {error!s:.120}; remove it, or name another directory"

@@ -14,7 +14,8 @@ from monitoring import plain
 from test_retention import END, START, Exam, MakeTrainer, other, short
 
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.monitors.kept_answers import settings
+from mifo_lightning.monitors import divergence
+from mifo_lightning.monitors.kept import settings
 from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer
 from mifo_lightning.rewards.contains import ContainsReward
@@ -22,7 +23,7 @@ from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation
-from mifo_lightning.steps.optimizer import AdamWSettings
+from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings
 
 
 def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -58,12 +59,12 @@ def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrai
         alone = fit(monitor(**changes, cache=None), **module)
         assert fit(other_one, **module) == alone, (changes, module)
         assert alone["responses"] == 2 * other_one.questions * 4 * other_one.samples
-    assert len(list((tmp_path / "kept").iterdir())) == 11
+    assert len(list((tmp_path / "kept").iterdir())) == 2 * 11  # answers, and the KL of the initial model to itself
 
 
 def test_what_is_compared_is_the_same_in_every_process_and_tells_options_apart() -> None:
     program = (
-        "import json; from mifo_lightning.monitors.kept_answers import settings; "
+        "import json; from mifo_lightning.monitors.kept import settings; "
         "from mifo_lightning.rewards.math_reward import MathReward; "
         "from mifo_lightning.rewards.weighted import FormatReward, WeightedRewards; "
         "print(json.dumps(settings(WeightedRewards({'a': MathReward(), 'b': MathReward(timeout=3.0)}))))"
@@ -87,9 +88,9 @@ def test_a_run_whose_beginning_is_not_known_asks_for_itself(make_trainer: MakeTr
 
 def test_many_runs_may_keep_the_same_answers_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from mifo_lightning.monitors.kept_answers import kept_answers\n"
+        "import sys, time; from mifo_lightning.monitors.kept import kept\n"
         "while time.time() < float(sys.argv[2]): pass\n"
-        "for number in range(300): kept_answers(sys.argv[1], {'number': number}, lambda: [{'shares': [0.5] * 99}] * 20)"
+        "for number in range(300): kept(sys.argv[1], {'number': number}, lambda: [{'shares': [0.5] * 99}] * 20)"
     )
     begin = str(time.time() + 20)  # when both have imported
     runs = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), begin]) for _ in range(2)]
@@ -102,9 +103,9 @@ def test_answers_that_cannot_be_read_or_kept_are_one_line(make_trainer: MakeTrai
         make_trainer([Retention(2, samples=1, cache=str(cache))]).fit(make_module(), datamodule=short())
 
     fit(tmp_path / "kept")
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (file for file in (tmp_path / "kept").iterdir() if "shares" in file.read_text(encoding="utf-8"))
     about = json.dumps(json.loads(file.read_text(encoding="utf-8"))["about"])
-    for text in ("{", "[]", "{}", '{"about": "x", "answers": []}', f'{{"about": {about}, "answers": "x"}}'):
+    for text in ("{", "[]", "{}", '{"about": "x", "found": []}', f'{{"about": {about}, "found": "x"}}'):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=rf"retention.cache: .*{file.name}: \w+: .*; remove it") as caught:
             fit(tmp_path / "kept")
@@ -112,3 +113,38 @@ def test_answers_that_cannot_be_read_or_kept_are_one_line(make_trainer: MakeTrai
     (tmp_path / "taken").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"retention.cache: .*taken"):
         fit(tmp_path / "taken")
+
+
+def test_a_kl_without_a_trained_model_is_kept_for_its_weights_and_found_anew_where_it_cannot_be_read(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (0, 1):
+        beside = other(load_policy("embedded"), size=0.05 + number / 10)
+        export_model(beside, load_tokenizer("embedded"), tmp_path / str(number), write=True)
+    computed: list[bool] = []
+    exact = divergence.exact_kl
+    monkeypatch.setattr(divergence, "exact_kl", lambda *given: (computed.append(given[-1]), exact(*given))[1])
+
+    def fit(beside: int, cache: str | None = str(tmp_path / "kept"), lr: float = 1e-3) -> tuple[dict[str, float], int]:
+        monitor = Retention(4, samples=1, cache=cache, others={"it": str(tmp_path / str(beside))})
+        settings = AdamWSettings(lr=lr)
+        module = make_module(optimizer=OptimizerSettings(rl=settings, sft=settings))
+        computed.clear()
+        make_trainer([*method_callbacks(), monitor]).fit(module, datamodule=short())
+        return {name: value for name, value in monitor.final_metrics().items() if "kl" in name}, len(computed)
+
+    alone, passes = fit(0, None)
+    assert passes == 4
+    assert fit(0) == (alone, 4)
+    assert fit(0) == (alone, 2)  # those of the trained model
+    faster, passes = fit(0, lr=1e-2)
+    assert passes == 2
+    assert faster["retention/kl"] != alone["retention/kl"]
+    assert {faster[f"retention/{name}"] == alone[f"retention/{name}"] for name in ("kl_floor", "kl_to_it")} == {True}
+    assert fit(1)[1] == 3  # another model beside it
+    for file in (tmp_path / "kept").iterdir():
+        if "shares" not in file.read_text(encoding="utf-8"):
+            file.write_text("{", encoding="utf-8")
+    with pytest.warns(UserWarning, match="found anew"):
+        assert fit(0) == (alone, 4)
+    assert fit(0) == (alone, 2)
