@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def swept(root: Path, **changes: Any) -> Path:
     return write(root, **{**fixed, "primary_contrast": ["mifo", "interleave"], "sweep": SWEEP, **changes})
 
 
-def page(root: Path, frontier: dict[str, Any], bases: int = 8) -> str:
+def page(root: Path, frontier: dict[str, Any], bases: int = 8, **changes: Any) -> str:
     """The page of an ablation whose arms follow `kept = frontier(learned, base)`, each with rates of its own."""
     values = SWEEP["values"]
     names = {arm: [f"{arm} at {value:g}" for value in values] for arm in frontier}
@@ -40,6 +41,7 @@ def page(root: Path, frontier: dict[str, Any], bases: int = 8) -> str:
         "margin": 0.02, "sweep": SWEEP, "swept": names, "command": "c", "commit": "d",
         "arms": [{"name": n, "configs": [], "set": {}} for each in names.values() for n in each],
         "bases": [f"b{i}" for i in range(bases)], "seeds": {f"b{i}": [i] for i in range(bases)},
+        **changes,
     }  # fmt: skip
     (root / "ablation.json").write_text(json.dumps(record), encoding="utf-8")
     with (root / "runs.csv").open("w", encoding="utf-8", newline="") as file:
@@ -66,8 +68,11 @@ def test_a_value_is_read_off_between_neighbours_and_never_beyond() -> None:
     assert crossing(learned, kept, 0.9) == pytest.approx(0.425)
     assert np.isnan(crossing(learned, kept, 0.1))
     assert np.isnan(crossing(learned, kept, 1.01))
-    assert crossing(np.array([0.9, 0.5, 0.9]), np.array([0.0, 1.0, 5.0]), 0.7) == pytest.approx(0.5)  # the first
-    assert missed(np.array([[0.1, 0.9, 0.1], [0.2, 0.8, 0.9]]), 0.5) == (1, 1)
+    rising_twice = np.array([0.5, 0.9, 0.5, 0.9])
+    assert crossing(rising_twice, np.array([0.0, 1.0, 5.0, 6.0]), 0.7) == pytest.approx(0.5)  # the first
+    assert np.isnan(crossing(np.array([0.9, 0.5, 0.9]), np.array([0.0, 1.0, 5.0]), 0.7))  # a fall is no learning
+    assert np.isnan(crossing(np.array([0.2, np.nan, 0.6]), np.array([0.9, 0.5, 0.4]), 0.5))  # a run is missing
+    assert missed(np.array([[0.1, 0.9, 0.1, 0.9], [0.2, 0.8, 0.9, 0.1]]), 0.5) == (1, 2)
 
 
 def test_arms_on_one_front_do_not_differ_whatever_their_rates(tmp_path: Path) -> None:
@@ -90,6 +95,40 @@ def test_a_base_that_does_not_reach_the_level_is_left_out_and_counted(tmp_path: 
     (row,) = [row for row in text.split("\n") if row.startswith("| other |") and "of 8" in row]
     assert [cell.strip() for cell in row.split("|")][3:6] == ["4 of 8", "4", "0"]
     assert "4 of 4" in row  # ahead on the bases where both reach it
+
+
+def test_an_arm_gains_nothing_by_missing_a_bad_base(tmp_path: Path) -> None:
+    """On bases 0 to 3 all keep 0.2 less; `other` does not reach the level there, and keeps 0.01 less elsewhere."""
+
+    def kept(of: float) -> Callable[[float], float]:
+        return lambda x: of - 0.2 * (x % 0.05 < 0.0199)
+
+    text = page(
+        tmp_path,
+        {
+            "plain": ([0.6, 0.75, 0.9], kept(0.7)),
+            "other": ([0.5, 0.7, 0.78], kept(0.69)),
+            "third": ([0.6, 0.75, 0.9], kept(0.75)),
+        },
+    )
+    table = text.split("by the difference to plain")[1]
+    assert table.index("| third |") < table.index("| plain |") < table.index("| other |")
+    assert "Beside 'plain', 'third' has most kept at learned = 0.8" in text
+    assert "on the 4 of 8 bases that have both. Undecided" in text
+    assert "With so few no difference can be significant." in text
+
+
+@pytest.mark.parametrize(("half", "said"), [(0.0, "Both hold."), (0.04, "That is not shown.")])
+def test_several_contrasts_must_all_hold_by_more_than_the_margin(tmp_path: Path, half: float, said: str) -> None:
+    offsets = {"plain": 0.0, "half": half, "other": 0.05}
+    arms = {arm: ([0.6, 0.75, 0.9], lambda x, more=more: line(x) + more) for arm, more in offsets.items()}
+    text = page(tmp_path, arms, primary_contrast=[["other", "plain"], ["other", "half"]])
+    assert (
+        "**Named before the run: 'other' minus 'plain' and 'other' minus 'half' in kept at learned = 0.8, each above "
+        f"the margin of 0.02 with a one-sided p below 0.025. {said}**" in text
+    )
+    assert "'other' is significantly ahead, by more than the margin." in text
+    assert ("'other' is significantly ahead, by less than the margin." in text) == (half > 0)
 
 
 def test_each_arms_own_rate_is_chosen_on_other_bases_than_it_is_tested_on(tmp_path: Path) -> None:
@@ -123,6 +162,9 @@ def test_a_sweep_named_after_a_run_is_refused(tmp_path: Path) -> None:
     other = read_ablation(swept(tmp_path, sweep={**SWEEP, "level": 0.7}))
     with pytest.raises(InputError, match=r"sweep: .*0\.7.*: was .*0\.8.* when runs of"):
         plan.check_named_before(other, grid)
+    turned = read_ablation(swept(tmp_path, trade_off={"learned": ["addition/avg@1"], "kept": ["reversal/avg@1"]}))
+    with pytest.raises(InputError, match=r"trade_off: .*reversal.*: was .*sorting.* when runs of"):
+        plan.check_named_before(turned, grid)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +178,11 @@ def test_a_sweep_named_after_a_run_is_refused(tmp_path: Path) -> None:
         ({"sweep": {**SWEEP, "level": float("nan")}}, "sweep.level: nan: allowed are finite numbers"),
         ({"sweep": {**SWEEP, "key": "seed_everything"}}, "sweep.key: seed_everything: the grid gives it, from seeds"),
         ({"set": {"model.optimizer.sft.lr": 1.0}}, "set.model.optimizer.sft.lr: is what the sweep changes"),
+        (
+            {"primary_contrast": [["mifo", "interleave"], ["mifo", "rl"]], "margin": 0.1},
+            "allowed are two different arms",
+        ),
+        ({"primary_contrast": [["mifo", "interleave"]] * 2}, "margin: null: several primary contrasts must all hold"),
         ({"trade_off": {}}, "sweep: needs a trade_off and two bases or more"),
         ({"sweep": {"key": "a", "values": [1.0, 2.0]}}, "level"),
     ],

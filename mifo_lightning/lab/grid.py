@@ -57,8 +57,9 @@ class Ablation:
     """Key of the final evaluation that ranks arms; higher is better."""
     reference: str
     """The arm that paired differences refer to."""
-    primary_contrast: list[str]
-    """The one pair of arms, first minus second, whose difference is tested as it is; all others are exploratory."""
+    primary_contrast: list[str] | list[list[str]]
+    """The one pair of arms, first minus second, whose difference is tested as it is; all others are exploratory. Or
+    several pairs that must all hold, each by more than the margin, for what the ablation asks to be so."""
     config: list[str]
     """Configuration files or packaged names of all arms, the base first."""
     bases: dict[str, Path]
@@ -198,6 +199,12 @@ def sweep(ablation: Ablation, grid: Sequence[Cell], config: Path) -> dict[str, A
 def with_wandb(ablation: Ablation, mode: Literal["offline", "online"] | None) -> Ablation:
     """The ablation with its runs logged to W&B in this mode; unchanged if there is none."""
     return replace(ablation, wandb=replace(ablation.wandb or Wandb(), mode=mode)) if mode else ablation
+
+
+def as_pairs(contrast: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
+    """The pairs of a `primary_contrast`, which is one pair or several; none if it is empty."""
+    several = [list(pair) for pair in contrast if not isinstance(pair, str)]
+    return several or ([[str(arm) for arm in contrast]] if contrast else [])
 
 
 def slug(name: str) -> str:

@@ -12,7 +12,7 @@ from mifo_lightning.lab.cell import LOCK, held, outcome, write_json
 from mifo_lightning.lab.grid import Ablation, Cell, slug
 
 PLAN = "ablation.json"
-NAMED_BEFORE = ("primary", "primary_contrast", "margin", "sweep")
+NAMED_BEFORE = ("primary", "trade_off", "primary_contrast", "margin", "sweep")
 """What a reader takes to have been named before a run had been seen."""
 
 

@@ -16,7 +16,7 @@ from yaml import YAMLError, safe_load
 from mifo_lightning.cli.config_files import given
 from mifo_lightning.cli.packaged import find
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.lab.grid import Ablation, Arm, slug
+from mifo_lightning.lab.grid import Ablation, Arm, as_pairs, slug
 
 # what the grid itself puts on the command line of a fit -> where it comes from
 GIVEN = {
@@ -166,9 +166,12 @@ def _check_comparisons(ablation: Ablation, path: Path) -> None:
         raise InputError(f"{path}: trade_off: {ablation.trade_off}: allowed are two names, each with metrics")
     if ablation.margin is not None and not 0 < ablation.margin < math.inf:
         raise InputError(f"{path}: margin: {ablation.margin}: allowed are numbers above 0, or null")
-    pairs = [("primary_contrast", ablation.primary_contrast), *(("contrasts", pair) for pair in ablation.contrasts)]
-    if ablation.primary_contrast[:1] == [ablation.reference]:
+    named = as_pairs(ablation.primary_contrast)
+    pairs = [*(("primary_contrast", pair) for pair in named), *(("contrasts", pair) for pair in ablation.contrasts)]
+    if any(pair[:1] == [ablation.reference] for pair in named):
         raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")
+    if len(named) > 1 and ablation.margin is None:
+        raise InputError(f"{path}: margin: null: several primary contrasts must all hold by more than a margin")
     bases, seeds = len(ablation.bases), len(ablation.seeds)
     if ablation.design == "crossed" and bases > 1 and (bases > CROSSED_BASES or seeds < CROSSED_SEEDS):
         raise InputError(

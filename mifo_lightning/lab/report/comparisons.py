@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mifo_lightning.lab.grid import as_pairs
 from mifo_lightning.lab.report.results import Ablation
 from mifo_lightning.lab.report.statistics import Comparison, Scores, judge
 
@@ -16,9 +17,11 @@ class Comparisons:
     """What was compared: the first arm of a pair minus the second. A pair without all of its runs has no comparison."""
 
     primary: dict[Pair, Comparison]
-    """The contrast that was named before the run, its probability as it is; empty if none was."""
+    """What was named before the run, probabilities as they are (of several all must hold); empty if nothing was."""
     exploratory: dict[Pair, Comparison]
     """Arms with the reference, then further contrasts; probabilities corrected for how many they are."""
+    beyond: dict[Pair, bool]
+    """Whether a primary difference is shown to be above the margin (one-sided p below .025); empty without one."""
 
     def get(self, pair: Pair) -> Comparison | None:
         """What was found for a pair."""
@@ -36,12 +39,17 @@ def compare(ablation: Ablation, scores: Mapping[str, Scores], where_both: bool =
     if where_both:
         differences = {pair: values[np.isfinite(values).all(1)] for pair, values in differences.items()}
     named = {pair: differences.pop(pair) for pair in primary(ablation)}
-    return Comparisons(judge(named, ablation.design), judge(differences, ablation.design))
+    alone = {pair: found for pair, values in named.items() for found in judge({pair: values}, ablation.design).values()}
+    beyond = {}
+    if (margin := ablation.margin) is not None:
+        above = {pair: judge({pair: values - margin}, ablation.design).get(pair) for pair, values in named.items()}
+        beyond = {pair: c.significant and c.difference.mean > 0 for pair, c in above.items() if c}
+    return Comparisons(alone, judge(differences, ablation.design), beyond)
 
 
 def primary(ablation: Ablation) -> list[Pair]:
-    """The primary contrast, if one was named."""
-    return [(ablation.primary_contrast[0], ablation.primary_contrast[1])] if ablation.primary_contrast else []
+    """The primary contrast, if one was named, or those that must all hold."""
+    return [(first, second) for first, second in as_pairs(ablation.primary_contrast)]
 
 
 def pairs(ablation: Ablation) -> list[Pair]:

@@ -34,19 +34,19 @@ def front(ablation: Ablation) -> Section:
     at = f"{kept} at {learned} = {sweep.level:g}"
     scores, found, along = equal(ablation), at_equal(ablation), curves(ablation)
     rows = []
-    for arm in ranked(scores):
+    for arm in ranked(ablation, scores):
         c, here = found.get((arm, ablation.reference)), reached(scores[arm])
         row = [arm, bracketed(here), f"{np.isfinite(scores[arm]).sum()} of {len(ablation.bases)}"]
         row += [str(count) for count in missed(along[arm][0], sweep.level)]
         rows.append([*row, *([difference(c), f"{c.ahead} of {c.bases}", probability(c.p)] if c else ["", "", ""])])
-    header = ["arm", at, "bases that reach it", "all below", "all above", f"difference to {ablation.reference}"]
-    caption = "Mean [95 % interval] over the bases that reach the level, highest first"
+    header = ["arm", at, "bases that reach it", "below", "above at once", f"difference to {ablation.reference}"]
+    caption = f"Mean [95 % interval] over the bases that reach the level, by the difference to {ablation.reference}"
     table = Table(f"{caption}; p is Holm's, but for a primary contrast", [*header, "ahead on bases", "p"], rows)
     text = (
         f"Every arm ran with {sweep.key} at {_listed(sweep.values)}. On each base {kept} is read off where "
-        f"{learned} reaches {sweep.level:g}, on the line between neighbouring values; a base where it "
-        "does not lie between any two is left out and counted. A difference is taken over the bases where both arms "
-        "reach it."
+        f"{learned} first rises to {sweep.level:g}, on the line between neighbouring values; a base where it stays "
+        "below, or lies above from the first value on, is left out and counted. A difference is taken over the bases "
+        "where both arms reach it; means of different arms may be of different bases."
     )
     return Section("Who keeps most at equal learning?", [], [text], [_picture(ablation), table, _points(ablation)])
 
@@ -103,24 +103,29 @@ def at_equal(ablation: Ablation) -> Comparisons:
 
 
 def crossing(learned: Scores, kept: Scores, level: float) -> float:
-    """`kept` where `learned` has the level, on the line between neighbours; NaN where no two neighbours enclose it.
+    """`kept` where `learned` first rises to the level, on the line between neighbours.
+
+    NaN where it never does, where it lies above from the first value on (a later fall is no learning), and where a
+    value is missing.
 
     Args:
         learned: float64 [values], in the order of the sweep.
         kept: The same.
-        level: In the unit of `learned`. Of several places the first counts: that of the smallest values.
+        level: In the unit of `learned`.
     """
+    if not np.isfinite([learned, kept]).all() or learned[0] > level:
+        return float("nan")
     for i in range(len(learned) - 1):
         low, high = learned[i], learned[i + 1]
-        if min(low, high) <= level <= max(low, high):
+        if low <= level <= high:
             share = (level - low) / (high - low) if high != low else 0.5
             return float(kept[i] + share * (kept[i + 1] - kept[i]))
     return float("nan")
 
 
 def missed(learned: Scores, level: float) -> tuple[int, int]:
-    """On how many bases `learned` [values, bases] is below the level at every value, and above it at every value."""
-    return int((learned < level).all(0).sum()), int((learned > level).all(0).sum())
+    """On how many bases `learned` [values, bases] is below the level at every value, and above it from the first on."""
+    return int((learned < level).all(0).sum()), int((learned[0] > level).sum())
 
 
 def reached(scores: Scores) -> Interval:
@@ -128,10 +133,14 @@ def reached(scores: Scores) -> Interval:
     return interval(scores[np.isfinite(scores).all(1)], "nested")
 
 
-def ranked(scores: dict[str, Scores]) -> list[str]:
-    """Arms from the highest mean, those without any last."""
-    means = {arm: reached(values).mean for arm, values in scores.items()}
-    return sorted(means, key=lambda arm: (not np.isfinite(means[arm]), -means[arm]))
+def ranked(ablation: Ablation, scores: dict[str, Scores]) -> list[str]:
+    """Arms from the highest mean difference to the reference, over bases that both reach; those without one last.
+
+    Not by their means: an arm that misses a bad base would gain by it.
+    """
+    of = scores[ablation.reference]
+    leads = {arm: values[np.isfinite(values - of)] - of[np.isfinite(values - of)] for arm, values in scores.items()}
+    return sorted(leads, key=lambda arm: (not leads[arm].size, -leads[arm].mean() if leads[arm].size else 0.0))
 
 
 def _listed(values: list[float]) -> str:

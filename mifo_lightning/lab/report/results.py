@@ -84,7 +84,7 @@ class Ablation:
     cells: list[Cell]
     setting: str = ""
     trade_off: dict[str, list[str]] = field(default_factory=dict)
-    primary_contrast: list[str] = field(default_factory=list)
+    primary_contrast: list[str] | list[list[str]] = field(default_factory=list)
     margin: float | None = None
     contrasts: list[list[str]] = field(default_factory=list)
     sweep: Sweep | None = None

@@ -35,34 +35,49 @@ def _at_equal_learning(ablation: Ablation) -> list[str]:
     learned, kept = ablation.trade_off
     what = f"{kept} at {learned} = {ablation.the_sweep.level:g}"
     text = _primary(ablation, found, what)
-    means = {arm: front.reached(values) for arm, values in scores.items()}
-    top = front.ranked(scores)[0]
-    if np.isfinite(means[top].mean):
-        of = f"{int(np.isfinite(scores[top]).sum())} of {len(ablation.bases)} bases reach it"
-        text.append(f"{top!r} has the highest {what}, {bracketed(means[top])}, where {of}. {_significant(found)}")
+    reference = ablation.reference
+    beside = [(arm, c) for arm in front.ranked(ablation, scores) if (c := found.get((arm, reference)))]
+    if beside:
+        (top, c), bases = beside[0], len(ablation.bases)
+        of = f"on the {c.bases} of {bases} bases where both reach it"
+        text.append(f"Beside {reference!r}, {top!r} has most {what}: {difference(c)} {of}. {_significant(found)}")
     else:
-        text.append(f"No arm reaches {learned} = {ablation.the_sweep.level:g} between two values of the sweep.")
+        text.append(f"No arm and {reference!r} reach {learned} = {ablation.the_sweep.level:g} on the same base.")
     return [*text, _caveats(ablation, found)]
 
 
 def _primary(ablation: Ablation, found: Comparisons, what: str) -> list[str]:
-    """What the one contrast that was named before the run shows; nothing if none was."""
-    for first, second in primary(ablation):
-        text = f"Primary contrast, named before the run: {first!r} minus {second!r} in {what}"
-        if (first, second) not in found.primary:
-            return [f"{text} has no result: a run of these arms has none."]
-        c = found.primary[first, second]
-        text += f" is {difference(c)}, p = {probability(c.p)}."
-        close = ablation.margin is not None and c.difference.within(ablation.margin)
-        if c.significant:
-            way = "ahead" if c.difference.mean > 0 else "worse"
-            return [f"{text} {first!r} is significantly {way}{', by less than the margin' if close else ''}."]
-        if close:
-            return [
-                f"{text} No difference: its interval lies inside the margin of {ablation.margin:g} named beforehand."
-            ]
-        return [f"{text} Undecided: neither a difference nor that there is none is shown."]
-    return []
+    """What was named before the run shows: one contrast, or whether several hold together; nothing if none was."""
+    pairs = primary(ablation)
+    if len(pairs) < 2:
+        return [_contrast(ablation, found, pair, what) for pair in pairs]
+    listed = " and ".join(f"{first!r} minus {second!r}" for first, second in pairs)
+    holds = "Both hold" if len(pairs) == 2 else "All hold"
+    said = f"{holds}." if all(found.beyond.get(pair) for pair in pairs) else "That is not shown."
+    together = (
+        f"Named before the run: {listed} in {what}, each above the margin of {ablation.margin:g} with a one-sided p "
+        f"below {ALPHA / 2:g}. {said}"
+    )
+    return [together, *(_contrast(ablation, found, pair, what) for pair in pairs)]
+
+
+def _contrast(ablation: Ablation, found: Comparisons, pair: Pair, what: str) -> str:
+    """What one primary contrast shows."""
+    first, second = pair
+    text = f"Primary contrast, named before the run: {first!r} minus {second!r} in {what}"
+    if (c := found.primary.get(pair)) is None:
+        return f"{text} has no result: a run of these arms has none."
+    where = f", on the {c.bases} of {len(ablation.bases)} bases that have both" if c.bases < len(ablation.bases) else ""
+    text += f" is {difference(c)}, p = {probability(c.p)}{where}."
+    margin = ablation.margin
+    close = margin is not None and c.difference.within(margin)
+    if c.significant:
+        by = ", by less than the margin" if close else ", by more than the margin" if found.beyond.get(pair) else ""
+        return f"{text} {first!r} is significantly {'ahead' if c.difference.mean > 0 else 'worse'}{by}."
+    if close:
+        return f"{text} No difference: its interval lies inside the margin of {margin:g} named beforehand."
+    few = " With so few no difference can be significant." if where and c.bases < bases_needed(1) else ""
+    return f"{text} Undecided: neither a difference nor that there is none is shown.{few}"
 
 
 def _headline(ablation: Ablation, means: dict[str, Interval], found: Comparisons) -> list[str]:
