@@ -113,6 +113,20 @@ def test_inside_and_outside_are_the_whole_of_rls_change() -> None:
         torch.testing.assert_close(whole, of.rl[name] - of.end[name], rtol=1e-4, atol=1e-6)
 
 
+def test_rls_change_has_controls_that_need_no_spectrum() -> None:
+    of = editor()
+    edits = named(of)
+    whole, half, random = (
+        edits[name].make()[0] for name in ("rl matrices", "rl matrices x 0.5", "rl inside random 1/4")
+    )
+    for name in of.end:
+        assert torch.equal(whole[name], of.rl[name] if name in of.anatomy.matrices else of.end[name])
+    assert of.norm(half, of.end) == pytest.approx(of.norm(whole, of.end) / 2, rel=1e-4)
+    for name in of.anatomy.matrices:
+        assert rank(random[name] - of.end[name]) == min(of.end[name].shape) // 4
+    assert 0 < of.norm(random, of.end) < of.norm(whole, of.end) / 2
+
+
 def test_random_subspaces_have_the_dimension_of_the_edit_and_differ_by_seed() -> None:
     of = editor()
     edits = named(of)
@@ -139,7 +153,7 @@ def test_distances_from_the_peak() -> None:
     whole = of.norm(of.end)
     assert of.norm(edits["interpolation 0.5"].make()[0]) == pytest.approx(whole / 2)
     assert of.norm(edits["rollback matrices"].make()[0]) == 0.0
-    assert of.norm(edits["rollback matrices"].make()[0], list(of.end)) > 0.0
+    assert of.norm(edits["rollback matrices"].make()[0], of.end) == pytest.approx(whole)
     for name, edit in edits.items():
         if edit.family in ("restoration", "random subspace") and name != "values":
             assert of.norm(edit.make()[0]) < whole

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.heal.__main__ import main
 from experiments.heal.report import write_report
-from experiments.heal.restoration import Fall, Share, at_equal, fall_over_bases, pareto
+from experiments.heal.restoration import Fall, Share, at_equal, fall_over_bases, pareto, share_of, units
 from experiments.heal.results import read_results
 from experiments.heal.settings import Edits, Stage, Study, Sweep
 from experiments.heal.spectra import REFERENCES, TURN
@@ -27,9 +27,20 @@ def fall(peak: float, end: float, questions: int = 1000) -> Fall:
 
 
 def test_restoration_is_the_share_of_the_fall_that_came_back() -> None:
-    found = fall(0.3, 0.1)
-    assert found.real
-    assert [found.restored(after) for after in (0.1, 0.2, 0.3, 0.05)] == pytest.approx([0.0, 0.5, 1.0, -0.25])
+    for parts, wholes, share in (([0.1, 0.1], [0.2, 0.2], 0.5), ([0.0, 0.3], [0.1, 0.3], 0.75), ([-0.1], [0.2], -0.5)):
+        assert share_of(units(parts), units(wholes)).mean == pytest.approx(share)
+    found = share_of(units([0.1, 0.2, 0.3]), units([0.3, 0.3, 0.3]))
+    assert found.error == pytest.approx(np.std([1 / 3, 2 / 3, 1], ddof=1) / 3**0.5)  # of equal wholes that of a mean
+    assert np.isnan(share_of(units([0.1]), units([0.2])).error)
+
+
+def test_where_nothing_is_healed_noise_of_the_end_heals_nothing() -> None:
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        peak, end, after = (draw.binomial(1000, p, (9, 1)) / 1000 for p in (0.13, 0.11, 0.11))
+        found.append(share_of(after - end, peak - end).mean)
+    assert abs(np.median(found)) < 0.05
 
 
 def test_there_is_no_share_of_a_fall_within_two_standard_errors() -> None:
@@ -39,7 +50,6 @@ def test_there_is_no_share_of_a_fall_within_two_standard_errors() -> None:
     assert fall(0.2, 0.16).real
     for none in (fall(0.2, 0.17), fall(0.2, 0.2), fall(0.1, 0.3), fall(0.2, 0.16, questions=500)):
         assert not none.real
-        assert math.isnan(none.restored(0.2))
 
 
 def test_a_fall_must_exceed_its_noise_over_bases_too() -> None:
@@ -52,11 +62,15 @@ def test_a_fall_must_exceed_its_noise_over_bases_too() -> None:
 
 def test_the_path_is_read_at_equal_values() -> None:
     path = [(0.2, 0.10), (0.4, 0.20), (0.8, 0.00)]
-    assert at_equal(path, 0.3) == pytest.approx(0.15)
-    assert at_equal(path, 0.6) == pytest.approx(0.10)
-    assert (at_equal(path, 0.1), at_equal(path, 0.9)) == (0.10, 0.00)  # beyond its ends: the nearest point
-    assert at_equal([*path, (0.4, 0.4)], 0.6) == pytest.approx((0.10 + 0.20) / 2)  # it passes twice
-    assert at_equal(path[::-1], 0.3) == pytest.approx(0.15)
+    assert at_equal(path, 0.3) == (pytest.approx(0.15), True)
+    assert at_equal(path, 0.6) == (pytest.approx(0.10), True)
+    assert at_equal(path, 0.1) == (0.10, False)  # beyond its ends: the nearest point
+    assert at_equal(path, 0.9) == (0.00, False)
+    assert at_equal([*path, (0.4, 0.4)], 0.6) == (pytest.approx((0.10 + 0.20) / 2), True)  # it passes twice
+    assert at_equal(path[::-1], 0.3) == (pytest.approx(0.15), True)
+    corner = [(0.2, 0.1), (0.4, 0.2), (0.3, 0.0), (0.8, 0.0)]
+    assert at_equal(corner, 0.4) == (pytest.approx(0.1), True)  # once where it turns, once on its way back
+    assert at_equal(path, 0.8) == (pytest.approx(0.0), True)
 
 
 def test_the_front_holds_what_nothing_else_beats() -> None:
@@ -104,7 +118,7 @@ def base(peak: float, end: float, healed: float, edit: float, noise: float) -> d
         "questions": {"ood": 1000},
         "sweep": {step: {**each, "signal": signal} for step, each in points.items()},
         "half rate": points,
-        "other seed": {"9": on_test(0.8, end)},
+        "other seed": {"4": on_test(0.4, peak), "9": on_test(0.8, end)},
         "noise": {"1": on_test(0.8, end), "2": on_test(0.8, end)},
         "rl": {"grpo/0": on_test(0.2, peak), "grpo/9": on_test(0.8, healed), "no update/9": on_test(0.8, end)},
         "spectra": {"base -> end": dict.fromkeys(("change", *REFERENCES), row)},
@@ -116,6 +130,8 @@ def write(directory: Path, bases: dict[str, dict[str, Any]]) -> Path:
     for each in bases.values():
         for record in each["rl"].values():
             record |= {"optimizer steps": 12, "norm": 0.0}
+        for record in each["edits"].values():
+            record |= {"from peak": record["norm"], "from end": 2 - record["norm"]}
     content = {"study": {**study().content(), "bases": list(bases)}, "commit": None, "bases": bases}
     (directory / "records.json").write_text(json.dumps(content), encoding="utf-8")
     return directory
@@ -138,7 +154,8 @@ def said(directory: Path, bases: dict[str, dict[str, Any]]) -> str:
 def test_half_of_the_fall_comes_back(tmp_path: Path) -> None:
     text = said(tmp_path, several())
     assert "peak (chosen on val, at SFT step 4, 4, 4, 4, 4, 4, 4, 4) minus end: +0.200 [+0.200, +0.200]" in text
-    assert "R = (RL - end) / (peak - end) is +0.500 [+0.500, +0.500] on the 8 bases with a fall." in text
+    assert "which chose no step, from the same step to its end: +0.200 [+0.200, +0.200]." in text
+    assert "R = mean(RL - end) / mean(peak - end) is +0.500 [+0.500, +0.500] over 8 bases." in text
     table = rl_table(read_results(tmp_path))
     (end,) = [line for line in table.splitlines() if line.startswith("| grpo | end |")]
     assert "+0.500 [+0.500, +0.500] (8)" in end
@@ -178,6 +195,17 @@ def test_the_primary_edit_is_judged_over_bases(tmp_path: Path, edit: Any, words:
     assert "in OOD and -0.100 [-0.100, -0.100] in seen/avg@1" in text
 
 
+def test_an_edit_whose_accuracy_no_interpolation_has_is_not_judged(tmp_path: Path) -> None:
+    bases = several(edit=lambda i: 0.05 + 0.002 * i)
+    bases["b5"]["edits"][PRIMARY]["test"][SEEN] = 0.9
+    text = said(tmp_path, bases)
+    assert "on 1 of 8 bases no interpolation has its seen/avg@1" in text
+    assert "beats" not in text
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {PRIMARY} (primary)")]
+    assert "(1 not equal)" in row
+
+
 def test_too_few_bases_are_never_enough(tmp_path: Path) -> None:
     text = said(tmp_path, several(number=4, edit=lambda i: 0.05 + 0.001 * i))
     assert "is not told from" in text
@@ -214,6 +242,7 @@ def test_the_page_is_remade_from_its_records(tmp_path: Path) -> None:
     [
         ("half rate", "4", "sweep at half rate"),
         ("other seed", "9", "run of another seed"),
+        ("other seed", "4", "run of another seed"),
         ("rl", "grpo/0", "RL from the base"),
         ("rl", "no update/9", "RL without updates"),
         ("edits", "random either 1/4, 0", "control edits of family random subspace"),

@@ -15,7 +15,7 @@ EDITS = "edits"
 
 def measure_edits(study: Study, base: str) -> None:
     """Make and evaluate every edit and control that has no record yet; none where the peak is the end."""
-    records, bench = open_records(study, base), cache(partial(Bench, study, base))
+    records, bench = open_records(study, base), cache(partial(Bench, study, base, losses=False))
     step = peak(study, records)
     if step == study.last:
         return
@@ -23,11 +23,12 @@ def measure_edits(study: Study, base: str) -> None:
     best, end = (read_weights(checkpoint(study, base, each)) for each in (step, study.last))
     rows = max(len(w) for name, w in end.items() if "embed" in name)
     untrained = sorted({*range(rows)} - {*records.stage(FACTS)["base"]["trained tokens"]})
-    editor = Editor(study.edits, best, end, rl, study.spectra.matrices, untrained)
+    editor = Editor(study.edits, best, end, rl, study.spectra.matrices, untrained, study.seed_of(base))
 
     def result(edit: Edit) -> Record:
         weights, more = edit.make()
-        norms = {"norm": editor.norm(weights), "norm of all": editor.norm(weights, list(weights))}
+        distance = editor.norm(weights)
+        norms = {"norm": distance, "from peak": distance, "from end": editor.norm(weights, end)}
         return {"family": edit.family, "test": bench("test").evaluate(weights), **norms, **more}
 
     for edit in editor.all():

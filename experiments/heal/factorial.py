@@ -26,6 +26,8 @@ CONTROLS: tuple[Family, ...] = ("random subspace", "interpolation", "random chan
 PROJECTIONS = {"block": edits.block, "either": edits.either}
 UNTRAINED = "rollback rows never trained"
 """Rows of embedding and head of tokens that occur in nothing that is trained on."""
+PARTS_OF_RL = (0.25, 0.5, 0.75)
+"""Shares of RL's change, the control of what lies inside or outside."""
 COORDINATES = (0.25, 0.5, 0.75)
 """Shares of random coordinates that are put back, the control that needs no spectrum."""
 
@@ -54,11 +56,20 @@ class Editor:
         rl: What RL makes of the end.
         matrices: Kinds of matrices that are edited, such as q_proj.
         untrained: Token ids that occur in nothing that is trained on.
+        seed: Of what is drawn on this base.
     """
 
     def __init__(
-        self, settings: Edits, peak: Weights, end: Weights, rl: Weights, matrices: list[str], untrained: list[int]
+        self,
+        settings: Edits,
+        peak: Weights,
+        end: Weights,
+        rl: Weights,
+        matrices: list[str],
+        untrained: list[int],
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self.settings, self.peak, self.end, self.rl = settings, peak, end, rl
         self.anatomy: Anatomy = anatomy(end, matrices)
         self.untrained = untrained
@@ -120,9 +131,14 @@ class Editor:
     def reverse(self) -> Iterator[Edit]:
         """Only the part of RL's change that lies inside, or only what lies outside, the end's own subspaces."""
         yield Edit("rl", "reverse", lambda: (self.rl, {}))
+        matrices = self.anatomy.matrices
+        for a in (*PARTS_OF_RL, 1.0):
+            change = partial(lambda a, n: torch.lerp(self.end[n].double(), self.rl[n].double(), a), a)
+            yield self._edit("rl matrices" if a == 1 else f"rl matrices x {a:g}", "reverse", matrices, change)
         for where, end, k in product(("inside", "outside"), get_args(End), self.settings.k):
-            change = partial(self._healed, where, end, k)
-            yield self._edit(f"rl {where} {end} {k}", "reverse", self.anatomy.matrices, change)
+            yield self._edit(f"rl {where} {end} {k}", "reverse", matrices, partial(self._healed, where, end, k))
+        for k in self.settings.k:
+            yield self._edit(f"rl inside random {k}", "reverse", matrices, partial(self._healed_at_random, k))
 
     def random_subspaces(self) -> Iterator[Edit]:
         """`block` and `either` with subspaces that are random, of the same dimensions."""
@@ -158,10 +174,11 @@ class Editor:
         thirds = self.thirds() if self.settings.thirds else {}
         return {"": self.anatomy.matrices} | {f", {name}": n for name, n in thirds.items() if name != "matrices"}
 
-    def norm(self, weights: Weights, names: Sequence[str] | None = None) -> float:
-        """L2 distance of the matrices, or of the named weights, from the peak."""
-        names = self.anatomy.matrices if names is None else names
-        return sum(float((weights[n].double() - self.peak[n].double()).square().sum()) for n in names) ** 0.5
+    def norm(self, weights: Weights, other: Weights | None = None) -> float:
+        """L2 distance of the matrices from those of the peak, or of another model."""
+        other = self.peak if other is None else other
+        found = ((weights[n].double() - other[n].double()).square().sum() for n in self.anatomy.matrices)
+        return sum(map(float, found)) ** 0.5
 
     def _edit(self, name: str, family: Family, names: Sequence[str], change: Callable[[str], Tensor]) -> Edit:
         """The end with the named weights as `change` makes them."""
@@ -189,11 +206,18 @@ class Editor:
         part = edits.inside(change, *edits.bases(of, dimension(k, len(of.s)), end))
         return start + (part if where == "inside" else change - part)
 
+    def _healed_at_random(self, k: str, name: str) -> Tensor:
+        start = self.end[name].double()
+        return start + edits.inside(self.rl[name].double() - start, *self._subspaces(k, 0, name))
+
     def _at_random(self, make: Callable[..., Tensor], k: str, seed: int, name: str) -> Tensor:
+        return make(self.end[name].double(), self.peak[name].double(), *self._subspaces(k, seed, name))
+
+    def _subspaces(self, k: str, seed: int, name: str) -> tuple[Tensor, Tensor]:
+        """Random ones of a dimension, left and right."""
         m, n = self.end[name].shape
         draw, size = self._draw(seed, name), dimension(k, min(m, n))
-        u, v = orthonormal(m, size, draw), orthonormal(n, size, draw)
-        return make(self.end[name].double(), self.peak[name].double(), u, v)
+        return orthonormal(m, size, draw), orthonormal(n, size, draw)
 
     def _next_layer(self) -> dict[str, Tensor]:
         """SFT's change of each matrix as that of the same kind in the next layer."""
@@ -220,8 +244,8 @@ class Editor:
         return rows
 
     def _draw(self, seed: int, name: str) -> Generator:
-        """A generator of the matrix's own."""
-        return Generator().manual_seed(10_000 * seed + self.anatomy.matrices.index(name))
+        """A generator of the base's and the matrix's own."""
+        return Generator().manual_seed(1_000_000 * self.seed + 10_000 * seed + self.anatomy.matrices.index(name))
 
 
 def _svd_of(weights: Weights, name: str) -> Svd:

@@ -11,6 +11,8 @@ from mifo_lightning.lab.grid import Ablation, Arm, Cell, cells, slug
 SWEEP, HALF_RATE, OTHER_SEED = "sweep", "half rate", "other seed"
 NO_UPDATE = "no update"
 """The control of RL that draws, grades and steps at a learning rate of 0: the model must come out as it went in."""
+STILL_STEPS = 5
+"""Steps of it: as many as show that nothing moves."""
 APART = 1000
 """Between the seed of a base and that of its other run."""
 
@@ -32,7 +34,9 @@ def checkpoint(study: Study, base: str, step: int, run: str = SWEEP) -> Path:
 def rl_cells(study: Study, base: str, peak: int) -> dict[tuple[str, int], Cell]:
     """Stage 2 by arm and step of the sweep that it starts from; `peak` is the step that was chosen on this base."""
     main, found = study.rl[study.main], {}
-    still = replace(main, set={**main.set, "model.optimizer.rl.lr": 0.0}, start=[END])
+    steps = min(STILL_STEPS, main.set.get("data.schedule.rl_steps", STILL_STEPS))
+    own = {"model.optimizer.rl.lr": 0.0, "data.schedule.rl_steps": steps}
+    still = replace(main, set={**main.set, **own}, start=[END])
     for name, stage in {**study.rl, NO_UPDATE: still}.items():
         arm = Arm(stage.configs, stage.set)
         for step in steps_of(study, stage.start, peak):

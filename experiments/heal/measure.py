@@ -24,10 +24,13 @@ class Bench:
         study: Says what is evaluated, and which metrics are kept.
         base: The name of a base model, for its architecture and tokenizer.
         split: A key of `evaluation`: val or test.
+        losses: Whether losses on demonstrations are measured, where the configuration has them.
     """
 
-    def __init__(self, study: Study, base: str, split: str) -> None:
+    def __init__(self, study: Study, base: str, split: str, losses: bool = True) -> None:
         values = {**study.set, **study.evaluation[split]}
+        if not losses:
+            values["model.evaluation.demonstration_loss"] = False
         self.study, self.run = study, make_run(study.config, study.bases[base], flags(values))
         self.own_seed = self.run.model.responder.seed
 

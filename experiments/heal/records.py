@@ -61,7 +61,7 @@ class Records:
 
 def open_records(study: Study, base: str) -> Records:
     """The records of a base of the study; `Records` says what is raised."""
-    return Records(records_path(study, base), study.content())
+    return Records(records_path(study, base), study.decisive())
 
 
 def records_path(study: Study, base: str) -> Path:

@@ -30,7 +30,8 @@ def sections(results: Results, shown: dict[str, str]) -> list[str]:
     parts += ["### How large differences are without a cause", FLOOR, tables.floor_table(results)]
     parts += ["## Spectra", SPECTRA, tables.spectra_table(results)]
     if results.edited:
-        parts += ["## What is put back", EDITS, shown["front.svg"], tables.edit_table(results)]
+        parts += ["## What is put back", EDITS, tables.family_note(results), shown["front.svg"]]
+        parts += [tables.edit_table(results)]
         parts += ["### A random change of the same size", RANDOM, tables.other_edits(results, "random change", "peak")]
     if "reverse" in study.edits.kinds and results.edited:
         parts += ["### RL's change inside and outside", REVERSE, tables.other_edits(results, "reverse", "end")]
@@ -49,10 +50,11 @@ SWEEP = (
     "three before RL, on training questions."
 )
 RL = (
-    "Means over bases on test, [95 % interval] by t over bases. R = (after - start) / (peak - start), of the "
-    "bases (their number in brackets) whose fall exceeds two standard errors over questions, and only if it does "
-    "over bases. `no update` is RL with a learning rate of 0: its difference must be exactly 0. Arms are of equal "
-    "RL or SFT steps, not of equal FLOPs."
+    "Means over bases on test, [95 % interval] by t over bases. R = mean(after - start) / mean(peak - start), over the "
+    "bases (their number in brackets) whose peak comes before, with a jackknife interval, and only if that fall "
+    "exceeds two standard errors over bases. `no update` is RL with a learning rate of 0, a few steps of it: its "
+    "difference must be exactly 0, and so R. Arms are of equal RL or SFT steps, not of equal FLOPs; "
+    "optimizer steps count those that learn nothing too."
 )
 FLOOR = (
     "Standard deviation of the end over other random draws of its responses; absolute difference to the end of a "
@@ -73,12 +75,15 @@ EDITS = (
     "the peak; either: all that touches one of them; rows of a random subspace are means over its seeds (range). "
     "Embedding, head, norms and biases stay the end's unless the name says otherwise, and interpolation moves the "
     "same matrices. distance: |W - peak| over the matrices, that of the end being 1. OOD at equal ...: minus the "
-    "interpolation of equal accuracy (straight pieces; beyond its ends the nearest point), or of equal distance. "
+    "interpolation of equal accuracy (straight pieces; `not equal`: bases where none has it and the nearest stands for "
+    "it), or of equal distance. "
     "`as published` follows the authors' code with its early return, on everything with two dimensions: U'U is no "
     "identity, so its product is no rotation; early: share of matrices that are simply the peak's."
 )
 RANDOM = "The peak with its matrices changed: by SFT, and at random by as much per matrix."
 REVERSE = (
-    "The end plus the part of RL's change that lies between the end's own top or tail subspaces (inside), or plus "
-    "all the rest (outside). `rl` is RL's model itself."
+    "The end plus the part of RL's change of the matrices that lies between the end's own top or tail subspaces "
+    "(inside), or plus all the rest (outside). Controls: all of that change (`rl matrices`), parts of it (`x a`), and "
+    "what lies between random subspaces; a random change has k^2 / (m n) of its energy inside. `rl` is RL's model "
+    "itself, with embedding, head and norms."
 )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,10 +52,6 @@ class Fall:
         """Whether it exceeds its noise."""
         return self.size > ERRORS * self.error
 
-    def restored(self, after: float) -> float:
-        """R = (after - end) / (peak - end); NaN where there is no fall to restore."""
-        return (after - self.end.value) / self.size if self.real else float("nan")
-
 
 def fall_over_bases(falls: Sequence[Fall]) -> tuple[Interval, bool]:
     """Their mean with its interval over bases, and whether it exceeds its noise; one base cannot show that."""
@@ -62,18 +59,37 @@ def fall_over_bases(falls: Sequence[Fall]) -> tuple[Interval, bool]:
     return found, bool(found.mean > ERRORS * found.error)
 
 
-def at_equal(path: Sequence[tuple[float, float]], wanted: float) -> float:
+def share_of(parts: Scores, wholes: Scores) -> Interval:
+    """mean(parts) / mean(wholes) over bases, each [bases, 1], with its jackknife error; of one base the ratio alone.
+
+    Not the mean of ratios: what is noise in both part and whole of a base would make that one larger than it is.
+    """
+    ratio, n = float(parts.mean() / wholes.mean()), len(parts)
+    if n < 2:
+        return Interval(ratio)
+    without = (parts.sum() - parts[:, 0]) / (wholes.sum() - wholes[:, 0])
+    return Interval(ratio, float(((n - 1) / n * np.square(without - without.mean()).sum()) ** 0.5), n - 1)
+
+
+class Read(NamedTuple):
+    """A value read off a path, and whether the path passes there: if not, it is that of the path's nearest point."""
+
+    value: float
+    met: bool
+
+
+def at_equal(path: Sequence[tuple[float, float]], wanted: float) -> Read:
     """The second value where the first is `wanted`, along a path of straight pieces through (first, second).
 
     Where the path passes several times the mean of all passes; where it never does, its point nearest to `wanted`.
     """
-    passes = []
+    passes = [y for x, y in path if x == wanted]
     for (x, y), (next_x, next_y) in pairwise(path):
-        if min(x, next_x) <= wanted <= max(x, next_x):
-            passes.append(y if x == next_x else y + (next_y - y) * (wanted - x) / (next_x - x))
+        if min(x, next_x) < wanted < max(x, next_x):
+            passes.append(y + (next_y - y) * (wanted - x) / (next_x - x))
     if passes:
-        return float(np.mean(passes))
-    return min(path, key=lambda point: abs(point[0] - wanted))[1]
+        return Read(float(np.mean(passes)), True)
+    return Read(min(path, key=lambda point: abs(point[0] - wanted))[1], False)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ import numpy as np
 from experiments.heal.edit_stage import EDITS
 from experiments.heal.factorial import CONTROLS
 from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, steps_of
-from experiments.heal.restoration import Fall, Share, at_equal, units
+from experiments.heal.restoration import Fall, Read, Share, at_equal, units
 from experiments.heal.settings import END, Start, Study
 from experiments.heal.spectra import REFERENCES, SPECTRA
 from experiments.heal.study import RECORDS
@@ -85,12 +85,20 @@ class Results:
 
     def over_interpolation(self, name: str) -> Scores:
         """OOD of an edit minus that of the interpolation of equal ID accuracy: [edited bases, 1]."""
-        x, y = self.study.matched, self.study.ood
-        found = []
+        of_edit = self.edit(name, self.study.ood)[:, 0]
+        return units([y - read.value for y, read in zip(of_edit, self._interpolated(name), strict=True)])
+
+    def unequal(self, name: str) -> int:
+        """Bases where no interpolation has the ID accuracy of an edit, so that the nearest one stands for it."""
+        return sum(not read.met for read in self._interpolated(name))
+
+    def _interpolated(self, name: str) -> list[Read]:
+        """OOD of the interpolation of an edit's ID accuracy, on each edited base."""
+        x, y, found = self.study.matched, self.study.ood, []
         for base in self.edited:
             path = [(_of(base[EDITS], each, x), _of(base[EDITS], each, y)) for _, each in interpolations(base)]
-            found.append(_of(base[EDITS], name, y) - at_equal(path, _of(base[EDITS], name, x)))
-        return units(found)
+            found.append(at_equal(path, _of(base[EDITS], name, x)))
+        return found
 
     def over_equal_norm(self, name: str, metric: str) -> Scores:
         """A metric of an edit minus that of the interpolation as far from the peak: [edited bases, 1]; NaN beyond."""
@@ -98,7 +106,7 @@ class Results:
         for base, norm in zip(self.edited, self.norm(name)[:, 0], strict=True):
             path = [(a, _of(base[EDITS], each, metric)) for a, each in interpolations(base)]
             far = norm > 1 + 1e-6
-            found.append(np.nan if far else _of(base[EDITS], name, metric) - at_equal(path, min(norm, 1.0)))
+            found.append(np.nan if far else _of(base[EDITS], name, metric) - at_equal(path, min(norm, 1.0)).value)
         return units(found)
 
     def falls(self, start: Start = END) -> dict[str, Fall]:
@@ -140,7 +148,7 @@ def missing_controls(study: Study, base: dict[str, Any]) -> list[str]:
     """What is absent of the controls of every stage."""
     wanted = {
         "sweep at half rate": set(base.get(HALF_RATE, ())) >= set(map(str, study.sweep.steps)),
-        "run of another seed": bool(base.get(OTHER_SEED)),
+        "run of another seed": {str(base["peak"]), str(study.last)} <= set(base.get(OTHER_SEED, ())),
         "other draws": bool(base.get(NOISE)),
         "RL from the base": f"{study.main}/0" in base.get(RL, {}),
         "RL without updates": f"{NO_UPDATE}/{study.last}" in base.get(RL, {}),

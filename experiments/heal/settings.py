@@ -146,9 +146,13 @@ class Study:
         return self.seed + list(self.bases).index(base)
 
     def content(self) -> dict[str, Any]:
-        """What decides results, as plain values: all but places and how many run at once."""
+        """What a page is made of, as plain values: all but places and how many run at once."""
         kept = {key: value for key, value in asdict(self).items() if key not in ("out", "jobs", "make_bases", "bases")}
         return kept | {"bases": list(self.bases)}
+
+    def decisive(self) -> dict[str, Any]:
+        """What of it decides a measurement: not how the page words it."""
+        return {key: value for key, value in self.content().items() if key not in ("name", "setting", "verdict")}
 
 
 def loss(metric: str) -> str:

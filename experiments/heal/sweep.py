@@ -12,6 +12,8 @@ from experiments.prune_update import Weights, read_weights
 from mifo_lightning.lab.cell import SUMMARY, outcome
 
 FACTS, NOISE, RL = "facts", "noise", "rl"
+VAL_DRAW = 1000
+"""Val draws with other random numbers than test: keys of questions do not tell the splits apart."""
 
 
 def measure_sweep(study: Study, base: str) -> None:
@@ -23,7 +25,7 @@ def measure_sweep(study: Study, base: str) -> None:
 
     def chosen_and_reported(step: int) -> Record:
         weights = read_weights(checkpoint(study, base, step))
-        found: Record = {"val": bench("val").evaluate(weights)}
+        found: Record = {"val": bench("val").evaluate(weights, VAL_DRAW)}
         found["signal"] = bench("val").signal(study.signal_questions)
         return {**found, "test": bench("test").evaluate(weights)}
 
@@ -34,7 +36,8 @@ def measure_sweep(study: Study, base: str) -> None:
     for step in study.sweep.steps:
         records.once(SWEEP, str(step), partial(chosen_and_reported, step))
         records.once(HALF_RATE, str(step), partial(on_test, HALF_RATE, step))
-    records.once(OTHER_SEED, str(study.last), partial(on_test, OTHER_SEED, study.last))
+    for step in (peak(study, records), study.last):
+        records.once(OTHER_SEED, str(step), partial(on_test, OTHER_SEED, step))
     for draw in range(1, study.draws + 1):
         records.once(NOISE, str(draw), partial(on_test, SWEEP, study.last, draw))
     records.once(FACTS, "base", facts)

@@ -13,7 +13,7 @@ from experiments.heal.settings import END, PEAK, Start
 from experiments.heal.spectra import TURN
 from experiments.heal.verdict import NO_FALL, restored, told
 from mifo_lightning.lab.report.document import bracketed, number, probability
-from mifo_lightning.lab.report.statistics import Scores, interval, judge
+from mifo_lightning.lab.report.statistics import ALPHA, Scores, interval, judge
 
 Rows = list[list[str]]
 SIGNALS = ("groups with signal", "positive", "advantage entropy")
@@ -72,8 +72,8 @@ def rl_table(results: Results) -> str:
 
 def share_restored(results: Results, arm: str, start: Start) -> str:
     """R of an arm, and of how many bases; or that there is none."""
-    shares = restored(results, arm, start)
-    return f"{told(interval(shares))} ({len(shares)})" if len(shares) else NO_FALL
+    found = restored(results, arm, start)
+    return f"{told(found[0])} ({found[1]})" if found else NO_FALL
 
 
 def floor_table(results: Results) -> str:
@@ -91,7 +91,9 @@ def floor_table(results: Results) -> str:
             )
             for base in results.bases.values()
         ]
-        rows.append([key, mean(end), mean(draws), mean(other), told(interval(units(half) - end))])
+        difference = told(interval(units([read.value for read in half]) - end))
+        missed = sum(not read.met for read in half)
+        rows.append([key, mean(end), mean(draws), mean(other), difference + _missed(missed)])
     header = [
         "at the end",
         "sd over draws",
@@ -156,7 +158,8 @@ def _edit_cells(results: Results, members: list[str]) -> list[str]:
         return np.mean([of(member) for member in members], axis=0)
 
     cells = [_spread(results, members, key) for key in accuracies(results)]
-    cells += [mean(over_members(results.norm)), told(interval(over_members(results.over_interpolation)))]
+    missed = _missed(max(map(results.unequal, members)))
+    cells += [mean(over_members(results.norm)), told(interval(over_members(results.over_interpolation))) + missed]
     if results.family(members[0]) not in ("restoration", "random subspace"):
         return [*cells, "", ""]
     for key in (study.ood, study.matched):
@@ -170,8 +173,23 @@ def other_edits(results: Results, family: str, against: str) -> str:
     for name in results.edits:
         if results.family(name) == family:
             gain = results.edit(name, study.ood) - _reference(results, against)
-            rows.append([name, *(mean(results.edit(name, key)) for key in accuracies(results)), told(interval(gain))])
-    return markdown(["edit", *accuracies(results), f"OOD minus {against}"], rows)
+            distance = units([base["edits"][name][f"from {against}"] for base in results.edited])
+            cells = [mean(results.edit(name, key)) for key in accuracies(results)]
+            rows.append([name, mean(distance), *cells, told(interval(gain))])
+    return markdown(["edit", f"|W - {against}|", *accuracies(results), f"OOD minus {against}"], rows)
+
+
+def family_note(results: Results) -> str:
+    """What Holm's correction leaves of the exploratory rows."""
+    tried = sum(results.family(name) == "restoration" for name in results.edits) - 1
+    least = min(1.0, tried * 2.0 ** (1 - len(results.edited)))
+    text = f"p is corrected for {tried} exploratory rows; on {len(results.edited)} bases none can be below {least:.3f}"
+    return f"{text}{'; no single row can be significant' if least >= ALPHA else ''}."
+
+
+def _missed(bases: int) -> str:
+    """How many bases had no point of equal accuracy."""
+    return f" ({bases} not equal)" if bases else ""
 
 
 def accuracies(results: Results) -> list[str]:

@@ -3,7 +3,8 @@
 import numpy as np
 
 from experiments.heal.factorial import UNTRAINED
-from experiments.heal.restoration import ERRORS, fall_over_bases, units
+from experiments.heal.fits import OTHER_SEED
+from experiments.heal.restoration import ERRORS, fall_over_bases, share_of, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
 from mifo_lightning.lab.report.document import bracketed, probability
@@ -24,17 +25,22 @@ def verdict(results: Results) -> list[str]:
     ]
 
 
-def restored(results: Results, arm: str, start: Start) -> Scores:
-    """R of an arm on the bases whose fall exceeds its noise: [those bases, 1]; none unless it does over bases too."""
+def restored(results: Results, arm: str, start: Start) -> tuple[Interval, int] | None:
+    """R of an arm over the bases whose peak comes before its start, and how many they are; None without a fall."""
+    if not is_fallen(results, start):
+        return None
     after = dict(zip(results.bases, results.after(arm, start, results.study.ood)[:, 0], strict=True))
-    falls = results.falls(start) if is_fallen(results, start) else {}
-    return units([fall.restored(after[base]) for base, fall in falls.items() if fall.real])
+    falls = results.falls(start)
+    gains = units([after[base] - fall.end.value for base, fall in falls.items()])
+    return share_of(gains, units([fall.size for fall in falls.values()])), len(falls)
 
 
 def is_fallen(results: Results, start: Start = END) -> bool:
-    """Whether OOD falls from peak to a checkpoint by more than its noise over bases; one base: over questions."""
+    """Whether OOD falls from peak to a checkpoint by more than its noise over bases; of one base: over questions."""
     falls = list(results.falls(start).values())
-    return falls[0].real if len(falls) == 1 else bool(falls) and fall_over_bases(falls)[1]
+    if len(results.bases) == 1:
+        return bool(falls) and falls[0].real
+    return len(falls) > 1 and fall_over_bases(falls)[1]
 
 
 def primary(results: Results) -> Comparison | None:
@@ -49,6 +55,9 @@ def _fall(results: Results) -> str:
     steps = ", ".join(f"{base['peak']}" for base in results.bases.values())
     text = f"Out of distribution, peak (chosen on val, at SFT step {steps}) minus end: {told(found)}"
     text += f"; on {real} of {len(results.bases)} bases by more than {ERRORS:g} standard errors over questions."
+    again = results.at_steps([base["peak"] for base in results.bases.values()], results.study.ood, OTHER_SEED)
+    unchosen = interval(again - results.at_steps([results.study.last] * len(again), results.study.ood, OTHER_SEED))
+    text += f" In the run of another seed, which chose no step, from the same step to its end: {told(unchosen)}."
     if is_fallen(results):
         return text
     return f"**{NO_FALL.capitalize()}.** {text}"
@@ -82,9 +91,10 @@ def _healing(results: Results) -> str:
     gain = results.after(study.main, END, study.ood) - results.swept(END, study.ood)
     text = f"{study.main} from the end changes OOD by {told(interval(gain))}"
     if not is_fallen(results):
-        return f"{text}. R = (RL - end) / (peak - end) is undefined: {NO_FALL}."
-    shares = restored(results, study.main, END)
-    return f"{text}; R = (RL - end) / (peak - end) is {told(interval(shares))} on the {len(shares)} bases with a fall."
+        return f"{text}. R = mean(RL - end) / mean(peak - end) is undefined: {NO_FALL}."
+    found = restored(results, study.main, END)
+    assert found is not None, "there is a fall"
+    return f"{text}; R = mean(RL - end) / mean(peak - end) is {told(found[0])} over {found[1]} bases."
 
 
 def _edit(results: Results) -> list[str]:
@@ -93,11 +103,16 @@ def _edit(results: Results) -> list[str]:
         return ["No edits: the peak is the end on every base."]
     name = study.edits.primary
     text = f"OOD of `{name}` minus interpolation at equal {study.matched}: delta = {told(found.difference)}"
-    counted = f"{found.ahead} of {found.bases} bases ahead"
+    counted, unequal = f"{found.ahead} of {found.bases} bases ahead", results.unequal(name)
     if not study.verdict:
         lines = [f"{text}, {counted}; described, not judged."]
     elif not is_fallen(results):
         lines = [f"{text}, {counted}; {NO_FALL}, so that this says nothing of restoration."]
+    elif unequal:
+        lines = [
+            f"{text}, {counted}; on {unequal} of {found.bases} bases no interpolation has its {study.matched}, so that "
+            "the nearest one stands for it and nothing is judged."
+        ]
     else:
         lines = [f"**{_judged(found)}**: delta = {told(found.difference)}, p = {probability(found.p)}, {counted}."]
     equal = interval(results.over_equal_norm(name, study.ood))
@@ -133,7 +148,7 @@ def _caveats(results: Results) -> str:
     text += (
         "The primary edit was named before it was run and is tested as it is (p: the larger of Student's t and of "
         f"sign flips of bases, level {ALPHA:.2f}); every other row is exploratory. The peak is chosen on val and all "
-        "is reported on test. Bases that show no fall of their own have no R."
+        "is reported on test. R is of means over bases, its interval by the jackknife."
     )
     return text if study.verdict else f"{text} This study describes."
 
