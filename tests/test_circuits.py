@@ -19,6 +19,7 @@ from experiments.circuits import measures
 from experiments.circuits.__main__ import main
 from experiments.circuits.measures import Questions, accuracy, chance_jaccard, jaccard, other_sets, random_change
 from experiments.circuits.patching import Outputs, Part, head_parts, mlp_parts, record, replaced, sites
+from experiments.circuits.records import Sample, transplant
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer, locate
 
@@ -217,7 +218,14 @@ def test_growing_stops_as_soon_as_it_is_enough() -> None:
 def test_likeness_by_chance_is_the_mean_over_all_sets(a: int, b: int, n: int) -> None:
     parts = [Part(0, head) for head in range(n)]
     every = [jaccard(parts[:a], s) for s in combinations(parts, b)]
-    assert chance_jaccard(a, b, n) == pytest.approx(np.mean(every))
+    assert chance_jaccard([(a, b, n)]) == pytest.approx(np.mean(every))
+
+
+def test_likeness_by_chance_keeps_how_many_heads_a_layer_has() -> None:
+    first, last = ([Part(layer, head) for head in range(3)] for layer in (0, 1))
+    own = {*first, last[0]}  # and by chance all of the first layer again, with two of the last one
+    every = [jaccard(own, {*first, *s}) for s in combinations(last, 2)]
+    assert chance_jaccard([(3, 3, 3), (1, 2, 3)]) == pytest.approx(np.mean(every))
 
 
 def test_other_sets_are_as_large_all_different_and_never_the_circuit() -> None:
@@ -237,7 +245,8 @@ def test_other_sets_are_as_large_all_different_and_never_the_circuit() -> None:
 def test_a_random_change_is_as_large_in_every_matrix() -> None:
     base = {"a": torch.randn(5, 7), "b": torch.randn(9), "still": torch.ones(3)}
     tuned = {"a": base["a"] + torch.randn(5, 7), "b": base["b"] * 1.5, "still": base["still"]}
-    changed = random_change(base, tuned, 0)
+    changed = random_change(base, tuned, "0")
+    assert not torch.equal(changed["a"], random_change(base, tuned, "1")["a"])
     for name in ("a", "b"):
         assert (changed[name] - base[name]).norm() == pytest.approx(float((tuned[name] - base[name]).norm()), rel=1e-5)
         assert not torch.allclose(changed[name], tuned[name], atol=0.01)
@@ -316,7 +325,8 @@ def test_records_say_what_they_mean(measured: Path) -> None:
 
     into_tuned, into_base = (sft["transplant"]["sorting"][way] for way in ("into_tuned", "into_base"))
     assert list(sft["transplant"]) == ["sorting"]
-    assert into_tuned["none"] == sft["skills"]["sorting"]["accuracy"] < sorting["accuracy"] == into_base["none"]
+    assert into_tuned["none"] < into_base["none"]
+    assert into_base["none"] == base["other_sample"]["sorting"]["accuracy"]
     assert len(into_tuned["random"]) == 2
     for way in (into_tuned, into_base):
         size = len(sorting["circuit"])
@@ -367,20 +377,23 @@ def test_the_page_is_made_of_records_alone(measured: Path, tmp_path: Path) -> No
 
 
 def test_the_primary_comparison_is_the_mean_over_bases(measured: Path, tmp_path: Path) -> None:
-    """Three bases whose circuits restore .5, .7 and .3 more than the mean of the random sets."""
+    """Three bases on which the order of heads makes a difference of .5, .7 and .3."""
     study = read(measured / "study.json") | {"bases": ["a", "b", "c"]}
-    for base, circuit in (("a", 0.75), ("b", 0.95), ("c", 0.55)):
+    for base, most in (("a", 0.7), ("b", 0.9), ("c", 0.5)):
         for arm in ("base", "sft"):
             made = read(measured / arm / "one.json")
             if arm == "sft":
-                made["transplant"]["sorting"]["into_tuned"] |= {"none": 0.1, "circuit": circuit, "random": [0.2, 0.3]}
+                made["transplant"]["sorting"]["into_tuned"] |= {
+                    "none": 0.1, "circuit": most + 0.05, "random": [0.2, 0.3],
+                    "most_necessary_first": [most] * 8 + [0.0], "least_necessary_first": [0.2] * 8 + [0.0],
+                }  # fmt: skip
             (tmp_path / arm).mkdir(exist_ok=True)
             (tmp_path / arm / f"{base}.json").write_text(json.dumps(made))
     (tmp_path / "study.json").write_text(json.dumps(study))
     main(["--report", str(tmp_path)])
     page = (tmp_path / "README.md").read_text()
     half = student.ppf(0.975, 2) * 0.2 / 3**0.5
-    assert f"+0.500 [{0.5 - half:+.3f}, {0.5 + half:+.3f}], 3 of 3 bases, p = 0.250, not significant" in page
+    assert f"+0.500 [{0.5 - half:+.3f}, {0.5 + half:+.3f}], ahead on 3 of 3 bases, p = 0.250, not significant" in page
     assert "restores 0.650 [" in page
     assert "as many random heads restore 0.150 [0.150, 0.150]" in page
 
@@ -417,6 +430,37 @@ def test_a_run_from_another_base_is_refused(runs: Path, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         run(tmp_path, content(runs, tmp_path / "out", bases={"one": str(other)}, questions=2, skills=["sorting"]))
     assert f"seed3 started from {locate('embedded')}" in capsys.readouterr().err
+
+
+def test_records_of_other_settings_make_no_page(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = read(measured / "study.json")
+    (tmp_path / "study.json").write_text(json.dumps({**study, "measured": {**study["measured"], "questions": 11}}))
+    for arm in ("base", "sft"):
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "one.json").write_bytes((measured / arm / "one.json").read_bytes())
+    with pytest.raises(SystemExit) as end:
+        main(["--report", str(tmp_path)])
+    assert end.value.code == 2
+    assert "one.json: was measured with other settings" in capsys.readouterr().err
+
+
+def test_what_is_put_in_is_the_work_of_the_named_heads_alone() -> None:
+    """A head of the last layer that is put in carries nothing of what heads of the first one did."""
+    base, tuned, tokens = build(), build(seed=1), draw(60)
+    tokens[:, 6] = logits(tuned, tokens)[:, 5].argmax(-1)
+    sample = Sample(Questions(tokens, 6), Questions(draw(30, 3), 6))
+    order = head_parts(base)
+    found = transplant(tuned, base, sample, order, frozenset([Part(1, 2)]), [])
+    with torch.no_grad():
+        mean = record(base, sample.reference.inputs).mean()
+        with replaced(base, [part for part in order if part != Part(1, 2)], mean):
+            alone = record(base, sample.scored.inputs)
+    intact = record(base, sample.scored.inputs)
+    assert found["circuit"] == accuracy(tuned, sample.scored, [Part(1, 2)], alone)
+    assert found["circuit"] != accuracy(tuned, sample.scored, [Part(1, 2)], intact)
+    assert found["heads"] == accuracy(tuned, sample.scored, order, intact)
 
 
 def test_a_directory_without_records_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.circuits.patching import Outputs, Part, replaced
+from mifo_lightning.common.seeds import stable_key
 
 CHUNK = 32
 Weights = dict[str, Tensor]
@@ -115,17 +117,26 @@ def jaccard(a: Collection[Part] | Collection[str], b: Collection[Part] | Collect
     return len(set(a) & set(b)) / len(set(a) | set(b)) if a or b else 1.0
 
 
-def chance_jaccard(a: int, b: int, n: int) -> float:
-    """The expected Jaccard index of a set of `a` with a random set of `b` among `n` parts (hypergeometric overlap)."""
-    if not a + b:
+def chance_jaccard(layers: Sequence[tuple[int, int, int]]) -> float:
+    """The expected Jaccard index of a set with a random one that has as many parts in each layer as another set.
+
+    Sets that share nothing but how many heads each layer has are alike by this much.
+
+    Args:
+        layers: Of each layer the parts of the set, those of the other one, and all that there are.
+    """
+    whole = sum(a + b for a, b, _ in layers)
+    if not whole:
         return 1.0
-    shared = range(max(0, a + b - n), min(a, b) + 1)
-    return sum(comb(a, k) * comb(n - a, b - k) / comb(n, b) * k / (a + b - k) for k in shared)
+    overlap = np.ones(1)  # probability of 0, 1, ... shared parts in the layers so far (hypergeometric in each)
+    for a, b, n in layers:
+        overlap = np.convolve(overlap, [comb(a, k) * comb(n - a, b - k) / comb(n, b) for k in range(min(a, b) + 1)])
+    return float(sum(p * k / (whole - k) for k, p in enumerate(overlap) if p))
 
 
-def random_change(base: Weights, tuned: Weights, seed: int) -> Weights:
+def random_change(base: Weights, tuned: Weights, seed: str) -> Weights:
     """The base with each tensor changed at random (Gaussian) by the L2 norm by which `tuned` differs from it there."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(stable_key(seed))
     changed = {}
     for name, weight in base.items():
         noise = torch.randn(weight.shape, generator=draw)

@@ -10,16 +10,19 @@ from experiments.circuits.picture import draw
 from experiments.circuits.results import (
     Results,
     alike,
+    changed,
     circuit_minus_random,
+    large,
     lost,
     necessity_of,
+    order_matters,
     own,
     restored,
     size,
 )
 from experiments.circuits.study import BASE
 from mifo_lightning.lab.report.document import bracketed, number, probability
-from mifo_lightning.lab.report.statistics import judge
+from mifo_lightning.lab.report.statistics import interval, judge
 
 PAGE, PICTURE = "README.md", "circuits.svg"
 RANKS = 3
@@ -29,9 +32,13 @@ WAYS = {
     "into_base": "The reverse: outputs of the trained model's heads in the base",
 }
 LIMITS = """
-- The patched outputs come from a model that reads the same question *and* the right answer so far. What they restore
-  shows that the rest of the trained model can still use them, not that the skill lies in those heads: the control is
-  what as many other heads restore.
+- The patched outputs come from a model that reads the same question *and* the right answer so far, with all of its MLPs
+  at work and its other heads at their mean. What they restore shows that the rest of the trained model can still use
+  them, not that the skill lies in those heads: the control is what as many other heads restore.
+- The primary comparison was named before the run, but after a reader had looked, on 64 questions and the same models,
+  at circuit minus random heads, which was the primary then. The one named now had not been computed.
+- The mean of a head is over questions of one skill: what a head says of the skill as such is never taken away.
+- Likeness has no floor from another seed of the same arm: there is one run on a base.
 - A circuit of most heads shares most of them with any random set of its size, so that the primary difference can only
   be small; the picture, where heads are put back one by one from either end of their order, is not limited so.
 - Patched heads go through the trained model's `o_proj`; its embedding, MLPs, norms and head stay its own.
@@ -57,16 +64,17 @@ def primary_line(results: Results) -> str:
     """The one comparison that was named before the run."""
     arm, skills = results.study["primary_arm"], results.study["untrained"]
     named = f"**Primary comparison** (named in the study's file): in {arm}, over {' and '.join(skills)},"
-    values = results.values(arm, circuit_minus_random(skills))
+    values = results.values(arm, order_matters(skills))
     if not values:
         return f"{named} no result yet."
     compared = judge({"primary": np.array(values)[:, None]}, "nested")["primary"]
+    each = ", ".join(f"{skill} {results.cell(arm, order_matters([skill]), '+')}" for skill in skills)
     word = "significant" if compared.significant else "not significant"
     most = max(results.arms, key=lambda one: sum(np.mean(results.values(one, lost(skill))) for skill in skills))
     return (
-        f"{named} what the base's circuit restores minus what as many random heads restore: "
-        f"{bracketed(compared.difference, '+')}, {compared.bases} of {len(results.study['bases'])} bases, "
-        f"p = {probability(compared.p)}, {word}. The arm that lost most of them: {most}."
+        f"{named} what heads of the base restore if the most necessary are put back first, minus if the least are, "
+        f"mean over one to all but one of them: {bracketed(compared.difference, '+')}, ahead on {compared.ahead} of "
+        f"{compared.bases} bases, p = {probability(compared.p)}, {word} ({each}). The arm that lost most: {most}."
     )
 
 
@@ -142,32 +150,43 @@ def _sizes(results: Results) -> Iterator[str]:
             grown, fewest = (results.values(arm, size(skill, which)) for which in ("circuit", "smallest"))
             same = sum(a == b for a, b in zip(grown, fewest, strict=True))
             cells = [results.cell(arm, find) for find in (own(skill), size(skill, "circuit"), size(skill, "smallest"))]
-            rows.append([skill, arm, *cells, f"{same} of {len(grown)}"])
+            many = sum(results.values(arm, large(skill)))
+            rows.append([skill, arm, *cells, f"{same} of {len(grown)}", f"{many:g} of {len(grown)}"])
     yield "The smallest set: every set with fewer heads than the circuit was tried."
     yield ""
-    yield from _table(["skill", "arm", "accuracy", "heads of the circuit", "of the smallest set", "equally many"], rows)
+    header = ["skill", "arm", "accuracy", "heads of the circuit", "of the smallest set", "equally many"]
+    yield from _table([*header, "all heads but one, or all"], rows)
 
 
 def _likeness(results: Results) -> Iterator[str]:
     """Circuits and necessities after training against the base's, with the floors."""
-    rows = []
+    rows, first = [], results.arms[0]
     for skill in results.study["skills"]:
+        bases = results.surviving(skill)
         for arm in results.arms:
             ways = [("skills", "jaccard"), ("skills", "chance"), ("random_change", "jaccard")]
             ways += [("skills", "spearman"), ("random_change", "spearman")]
-            rows.append([skill, arm, *(results.cell(arm, alike(skill, *way)) for way in ways)])
+            cells = [results.cell(arm, alike(skill, *way), bases=bases) for way in ways]
+            own_jaccard, of_first = (results.values(one, alike(skill, *ways[0]), bases) for one in (arm, first))
+            lead = bracketed(interval(np.array([own_jaccard]).T - np.array([of_first]).T), "+") if bases else "-"
+            kept = results.cell(arm, own(skill)), results.cell(arm, changed(skill))
+            rows.append([skill, arm, f"{len(bases)}", *kept, *cells, lead if arm != first else ""])
         same, chance, order = (
-            results.cell(BASE, alike(skill, "other_sample", measure)) for measure in ("jaccard", "chance", "spearman")
+            results.cell(BASE, alike(skill, "other_sample", measure), bases=bases)
+            for measure in ("jaccard", "chance", "spearman")
         )
-        rows.append([skill, "*base, other questions*", same, chance, "", order, ""])
+        rows.append([skill, "*base, other questions*", f"{len(bases)}", "", "", same, chance, "", order, "", ""])
     yield (
         "Jaccard index of the circuit with the base's, and Spearman's correlation of the heads' necessities with the "
-        "base's, where both models have a circuit. Chance: as many random heads in place of the trained model's. "
-        "Random change: the base with every weight matrix changed at random by as much (L2) as in training. The "
-        "base on other questions, for scores and means alike, is as like itself as can be measured."
+        "base's, on the bases where the models of all arms have a circuit: what has lost its skill has none, and is "
+        "not compared. Chance: as many random heads in each layer in place of the trained model's. Random change: the "
+        "base with every tensor changed at random by as much (L2) as in training, equal in size and not in damage: its "
+        "own accuracy stands beside the arm's, both on all bases. The base on other questions, for scores and means "
+        "alike, is as like itself as can be measured."
     )
     yield ""
-    header = ["skill", "arm", "Jaccard", "by chance", "after a random change", "Spearman", "after a random change"]
+    header = ["skill", "arm", "bases", "accuracy", "after a random change", "Jaccard", "by chance"]
+    header += ["after a random change", "Spearman", "after a random change", f"Jaccard minus {first}'s"]
     yield from _table(header, rows)
 
 
@@ -185,12 +204,13 @@ def _necessities(results: Results) -> Iterator[str]:
         for arm in (BASE, *results.arms):
             cells = []
             for place in columns.values():
-                finds = [necessity_of(skill, how, place) for how in ("mean", "resampled")]
-                cells.append(" / ".join(number(float(np.mean(results.values(arm, find)))) for find in finds))
+                found = [results.values(arm, necessity_of(skill, how, place)) for how in ("mean", "resampled")]
+                cells.append(" / ".join(number(float(np.mean(one)) if one else np.nan) for one in found))
             rows.append([skill, arm, *cells])
     yield (
         "Accuracy that is lost where one part alone is ablated, mean / resampled; means over bases. Heads stand in the "
-        "order of their necessity in their own base, since heads of two bases do not correspond; MLPs by layer."
+        "order of their necessity in their own base on other questions, since heads of two bases do not correspond; a "
+        "base without a circuit has no such order. MLPs by layer."
     )
     yield ""
     yield from _table(["skill", "arm", *columns], rows)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.circuits import measures
 from experiments.circuits.measures import Questions, accuracy, necessity
-from experiments.circuits.patching import Outputs, Part, head_parts, mlp_parts, record
+from experiments.circuits.patching import Outputs, Part, head_parts, mlp_parts, record, replaced
 from experiments.circuits.study import BASE, Study
 from experiments.prune_update import read_weights
 from mifo_lightning.common.errors import InputError
@@ -106,25 +106,30 @@ def _with_only(
 def transplant(
     into: PreTrainedModel,
     source: PreTrainedModel,
-    questions: Questions,
+    sample: Sample,
     order: list[Part],
     circuit: frozenset[Part],
     others: list[frozenset[Part]],
 ) -> Record:
-    """Accuracy of `into` with outputs of `source` on the same questions in the place of its own.
+    """Accuracy of `into` with outputs of heads of `source` on the same questions in the place of its own.
+
+    All other heads of `source` are at their mean meanwhile: what is put in is the work of these heads, not what others
+    did before them.
 
     Args:
         into: The model that answers.
         source: The model whose outputs are put into it.
-        questions: What both read.
+        sample: What both read, and what means are taken from; not what the heads were chosen by.
         order: All heads, the most necessary first; one more of them each time, from either end.
         circuit: Heads.
         others: Sets of heads to compare the circuit with.
     """
-    outputs = record(source, questions.inputs)
+    questions, mean = sample.scored, record(source, sample.reference.inputs).mean()
 
-    def patched(parts: Collection[Part]) -> float:
-        return accuracy(into, questions, parts, outputs)
+    def patched(heads: Collection[Part], parts: Collection[Part] = ()) -> float:
+        with replaced(source, set(order) - set(heads), mean):
+            outputs = record(source, questions.inputs)
+        return accuracy(into, questions, [*heads, *parts], outputs)
 
     sizes = range(1, len(order) + 1)
     return {
@@ -132,7 +137,7 @@ def transplant(
         "circuit": patched(circuit),
         "random": [patched(other) for other in others],
         "heads": patched(order),
-        "heads_and_mlps": patched([*order, *mlp_parts(into)]),
+        "heads_and_mlps": patched(order, mlp_parts(into)),
         "most_necessary_first": [patched(order[:size]) for size in sizes],
         "least_necessary_first": [patched(order[-size:]) for size in sizes],
     }
@@ -155,7 +160,7 @@ class Bench:
         }
         return {"skills": skills, "other_sample": again}
 
-    def of_arm(self, run: Path, of_base: Record) -> Record:
+    def of_arm(self, arm: str, run: Path, of_base: Record) -> Record:
         """All skills after an arm's run and after a random change of equal size; transplants of untrained skills."""
         tuned = load_policy(str(run / "model")).model
         skills = {skill: measure_skill(tuned, one, self.study) for skill, (one, _) in self.samples.items()}
@@ -163,7 +168,7 @@ class Bench:
             "run": str(run),
             "skills": skills,
             "transplant": self._transplants(tuned, of_base),
-            "random_change": self._after_random_change(run),
+            "random_change": self._after_random_change(arm, run),
         }
 
     def _transplants(self, tuned: PreTrainedModel, of_base: Record) -> Record:
@@ -177,15 +182,16 @@ class Bench:
             order = measures.by_necessity({head: known["mean"][str(head)] for head in heads})
             seed = f"{self.study.seed}/{self.base}/{skill}"
             others = measures.other_sets(heads, circuit, self.study.random_sets, seed)
-            how = (self.samples[skill][0].scored, order, circuit, others)
+            how = (self.samples[skill][1], order, circuit, others)
             found[skill] = {
                 "into_tuned": transplant(tuned, self.model, *how),
                 "into_base": transplant(self.model, tuned, *how),
             }
         return found
 
-    def _after_random_change(self, run: Path) -> Record:
-        weights = measures.random_change(read_weights(self.directory), read_weights(run / "model"), self.study.seed)
+    def _after_random_change(self, arm: str, run: Path) -> Record:
+        seed = f"{self.study.seed}/{self.base}/{arm}"
+        weights = measures.random_change(read_weights(self.directory), read_weights(run / "model"), seed)
         model = load_policy(str(self.directory)).model
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -200,8 +206,8 @@ def measure(study: Study) -> Iterator[str]:
         InputError: A base is missing, or a run started from another; before anything is measured.
     """
     runs = {base: _runs(study, base) for base in study.bases}
-    about = {"bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm}
-    write_json(study.out / "study.json", {**study.measured, **about})
+    named = {"bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm}
+    write_json(study.out / "study.json", {"measured": study.measured, **study.measured, **named})
     for base, of_arms in runs.items():
         bench: Bench | None = None
         for arm, run in of_arms.items():
@@ -213,9 +219,11 @@ def measure(study: Study) -> Iterator[str]:
                 continue
             began = time.process_time()
             bench = bench or Bench(study, base)
-            found = bench.of_arm(run, _read(record_path(study.out, BASE, base))) if run else bench.of_base()
+            of_base = _read(record_path(study.out, BASE, base))
+            found = bench.of_arm(arm, run, of_base) if run else bench.of_base()
             seconds = time.process_time() - began
-            write_json(path, {"key": key, "cpu_seconds": round(seconds, 1), **found})
+            about = {"key": key, "measured": study.measured, "cpu_seconds": round(seconds, 1)}
+            write_json(path, {**about, **found})
             yield f"{arm}/{base}: {seconds:.0f} CPU seconds"
 
 

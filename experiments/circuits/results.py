@@ -1,7 +1,8 @@
 """The records of a study of circuits, read again, and what is compared in them."""
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ class Results:
         for base in self.study["bases"]:
             for arm in (BASE, *self.study["arms"]):
                 if (one := record_path(directory, arm, base)).is_file():
-                    self.records[arm, base] = json.loads(one.read_text(encoding="utf-8"))
+                    record = json.loads(one.read_text(encoding="utf-8"))
+                    if record["measured"] != self.study["measured"]:
+                        raise InputError(f"{one}: was measured with other settings than {path} says; measure it again")
+                    self.records[arm, base] = record
         self.arms = [arm for arm in self.study["arms"] if self.count(arm)]
         if not self.arms:
             raise InputError(f"{directory}: has no record of an arm and its base; is there a finished run of one?")
@@ -48,17 +52,26 @@ class Results:
         """On how many bases the arm has been measured."""
         return sum({(arm, base), (BASE, base)} <= self.records.keys() for base in self.study["bases"])
 
-    def values(self, arm: str, find: Find) -> list[float]:
-        """What is defined over the bases, in their order."""
-        pairs = [(self.records.get((arm, base)), self.records.get((BASE, base))) for base in self.study["bases"]]
+    def surviving(self, skill: str) -> list[str]:
+        """Bases on which the base and every arm have a circuit of a skill."""
+        return [
+            base for base in self.study["bases"]
+            if all((r := self.records.get((arm, base))) and r["skills"][skill]["circuit"] for arm in (BASE, *self.arms))
+        ]  # fmt: skip
+
+    def values(self, arm: str, find: Find, bases: Sequence[str] | None = None) -> list[float]:
+        """What is defined over the bases, in their order; of these alone, if any are named."""
+        wanted = self.study["bases"] if bases is None else bases
+        pairs = [(self.records.get((arm, base)), self.records.get((BASE, base))) for base in wanted]
         found = [find(record, of_base) for record, of_base in pairs if record and of_base]
         return [value for value in found if value is not None and np.isfinite(value)]
 
-    def cell(self, arm: str, find: Find, sign: str = "") -> str:
-        """Mean [95 % interval over bases]; on how many bases where it is not defined on all that the arm has."""
-        values = self.values(arm, find)
+    def cell(self, arm: str, find: Find, sign: str = "", bases: Sequence[str] | None = None) -> str:
+        """Mean [95 % interval over bases]; on how many bases where it is not defined on all that are asked for."""
+        values = self.values(arm, find, bases)
         text = bracketed(interval(np.array(values)[:, None]), sign) if values else "-"
-        return text if len(values) in (0, self.count(arm)) else f"{text} ({len(values)} bases)"
+        every = len(self.study["bases"]) if bases is None else len(bases)
+        return text if len(values) in (0, every) else f"{text} ({len(values)} bases)"
 
 
 def own(skill: str) -> Find:
@@ -81,6 +94,22 @@ def size(skill: str, which: str) -> Find:
     return find
 
 
+def large(skill: str) -> Find:
+    """Whether the circuit has all heads but one, or all, so that other sets are nearly it: 1 or 0."""
+
+    def find(record: Record, _: Record) -> float | None:
+        found = record["skills"][skill]
+        heads = sum(not part.endswith("mlp") for part in found["mean"])
+        return None if found["circuit"] is None else float(len(found["circuit"]) >= heads - 1)
+
+    return find
+
+
+def changed(skill: str) -> Find:
+    """The accuracy of the base after a random change as large as the arm's."""
+    return lambda record, _: record["random_change"][skill]["accuracy"]
+
+
 def restored(skill: str, by: str, way: str = "into_tuned") -> Find:
     """The accuracy that outputs of the other model bring, those of `circuit`, `random` (mean over sets), `heads`, ...
 
@@ -93,6 +122,23 @@ def restored(skill: str, by: str, way: str = "into_tuned") -> Find:
             return None
         brought = (there["random"] or there["circuit"]) if by == "random" else there[by]
         return float(np.mean(brought) - there["none"])
+
+    return find
+
+
+def order_matters(skills: list[str], way: str = "into_tuned") -> Find:
+    """What heads restore if the most necessary come first, minus if the least do: mean over their numbers and skills.
+
+    None unless all skills have a circuit. At every number, from one head to all but one, both are equally many.
+    """
+
+    def find(record: Record, _: Record) -> float | None:
+        there = [record["transplant"].get(skill, {}).get(way) for skill in skills]
+        if None in there:
+            return None
+        orders = ("most_necessary_first", "least_necessary_first")
+        most, least = (np.mean([one[order][:-1] for one in there]) for order in orders)
+        return float(most - least)
 
     return find
 
@@ -111,7 +157,8 @@ def circuit_minus_random(skills: list[str], way: str = "into_tuned") -> Find:
 def alike(skill: str, which: str, measure: str) -> Find:
     """How a circuit is like the base's: `jaccard`, `chance` (that of as many random heads) or `spearman`.
 
-    The latter is the correlation of the heads' necessities by mean ablation; all where both models have a circuit.
+    Chance has as many heads in each layer. The latter is the correlation of the heads' necessities by mean ablation;
+    all where both models have a circuit.
     """
 
     def find(record: Record, of_base: Record) -> float | None:
@@ -122,19 +169,29 @@ def alike(skill: str, which: str, measure: str) -> Find:
         heads = [part for part in one["mean"] if not part.endswith("mlp")]
         if measure == "spearman":
             return rank_correlation([one["mean"][head] for head in heads], [other["mean"][head] for head in heads])
-        return chance_jaccard(len(a), len(b), len(heads)) if measure == "chance" else jaccard(a, b)
+        return chance_jaccard(_by_layer(a, b, heads)) if measure == "chance" else jaccard(a, b)
 
     return find
 
 
-def necessity_of(skill: str, how: str, places: slice) -> Find:
-    """The mean necessity of parts by their place: heads by necessity in their base, the first first, then MLPs."""
+def _by_layer(a: Sequence[str], b: Sequence[str], heads: Sequence[str]) -> list[tuple[int, int, int]]:
+    """How many heads two sets have in each layer, and how many there are."""
+    a_in, b_in, all_in = (Counter(name.partition(".")[0] for name in names) for names in (a, b, heads))
+    return [(a_in[layer], b_in[layer], all_in[layer]) for layer in all_in]
 
-    def find(record: Record, of_base: Record) -> float:
-        known = of_base["skills"][skill]["mean"]
-        heads = [part for part in known if not part.endswith("mlp")]
-        order = sorted(heads, key=lambda head: (-known[head], head))
-        order += [part for part in known if part.endswith("mlp")]
-        return float(np.mean([record["skills"][skill][how][part] for part in order[places]]))
+
+def necessity_of(skill: str, how: str, places: slice) -> Find:
+    """The mean necessity of parts by their place: heads by necessity in their base, the first first, then MLPs.
+
+    The order is that of other questions, so that the first is not the luckiest one. A base without a circuit has none.
+    """
+
+    def find(record: Record, of_base: Record) -> float | None:
+        known, parts = of_base["other_sample"][skill], record["skills"][skill][how]
+        heads = sorted(known["mean"], key=lambda head: (-known["mean"][head], head))
+        chosen = [*heads, *(part for part in parts if part.endswith("mlp"))][places]
+        if of_base["skills"][skill]["circuit"] is None and chosen[0] in heads:
+            return None
+        return float(np.mean([parts[part] for part in chosen]))
 
     return find
