@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small_grid import ROOT
 
+from mifo_lightning.lab.report import front
 from mifo_lightning.lab.report.comparisons import compare
 from mifo_lightning.lab.report.document import bracketed, difference, intervals
 from mifo_lightning.lab.report.results import load
@@ -22,12 +23,17 @@ def test_every_study_page_has_its_runs() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_says_what_its_runs_say(page: Path) -> None:
     ablation, text = load(page), (page / "report.md").read_text(encoding="utf-8").replace("\\", "")
-    scores = ablation.scores(ablation.primary)
-    found, means = compare(ablation, scores), intervals(ablation, scores)
+    if ablation.sweep:  # at equal learning
+        arms, found, skipped = list(ablation.swept), front.at_equal(ablation), 3
+        means = {arm: front.reached(values) for arm, values in front.equal(ablation).items()}
+    else:
+        arms, scores, skipped = ablation.names, ablation.scores(ablation.primary), 0
+        found, means = compare(ablation, scores), intervals(ablation, scores)
     assert [line for line in [*verdict(ablation), ablation.note] if line.replace("<", "&lt;") not in text] == []
-    for arm in ablation.names:
+    for arm in arms:
         c = found.get((arm, ablation.reference))
-        row = re.search(rf"^\| {re.escape(arm)}(?: \(reference\))? \| (.*?) \| (.*?) \|", text, re.M)
+        between = rf"(?: [^|]* \|){{{skipped}}}"
+        row = re.search(rf"^\| {re.escape(arm)}(?: \(reference\))? \| (.*?) \|{between} (.*?) \|", text, re.M)
         assert row
         assert (row[1], row[2]) == (bracketed(means[arm]), difference(c) if c else "")
 
