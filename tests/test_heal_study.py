@@ -222,8 +222,9 @@ def test_what_is_missing_is_measured_again_and_comes_out_the_same(small: Path, m
     records.path.write_text(json.dumps(records.content))
     sweep.measure_sweep(study, "tiny")
     assert open_records(study, "tiny").content[sweep.SWEEP]["1"] == lost
-    study_of_other_metric = write(small.parent, name="other", bases={"tiny": str(small.parent / "base")})
-    content = yaml.safe_load(study_of_other_metric.read_text())
-    content["bases"].pop("shipped")
-    study_of_other_metric.write_text(yaml.safe_dump(content))
-    assert main(["--config", str(study_of_other_metric)]) == 2
+    for changes, status in (({"name": "worded otherwise"}, 0), ({"draws": 3}, 2)):
+        other = write(small.parent, bases={"tiny": str(small.parent / "base")}, **changes)
+        content = yaml.safe_load(other.read_text())
+        content["bases"].pop("shipped")
+        other.write_text(yaml.safe_dump(content))
+        assert main(["--config", str(other)]) == status
