@@ -128,6 +128,9 @@ def test_several_contrasts_must_all_hold_by_more_than_the_margin(tmp_path: Path,
         f"the margin of 0.02 with a one-sided p below 0.025. {said}**" in text
     )
     assert "'other' is significantly ahead, by more than the margin." in text
+    section = text.split("## Does each part matter?")[1].split("## ")[0]
+    assert "| other minus half (primary) |" in section
+    assert "| half minus other |" not in section
     assert ("'other' is significantly ahead, by less than the margin." in text) == (half > 0)
 
 
@@ -182,7 +185,14 @@ def test_a_sweep_named_after_a_run_is_refused(tmp_path: Path) -> None:
             {"primary_contrast": [["mifo", "interleave"], ["mifo", "rl"]], "margin": 0.1},
             "allowed are two different arms",
         ),
-        ({"primary_contrast": [["mifo", "interleave"]] * 2}, "margin: null: several primary contrasts must all hold"),
+        ({"primary_contrast": [["mifo", "interleave"]] * 2, "margin": 0.1}, "allowed are pairs of arms, each once"),
+        ({"primary_contrast": [["mifo", "interleave"], ["interleave", "mifo"]], "margin": 0.1}, "each once"),
+        ({"primary_contrast": []}, "primary_contrast: []: allowed are pairs of arms, each once"),
+        ({"primary_contrast": ["mifo", ["interleave"]]}, "primary_contrast"),
+        (
+            {"arms": {**ARMS, "rl": {}}, "primary_contrast": [["mifo", "interleave"], ["mifo", "rl"]]},
+            "margin: null: several primary contrasts must all hold",
+        ),
         ({"trade_off": {}}, "sweep: needs a trade_off and two bases or more"),
         ({"sweep": {"key": "a", "values": [1.0, 2.0]}}, "level"),
     ],

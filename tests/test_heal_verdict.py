@@ -131,7 +131,7 @@ def write(directory: Path, bases: dict[str, dict[str, Any]]) -> Path:
         for record in each["rl"].values():
             record |= {"optimizer steps": 12, "norm": 0.0}
         for record in each["edits"].values():
-            record |= {"from peak": record["norm"], "from end": 2 - record["norm"]}
+            record |= {"from end": 2 - record["norm"]}
     content = {"study": {**study().content(), "bases": list(bases)}, "commit": None, "bases": bases}
     (directory / "records.json").write_text(json.dumps(content), encoding="utf-8")
     return directory

@@ -207,7 +207,7 @@ def measure(study: Study) -> Iterator[str]:
     """
     runs = {base: _runs(study, base) for base in study.bases}
     named = {"bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm}
-    write_json(study.out / "study.json", {"measured": study.measured, **study.measured, **named})
+    write_json(study.out / "study.json", {**study.measured, **named})
     for base, of_arms in runs.items():
         bench: Bench | None = None
         for arm, run in of_arms.items():
@@ -215,7 +215,8 @@ def measure(study: Study) -> Iterator[str]:
                 yield f"{arm}/{base}: no finished run below {study.runs / slug(arm) / slug(base)}, left out"
                 continue
             path, key = record_path(study.out, arm, base), _key(study, base, run)
-            if _read(path).get("key") == key:
+            known = _read(path)
+            if (known.get("key"), known.get("measured")) == (key, study.measured):
                 continue
             began = time.process_time()
             bench = bench or Bench(study, base)

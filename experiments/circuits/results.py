@@ -41,7 +41,8 @@ class Results:
             for arm in (BASE, *self.study["arms"]):
                 if (one := record_path(directory, arm, base)).is_file():
                     record = json.loads(one.read_text(encoding="utf-8"))
-                    if record["measured"] != self.study["measured"]:
+                    measured = record.get("measured", {})
+                    if not measured or any(self.study.get(name) != value for name, value in measured.items()):
                         raise InputError(f"{one}: was measured with other settings than {path} says; measure it again")
                     self.records[arm, base] = record
         self.arms = [arm for arm in self.study["arms"] if self.count(arm)]

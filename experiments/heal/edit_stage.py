@@ -27,8 +27,7 @@ def measure_edits(study: Study, base: str) -> None:
 
     def result(edit: Edit) -> Record:
         weights, more = edit.make()
-        distance = editor.norm(weights)
-        norms = {"norm": distance, "from peak": distance, "from end": editor.norm(weights, end)}
+        norms = {"norm": editor.norm(weights), "from end": editor.norm(weights, end)}
         return {"family": edit.family, "test": bench("test").evaluate(weights), **norms, **more}
 
     for edit in editor.all():

@@ -16,6 +16,8 @@ from mifo_lightning.lab.report.document import bracketed, number, probability
 from mifo_lightning.lab.report.statistics import ALPHA, Scores, interval, judge
 
 Rows = list[list[str]]
+DISTANCES = {"peak": "norm", "end": "from end"}
+"""Where a record of an edit has its distance."""
 SIGNALS = ("groups with signal", "positive", "advantage entropy")
 
 
@@ -173,7 +175,7 @@ def other_edits(results: Results, family: str, against: str) -> str:
     for name in results.edits:
         if results.family(name) == family:
             gain = results.edit(name, study.ood) - _reference(results, against)
-            distance = units([base["edits"][name][f"from {against}"] for base in results.edited])
+            distance = units([base["edits"][name].get(DISTANCES[against], np.nan) for base in results.edited])
             cells = [mean(results.edit(name, key)) for key in accuracies(results)]
             rows.append([name, mean(distance), *cells, told(interval(gain))])
     return markdown(["edit", f"|W - {against}|", *accuracies(results), f"OOD minus {against}"], rows)

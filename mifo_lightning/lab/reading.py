@@ -167,6 +167,8 @@ def _check_comparisons(ablation: Ablation, path: Path) -> None:
     if ablation.margin is not None and not 0 < ablation.margin < math.inf:
         raise InputError(f"{path}: margin: {ablation.margin}: allowed are numbers above 0, or null")
     named = as_pairs(ablation.primary_contrast)
+    if not named or len({frozenset(pair) for pair in named}) < len(named):
+        raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: allowed are pairs of arms, each once")
     pairs = [*(("primary_contrast", pair) for pair in named), *(("contrasts", pair) for pair in ablation.contrasts)]
     if any(pair[:1] == [ablation.reference] for pair in named):
         raise InputError(f"{path}: primary_contrast: {ablation.primary_contrast}: the reference comes second")

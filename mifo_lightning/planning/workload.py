@@ -170,12 +170,8 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
     for key, value in (("prompts_per_step", schedule.prompts_per_step), ("sft_batch", schedule.sft_batch)):
         if value % ranks:
             raise InputError(f"data.schedule.{key}: {value} does not divide by {ranks} ranks")
-    lengths = (prompt or data.prompts.max_tokens, response or rollout.sampling.max_new_tokens)
-    if prompt is None or response is None:
-        said.append(
-            f"prompts of {lengths[0]} and responses of {lengths[1]} tokens, the longest that are allowed, since only "
-            "the data tells: --prompt_tokens and --response_tokens say what is usual"
-        )
+    lengths, unknown = _lengths(config, prompt, response)
+    said += unknown
     engine, unknown = _engine(rollout.engine)
     said += unknown
     adapter = None if model.adapter is None else Adapter(**vars(model.adapter))
@@ -183,9 +179,7 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         adapter.check("model.adapter")
     own = model.evaluation.sampling
     samples = model.evaluation.samples or 1
-    learned, longest = model.sft_loss, data.demonstrations.max_tokens
-    own_responses = learned.demonstrations != "data" or learned.distillation is not None
-    if learned.distillation is not None:
+    if model.sft_loss.distillation is not None:
         said.append("the pass of SDFT's teacher, whose prompts hold the demonstrations, is not counted")
     buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
     updates = schedule.epochs_per_rollout * schedule.minibatches
@@ -211,7 +205,7 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         scored=updates > 1 or loss.entropy_fraction < 1,
         reference=loss.kl_coefficient > 0,
         demonstrations=schedule.sft_batch // ranks if buffered else 0,
-        demonstration=lengths[1] if own_responses else min(longest, response or longest),
+        demonstration=_demonstration(config, lengths[1], response),
         moments=model.optimizer.moments,
         importance=_map_bytes(config.importance),
         freezing=config.freeze is not None,
@@ -221,6 +215,25 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         samples=samples,
         sampling=Sampling(own.temperature, own.top_p, own.top_k, own.max_new_tokens or lengths[1]),
     ), said
+
+
+def _lengths(config: Any, prompt: int | None, response: int | None) -> tuple[tuple[int, int], list[str]]:
+    """Tokens of a prompt and of a response, and a line where they are the longest that are allowed."""
+    lengths = (prompt or config.data.prompts.max_tokens, response or config.model.rollout.sampling.max_new_tokens)
+    if prompt is not None and response is not None:
+        return lengths, []
+    return lengths, [
+        f"prompts of {lengths[0]} and responses of {lengths[1]} tokens, the longest that are allowed, since only "
+        "the data tells: --prompt_tokens and --response_tokens say what is usual"
+    ]
+
+
+def _demonstration(config: Any, drawn: int, usual: int | None) -> int:
+    """Tokens of what SFT learns from: responses of `drawn` tokens where they are the model's own."""
+    learned, longest = config.model.sft_loss, config.data.demonstrations.max_tokens
+    if learned.demonstrations != "data" or learned.distillation is not None:
+        return drawn
+    return int(min(longest, usual or longest))
 
 
 def _copies(config: Any) -> tuple[float, float]:

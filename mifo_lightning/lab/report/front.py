@@ -22,6 +22,7 @@ from mifo_lightning.lab.report.document import (
 )
 from mifo_lightning.lab.report.drawing import keys
 from mifo_lightning.lab.report.results import Ablation
+from mifo_lightning.lab.report.scores import named_pairs
 from mifo_lightning.lab.report.statistics import Interval, Scores, interval
 
 Curve = tuple[Scores, Scores]
@@ -49,6 +50,12 @@ def front(ablation: Ablation) -> Section:
         "where both arms reach it; means of different arms may be of different bases."
     )
     return Section("Who keeps most at equal learning?", [], [text], [_picture(ablation), table, _points(ablation)])
+
+
+def contrasts(ablation: Ablation) -> Section | None:
+    """Named pairs at equal learning."""
+    learned, kept = ablation.trade_off
+    return named_pairs(ablation, f"{kept} at {learned} = {ablation.the_sweep.level:g}", at_equal(ablation), {})
 
 
 def chosen(ablation: Ablation) -> Section | None:

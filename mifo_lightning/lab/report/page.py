@@ -37,7 +37,7 @@ PARTS = (
 """Each answers one question, in reading order, or has nothing to ask (None)."""
 OF_SCORES = (scores.best, scores.contrasts, forgetting.old_abilities, sections.unfinished, sections.made)
 """Those that final scores can answer."""
-OF_SWEEP = (front.front, front.chosen, sections.unfinished, sections.made)
+OF_SWEEP = (front.front, front.contrasts, front.chosen, sections.unfinished, sections.made)
 """Those of an ablation whose arms ran at several values of one setting; final scores answer them."""
 
 

@@ -197,7 +197,7 @@ def read_plan(directory: Path, bases: Sequence[str] = ()) -> Record:
         return plan
     taken = [base for base in every if base in bases]
     note = f"Of the {len(every)} bases of this study {len(taken)} are in these numbers: {', '.join(taken)}."
-    if isinstance(plan["seeds"], dict):
+    if isinstance(plan.get("seeds"), dict):
         plan["seeds"] = {base: plan["seeds"][base] for base in taken}
     return {**plan, "bases": taken, "note": f"{note} {plan.get('note', '')}".strip()}
 

@@ -52,9 +52,15 @@ def best(ablation: Ablation) -> Section:
 
 def contrasts(ablation: Ablation) -> Section | None:
     """Pairs of arms other than those with the reference, and the primary contrast; nothing if none are named."""
-    scores, reference = ablation.scores(ablation.primary), ablation.reference
-    primary, *sides = (compare(ablation, found) for found in (scores, *map(ablation.traded, ablation.trade_off)))
-    shown = [*primary.primary, *(pair for pair in primary.exploratory if pair[1] != reference)]
+    sides = {name: compare(ablation, ablation.traded(name)) for name in ablation.trade_off}
+    return named_pairs(ablation, ablation.primary, compare(ablation, ablation.scores(ablation.primary)), sides)
+
+
+def named_pairs(
+    ablation: Ablation, what: str, primary: Comparisons, sides: Mapping[str, Comparisons]
+) -> Section | None:
+    """The section of those pairs in `what`; `sides` are compared beside it."""
+    shown = [*primary.primary, *(pair for pair in primary.exploratory if pair[1] != ablation.reference)]
     if not shown:
         return None
     rows = []
@@ -63,13 +69,13 @@ def contrasts(ablation: Ablation) -> Section | None:
         assert c
         name = f"{pair[0]} minus {pair[1]}" + (" (primary)" if pair in primary.primary else "")
         row = [name, difference(c), f"{c.ahead} of {c.bases}", probability(c.p)]
-        rows.append([*row, *(difference(side.get(pair)) for side in sides)])
-    header = ["contrast", ablation.primary, "ahead on bases", "p", *ablation.trade_off]
+        rows.append([*row, *(difference(side.get(pair)) for side in sides.values())])
+    header = ["contrast", what, "ahead on bases", "p", *sides]
     caption = "Mean difference on the same base [95 % interval]"
     text = (
-        f"The first arm minus the second. p is for {ablation.primary}: the primary contrast's as it is, each other one "
-        f"corrected by Holm's method for all {len(primary.exploratory)} exploratory comparisons of this page; the "
-        "other columns are descriptive."
+        f"The first arm minus the second. p is for {what}: the primary contrast's as it is, each other one "
+        f"corrected by Holm's method for all {len(primary.exploratory)} exploratory comparisons of this page"
+        f"{'; the other columns are descriptive' if sides else ''}."
     )
     return Section("Does each part matter?", [], [text], [Table(caption, header, rows)])
 
