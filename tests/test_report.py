@@ -197,6 +197,30 @@ def test_old_abilities_have_a_section_of_their_own(tmp_path: Path) -> None:
     assert "kl_from_" not in text
 
 
+def test_whether_rl_learns_after_sft_is_told_apart_from_how_it_began(tmp_path: Path) -> None:
+    root = bare(make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=2, seeds=1))
+    one = {"phase": "rl", "number": 1, "rl_step": 3, "rl_steps": 3}
+    first = {**one, "after_sft_steps": 0, "groups_with_signal": 0.5, "grad_norm": 0.25}
+    later = [{**one, "after_sft_steps": 2, "groups_with_signal": s, "grad_norm": 1.0} for s in (0.125, 0.375)]
+    for path in root.glob("arm*/*/*/summary.json"):
+        phases = [first, *later] if "arm1" in str(path) else [first]  # the reference is RL alone
+        edit(path, lambda record, phases=phases: (
+            record.update(retention={"phases": phases}), record["after"].update({"retention/lost": 0.25})
+        ))  # fmt: skip
+    write_report(root)
+    assert "Does RL still learn after SFT?" not in (root / "report.md").read_text()  # no metric asks for it
+    edit(root / "ablation.json", lambda plan: plan["metrics"].append("retention/lost"))
+    write_report(root)
+    header, *rows = rows_of(root, "Mean of a phase")
+    found = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    assert found["a"] == {
+        "SFT steps before": "2", "groups with signal after SFT": "0.25", "gradient norm after SFT": "1",
+        "groups with signal at first": "0.5", "gradient norm at first": "0.25",
+    }  # fmt: skip
+    assert found["ref"]["groups with signal after SFT"] == "-"
+    assert found["ref"]["groups with signal at first"] == "0.5"
+
+
 def test_scores_are_sorted_and_the_reference_is_marked(small: Path) -> None:
     _, *rows, last = rows_of(small, "highest first")
     assert last[0] == "before training"

@@ -146,7 +146,7 @@ def test_differences_are_shown_by_base_and_arms_below_the_base_models_named(tmp_
             edit(path, lambda record: record["after"].update({"avg@1": 0.75}))
     text = verdict(root)
     assert "By base, 'a' minus 'ref' is +0.150 on base seed0, -0.050 on base seed1." in text
-    assert re.search(r"Below the untrained base models \(0\.600\) end: 'low', 0\.\d+\.", text)
+    assert re.search(r"Below the models they began from \(0\.600\) end: 'low', 0\.\d+\.", text)
     header, first, *_ = rows_of(root, "avg@1 by base")
     assert header == ["arm", "base seed0", "base seed1", "difference on base seed0", "difference on base seed1"]
     assert first == ["a", "0.900", "0.700", "+0.150", "-0.050"]

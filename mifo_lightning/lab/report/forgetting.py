@@ -22,7 +22,7 @@ from mifo_lightning.lab.report.document import (
     strips,
 )
 from mifo_lightning.lab.report.drawing import RL, SFT, keys
-from mifo_lightning.lab.report.dynamics import RL_AND_SFT
+from mifo_lightning.lab.report.dynamics import RL_AND_SFT, table
 from mifo_lightning.lab.report.reductions import PhaseChange, mean_of, phase_changes, retention, retention_by_phase
 from mifo_lightning.lab.report.results import KINDS, Ablation, Kind, probe
 from mifo_lightning.lab.report.scores import metrics_table, of_every_run, ranked
@@ -42,6 +42,10 @@ MEANING = {
 """What the monitor retention finds, by its name or the beginning of it."""
 
 
+PLASTICITY = {"groups with signal": "groups_with_signal", "gradient norm": "grad_norm"}
+"""What the monitor retention records of an RL phase, by the name of a column."""
+
+
 def old_abilities(ablation: Ablation) -> Section | None:
     """What the monitor retention found, where metrics of the ablation name it."""
     if not ablation.of_retention:
@@ -51,8 +55,30 @@ def old_abilities(ablation: Ablation) -> Section | None:
     told = "; ".join(f"{name}: {what}" for name, what in MEANING.items() if any(map(_means(name), names.values())))
     text = [f"The end of each run against its beginning, by the monitor retention at T = 1. {told}."]
     pictures = [of_every_run(ablation, metric, order) for metric in names]
-    table = metrics_table(ablation, order, names, "Old abilities")
-    return Section("What became of abilities that were not trained?", [], text, [table, Gallery(pictures)])
+    found = metrics_table(ablation, order, names, "Old abilities")
+    return Section("What became of abilities that were not trained?", [], text, [found, Gallery(pictures)])
+
+
+def plasticity(ablation: Ablation) -> Section | None:
+    """Whether RL still learns after SFT, where metrics of the ablation name the monitor that says it."""
+    if not ablation.of_retention:
+        return None
+    columns: dict[str, Measure] = {"SFT steps before": _plasticity("after_sft_steps", True)}
+    for when, after in {"after SFT": True, "at first": False}.items():
+        columns |= {f"{name} {when}": _plasticity(key, after) for name, key in PLASTICITY.items()}
+    if not (found := {name: one for name, one in columns.items() if means(ablation, one)}):
+        return None
+    text = (
+        "Means over the first RL steps of a phase, eight at most, of RL phases that come after SFT steps and of those "
+        "that come first: the share of groups whose rewards are not all alike, from which alone RL learns, and the "
+        "norm of its gradient before clipping."
+    )
+    return Section("Does RL still learn after SFT?", [], [text], [table("Mean of a phase", ablation, found)])
+
+
+def _plasticity(key: str, after: bool) -> Measure:
+    """A mean over the RL phases of a run that come after SFT steps, or over those that do not."""
+    return lambda cell: mean_of([p for p in cell.phases("retention", "rl") if (p["after_sft_steps"] > 0) == after], key)
 
 
 def _means(name: str) -> Callable[[str], bool]:
@@ -139,11 +165,11 @@ def divergence(ablation: Ablation) -> Section:
     rows = strips(ablation, {RL: kl("rl"), SFT: kl("sft")})
     pictures = [Figure(figures.dots(label, rows, label, log=True, bold=ablation.reference), MARKS)]
     by_arm = {arm: phase_changes(ablation.done(arm)) for arm in ablation.names}
-    table = _correlations(by_arm)
+    correlations = _correlations(by_arm)
     text = ["Forward KL(before || after) of a phase on training prompts of RL."]
     shown = {kind.upper(): found for kind in KINDS if (found := means(ablation, kl(kind)))}
     answer = [f"The forward KL of an {kind} phase is {ends(found)} nats per token." for kind, found in shown.items()]
-    if not table.rows:
+    if not correlations.rows:
         return Section(question, answer, text, [Gallery(pictures, [RL_AND_SFT])])
     text.append(
         "A rank correlation over the phases of all arms mixes in that arms have phases of different length; the mean "
@@ -157,7 +183,7 @@ def divergence(ablation: Ablation) -> Section:
     if np.isfinite([change.l2 for change in changes]).any():
         title = "L2 norm of a phase's update"
         pictures.append(Figure(figures.scatter("Update size and forgetting", changes, "l2", title)))
-    return Section(question, answer, text, [table, Gallery(pictures, [RL_AND_SFT])])
+    return Section(question, answer, text, [correlations, Gallery(pictures, [RL_AND_SFT])])
 
 
 def _correlations(by_arm: dict[str, list[PhaseChange]]) -> Table:

@@ -17,6 +17,8 @@ from mifo_lightning.lab.report.document import (
     Table,
     bracketed,
     difference,
+    large,
+    means,
     number,
     probability,
 )
@@ -169,10 +171,13 @@ def _picture(ablation: Ablation) -> Gallery:
 
 def _points(ablation: Ablation) -> Table:
     sides, primary = [ablation.traded(name) for name in ablation.trade_off], ablation.scores(ablation.primary)
+    phases = means(ablation, lambda cell: cell.summary.get("sft_phases"))
     rows = [
-        [arm, f"{value:g}", *(number(float(side[name].mean())) for side in (primary, *sides))]
+        [arm, f"{value:g}", *(number(float(side[name].mean())) for side in (primary, *sides)),
+         *([large(phases.get(name, np.nan))] if phases else [])]
         for arm, names in ablation.swept.items()
         for name, value in zip(names, ablation.the_sweep.values, strict=True)
-    ]
-    header = ["arm", ablation.the_sweep.key, ablation.primary, *ablation.trade_off]
+    ]  # fmt: skip
+    counted = ["buffer-triggered SFT phases"] if phases else []
+    header = ["arm", ablation.the_sweep.key, ablation.primary, *ablation.trade_off, *counted]
     return Table("All points, means over bases", header, rows)

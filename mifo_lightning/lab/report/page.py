@@ -26,6 +26,7 @@ PARTS = (
     forgetting.old_abilities,
     dynamics.learning,
     forgetting.forgetting,
+    forgetting.plasticity,
     forgetting.divergence,
     dynamics.updates,
     dynamics.overlap,

@@ -43,7 +43,7 @@ def _at_equal_learning(ablation: Ablation) -> list[str]:
         text.append(f"Beside {reference!r}, {top!r} has most {what}: {difference(c)} {of}. {_significant(found)}")
     else:
         text.append(f"No arm and {reference!r} reach {learned} = {ablation.the_sweep.level:g} on the same base.")
-    return [*text, _caveats(ablation, found)]
+    return [*text, *_ends(ablation), _caveats(ablation, found)]
 
 
 def _primary(ablation: Ablation, found: Comparisons, what: str) -> list[str]:
@@ -130,14 +130,15 @@ def _below(ablation: Ablation, means: dict[str, Interval]) -> list[str]:
     start = float(np.nanmean(before))
     below = [arm for arm in ranked(means) if means[arm].mean < start]
     listed = "; ".join(f"{arm!r}, {number(means[arm].mean)}" for arm in below)
-    return [f"Below the untrained base models ({number(start)}) end: {listed}."] if below else []
+    return [f"Below the models they began from ({number(start)}) end: {listed}."] if below else []
 
 
 def _ends(ablation: Ablation) -> list[str]:
     """How many runs were scored right after an SFT phase, with no RL after it."""
     told = []
-    for arm in ablation.names:
-        ends = [cell.summary["ends_on"] for cell in ablation.done(arm) if "ends_on" in cell.summary]
+    for arm, names in ablation.swept.items():
+        done = [cell for name in names for cell in ablation.done(name)]
+        ends = [cell.summary["ends_on"] for cell in done if "ends_on" in cell.summary]
         if "sft" in ends:
             told.append(f"{ends.count('sft')} of {len(ends)} runs of arm {arm!r}")
     return [f"Ended on an SFT phase that no RL follows: {'; '.join(told)}."] if told else []
