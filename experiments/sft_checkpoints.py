@@ -4,7 +4,8 @@
 
 One run a base (`methods/sft`) exports its model at the given steps; each is evaluated as `validate` does, on the
 questions of the val split, and the one of highest `--metric` becomes `OUT/<base>`: what `from_sft.yaml` starts from.
-Step 0, the base itself, is among them. Runs that are done are kept; the table says what was chosen.
+Step 0, the base itself, is among them. Runs that are done are kept; the table says what was chosen, and
+`OUT/chosen.json` all that was measured.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from experiments.prune_update import make_evaluate, model_of, read_weights
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import quiet
+from mifo_lightning.lab.cell import write_json
 from mifo_lightning.lab.exit_status import exit_status
 from mifo_lightning.lab.grid import Ablation, Arm, Cell, cells
 from mifo_lightning.lab.runner import run_all
@@ -108,6 +110,8 @@ def main(arguments: Sequence[str]) -> int:
             step = best(scores, args.metric)
             chosen[base.name] = step, scores
             shutil.copytree(cell.directory / f"model-{step}", args.out / base.name, dirs_exist_ok=True)
+        record = {name: {"chosen": step, "validation": scores} for name, (step, scores) in chosen.items()}
+        write_json(args.out / "chosen.json", record)
         print(f"{args.metric} on validation\n\n{table(chosen, args.metric)}")
         return 0
 

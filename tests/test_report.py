@@ -183,17 +183,19 @@ def test_a_page_of_the_bases_that_are_whole_says_so_and_is_remade_from_itself(
 
 def test_old_abilities_have_a_section_of_their_own(tmp_path: Path) -> None:
     root = bare(make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=2, seeds=1))
-    found = {"retention/lost": 0.25, "retention/kl": 0.125, "retention/kl_to_other": 0.5}
+    found = {"lost": 0.25, "kl": 0.125, "kl_to_other": 0.5, "sorting/floor": 0.75}
+    found = {f"retention/{name}": value for name, value in found.items()}
     for path in root.glob("arm*/*/*/summary.json"):
         edit(path, lambda record: record["after"].update(found))
     edit(root / "ablation.json", lambda plan: plan["metrics"].extend(found))
     write_report(root)
     header, row, *_ = rows_of(root, "Old abilities")
-    assert header == ["arm", "lost", "kl", "kl_to_other"]
-    assert [cell.split()[0] for cell in row[1:]] == ["0.250", "0.125", "0.500"]
+    assert header == ["arm", "lost", "kl", "kl_to_other", "sorting/floor"]
+    assert [cell.split()[0] for cell in row[1:]] == ["0.250", "0.125", "0.500", "0.750"]
     assert not any("retention" in name for name in rows_of(root, "Further metrics")[0])
     text = (root / "report.md").read_text().replace("\\", "")
     assert "kl_to_: that of the initial model to another one." in text
+    assert "floor: what sampling alone turns" in text
     assert "kl_from_" not in text
 
 

@@ -38,6 +38,10 @@ def test_the_chosen_model_is_that_of_the_run_after_so_many_steps(
     printed = capsys.readouterr().out
     (row,) = [line for line in printed.split("\n") if line.startswith("| base |") and "step" not in line]
     chosen = int(row.split("|")[-2])
+    recorded = json.loads((tmp_path / "out/chosen.json").read_text(encoding="utf-8"))["base"]
+    assert recorded["chosen"] == chosen
+    measured = [f"{recorded['validation'][step]['avg@1']:.3f}" for step in ("0", "2")]
+    assert measured == row.replace(" ", "").split("|")[2:4]
     (made,) = (tmp_path / "out/runs").glob("sft/base/seed0")
     weights = {
         place: AutoModelForCausalLM.from_pretrained(place).state_dict()["lm_head.weight"]

@@ -1,5 +1,6 @@
 """What did the phases make the models forget, and what predicts it? The sections about retention and KL."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -82,8 +83,9 @@ def _plasticity(key: str, after: bool) -> Measure:
 
 
 def _means(name: str) -> Callable[[str], bool]:
-    """Whether a key of `MEANING` is that of a metric."""
-    return lambda metric: metric == name or (name.endswith("_") and metric.startswith(name))
+    """Whether a key of `MEANING` is that of a metric, ahead of whose last part a source may stand."""
+    whole = re.compile(rf"(.*/)?{re.escape(name)}{'.*' if name.endswith('_') else ''}")
+    return lambda metric: whole.fullmatch(metric) is not None
 
 
 def forgetting(ablation: Ablation) -> Section:
