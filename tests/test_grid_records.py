@@ -8,7 +8,7 @@ import pytest
 from small_grid import ROOT, write
 
 from mifo_lightning.lab import ablation as runner
-from mifo_lightning.lab.cell import fingerprint, record_outcome, write_json
+from mifo_lightning.lab.cell import fingerprint, outcome, record_outcome, write_json
 from mifo_lightning.lab.grid import Cell, cells
 from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.lab.records import keep
@@ -78,6 +78,21 @@ def test_another_machine_runs_the_other_cells_alone_and_reports_all(tmp_path: Pa
     ran.clear()
     assert runner.main(["--config", str(other)]) == 0
     assert ran == []
+
+
+def test_a_finished_fit_is_kept_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may go in the next one."""
+    records, kept = tmp_path / "cells.jsonl", []
+
+    def run_here(work: Any, jobs: int, imports: Any, view: Any) -> None:
+        for cell, _ in work:
+            finish(cell)
+            view.end(cell, outcome(cell.directory), 0)
+            kept.append(len(records.read_text(encoding="utf-8").splitlines()))
+
+    monkeypatch.setattr(runner, "run_here", run_here)
+    assert runner.main(["--config", str(grid_of(tmp_path, "here", records=str(records)))]) == 0
+    assert kept == [1, 2, 3, 4]
 
 
 def test_cells_of_one_base_run_on_one_model(tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:

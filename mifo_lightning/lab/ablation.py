@@ -15,6 +15,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import yaml
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.cell import LOCK, LOG, held, outcome
 from mifo_lightning.lab.exit_status import exit_status
-from mifo_lightning.lab.grid import Ablation, cells, choose, sweep, with_wandb
+from mifo_lightning.lab.grid import Ablation, Cell, cells, choose, sweep, with_wandb
 from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
 from mifo_lightning.lab.reading import check_bases, read_ablation, replaced
 from mifo_lightning.lab.records import check_same_bases, keep, restore
@@ -46,7 +47,8 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     write_plan(ablation, command, fits=bool(work))
     if work:
         warn(ablation)
-    with View(len(chosen) - len(work), len(work)) as view:
+    record = partial(_record, ablation, grid)  # after every fit: a machine may go at any time
+    with View(len(chosen) - len(work), len(work), record) as view:
         try:
             if work and on_cluster:
                 options = {"slurm_array_parallelism": ablation.jobs, **(ablation.slurm or {})}
@@ -54,9 +56,7 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
             elif work:
                 run_here(work, ablation.jobs, IMPORTS + (IMPORTS_OF_WANDB if ablation.wandb else ()), view)
         finally:
-            if ablation.records:
-                with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
-                    keep(ablation.records, grid)
+            record()
     rows = write_cells(ablation, grid)
     done = sum(row["status"] == "done" for row in rows)
     if done and (not only or done == len(rows)):
@@ -70,6 +70,13 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
         found = outcome(cell.directory)
         view.say(f"{found.status}: {cell.name}: {found.error} ({cell.directory / LOG})")
     return 1 if failed else 0
+
+
+def _record(ablation: Ablation, grid: Sequence[Cell]) -> None:
+    """Keep the finished cells, where the ablation names a file for them."""
+    if ablation.records:
+        with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
+            keep(ablation.records, grid)
 
 
 def warn(ablation: Ablation) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
@@ -66,10 +66,10 @@ def run_all(grid: Sequence[Cell], jobs: int) -> None:
 
 
 class View:
-    """How far a grid is: a live bar in a terminal, elsewhere a line for every fit that ends."""
+    """How far a grid is: a live bar in a terminal, elsewhere a line for every fit that ends; `ended` is called."""
 
-    def __init__(self, kept: int, unfinished: int) -> None:
-        self.kept, self.unfinished = kept, unfinished
+    def __init__(self, kept: int, unfinished: int, ended: Callable[[], None] | None = None) -> None:
+        self.kept, self.unfinished, self.ended = kept, unfinished, ended
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -92,6 +92,8 @@ class View:
         """Count a fit that has ended, and say so."""
         self._ended += 1
         self._failed += result.status != "done"
+        if self.ended is not None:
+            self.ended()
         self.show(running)
         line = f"{result.status:7} {cell.name}  {result.seconds:.0f} s"
         if not self.console.is_terminal:
