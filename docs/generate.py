@@ -242,15 +242,20 @@ def results_of(methods: list[str]) -> str:
         if found:
             (headline,) = re.findall(r"^(\*\*.*\*\*)$", text, re.M)[:1]
             title = text.partition("\n")[0].removeprefix("# ")
-            shown = "\n".join(columns(row) for row in (head, rows[0], *found))
-            parts.append(f"[{title}](/results/{report.parent.name}/report.md)\n\n{shown}\n\nThe study: {headline}")
+            shown = "\n".join(columns(row, head) for row in (head, rows[0], *found))
+            note = "".join(re.findall(r"^> (.*)\n", text, re.M)[:1])
+            parts.append(
+                f"[{title}](/results/{report.parent.name}/report.md)\n\n{shown}\n\n{note} The study: {headline}"
+            )
     none = "No evidence that it helps or harms: no study of this repository has run it as an arm of its own."
     return "\n\n".join(parts or [none]) + "\n"
 
 
-def columns(row: str) -> str:
-    """The first three columns of a row: the arm, its score, the difference to the reference."""
-    return "|".join(row.split("|")[:4]) + "|"
+def columns(row: str, head: str) -> str:
+    """Of a row of a table with such a header: the arm, its score, and the difference to the reference."""
+    names, cells = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in (head, row))
+    third = next(i for i, name in enumerate(names) if name.startswith("difference to"))
+    return f"| {cells[0]} | {cells[1]} | {cells[third]} |"
 
 
 # --- full pages of studies --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Step 0, the base itself, is among them. Runs that are done are kept; the table s
 """
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -71,6 +72,12 @@ def best(scores: Scores, metric: str) -> int:
     return max(scores, key=lambda step: (scores[step][metric], -step))
 
 
+def record(path: Path, base: str, step: int, scores: Scores) -> None:
+    """Note what was chosen of a base, and by what, beside what the file has of others."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, before | {base: {"chosen": step, "validation": scores}})
+
+
 def table(chosen: dict[str, tuple[int, Scores]], metric: str) -> str:
     """Markdown: the metric at every step of every base, and the step that was chosen."""
     steps = list(next(iter(chosen.values()))[1])
@@ -110,8 +117,7 @@ def main(arguments: Sequence[str]) -> int:
             step = best(scores, args.metric)
             chosen[base.name] = step, scores
             shutil.copytree(cell.directory / f"model-{step}", args.out / base.name, dirs_exist_ok=True)
-        record = {name: {"chosen": step, "validation": scores} for name, (step, scores) in chosen.items()}
-        write_json(args.out / "chosen.json", record)
+            record(args.out / "chosen.json", base.name, step, scores)
         print(f"{args.metric} on validation\n\n{table(chosen, args.metric)}")
         return 0
 

@@ -95,6 +95,27 @@ def test_a_finished_fit_is_kept_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert kept == [1, 2, 3, 4]
 
 
+def test_records_that_cannot_be_written_end_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, ended = tmp_path / "cells.jsonl", []
+
+    def run_here(work: Any, jobs: int, imports: Any, view: Any) -> None:
+        records.write_text("<<<<<<< HEAD\n", encoding="utf-8")  # a merge, while the grid runs
+        for cell, _ in work:
+            finish(cell)
+            view.end(cell, outcome(cell.directory), 0)
+            ended.append(cell.name)
+
+    monkeypatch.setattr(runner, "run_here", run_here)
+    assert runner.main(["--config", str(grid_of(tmp_path, "here", records=str(records)))]) == 2
+    found = capsys.readouterr()
+    assert len(ended) == 4
+    assert found.out.count("line 1: is no record of a finished cell") == 4
+    assert found.err.count("line 1: is no record of a finished cell") == 1
+    assert records.read_text(encoding="utf-8") == "<<<<<<< HEAD\n"
+
+
 def test_cells_of_one_base_run_on_one_model(tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     config = grid_of(tmp_path, "here", records=str(tmp_path / "cells.jsonl"))
     assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0

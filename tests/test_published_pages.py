@@ -8,7 +8,7 @@ from small_grid import ROOT
 
 from mifo_lightning.lab.report import front
 from mifo_lightning.lab.report.comparisons import compare
-from mifo_lightning.lab.report.document import bracketed, difference, intervals
+from mifo_lightning.lab.report.document import Table, bracketed, difference, intervals
 from mifo_lightning.lab.report.results import load
 from mifo_lightning.lab.report.verdict import verdict
 
@@ -26,6 +26,9 @@ def test_a_page_says_what_its_runs_say(page: Path) -> None:
     if ablation.sweep:  # at equal learning
         arms, found, skipped = list(ablation.swept), front.at_equal(ablation), 3
         means = {arm: front.reached(values) for arm, values in front.equal(ablation).items()}
+        tables = [block for block in front.front(ablation).blocks if isinstance(block, Table)]
+        rows = [f"| {' | '.join(row)} |" for table in tables for row in (table.header, *table.rows)]
+        assert [row for row in rows if row not in text.splitlines()] == []
     else:
         arms, scores, skipped = ablation.names, ablation.scores(ablation.primary), 0
         found, means = compare(ablation, scores), intervals(ablation, scores)

@@ -93,7 +93,10 @@ class View:
         self._ended += 1
         self._failed += result.status != "done"
         if self.ended is not None:
-            self.ended()
+            try:
+                self.ended()
+            except (InputError, OSError) as error:  # the fits that run are worth more
+                self.say(f"warning: {error}")
         self.show(running)
         line = f"{result.status:7} {cell.name}  {result.seconds:.0f} s"
         if not self.console.is_terminal:

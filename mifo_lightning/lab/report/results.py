@@ -20,6 +20,8 @@ Record = dict[str, Any]
 Kind = Literal["rl", "sft"]
 KINDS: tuple[Kind, ...] = ("rl", "sft")
 PLAN, RUNS = "ablation.json", "runs.csv"
+KIND_OF: dict[str, Callable[[str], str | int]] = {"ends_on": str, "sft_phases": int}
+"""Columns of `runs.csv` that are no float."""
 When = Literal["before", "after"]
 
 
@@ -259,7 +261,7 @@ def _read_runs(ablation: Ablation, path: Path) -> list[Cell]:
                     inner = summary
                     for key in keys[:-1]:
                         inner = inner.setdefault(key, {})
-                    inner[keys[-1]] = row[name] if name == "ends_on" else float(row[name])
+                    inner[keys[-1]] = KIND_OF.get(name, float)(row[name])
             place = (row["arm"], row["base"], int(row["seed"]), path.parent)
             cells.append(Cell(*place, row["status"], row["error"] or None, float("nan"), summary))
     except ValueError as error:
@@ -277,6 +279,7 @@ def _columns(ablation: Ablation) -> dict[str, tuple[str, ...]]:
         **{metric: ("after", metric) for metric in metrics},
         **{f"before: {metric}": ("before", metric) for metric in metrics},
         **{f"FLOPs {kind}": ("costs", kind, "flops") for kind in KINDS},
+        "sft_phases": ("sft_phases",),
         "ends_on": ("ends_on",),
     }
 
