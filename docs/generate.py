@@ -243,9 +243,9 @@ def results_of(methods: list[str]) -> str:
             (headline,) = re.findall(r"^(\*\*.*\*\*)$", text, re.M)[:1]
             title = text.partition("\n")[0].removeprefix("# ")
             shown = "\n".join(columns(row, head) for row in (head, rows[0], *found))
-            note = "".join(re.findall(r"^> (.*)\n", text, re.M)[:1])
+            note = "".join(f"{line} " for line in re.findall(r"^> (.*)\n", text, re.M)[:1])
             parts.append(
-                f"[{title}](/results/{report.parent.name}/report.md)\n\n{shown}\n\n{note} The study: {headline}"
+                f"[{title}](/results/{report.parent.name}/report.md)\n\n{shown}\n\n{note}The study: {headline}"
             )
     none = "No evidence that it helps or harms: no study of this repository has run it as an arm of its own."
     return "\n\n".join(parts or [none]) + "\n"
