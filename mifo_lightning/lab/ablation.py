@@ -2,7 +2,7 @@
 
     python -m mifo_lightning.lab ablation --config experiments/ablations/paper_table.yaml --dry_run
     python -m mifo_lightning.lab ablation --config experiments/ablations/paper_table.yaml --jobs 2
-    python -m mifo_lightning.lab ablation --config experiments/ablations/paper_table.yaml --only mifo/seed0/1
+    python -m mifo_lightning.lab ablation --config experiments/ablations/paper_table.yaml --only mifo/seed1
 
 Each fit is a process of its own. Whatever is killed, the same command goes on: finished fits are kept, unfinished ones
 resume from their last checkpoint and end with the same bits. A signal (SIGTERM, Ctrl-C) reaches all fits: each writes a

@@ -28,8 +28,8 @@ def gigabytes(count: float) -> str:
 def speed_line(found: Speed) -> str:
     """What the model of speed says, and that it is one."""
     return (
-        f"at most, by the model of planning/speed.py: decoding {found.decoding:,.0f} tokens/s, updates "
-        f"{found.update:,.0f} tokens/s, an RL step {found.step:,.1f} s"
+        f"at best, by the model of planning/speed.py: decoding {found.decoding:,.0f} tokens/s, updates "
+        f"{found.update:,.0f} tokens/s, {found.step:,.1f} s an RL step"
     )
 
 
