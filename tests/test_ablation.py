@@ -15,7 +15,8 @@ from small_grid import BASE, GRID, ROOT, write
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab import ablation, plan
-from mifo_lightning.lab.cell import check_fingerprint, fingerprint, fit, outcome, prepare, record_outcome
+from mifo_lightning.lab.cell import Outcome, check_fingerprint, fit, outcome, prepare, record_death, record_outcome
+from mifo_lightning.lab.fingerprint import fingerprint
 from mifo_lightning.lab.grid import cells, choose
 from mifo_lightning.lab.reading import read_ablation
 
@@ -49,7 +50,7 @@ def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Pa
     def present(**changes: Any) -> dict[str, Any]:
         arms = {"mifo": {"configs": [str(method)]}, "other": {}}
         fingerprint.__globals__["_digest_config"].cache_clear()
-        fingerprint.__globals__["_digest_model"].cache_clear()
+        fingerprint.__globals__["_digest"].cache_clear()
         changed = {"bases": {"b": str(base)}, "arms": arms, "primary_contrast": ["other", "mifo"], **changes}
         return fingerprint(cells(read_ablation(write(tmp_path, **changed)))[0])
 
@@ -117,23 +118,25 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(
     assert ablation.main(["--config", str(changed)]) == 2
     out, refused = capfd.readouterr()
     assert (out, refused.count("\n")) == ("", 1)
-    assert "bad/shipped/seed0" in refused
+    assert "mifo/shipped/seed0" in refused
     assert "other arguments; choose another `out`" in refused
 
 
 @pytest.mark.parametrize(
     ("after", "error"),
     [
-        ({"avg@1": 0.5, "x/avg@1": float("nan")}, "its final x/avg@1 is nan"),
-        ({"avg@1": float("inf")}, "its final avg@1 is inf"),
-        ({"x/avg@1": 0.5}, "its final evaluation has no avg@1; it has x/avg@1"),
-        ({"avg@1": 0.0}, None),
+        ({"avg@1": 0.5, "x/avg@1": float("nan"), "sorting/avg@1": 0.1}, "its final x/avg@1 is nan"),
+        ({"avg@1": float("inf"), "x/avg@1": 0.5, "sorting/avg@1": 0.1}, "its final avg@1 is inf"),
+        ({"x/avg@1": 0.5, "sorting/avg@1": 0.1}, "its final evaluation has no avg@1; it has x/avg@1, sorting/avg@1"),
+        ({"avg@1": 0.5}, "its final evaluation has no x/avg@1 and no sorting/avg@1; it has avg@1"),
+        ({"avg@1": 0.0, "x/avg@1": 0.5, "sorting/avg@1": 0.1}, None),
     ],
 )
 def test_a_fit_that_ends_well_without_finite_scores_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: dict[str, float], error: str | None
 ) -> None:
-    cell = cells(read_ablation(write(tmp_path)))[0]
+    sides = {"learned": ["x/avg@1"], "kept": ["sorting/avg@1"]}  # a misspelled metric would end as no number at all
+    cell = cells(read_ablation(write(tmp_path, trade_off=sides)))[0]
 
     def call(arguments: list[str]) -> int:
         (cell.directory / "summary.json").write_text(json.dumps({"after": after}), encoding="utf-8")
@@ -142,6 +145,16 @@ def test_a_fit_that_ends_well_without_finite_scores_has_failed(
     monkeypatch.setattr("mifo_lightning.lab.cell._call", call)
     fit(cell, fingerprint(cell))
     assert (outcome(cell.directory).status, outcome(cell.directory).error) == ("failed" if error else "done", error)
+
+
+def test_what_ends_a_process_after_its_result_takes_the_result_from_nobody(tmp_path: Path) -> None:
+    record_death(tmp_path, "its process ended with signal 9", 2.0)
+    assert outcome(tmp_path).error == "its process ended with signal 9"
+    (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
+    for error, status in ((None, "done"), ("error: it broke", "failed")):
+        record_outcome(tmp_path, error, 1.0)
+        record_death(tmp_path, "job 7: out of time while it removed checkpoints", 2.0)
+        assert outcome(tmp_path) == Outcome(status, error, 1.0)
 
 
 def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
@@ -153,11 +166,17 @@ def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
     plan.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nothing had been seen yet
     record_outcome(cells(first)[0].directory, "it broke", 1.0)
     plan.check_named_before(first, cells(first))
-    for changes, key in ((turned, "primary_contrast: "), ({"margin": 0.1}, "margin: 0.1: was 0.02")):
+    more = {"margin": 0.02, "seeds": [0, 1, 2]}  # runs are not added until a test succeeds
+    for changes, key in (
+        (turned, "primary_contrast: "),
+        ({"margin": 0.1}, "margin: 0.1: was 0.02"),
+        (more, "seeds: {'shipped': [0, 1, 2]}: was {'shipped': [0, 1]}"),
+    ):
         assert ablation.main(["--config", str(write(tmp_path, **changes))]) == 2
         line = capsys.readouterr().err
         assert line.startswith(f"error: {key}")
-        assert "put a pair of arms under `contrasts`, or choose another `out`" in line
+        assert "put a pair of arms under `contrasts`" in line
+        assert "choose another `out`" in line
 
 
 @pytest.mark.slow
@@ -192,6 +211,10 @@ def test_commit_and_command_are_those_of_the_calls_that_ran_fits(
     assert call("c", "third", fits=False) == ("b", "second")
     assert call("c", "fourth", fits=True) == ("b, c", "fourth")
     assert call("b", "fifth", fits=True) == ("b, c", "fifth")
+    path = tmp_path / "out" / "ablation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "note": "A fault."}), encoding="utf-8")
+    call("b", "sixth", fits=True)
+    assert json.loads(path.read_text(encoding="utf-8"))["note"] == "A fault."  # what a person added stays
 
 
 @pytest.mark.slow

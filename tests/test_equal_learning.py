@@ -87,6 +87,7 @@ def test_an_arm_that_keeps_more_at_equal_learning_is_ahead_by_just_that(tmp_path
     assert "'other' minus 'plain' in kept at learned = 0.8 is +0.050" in text
     assert "'other' is significantly ahead" in text
     assert "![kept against learned](report.svg)" in text
+    assert "All comparisons on kept at learned = 0.8 but a primary contrast" in text
 
 
 def test_a_base_that_does_not_reach_the_level_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -195,6 +196,7 @@ def test_a_sweep_named_after_a_run_is_refused(tmp_path: Path) -> None:
         ),
         ({"trade_off": {}}, "sweep: needs a trade_off and two bases or more"),
         ({"sweep": {"key": "a", "values": [1.0, 2.0]}}, "level"),
+        ({"design": "crossed", "seeds": [0, 1, 2]}, "design: crossed: a sweep compares within bases"),
     ],
 )
 def test_a_sweep_that_says_nothing_is_one_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

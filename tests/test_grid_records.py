@@ -1,6 +1,7 @@
 """Finished cells travel in one file: another machine goes on with the others, and mixes nothing up."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from small_grid import ROOT, write
 
 from mifo_lightning.lab import ablation as runner
-from mifo_lightning.lab.cell import fingerprint, outcome, record_outcome, write_json
+from mifo_lightning.lab.cell import outcome, record_outcome, write_json
+from mifo_lightning.lab.fingerprint import fingerprint
 from mifo_lightning.lab.grid import Cell, cells
 from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.lab.records import keep
@@ -19,7 +21,7 @@ ARMS = {"mifo": {"configs": ["methods/mifo"]}, "interleave": {"configs": ["metho
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    fingerprint.__globals__["_digest_model"].cache_clear()
+    fingerprint.__globals__["_digest"].cache_clear()
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_another_machine_runs_the_other_cells_alone_and_reports_all(tmp_path: Pa
     assert sorted(ran) == ["interleave/one/seed0", "mifo/one/seed0"]
     (tmp_path / "bases/one/config.json").unlink()  # what is finished needs no base
     (tmp_path / "bases/one").rmdir()
-    fingerprint.__globals__["_digest_model"].cache_clear()
+    fingerprint.__globals__["_digest"].cache_clear()
     other = tmp_path / "other.yaml"
     other.write_text(first.read_text(encoding="utf-8").replace(str(tmp_path / "here"), str(tmp_path / "there")))
     assert [json.loads(line)["cell"] for line in Path(records).read_text().splitlines()] == [
@@ -120,12 +122,12 @@ def test_cells_of_one_base_run_on_one_model(tmp_path: Path, ran: list[str], caps
     config = grid_of(tmp_path, "here", records=str(tmp_path / "cells.jsonl"))
     assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
     (tmp_path / "bases/one/config.json").write_text('{"other": 1}', encoding="utf-8")
-    fingerprint.__globals__["_digest_model"].cache_clear()
+    fingerprint.__globals__["_digest"].cache_clear()
     capsys.readouterr()
     assert runner.main(["--config", str(config), "--only", "interleave/one"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: bases.one: ")
-    assert "another model" in error
+    assert "another model for interleave/one/seed0 than for mifo/one/seed0, which has been run" in error
     assert error.count("\n") == 1
     assert runner.main(["--config", str(config), "--only", "interleave/two"]) == 0
     assert ran == ["mifo/one/seed0", "interleave/two/seed1"]
@@ -149,7 +151,7 @@ def test_a_line_that_is_no_record_is_named_and_lines_of_other_grids_stay(
     config = grid_of(tmp_path, "here", records=str(records))
     foreign = {"cell": "gone/one/seed0", "seconds": 1.0, "fingerprint": {}, "summary": {}}
     records.write_text(json.dumps(foreign) + "\n", encoding="utf-8")
-    keep(records, cells(read_ablation(config)))
+    keep(records, read_ablation(config), cells(read_ablation(config)))
     assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
     assert [json.loads(line)["cell"] for line in records.read_text().splitlines()] == [
         "gone/one/seed0",
@@ -158,3 +160,98 @@ def test_a_line_that_is_no_record_is_named_and_lines_of_other_grids_stay(
     records.write_text('{"cell": "mifo/one/seed0"}\n', encoding="utf-8")
     assert runner.main(["--config", str(config)]) == 2
     assert f"{records}, line 1: is no record of a finished cell" in capsys.readouterr().err
+
+
+def test_what_was_named_before_holds_on_every_machine(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = str(tmp_path / "cells.jsonl")
+    assert runner.main(["--config", str(grid_of(tmp_path, "here", records=records)), "--only", "mifo/one"]) == 0
+    arms = {**ARMS, "third": {}}
+    turned = {"primary_contrast": ["third", "interleave"], "arms": arms}
+    fewer = {"bases": {"one": str(tmp_path / "bases/one")}}
+    for place, (changes, key) in enumerate([({"margin": 0.1}, "margin: 0.1"), (turned, "primary_c"), (fewer, "bases")]):
+        config = grid_of(tmp_path, f"elsewhere{place}", records=records, **changes)
+        assert runner.main(["--config", str(config)]) == 2
+        line = capsys.readouterr().err
+        assert f"error: {key}" in line
+        assert f"when runs of {records} were made" in line
+    other_study = grid_of(tmp_path, "there", records=records, margin=0.1, name="another study")
+    assert runner.main(["--config", str(other_study), "--only", "mifo/two"]) == 0
+    assert ran == ["mifo/one/seed0", "mifo/two/seed1"]
+
+
+def test_a_page_of_restored_runs_says_when_they_were_made(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = str(tmp_path / "cells.jsonl")
+    for commit, arm in (("aaa", "mifo"), ("bbb", "interleave")):
+        monkeypatch.setattr("mifo_lightning.lab.plan.commit", lambda commit=commit: commit)
+        monkeypatch.setattr("mifo_lightning.lab.records.commit", lambda commit=commit: commit)
+        assert runner.main(["--config", str(grid_of(tmp_path, "here", records=records)), "--only", arm]) == 0
+    monkeypatch.setattr("mifo_lightning.lab.plan.commit", lambda: "ccc")
+    monkeypatch.setattr("mifo_lightning.lab.records.commit", lambda: "ccc")
+    ran.clear()
+    assert runner.main(["--config", str(grid_of(tmp_path, "there", records=records))]) == 0
+    assert ran == []
+    plan = json.loads((tmp_path / "there/ablation.json").read_text(encoding="utf-8"))
+    assert plan["commit"].split(", ") == ["aaa", "bbb"]
+    assert "--config" in plan["command"]
+    kept = [json.loads(line)["commit"] for line in Path(records).read_text(encoding="utf-8").splitlines()]
+    assert sorted(kept) == ["aaa", "aaa", "bbb", "bbb"]
+
+
+def test_two_finished_cells_of_one_base_began_with_one_model(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "cells.jsonl"
+    config = grid_of(tmp_path, "here", records=str(records))
+    assert runner.main(["--config", str(config), "--only", "mifo/one", "interleave/one"]) == 0
+    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    rows[1]["fingerprint"]["base model"] = "made elsewhere"
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for file in (tmp_path / "bases/one").iterdir():
+        file.unlink()
+    (tmp_path / "bases/one").rmdir()  # nothing here says which of them is right
+    fingerprint.__globals__["_digest"].cache_clear()
+    there = tmp_path / "there.yaml"
+    there.write_text(config.read_text(encoding="utf-8").replace(str(tmp_path / "here"), str(tmp_path / "there")))
+    capsys.readouterr()
+    assert runner.main(["--config", str(there), "--only", "mifo/two"]) == 2
+    line = capsys.readouterr().err
+    assert "another model for interleave/one/seed0 than for mifo/one/seed0" in line
+    assert line.count("\n") == 1
+
+
+def test_cells_of_one_grid_read_the_same_rows(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n", encoding="utf-8")
+    monkeypatch.setenv("MIFO_DATA", str(tmp_path))
+    changes = {"records": str(tmp_path / "cells.jsonl"), "set": {"data.val": "${oc.env:MIFO_DATA,data}/rows.jsonl"}}
+    config = grid_of(tmp_path, "here", **changes)
+    assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
+    rows.write_text('{"other": 1}\n', encoding="utf-8")
+    fingerprint.__globals__["_digest"].cache_clear()
+    there = grid_of(tmp_path, "there", **changes)
+    for only in ("interleave/one", "mifo/one"):
+        assert runner.main(["--config", str(there), "--only", only]) == 2
+        assert "rows.jsonl" in capsys.readouterr().err
+    rows.unlink()  # what is not there is not compared: another machine may report
+    fingerprint.__globals__["_digest"].cache_clear()
+    assert runner.main(["--config", str(there), "--only", "mifo/one"]) == 0
+    assert ran == ["mifo/one/seed0"]
+
+
+def test_finished_cells_of_other_settings_are_no_part_of_the_report(
+    tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.main(["--config", str(grid_of(tmp_path, "here"))]) == 0
+    changed = grid_of(tmp_path, "here", set={"data.schedule.rl_steps": 9})
+    shutil.rmtree(tmp_path / "here/mifo")
+    ran.clear()
+    assert runner.main(["--config", str(changed), "--only", "mifo"]) == 2
+    assert "interleave/one/seed0: " in (line := capsys.readouterr().err)
+    assert "was run with other arguments" in line
+    assert ran == []

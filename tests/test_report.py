@@ -159,6 +159,19 @@ def test_what_no_monitor_recorded_is_left_out_in_one_line(tmp_path: Path) -> Non
         assert f"? (monitor {monitor})" in text
 
 
+def test_curves_of_an_arm_are_of_all_its_runs_or_not_drawn(tmp_path: Path) -> None:
+    root = make(tmp_path, {"ref": 0.5, "a": 0.6}, bases=2, seeds=1)
+    write_report(root)
+    assert "Learning curves of a" in (root / "report.html").read_text()
+    assert "Not drawn" not in (root / "report.html").read_text()
+    (root / "arm1/seed1/seed0/history.jsonl").unlink()  # restored from another machine: its summary alone
+    write_report(root)
+    page = (root / "report.html").read_text()
+    assert "Learning curves of a" not in page
+    assert "Learning curves of ref" in page
+    assert "Not drawn, since runs made elsewhere left no history here: &#39;a&#39;." in page
+
+
 def test_a_page_of_the_bases_that_are_whole_says_so_and_is_remade_from_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

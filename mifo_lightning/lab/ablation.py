@@ -24,10 +24,11 @@ import yaml
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.cell import LOCK, LOG, held, outcome
 from mifo_lightning.lab.exit_status import exit_status
+from mifo_lightning.lab.fingerprint import check_settings
 from mifo_lightning.lab.grid import Ablation, Cell, cells, choose, sweep, with_wandb
 from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
 from mifo_lightning.lab.reading import check_bases, read_ablation, replaced
-from mifo_lightning.lab.records import check_same_bases, keep, restore
+from mifo_lightning.lab.records import check_same_inputs, keep, restore
 from mifo_lightning.lab.runner import IMPORTS, IMPORTS_OF_WANDB, View, run_here, run_on_cluster, unfinished
 
 
@@ -37,14 +38,16 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     if missing:  # known before the fits, not after them
         raise InputError(f"the report needs {' and '.join(missing)}: pip install 'mifo-lightning[lab]'")
     grid = cells(ablation)
-    if ablation.records:
-        restore(ablation.records, grid)
+    restored = restore(ablation.records, ablation, grid) if ablation.records else []
     check_named_before(ablation, grid)
     chosen = choose(grid, only)
+    for cell in grid:  # all that are done stand in the report
+        if outcome(cell.directory).status == "done":
+            check_settings(cell)
     work = unfinished(chosen)
     check_bases(ablation, {cell.base for cell, _ in work})
-    check_same_bases(work, grid)
-    write_plan(ablation, command, fits=bool(work))
+    check_same_inputs(work, grid)
+    write_plan(ablation, command, bool(work), restored)
     if work:
         warn(ablation)
     record = partial(_record, ablation, grid)  # after every fit: a machine may go at any time
@@ -76,7 +79,7 @@ def _record(ablation: Ablation, grid: Sequence[Cell]) -> None:
     """Keep the finished cells, where the ablation names a file for them."""
     if ablation.records:
         with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
-            keep(ablation.records, grid)
+            keep(ablation.records, ablation, grid)
 
 
 def warn(ablation: Ablation) -> None:

@@ -1,7 +1,6 @@
 """One cell of a grid in its directory: what it was run with, where it stopped, and the fit itself."""
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -11,23 +10,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mifo_lightning.cli.packaged import DEFAULTS, find
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.files import replace_text
+from mifo_lightning.lab.fingerprint import FINGERPRINT, Fingerprint, check_same, read_fingerprint
 from mifo_lightning.lab.grid import Cell
 
-FINGERPRINT, OUTCOME, SUMMARY, LOG, LOCK = "fingerprint.json", "outcome.json", "summary.json", "log.txt", "lock"
-Fingerprint = dict[str, Any]
+OUTCOME, SUMMARY, LOG, LOCK = "outcome.json", "summary.json", "log.txt", "lock"
 
 
 @dataclass(frozen=True)
@@ -39,32 +34,13 @@ class Outcome:
     seconds: float = 0.0
 
 
-def fingerprint(cell: Cell) -> Fingerprint:
-    """What decides a cell's result, our code aside: arguments, contents of configurations, files of the base model.
-
-    The latter are None where the base is not there.
-    """
-    return {
-        "arguments": list(cell.settings),
-        "configurations": [_digest_config(find(file) or Path(file)) for file in (str(DEFAULTS), *cell.configs)],
-        "base model": _digest_model(cell.model) if cell.model.is_dir() else None,
-    }
-
-
 def check_fingerprint(cell: Cell, present: Fingerprint) -> None:
     """Raise InputError if the cell's directory holds something else than a run of exactly this cell."""
-    path = cell.directory / FINGERPRINT
-    if not path.is_file():
-        if cell.directory.is_dir() and {entry.name for entry in cell.directory.iterdir()} - {LOG, LOCK}:
-            raise InputError(f"{cell.name}: {cell.directory} holds other files; choose another `out` or remove it")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key, value in present.items() if value is not None and before.get(key) != value]
-    if changed:
-        raise InputError(
-            f"{cell.name}: {cell.directory} was run with other {' and '.join(changed)}; "
-            "choose another `out` or remove that directory"
-        )
+    before = read_fingerprint(cell.directory)
+    if before is not None:
+        check_same(cell, before, present)
+    elif cell.directory.is_dir() and {entry.name for entry in cell.directory.iterdir()} - {LOG, LOCK}:
+        raise InputError(f"{cell.name}: {cell.directory} holds other files; choose another `out` or remove it")
 
 
 def outcome(directory: Path) -> Outcome:
@@ -83,6 +59,12 @@ def record_outcome(directory: Path, error: str | None, seconds: float, cut_off: 
     """Write how an attempt ended; an error of None means that it is done, `cut_off` that a signal is to blame."""
     record = {"error": error, "seconds": round(seconds, 3)}
     write_json(directory / OUTCOME, record | ({"cut_off": True} if cut_off else {}))
+
+
+def record_death(directory: Path, error: str, seconds: float) -> None:
+    """Write that an attempt was ended from outside, unless it had said before how it ended."""
+    if outcome(directory).status not in ("done", "failed"):
+        record_outcome(directory, error, seconds)
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -116,7 +98,7 @@ def fit(cell: Cell, present: Fingerprint) -> None:
         with output_to(directory / LOG):
             status = _call([*cell.arguments, *prepare(directory)])
         cut_off = status > 128
-        error = last_line(directory / LOG) if status else _broken(directory / SUMMARY, cell.primary)
+        error = last_line(directory / LOG) if status else _broken(directory / SUMMARY, cell.needed)
         record_outcome(directory, error, time.monotonic() - began, cut_off)
         if error is None:  # nothing will go on from its checkpoint, and a grid has many
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -198,13 +180,13 @@ def _call(arguments: list[str]) -> int:
     return 0
 
 
-def _broken(summary: Path, primary: str) -> str | None:
+def _broken(summary: Path, needed: Sequence[str]) -> str | None:
     """Why a fit that ended well has no result; None if it has one. Numbers that are none must not be averaged."""
     if not summary.is_file():
         return f"it wrote no {SUMMARY}: the group `summary` must not be null"
     after = json.loads(summary.read_text(encoding="utf-8"))["after"]
-    if primary not in after:
-        return f"its final evaluation has no {primary}; it has {', '.join(after) or 'nothing'}"
+    if lacking := [key for key in needed if key not in after]:
+        return f"its final evaluation has no {' and no '.join(lacking)}; it has {', '.join(after) or 'nothing'}"
     wrong = next((key for key, value in after.items() if not math.isfinite(value)), None)
     return f"its final {wrong} is {after[wrong]}" if wrong else None
 
@@ -224,20 +206,3 @@ def _clear(directory: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name not in (FINGERPRINT, LOG, LOCK):
             entry.unlink()
-
-
-@cache
-def _digest_config(path: Path) -> str:
-    """Of what a YAML file says; its comments do not count."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@cache
-def _digest_model(directory: Path) -> str:
-    """Of names and contents of the files in a model directory."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.is_file()):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]

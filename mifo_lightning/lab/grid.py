@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,8 +140,8 @@ class Cell:
     """Configurations that decide the result too."""
     model: Path
     """Directory of the base model."""
-    primary: str
-    """Key of the final evaluation without which the cell has no result."""
+    needed: tuple[str, ...]
+    """Keys of the final evaluation without which the cell has no result."""
 
     @property
     def name(self) -> str:
@@ -225,7 +226,8 @@ def _cell(ablation: Ablation, arm: str, base: str, seed: int) -> Cell:
         "data.schedule.fit_sizes": False,
     }
     settings = [text for file in configs for text in ("--config", file)] + flags(values)
-    return Cell(arm, base, seed, directory, tuple(settings), tuple(flags(places)), configs, model, ablation.primary)
+    needed = tuple(dict.fromkeys([ablation.primary, *chain(*ablation.trade_off.values())]))
+    return Cell(arm, base, seed, directory, tuple(settings), tuple(flags(places)), configs, model, needed)
 
 
 def _logger(ablation: Ablation, name: str, directory: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,53 +12,59 @@ from mifo_lightning.lab.cell import LOCK, held, outcome, write_json
 from mifo_lightning.lab.grid import Ablation, Cell, slug
 
 PLAN = "ablation.json"
-NAMED_BEFORE = ("primary", "trade_off", "primary_contrast", "margin", "sweep")
+NAMED_BEFORE = ("primary", "trade_off", "primary_contrast", "margin", "sweep", "bases", "seeds")
 """What a reader takes to have been named before a run had been seen."""
 
 
-def write_plan(ablation: Ablation, command: str, fits: bool) -> None:
-    """Write `ablation.json`; its `commit` (all of them, in order) and `command` are those of calls with fits to run.
+def write_plan(ablation: Ablation, command: str, fits: bool, restored: Sequence[str] = ()) -> None:
+    """Write `ablation.json`, before the fits, so that a call that is killed is recorded too.
 
-    Written before the fits, so that a call that is killed is recorded too.
+    Its `commit` (all of them, in order) and `command` are those of calls with fits to run; commits of fits that were
+    restored from records, `restored`, come first.
     """
     path = ablation.out / PLAN
-    keys = ("name", "question", "setting", "metrics", "trade_off", "reference", "contrasts", "design")
+    keys = ("name", "question", "setting", "metrics", "reference", "contrasts", "design")
     record = {
         **{key: getattr(ablation, key) for key in keys},
-        **_named_before(ablation),
+        **named_before(ablation),
         "arms": [{"name": name, "directory": slug(name), **asdict(arm)} for name, arm in ablation.run_arms.items()],
         "swept": ablation.swept,
-        "bases": list(ablation.bases),
-        "seeds": {base: ablation.seeds_of(base) for base in ablation.bases},
     }
     with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        made = {key: before.get(key) for key in ("command", "commit")}
-        if fits:
-            commits = (made["commit"] or "").split(", ")
-            commits += [now for now in [commit()] if now and now not in commits]
-            made = {"command": command, "commit": ", ".join(filter(None, commits)) or None}
+        made: dict[str, str | None] = {"command": None, "commit": None}
+        made |= {key: before[key] for key in ("command", "commit", "note") if key in before}
+        commits = [*(made["commit"] or "").split(", "), *restored, *([commit()] if fits else [])]
+        if fits or (restored and not made["command"]):
+            made["command"] = command
+        made["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
         write_json(path, {**record, **made})
 
 
 def check_named_before(ablation: Ablation, grid: Iterable[Cell]) -> None:
-    """Raise InputError if what is tested was named anew after a fit had ended."""
+    """Raise InputError if what is tested, or on what, was named anew after a fit had ended."""
     path = ablation.out / PLAN
-    if not path.is_file() or all(outcome(cell.directory).status == "missing" for cell in grid):
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in _named_before(ablation).items():
+    if path.is_file() and any(outcome(cell.directory).status != "missing" for cell in grid):
+        check_same_names(ablation, json.loads(path.read_text(encoding="utf-8")), ablation.out)
+
+
+def check_same_names(ablation: Ablation, before: Mapping[str, Any], where: Path) -> None:
+    """Raise InputError if what is tested, or on what, differs from what was named `before` the runs of `where`."""
+    for key, value in named_before(ablation).items():
         if before.get(key) != value:
             raise InputError(
-                f"{key}: {value}: was {before.get(key)} when runs of {ablation.out} were made; one "
-                "named after them is exploratory: put a pair of arms under `contrasts`, or choose another `out`"
+                f"{key}: {value}: was {before.get(key)} when runs of {where} were made; one named after them is "
+                "exploratory: put a pair of arms under `contrasts`, take some bases by `lab report --bases`, or choose "
+                f"another `out`{' and `records`' if ablation.records else ''}"
             )
 
 
-def _named_before(ablation: Ablation) -> dict[str, Any]:
-    """What the plan has of it."""
+def named_before(ablation: Ablation) -> dict[str, Any]:
+    """What the plan has of it, in types of JSON."""
+    found = {key: getattr(ablation, key) for key in NAMED_BEFORE}
     sweep = None if ablation.sweep is None else asdict(ablation.sweep)
-    return {key: sweep if key == "sweep" else getattr(ablation, key) for key in NAMED_BEFORE}
+    bases = list(ablation.bases)
+    return {**found, "sweep": sweep, "bases": bases, "seeds": {base: ablation.seeds_of(base) for base in bases}}
 
 
 def write_cells(ablation: Ablation, grid: Iterable[Cell]) -> list[dict[str, Any]]:

@@ -148,6 +148,8 @@ def _check_sweep(ablation: Ablation, path: Path) -> None:
         raise InputError(f"{path}: sweep.values: {sweep.values}: allowed are two numbers or more, in rising order")
     if not ablation.trade_off or len(ablation.bases) < 2:
         raise InputError(f"{path}: sweep: needs a trade_off and two bases or more: arms are compared on it within each")
+    if ablation.design == "crossed":
+        raise InputError(f"{path}: design: crossed: a sweep compares within bases, each with seeds of its own: nested")
     if not math.isfinite(sweep.level):
         raise InputError(f"{path}: sweep.level: {sweep.level}: allowed are finite numbers")
     if source := next((GIVEN[own] for own in GIVEN if f"{sweep.key}.".startswith(f"{own}.")), None):

@@ -19,15 +19,14 @@ from mifo_lightning.common.terminal import printable
 from mifo_lightning.lab.cell import (
     LOG,
     ClusterCell,
-    Fingerprint,
     Outcome,
     check_fingerprint,
     child,
-    fingerprint,
     last_line,
     outcome,
-    record_outcome,
+    record_death,
 )
+from mifo_lightning.lab.fingerprint import Fingerprint, fingerprint
 from mifo_lightning.lab.grid import Cell
 
 # imported once for all fits of `run_here`; W&B imports the latter two when a run begins
@@ -137,7 +136,7 @@ def run_here(work: Work, jobs: int, imports: Sequence[str], view: View) -> None:
                 if process.exitcode:  # the fit itself catches errors: the process was ended from outside
                     how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"status {process.exitcode}"
                     error = f"its process ended with {how}: {last_line(cell.directory / LOG)}"
-                    record_outcome(cell.directory, error, time.monotonic() - began)
+                    record_death(cell.directory, error, time.monotonic() - began)
                 view.end(cell, outcome(cell.directory), len(running))
     except Interrupted as stop:
         for process, _, _ in running.values():
@@ -177,7 +176,7 @@ def run_on_cluster(work: Work, options: dict[str, Any], folder: Path, view: View
         for pair in [pair for pair in pending if pair[0].done()]:
             job, cell = pair
             pending.remove(pair)
-            if job.exception() is not None and outcome(cell.directory).status != "failed":
-                record_outcome(cell.directory, f"job {job.job_id}: {last_line(job.paths.stderr)}", 0.0)
+            if job.exception() is not None:
+                record_death(cell.directory, f"job {job.job_id}: {last_line(job.paths.stderr)}", 0.0)
             view.end(cell, outcome(cell.directory), len(pending))
         time.sleep(1 if pending else 0)

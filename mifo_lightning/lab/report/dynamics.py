@@ -29,7 +29,8 @@ CONSTANT = 0.005
 def learning(ablation: Ablation) -> Section:
     """Learning curves."""
     question = "How did they learn?"
-    drawn = {arm: data for arm in ablation.names if (data := learning_curves(ablation.done(arm)))}
+    whole = [arm for arm in ablation.names if all(cell.history for cell in ablation.done(arm))]
+    drawn = {arm: data for arm in whole if (data := learning_curves(ablation.done(arm)))}
     if not drawn:
         return Section(question, monitor="history")
     last = {
@@ -47,6 +48,8 @@ def learning(ablation: Ablation) -> Section:
     )
     sources = sorted({source for data in drawn.values() for source in data.accuracy})
     legend = Legend("Share correct, and reward", [*keys(sources), Key("reward", INK)])
+    absent = [repr(arm) for arm in ablation.names if arm not in whole]
+    text += f" Not drawn, since runs made elsewhere left no history here: {', '.join(absent)}." if absent else ""
     ended = {arm: float(x[np.isfinite(x)][-1]) for arm, d in drawn.items() if np.isfinite(x := d.reward).any()}
     answer = [f"The mean reward of the last rollouts is {ends(ended)}."] if ended else []
     return Section(question, answer, blocks=[Gallery(pictures, [legend], [text], "small")])

@@ -34,7 +34,6 @@ Curve = tuple[Scores, Scores]
 def front(ablation: Ablation) -> Section:
     """Kept at equal learning, arm by arm, and the curves that it is read off."""
     sweep, (learned, kept) = ablation.the_sweep, ablation.trade_off
-    at = f"{kept} at {learned} = {sweep.level:g}"
     scores, found, along = equal(ablation), at_equal(ablation), curves(ablation)
     rows = []
     for arm in ranked(ablation, scores):
@@ -42,7 +41,14 @@ def front(ablation: Ablation) -> Section:
         row = [arm, bracketed(here), f"{np.isfinite(scores[arm]).sum()} of {len(ablation.bases)}"]
         row += [str(count) for count in missed(along[arm][0], sweep.level)]
         rows.append([*row, *([difference(c), f"{c.ahead} of {c.bases}", probability(c.p)] if c else ["", "", ""])])
-    header = ["arm", at, "bases that reach it", "below", "above at once", f"difference to {ablation.reference}"]
+    header = [
+        "arm",
+        ablation.compared,
+        "bases that reach it",
+        "below",
+        "above at once",
+        f"difference to {ablation.reference}",
+    ]
     caption = f"Mean [95 % interval] over the bases that reach the level, by the difference to {ablation.reference}"
     table = Table(f"{caption}; p is Holm's, but for a primary contrast", [*header, "ahead on bases", "p"], rows)
     text = (
@@ -56,8 +62,7 @@ def front(ablation: Ablation) -> Section:
 
 def contrasts(ablation: Ablation) -> Section | None:
     """Named pairs at equal learning."""
-    learned, kept = ablation.trade_off
-    return named_pairs(ablation, f"{kept} at {learned} = {ablation.the_sweep.level:g}", at_equal(ablation), {})
+    return named_pairs(ablation, ablation.compared, at_equal(ablation), {})
 
 
 def chosen(ablation: Ablation) -> Section | None:

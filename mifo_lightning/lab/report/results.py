@@ -109,6 +109,14 @@ class Ablation:
         return self.sweep
 
     @property
+    def compared(self) -> str:
+        """What comparisons are of: the primary metric, or what is kept at equal learning."""
+        if self.sweep is None:
+            return self.primary
+        learned, kept = self.trade_off
+        return f"{kept} at {learned} = {self.sweep.level:g}"
+
+    @property
     def base_names(self) -> list[str]:
         """The bases as a reader sees them, not to be taken for seeds."""
         return [f"base {base}" for base in self.bases]

@@ -76,7 +76,7 @@ def made(ablation: Ablation) -> Section:
         f"{_interval(ablation)} A difference is taken on the same base with the same seed.",
         "p is two-sided, and the larger one of two probabilities: that of Student's t for this interval, and that of a "
         "mean difference at least as large if each base's mean difference could as well have the opposite sign (all "
-        f"assignments of signs up to {EXACT} bases). All comparisons on {ablation.primary} but a primary contrast are "
+        f"assignments of signs up to {EXACT} bases). All comparisons on {ablation.compared} but a primary contrast are "
         "corrected together by Holm's method. Other metrics and pictures are descriptive.",
     ]
     text += [_simulated(ablation.design, len(ablation.bases))] if len(ablation.bases) > 1 else []
