@@ -114,6 +114,7 @@ class MifoModule(LightningModule):
         adapter: Adapter | None = None,
         seed: int | None = None,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_kinds("model", given, MifoModule)
         super().__init__()
@@ -126,7 +127,7 @@ class MifoModule(LightningModule):
             adapter.check("model.adapter")
             fixed = "0 with an adapter: its reference is the model without it"
             require("model.loss.reference_sync_steps", loss.reference_sync_steps, not loss.reference_sync_steps, fixed)
-        model = str(model) if isinstance(model, Path) else Loaded(*model) if isinstance(model, tuple) else model
+        model = Loaded(*model) if isinstance(model, tuple) else model
         self.model_name, self.loading, self.optimizer_settings = model, loading, optimizer
         self.adapter = adapter
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model, loading.trust_remote_code)
@@ -265,7 +266,8 @@ class MifoModule(LightningModule):
             `samples` texts for each prompt. The same seed, prompt and weights give the same ones.
 
         Raises:
-            InputError: If the model cannot be loaded, its weights are sharded, or a prompt is refused.
+            InputError: If the model cannot be loaded, its weights are sharded, or a prompt, its length with the longest
+                response, or a setting of the sampling is refused.
         """
         self.load()
         if isinstance(self.policy, FSDPModule):
@@ -273,8 +275,10 @@ class MifoModule(LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         own = ChatTemplate(self.tokenizer, None, date.today())
         template = data.prompt_template() if isinstance(data, QuestionData) else own
+        sampling = sampling or self.sampling
+        sampling.check("generate: sampling")
         with torch.no_grad():
-            return answers(self.responder, self._policy, template, prompts, sampling or self.sampling, samples)
+            return answers(self.responder, self._policy, template, prompts, sampling, samples)
 
     def configure_optimizers(self) -> AdamW:
         """One fused AdamW; `PhaseAdamW` gives each phase kind its own moments and settings."""
@@ -293,6 +297,8 @@ class MifoModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
+        self._metrics.take()  # of a step that an exception ended
+        self._finite.begin()
         warn_of_single_steps(self.trainer, self.optimizer_settings.moments)
         with restoring("mifo.engines"):
             engines = self._restored.get("engines", [])

@@ -19,11 +19,12 @@ from mifo_lightning.losses import advantages
 from mifo_lightning.losses.advantages import BatchStd
 from mifo_lightning.losses.surrogates import Clipped
 from mifo_lightning.methods import HPT, Luffy
+from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.rollout.settings import Rollout
-from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import PolicyLoss, check_rl
+from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings
+from mifo_lightning.steps.settings import PolicyLoss, SFTLoss, check_rl
 
 MakeTrainer = Callable[..., Trainer]
 R = torch.tensor([[0.5, 1.1, 2.5, 6.0]])
@@ -181,6 +182,12 @@ def test_the_reference_follows_the_policy_and_survives_a_resume(make_trainer: Ma
         ({"clip_dual": 0.0}, None, "clip_dual: 0.0 "),
         ({"clip_dual": 3.0, "surrogate": "reinforce"}, None, "clip_dual: 3.0 is not allowed; it must be null unless "),
         ({"kl_estimator": "k4"}, None, "kl_estimator: k4 is not allowed; it must be k1, k2 or k3"),
+        (
+            {"aggregation": "tokens"},
+            None,
+            "aggregation: tokens is not allowed; it must be sequence, token, constant or s",
+        ),
+        ({"ratio": "seq"}, None, "ratio: seq is not allowed; it must be token or sequence"),
         ({"kl_in_reward": True}, None, "kl_in_reward: True is not allowed; it must be false unless kl_coefficient "),
         ({"reference_sync_steps": -1}, None, "reference_sync_steps: -1 is not allowed; it must be at least 0"),
         ({"reference_sync_steps": 2}, None, "reference_sync_steps: 2 is not allowed; it must be 0 unless kl_coeffic"),
@@ -194,3 +201,21 @@ def test_what_is_impossible_is_one_line(changes: dict[str, Any], mixing: Any, li
         check_rl(Rollout(), PolicyLoss(**changes), mixing)
     assert str(refused.value).startswith(f"model.loss.{line}")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (SFTLoss(demonstrations="initail"), "demonstrations: initail is not allowed; it must be data, own, initial or"),  # type: ignore[arg-type]
+        (OptimizerSettings(moments="kept"), "moments: kept is not allowed; it must be reset, keep or shared"),  # type: ignore[arg-type]
+        (AdamWSettings(schedule="Linear", decay_steps=9), "schedule: Linear is not allowed; it must be constant, li"),  # type: ignore[arg-type]
+        (Schedule(final_sft="dropped"), "final_sft: dropped is not allowed; it must be keep or drop"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_name_that_is_none_is_refused_from_python_too(settings: Any, line: str) -> None:
+    """The command line knows the types; a program may be mistaken, and would train something else without a word."""
+    with pytest.raises(InputError) as refused:
+        settings.check("key")
+    assert str(refused.value).startswith(f"key.{line}")
+    with pytest.raises(InputError, match=r"export\.dtype: bfloat16 is not allowed; it must be loaded or float32"):
+        ExportModel(dtype="bfloat16")  # type: ignore[arg-type]

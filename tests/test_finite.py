@@ -1,5 +1,6 @@
 """Nothing broken passes as finished: numbers that are not finite skip one step, then stop the run."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,34 @@ def test_a_second_one_in_a_row_stops_and_leaves_the_last_checkpoint(make_trainer
     assert state["global_step"] == 3
     assert all(w.isfinite().all() for w in state["state_dict"].values())
     assert not (tmp_path / "model").exists()
+
+
+class Stops(Callback):
+    """Ends the training between the backward of a step and its update, as Ctrl-C or a lack of memory may."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 1:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("how", [Stops(), Poison(0, 1)])
+def test_a_module_whose_training_ended_in_an_error_trains_again_as_a_fresh_one(
+    make_trainer: MakeTrainer, how: Callback
+) -> None:
+    module, fresh = make_module(), make_module()
+    trainer = make_trainer([how])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((RuntimeError, TrainingError)):
+            trainer.fit(module, datamodule=make_data())
+    fresh.load()
+    fresh.load_state_dict(module.state_dict())
+    lines = []
+    for one in (module, fresh):
+        history = History(["rl/*", "rollout/reward", "rollout/entropy"])
+        make_trainer([history], max_steps=2).fit(one, datamodule=make_data())
+        lines.append(history.lines)
+    assert lines[0] == lines[1]
 
 
 def test_a_run_resumed_between_two_broken_steps_stops_as_the_undisturbed_one(

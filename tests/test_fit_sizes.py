@@ -55,11 +55,9 @@ def fitted(
             {"size": 128, "sft_batch": 64, "prompts_per_step": 32, "sft_epochs": 2},
             {"buffer.size": 20, "data.schedule.sft_batch": 10, "data.schedule.prompts_per_step": 30},
         ),
-        ({"size": 6}, {"buffer.size": 4}),
         ({"size": 7, "sft_batch": 8}, {"data.schedule.sft_batch": 7}),
-        ({"size": 7, "sft_batch": 8, "ranks": 2}, {"data.schedule.sft_batch": 6, "buffer.size": 6}),
         ({"size": 7, "sft_batch": 64, "sft_epochs": 2}, {"data.schedule.sft_batch": 7}),  # a step an epoch
-        ({"size": 5, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "buffer.size": 4}),
+        ({"size": 25, "sft_batch": 14, "sft_epochs": 3}, {"data.schedule.sft_batch": 12, "buffer.size": 20}),
         ({"sft_batch": 64, "sft_before": 2}, {"data.schedule.sft_batch": 20}),
         ({"sft_batch": 64, "sft_after": 2, "prompts_per_step": 8, "ranks": 8}, {"data.schedule.sft_batch": 16}),
         ({"prompts_per_step": 32}, {"data.schedule.prompts_per_step": 30}),
@@ -104,7 +102,8 @@ def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_
         else:
             smaller = itertools.product(range(unit, batch + 1, unit), range(1, (size or 1) + 1))
             could = [x for x in smaller if runs(replace(other, sft_batch=x[0]), shown, size and x[1], unit)]
-            assert batch % unit or not could
+            fills = size is not None and size <= shown  # S is the method's: where the data can fill it, it stays
+            assert batch % unit or fills or not could
             seen["refused"] += 1
     assert min(seen.values()) > 1000, seen
 
@@ -121,6 +120,8 @@ def test_what_can_be_run_is_never_changed_and_what_is_fitted_can_be_run_and_has_
             r"prompts_per_step: 32 is more than the 30",
         ),
         ({"size": 6, "sft_batch": 3, "ranks": 2}, r"sft_batch: 3 does not divide by 2"),
+        ({"size": 6}, r"sft_batch: 4 does not divide an SFT phase of 6 demonstrations"),
+        ({"size": 7, "sft_batch": 8, "ranks": 2}, r"sft_batch: 8 does not divide an SFT phase of 7 demonstrations"),
         ({"prompts_per_step": 5, "ranks": 2}, r"prompts_per_step: 5 does not divide by 2"),
         ({"prompts_per_step": 64, "minibatches": 32}, r"prompts_per_step: 64 .*30"),
     ],
@@ -176,6 +177,16 @@ def test_a_resumed_run_fits_the_same_and_ends_with_the_same_bits(make_trainer: A
     assert data.fitted["data.schedule.sft_batch"] == (32, 5)
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_data_that_is_used_twice_is_fitted_and_seeded_by_each_module(make_trainer: Any) -> None:
+    data = make_data(seed=None, schedule=Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4))
+    found = []
+    for seed, size in ((1, 2), (2, 8)):
+        switch = BufferPhaseSwitch(size=size, max_accuracy=1.0)
+        make_trainer([switch], max_epochs=-1).fit(make_module(seed=seed), datamodule=data)
+        found.append((data.seed.value, data.schedule.sft_batch, data.fitted))
+    assert found == [(1, 2, {"data.schedule.sft_batch": (4, 2)}), (2, 4, {})]
 
 
 def test_damage_spares_the_fitted_holdout() -> None:

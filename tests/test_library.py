@@ -140,6 +140,12 @@ def test_a_module_answers_before_a_fit_and_after_it(make_trainer: MakeTrainer) -
     assert module.generate(prompts, samples=16) != many
     with pytest.raises(InputError, match="prompt 1: the chat template refuses the prompt"):
         module.generate([5])  # type: ignore[list-item]
+    for sampling, said in (
+        (mifo.Sampling(temperature=-0.7), r"generate: sampling\.temperature: -0\.7 is not allowed"),
+        (mifo.Sampling(max_new_tokens=10**6), r"generate: longest prompt with max_new_tokens: 10000\d\d tokens is not"),
+    ):
+        with pytest.raises(InputError, match=said):
+            module.generate(prompts, sampling=sampling)
     with pytest.raises(InputError, match="samples: 0 is not allowed"):
         module.generate(prompts, samples=0)
     with pytest.raises(InputError, match=r"prompts: '1[+]1=' is not allowed; it must be a list"):

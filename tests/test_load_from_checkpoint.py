@@ -11,7 +11,9 @@ from rl_steps import Coin
 
 import mifo_lightning as mifo
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.losses.distillation import SelfDistillation
 from mifo_lightning.monitors.checkpoint import LastCheckpoint
+from mifo_lightning.policy.loading import locate
 from mifo_lightning.rollout.in_process import InProcessEngine
 
 ONE = mifo.Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)
@@ -34,6 +36,15 @@ def test_an_object_in_a_group_is_given_again_by_its_name(make_trainer: Callable[
     again = mifo.MifoModule.load_from_checkpoint(path, reward=Coin(), **{"rollout.engine": engine})
     assert again.responder.engine is engine
     assert (again.reinforcement.group_size, again.success_threshold, again.sampling) == (5, 0.5, SAMPLING)
+
+
+def test_settings_whose_default_is_none_come_back(make_trainer: Callable[..., Any], tmp_path: Path) -> None:  # noqa: F811
+    loss = mifo.SFTLoss(distillation=SelfDistillation("{prompt} {demonstration}"))
+    rollout = mifo.Rollout(4, sampling=SAMPLING)
+    module = mifo.MifoModule(Path(locate("embedded")), Coin(), rollout, sft_loss=loss, seed=0)  # type: ignore[arg-type]
+    again = mifo.MifoModule.load_from_checkpoint(run(make_trainer, module, tmp_path), reward=Coin())
+    assert again.teacher_template == "{prompt} {demonstration}"
+    assert again.model_name == module.model_name
 
 
 class Trusts(mifo.MifoModule):

@@ -13,8 +13,9 @@ from question_rows import CHAT, make_tokenizer, one, row
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mifo_lightning.cli import main
+from mifo_lightning.cli.parts import METHOD
 from mifo_lightning.data.skills import Skills
-from mifo_lightning.monitors.model_card import escaped, model_card
+from mifo_lightning.monitors.model_card import GROUPS, escaped, model_card
 from mifo_lightning.policy.loading import export_model
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.template import kept_template, with_system
@@ -97,3 +98,7 @@ def test_text_of_the_data_is_no_markup() -> None:
     assert "\x1b" not in line
     assert not set("<|`[#*") & set(re.sub(r"\\.", "", escaped(name)))
     assert "\n````\npython -m mifo_lightning fit --x '```\n# y'\n````\n" in text
+
+
+def test_the_card_names_every_callback_of_the_method() -> None:
+    assert set(GROUPS) == set(METHOD)

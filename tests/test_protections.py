@@ -13,8 +13,9 @@ from lightning import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from phased import SCHEDULE, Look, Toy, Weights, copies, every_step, fit
 from torch import Tensor
+from torch.optim import Optimizer
 
-from mifo_callbacks import ImportanceEMA
+from mifo_callbacks import GradientFreezing, ImportanceEMA
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.methods import Anchor, SignConflict, SoftFreezing, SubspaceFreezing
 from mifo_lightning.methods.anchor import penalty
@@ -198,6 +199,29 @@ def test_what_goes_against_the_sign_is_put_back_and_nothing_else(scope: Any, sig
         assert (both > 0).any()
 
 
+class Sparse(Toy):
+    """Half of each tensor never has a gradient, and nothing else moves it."""
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            assert p.grad is not None
+            p.grad.view(-1)[::2] = 0.0
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("signs", ["rl", "random"])
+def test_what_rl_did_not_move_is_watched_by_neither_signs_nor_random_ones(signs: Any) -> None:
+    """As rows of an embedding whose tokens never came: a control that watched them would be another one."""
+    conflict = SignConflict(0.9, "tensor", signs, seed=0)
+    look = Look(lambda: {name: sign.clone() for name, sign in conflict._signs.items()})
+    fit([look, conflict], ["rl", "sft"], module=Sparse())
+    for sign in look.looks[0].values():
+        assert not sign.view(-1)[::2].any()
+        assert sign.view(-1)[1::2].any()
+
+
 def top(displaced: Weights, fraction: float, scope: str) -> dict[str, Tensor]:
     """The share of coordinates of largest |D|, of each tensor or of all, by sorting."""
     if scope == "global":
@@ -347,6 +371,9 @@ def test_what_is_refused() -> None:
     adapted.policy = SimpleNamespace(adapter=object())  # a stand-in: only its presence is asked for
     with pytest.raises(InputError, match=r"^anchor: is not allowed with model.adapter; take freeze or directions$"):
         fit([Anchor()], module=adapted)
+    with pytest.raises(InputError, match=r"^subspace: is not allowed with freeze, which holds weights that it moves"):
+        fit([ImportanceEMA(), GradientFreezing(), SubspaceFreezing(4)])
+    fit([GradientFreezing(selector="none"), SubspaceFreezing(4)], ["rl", "sft"])
     with pytest.raises(MisconfigurationException, match="soft needs one callback with an importance map"):
         fit([SoftFreezing()])
     with pytest.raises(MisconfigurationException, match="stands after SoftFreezing"):

@@ -176,6 +176,19 @@ def test_demonstrations_are_verified_as_rollouts_are() -> None:
     assert (unasked.seen, drops.by_reason()) == ([], {})
 
 
+def test_that_no_demonstration_can_be_right_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    """As with a reward that never gives 1: all would be gone, and the threshold not be suspected."""
+    rows = [row(solution=text) for text in (">0.5", ">0.9", None)]
+    build(rows, reward=Graded(), success_threshold=0.9)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"none of 2 demonstrations is right: the highest score is 0\.9, model\.rollout"
+    ):
+        build(rows, reward=Graded(), success_threshold=1.0)
+    build([row(solution=None)], reward=Graded())
+    assert not recwarn
+
+
 def test_what_is_dropped_for_its_length_is_not_verified() -> None:
     reward = Graded()
     build([row(solution="1" * 900), row(solution="1")], reward=reward, max_response_tokens=100)

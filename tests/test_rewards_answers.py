@@ -157,6 +157,17 @@ def test_the_letter_or_the_text_of_the_option(response: str, expected: float) ->
         assert score(reward, [response], [truth], columns=[{"options": OPTIONS}]) == [expected]
 
 
+def test_a_truth_that_names_no_option_is_one_line_and_not_a_zero() -> None:
+    """As a place in the list, 2 for the third: every response would be wrong."""
+    with pytest.raises(InputError) as refused:
+        score(ChoiceReward(), ["B"], ["2"], columns=[{"options": OPTIONS}])
+    assert str(refused.value).startswith("ChoiceReward: ground truth is '2', allowed is the label or the text of one")
+    assert "\n" not in str(refused.value)
+    twice = {"A": "same", "B": "same", "C": "other"}
+    with pytest.raises(InputError, match="ground truth is 'same'"):
+        score(ChoiceReward(), ["C"], ["same"], columns=[{"options": twice}])
+
+
 def test_options_of_arc_and_gpqa_and_none() -> None:
     arc = {"text": ["ice", "fire", "1"], "label": ["1", "2", "3"]}
     reward = ChoiceReward(options="choices")

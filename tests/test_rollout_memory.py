@@ -61,6 +61,18 @@ def test_out_of_memory_halves_the_rows_and_gives_the_bits_of_so_few_rows(
     assert tried[-1] <= 6
 
 
+def test_half_is_half_of_what_was_tried_where_the_cache_bounds_it(
+    policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS) + 14
+    tried = limit(monkeypatch, 3, CUDA)
+    engine = InProcessEngine(64, cache_tokens=6 * width)
+    with pytest.warns(UserWarning, match="decoding 6 responses at once: this call begins anew with 3"):
+        draw(engine, policy, tokenizer)
+    assert engine.rows == 3
+    assert sum(rows > 3 for rows in tried) == 1, "one failure was enough"
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 def test_rows_bound_what_is_decoded_at_once_below_a_question_s_samples_too(
     policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, rows: int

@@ -33,7 +33,7 @@ class PhaseCallback(TrainerCallback):
         self._current: str | None = None
         self._number: int | None = None
         self._seen: set[str] = set()
-        self._names: set[str] = set()  # what was trainable when some batch began: a module may toggle inside of one
+        self._names: set[str] = set()  # what was trainable when some batch or step began: a module may toggle in one
         self._stepped = True  # in this phase; True where that is not known
         self._silent = False  # whether a phase without a step has been warned of
         self._listener: StepListener | None = None
@@ -91,6 +91,7 @@ class PhaseCallback(TrainerCallback):
             return
 
         def before(optimizer: Optimizer) -> None:
+            self._names.update(trainable(pl_module))  # a module's own hooks of the batch came after ours
             if self._current == self._acts_on:
                 self.on_gradients_ready(trainer, pl_module, optimizer)
 
@@ -110,7 +111,7 @@ class PhaseCallback(TrainerCallback):
         self._listener = None
 
     def trained(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        """Parameters that were trainable when some batch or training began, by name, in the order of the module."""
+        """Parameters that were trainable when a batch, step or training began, by name, in the order of the module."""
         return {name: p for name, p in pl_module.named_parameters() if name in self._names}
 
     def _warn_of_no_step(self) -> None:
@@ -156,6 +157,7 @@ class PhaseCallback(TrainerCallback):
             NUMBER: self._number,
             "phases_seen": sorted(self._seen),
             "uncounted_steps": self._uncounted,
+            "trained": sorted(self._names),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -163,6 +165,7 @@ class PhaseCallback(TrainerCallback):
         # a state of an earlier version does not know: nothing is said
         self._seen = set(state_dict.get("phases_seen", filter(None, [self._acts_on])))
         self._uncounted = state_dict.get("uncounted_steps", 0)
+        self._names = set(state_dict.get("trained", ()))
         self._stepped = True
 
 

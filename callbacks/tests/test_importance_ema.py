@@ -206,3 +206,27 @@ def test_a_map_of_the_other_dtype_is_taken_over(saved: Any) -> None:
     after.load_state_dict(before.state_dict())
     for name, value in before._map.items():
         assert torch.equal(after._map[name], value.to(getattr(torch, loaded)))
+
+
+def test_weights_that_a_module_trains_within_batches_alone_are_measured() -> None:
+    """Its hooks come after those of callbacks, and take back at the end of a batch what they gave at its start."""
+
+    class Within(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].requires_grad_(False)
+
+        def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+            self.net[0].requires_grad_(True)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.net[0].requires_grad_(False)
+
+    importance = ImportanceEMA()
+    recorder = Recorder()
+    fit([importance, recorder], Phases(["rl", "rl", "sft"]), Within())
+    assert importance.importance is not None
+    for name, weight in recorder.weights[0].items():
+        moved = recorder.weights[2][name] - weight
+        assert moved.any()
+        torch.testing.assert_close(importance.importance[name], moved.square())

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_buffer import Loader, Rollouts, group
-from toy import Phases, Recorder, fit
+from toy import Phases, Recorder, Toy, fit
 
-from mifo_callbacks import BufferPhaseSwitch, GradientFreezing, ImportanceEMA
+from mifo_callbacks import BufferPhaseSwitch, GradientDropping, GradientFreezing, ImportanceEMA
 
 SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2 + ["sft"] * 3 + ["rl"] * 2
 NUMBERED = ["rl 0"] * 2 + ["sft 0"] * 2 + ["sft 1"] * 2 + ["rl 2"]  # two SFT phases in a row
@@ -48,6 +48,29 @@ def test_resumed_weights_are_bit_identical(tmp_path: Path, importance: Any, free
             assert torch.equal(value, resumed[0].importance[name])
 
 
+class Unfreezing(Toy):
+    """Its first layer is trained from the second step on; a resumed run learns of it after training has started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.net[0].requires_grad_(self.trainer.global_step > 0)
+
+
+@pytest.mark.parametrize("freezing", [{}, {"selector": "random"}])
+def test_what_was_trained_before_is_known_after_a_resume(tmp_path: Path, freezing: Any) -> None:
+    def callbacks() -> list[Any]:
+        return [ImportanceEMA(), GradientFreezing(**freezing), GradientDropping(0.3, during="rl")]
+
+    module = fit([*callbacks(), every_step(tmp_path)], Phases(SCHEDULE), Unfreezing(), enable_checkpointing=True)
+    for step in (1, 2, 4, 7, 10):
+        again = fit(callbacks(), Phases(SCHEDULE), Unfreezing(), ckpt_path=tmp_path / f"step={step}.ckpt")
+        for a, b in zip(module.parameters(), again.parameters(), strict=True):
+            assert torch.equal(a, b), f"resumed from step {step}"
+
+
 def test_checkpoints_hold_plain_types(tmp_path: Path) -> None:
     fit(
         [ImportanceEMA(), GradientFreezing(), every_step(tmp_path)],
@@ -56,7 +79,7 @@ def test_checkpoints_hold_plain_types(tmp_path: Path) -> None:
     )
     state = torch.load(tmp_path / "step=8.ckpt", weights_only=True)["callbacks"]
     importance, freezing = state["ImportanceEMA{'measure': 'rl'}"], state["GradientFreezing{'during': 'sft'}"]
-    common = {"phase", "phase_number", "phases_seen", "uncounted_steps"}
+    common = {"phase", "phase_number", "phases_seen", "uncounted_steps", "trained"}
     assert importance.keys() == common | {"updates", "importance", "start"}
     assert importance["start"].keys() == importance["importance"].keys()
     assert freezing.keys() == common | {"number", "seed"}

@@ -124,6 +124,46 @@ def test_the_share_is_frozen_bit_for_bit_from_the_first_step_on(rule: Any, scope
     assert not any(seen.looks[step] for step in (0, 1, 2, 6, 7, 11, 12))
 
 
+class NoGradient(Toy):
+    """The first SFT batch, number 3, has no loss."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+
+
+class Overflowing(Toy):
+    """Its gradient overflows in that batch, and its optimizer leaves such a step out, as a scaler of losses does."""
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters() if self.trainer.fit_loop.batch_idx == 3 else ():
+            p.grad.fill_(float("inf"))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        class Skipping(torch.optim.AdamW):
+            def step(self, closure: Any = None) -> Any:
+                loss = closure()
+                if all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"]):
+                    super().step()
+                return loss
+
+        return Skipping(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+@pytest.mark.parametrize("kind", [NoGradient, Overflowing])
+@pytest.mark.parametrize(("rule", "scope"), RULES)
+def test_no_rule_goes_by_a_gradient_that_is_none(kind: Any, rule: Any, scope: Any) -> None:
+    importance, freezing = ImportanceEMA(), GradientFreezing(0.5, rule(), scope)
+    seen = Gradients(importance, freezing)
+    fit([seen, importance, freezing], Phases(SCHEDULE), kind())
+    assert not seen.looks[3], "nothing is drawn yet"
+    at_4 = -len(SCHEDULE) + 4  # counted from the end: a batch without a loss has no backward
+    scores = {name: naive(rule(), seen.maps[at_4][name], g) for name, g in seen.gradients[at_4].items()}
+    expected = freezing_masks(list(scores.items()), 0.5, scope).masks
+    for name, mask in expected.items():
+        assert torch.equal(seen.looks[4][name], mask)
+        assert torch.equal(seen.weights[6][name][mask], seen.weights[4][name][mask])
+
+
 @pytest.mark.parametrize(("rule", "scope"), RULES[1:])
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path, rule: Any, scope: Any) -> None:
     straight = run(rule(), scope, extra=[every_step(tmp_path)], enable_checkpointing=True)

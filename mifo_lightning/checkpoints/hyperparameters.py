@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from mifo_lightning.common.errors import InputError
 
@@ -84,5 +84,15 @@ def _built(name: str, value: Any, default: Any) -> Any:
     known = {f.name for f in fields(default)}
     if unknown := sorted(value.keys() - known):
         raise InputError(f"load_from_checkpoint: {name}.{unknown[0]} is none of {', '.join(sorted(known))}")
-    parts = {part: _built(f"{name}.{part}", item, getattr(default, part)) for part, item in value.items()}
+    hints = get_type_hints(type(default))
+    parts = {
+        part: _built(f"{name}.{part}", item, _example(getattr(default, part), hints[part]))
+        for part, item in value.items()
+    }
     return type(default)(**parts)
+
+
+def _example(default: Any, hint: Any) -> Any:
+    """The default; where it is none, settings of the class that the type allows beside."""
+    kinds: list[Any] = [kind for kind in get_args(hint) if is_dataclass(kind)] if default is None else []
+    return kinds[0]() if kinds else default

@@ -68,7 +68,7 @@ MIXTURE = {  # the knobs of `Mixing` in 0.4, and their defaults
     "token_weight": "uniform",
 }
 SETTINGS = {
-    "Luffy": ("shape", "token_weight"),
+    "Luffy": ("shape",),
     "SRFT": ("shape", "positive_weight", "sft", "token_weight"),
     "HPT": ("gate", "sft", "token_weight"),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from inspect import signature
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -27,6 +28,15 @@ def check_kinds(key: str, given: Mapping[str, object], constructor: type) -> Non
         kind = type(parameter.default)
         if is_dataclass(kind):
             require(f"{key}.{name}", repr(given[name])[:80], isinstance(given[name], kind), f"a {kind.__name__}")
+
+
+def require_choices(key: str, settings: object) -> None:
+    """Raise an InputError for a field of a dataclass whose type is a Literal that its value is none of."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            *others, last = get_args(hint)
+            value = getattr(settings, name)
+            require(f"{key}.{name}", value, value in (*others, last), f"{', '.join(others)} or {last}")
 
 
 class TrainingError(RuntimeError):

@@ -75,11 +75,12 @@ class QuestionData(LightningDataModule):
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         # copies: a default is one object for all data
         self.columns, self.prompts, self.demonstrations = columns, replace(prompts), replace(demonstrations)
-        self.holdout, self.schedule, self.eval_batch = holdout, replace(schedule), eval_batch
+        self._asked = (holdout, replace(schedule))  # what is fitted to the data of one fit is fitted anew to the next
+        (self.holdout, self.schedule), self.eval_batch = self._asked, eval_batch
         self.fitted: dict[str, tuple[int, int]] = {}
         self.given: dict[str, Any] = dict.fromkeys(Settings._fields)
         self.settings: Settings | None = None  # those of the module, once there is one
-        self.seed = Seed(seed, "data.seed")
+        self.seed = self._own_seed = Seed(seed, "data.seed")
         self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self._template: str | None = None  # in place of the tokenizer's own
         self._teacher: str | None = None  # template of a teacher's prompts, of the module
@@ -119,10 +120,11 @@ class QuestionData(LightningDataModule):
         """Take what was not given from the module; what was prepared for another one is prepared anew."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         settings, theirs = settle(self.given, module), getattr(module, "seed", None)
-        seed = theirs if self.seed.given is None and isinstance(theirs, Seed) else self.seed
+        seed = theirs if self._own_seed.given is None and isinstance(theirs, Seed) else self._own_seed
         teacher, same = getattr(module, "teacher_template", None), self.settings is not None and seed is self.seed
         if not same or teacher != self._teacher or any(map(operator.is_not, settings, self._settled)):
             self._questions, self.settings, self.seed, self._teacher = {}, settings, seed, teacher
+            (self.holdout, self.schedule), self.fitted = self._asked, {}
             given = self.prompts.chat_template
             self._template = read_template(given, settings.tokenizer, "data.prompts.chat_template")
 

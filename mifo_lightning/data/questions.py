@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.terminal import table_text
@@ -136,7 +138,7 @@ def build_questions(
         end = _turn_end(template, where)
         _attach_demonstrations(given, tokenizer, end, demonstrations, drops)
     if demonstrations.verify:
-        _verify_demonstrations(questions, tokenizer, reward, success_threshold, drops)
+        _verify_demonstrations(questions, tokenizer, reward, success_threshold, drops, where)
     if teacher is not None:
         _show_to_teacher(kept, template, prompts.system_prompt, teacher, where)
     shown = [question for question in questions if question.demonstration]
@@ -226,8 +228,9 @@ def _verify_demonstrations(
     reward: Reward,
     success_threshold: float,
     drops: Drops,
+    where: str,
 ) -> None:
-    """Take the demonstration away from each question where it scores below `success_threshold`."""
+    """Take the demonstration away from each question where it scores below `success_threshold`; say so if all do."""
     shown = [question for question in questions if question.demonstration]
     responses = [question.demonstration or [] for question in shown]
     watch = FailureWatch(reward)
@@ -237,6 +240,12 @@ def _verify_demonstrations(
         if value < success_threshold:
             question.demonstration = question.answer_start = None
             drops.dropped[question.source, WRONG_DEMO] += 1
+    best = max(scores.judged, default=success_threshold)
+    if best < success_threshold:
+        rank_zero_warn(
+            f"{where}: none of {len(shown)} demonstrations is right: the highest score is {best:g}, "
+            f"model.rollout.success_threshold {success_threshold:g}; lower it if no response can score that much"
+        )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str) -> None:

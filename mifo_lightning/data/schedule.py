@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
 
-from mifo_lightning.common.errors import InputError, require
+from mifo_lightning.common.errors import InputError, require, require_choices
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Schedule:
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
+        require_choices(key, self)
         least = dict.fromkeys(("prompts_per_step", "epochs_per_rollout", "minibatches", "sft_batch", "sft_epochs"), 1)
         for name, low in {**least, "rl_steps": 0, "sft_before": 0, "sft_after": 0}.items():
             value = getattr(self, name)
@@ -99,8 +100,11 @@ class Schedule:
         if size is None:
             batch -= batch % ranks
             return (replace(self, sft_batch=batch) if batch else self), None
+        if size <= demonstrated:  # S is the method's: what the data can fill stays, or is refused if it does not divide
+            batch = batch if batch <= size * self.sft_epochs else size
+            return (self if batch % ranks or size * self.sft_epochs % batch else replace(self, sft_batch=batch)), size
         steps = size * self.sft_epochs // batch or self.sft_epochs
-        size = min(size, demonstrated)
+        size = demonstrated
         batch = max(ranks, min(batch, size * self.sft_epochs // steps))
         cut = ((b, size - size % (b // gcd(b, self.sft_epochs))) for b in range(batch - batch % ranks, 0, -ranks))
         batch, size = next(((b, s) for b, s in cut if s), (self.sft_batch, phase_size))

@@ -15,6 +15,7 @@ from mifo_callbacks.seeds import Seed
 from mifo_callbacks.sharding import trainable
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.methods.directions import SMALL, at_random
+from mifo_lightning.methods.protection import refuse_freezing
 from mifo_lightning.policy.adapter import Change, adapters_of
 
 Selector = Literal["rl_topk", "random"]
@@ -52,12 +53,17 @@ class DirectionFreezing(PhaseCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what has no adapters that can be seen whole."""
         super().on_train_start(trainer, pl_module)
+        self.preflight(trainer)
         if adapters_of(pl_module) is None:
             raise InputError("directions: needs adapters; set model.adapter, or take freeze")
         if any(isinstance(p, DTensor) for p in pl_module.parameters()):
             raise InputError("directions: is not allowed with sharded weights; take DDP, or freeze")
         for state in (self._start, self._still, *self._held.values()):
             state.update({name: tensor.to(pl_module.device) for name, tensor in state.items()})
+
+    def preflight(self, trainer: Trainer, *rest: Any) -> None:
+        """Refuse what would move the weights that it holds."""
+        refuse_freezing(trainer, "directions")
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Note where RL begins, and hold on to its directions where SFT does."""

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from mifo_lightning.common.errors import require
-from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
 from mifo_lightning.methods.mixing import Mixing
 
 
@@ -12,13 +11,12 @@ class Luffy(Mixing):
 
     Args:
         shape: The constant in f.
-        token_weight: As in `Mixing`.
     """
 
     in_group = True
 
-    def __init__(self, shape: float = 0.1, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
-        super().__init__(token_weight)
+    def __init__(self, shape: float = 0.1) -> None:
+        super().__init__()
         require("model.mixing.shape", shape, shape > 0, "above 0")
         self.shape = shape
 

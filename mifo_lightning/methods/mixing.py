@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from mifo_lightning.rollout.graded import Graded
 
 
+def as_token_weight(weight: SFTWeightName | SFTWeight) -> SFTWeight:
+    """The weight that is named; raises an InputError for one of SFT phases alone."""
+    found = as_sft_weight(weight, "model.mixing.token_weight")
+    if found.needs_initial_losses:
+        raise InputError(f"model.mixing.token_weight: {weight!s:.80} is not allowed; it is one of SFT phases")
+    return found
+
+
 class Mixing:
     """Demonstrations inside RL steps: here those of all questions stand beside their groups and weigh nothing.
 
@@ -29,9 +37,7 @@ class Mixing:
     in_group = False
 
     def __init__(self, token_weight: SFTWeightName | SFTWeight = "uniform") -> None:
-        self.token_weight = as_sft_weight(token_weight, "model.mixing.token_weight")
-        if self.token_weight.needs_initial_losses:
-            raise InputError(f"model.mixing.token_weight: {token_weight!s:.80} is not allowed; it is one of SFT phases")
+        self.token_weight = as_token_weight(token_weight)
 
     def lends(self, graded: "Graded") -> Tensor:
         """[Q] bool: which questions lend their demonstration, if they have one."""

@@ -3,15 +3,23 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mifo_callbacks.gradient_freezing import GradientFreezing
 from mifo_callbacks.phase import PhaseCallback
 from mifo_callbacks.sharding import require_visible_weights
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.adapter import adapters_of
+
+
+def refuse_freezing(trainer: Trainer, group: str) -> None:
+    """Raise an InputError beside `freeze`: after a step each would move what the other one holds."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(one, GradientFreezing) and one.rule is not None and one.during == "sft" for one in callbacks):
+        raise InputError(f"{group}: is not allowed with freeze, which holds weights that it moves; take one of them")
 
 
 class Protection(PhaseCallback):

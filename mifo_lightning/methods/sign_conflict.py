@@ -90,9 +90,9 @@ class SignConflict(AroundSteps):
     def _signs_of(self, change: Tensor, p: nn.Parameter, position: int) -> Tensor:
         if self.signs == "rl":
             return change.sign().to(torch.int8)
-        # on the full shape and the CPU: the same on every rank and device
+        # on the full shape and the CPU: the same on every rank and device; what RL did not move is watched by neither
         drawn = random_scores(p.shape, self.seed.value, self._phases, position, SIGNS)
-        return shard_like(torch.where(drawn < 0.5, -1, 1).to(torch.int8), p)
+        return shard_like(torch.where(drawn < 0.5, -1, 1).to(torch.int8), p) * change.sign().abs().to(torch.int8)
 
     def on_after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Put back what went against the signs."""

@@ -9,6 +9,7 @@ from mifo_lightning.common.errors import require
 from mifo_lightning.losses.sft import mean_over
 from mifo_lightning.losses.sft_weights import SFTWeight, SFTWeightName
 from mifo_lightning.methods.luffy import Luffy
+from mifo_lightning.methods.mixing import as_token_weight
 
 if TYPE_CHECKING:
     from mifo_lightning.rollout.graded import Graded
@@ -34,7 +35,8 @@ class SRFT(Luffy):
         shape: float = 0.1,
         token_weight: SFTWeightName | SFTWeight = "low_entropy",
     ) -> None:
-        super().__init__(shape, token_weight)
+        super().__init__(shape)
+        self.token_weight = as_token_weight(token_weight)
         require("model.mixing.positive_weight", positive_weight, positive_weight >= 0, "at least 0")
         require("model.mixing.sft", sft, sft >= 0, "at least 0")
         self.positive_weight, self.sft = positive_weight, sft

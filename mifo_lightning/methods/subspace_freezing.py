@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from mifo_callbacks.seeds import Seed
 from mifo_lightning.common.errors import require
 from mifo_lightning.methods.directions import at_random, singular_directions
-from mifo_lightning.methods.protection import Protection
+from mifo_lightning.methods.protection import Protection, refuse_freezing
 
 Selector = Literal["rl_topk", "random"]
 Sides = Literal["either", "both"]
@@ -57,8 +57,13 @@ class SubspaceFreezing(Protection):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be decomposed, and place what a checkpoint held."""
         super().on_train_start(trainer, pl_module)
+        self.preflight(trainer)
         for held in (self._start, *self._held.values()):
             held.update({name: tensor.to(pl_module.device) for name, tensor in held.items()})
+
+    def preflight(self, trainer: Trainer, *rest: Any) -> None:
+        """Refuse what would move the weights that it holds."""
+        refuse_freezing(trainer, "subspace")
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Where RL ends, find its directions; note where each phase begins."""

@@ -44,6 +44,7 @@ class ExportModel(Callback):
     ) -> None:
         whole = isinstance(steps, list | tuple) and all(isinstance(step, int) and step >= 0 for step in steps)
         require("export.steps", repr(steps), whole, "a list of whole numbers, 0 or more")
+        require("export.dtype", dtype, dtype in ("loaded", "float32"), "loaded or float32")
         self.directory, self.dtype, self.steps = directory, dtype, sorted(set(steps))
         self.written: Path | None = None
 

@@ -17,14 +17,8 @@ from mifo_lightning.monitors.export import ExportModel
 from mifo_lightning.monitors.summary import RunSummary, comparison
 from mifo_lightning.policy.loading import locate
 
-GROUPS = (
-    "entropy",
-    "importance",
-    "freeze",
-    "directions",
-    "drop",
-    "buffer",
-)  # of the method, as the command line names them
+# callbacks of the method, as the command line names them
+GROUPS = ("entropy", "importance", "anchor", "freeze", "directions", "soft", "conflict", "subspace", "drop", "buffer")
 PACKAGES = ("mifo-lightning", "torch", "lightning", "transformers")
 Counts = Mapping[str, Mapping[str, tuple[int, int]]]
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.marker import MarkedReward, MissingMarker
 
 SAID = re.compile(r"\b(?:answer|option|choice)\b\s*(?:is|:)[\s:]*(.+)", re.IGNORECASE)
@@ -20,12 +21,15 @@ class ChoiceReward(MarkedReward):
     The choice is, of these, the first that a response has: the last `\boxed{}`, the last `<answer>`, what follows the
     last `answer is` or `Answer:`, the last line. It is read as a letter, `(B)`, `B. its text`, or the text of an
     option. The truth is a letter or a text, too. Texts need the row's column of options; without it, only equal letters
-    or texts are right.
+    or texts are right. A place in the list, as 2 for the third option, is no truth.
 
     Args:
         answer_after: Only the text after the last such marker is graded; all of it if this is None or absent.
         missing_marker: zero or whole, for a thought that never ended.
         options: The row's column of options: a list of texts, {label: text}, or {label: [...], text: [...]}.
+
+    Raises:
+        InputError: From a call, a ground truth that names none of the options.
     """
 
     isolate = False
@@ -75,8 +79,16 @@ def labelled(options: Any) -> dict[str, str]:
 
 
 def is_choice(choice: str, truth: str, options: Mapping[str, str]) -> bool:
-    """Whether `choice` names the same option as `truth`; a text that two options share names neither."""
+    """Whether `choice` names the same option as `truth`; a text that two options share names neither.
+
+    Raises:
+        InputError: The truth names none of the options.
+    """
     given, right = _label(choice, options), _label(truth, options)
+    if options and right is None:
+        listed = ", ".join(f"{label}: {text!r:.40}" for label, text in options.items())
+        allowed = f"the label or the text of one option of {listed:.400}"
+        raise InputError(f"ChoiceReward: ground truth is {truth!r:.80}, allowed is {allowed}")
     if options:
         return given is not None and given == right
     return (given is not None and given == right) or _plain(choice) == _plain(truth) != ""

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from mifo_lightning.common.errors import InputError
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.policy.ending import response_texts
+from mifo_lightning.policy.loading import positions
 from mifo_lightning.policy.policy import Policy
 from mifo_lightning.policy.template import ChatTemplate
 from mifo_lightning.rollout.engine import Sampling
@@ -44,6 +45,9 @@ def answers(
     talks = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = [template.render(talk, f"prompt {number}") for number, talk in enumerate(talks, 1)]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    limit, whole = positions(policy.model.config), max(map(len, ids), default=0) + sampling.max_new_tokens
+    allowed = f"within the {limit} positions of the model"
+    require("generate: longest prompt with max_new_tokens", f"{whole} tokens", limit is None or whole <= limit, allowed)
     keys = [responder.key("answers", text) for text in texts]
     drawn = responder.draw(policy, ids, keys, samples, sampling)
     return [response_texts(tokenizer, [c.tokens for c in group], sampling.stop) for group in drawn]

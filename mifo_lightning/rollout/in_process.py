@@ -56,16 +56,20 @@ class InProcessEngine(RolloutEngine):
         Raises:
             TrainingError: There is no memory for a single row.
         """
+        if not prompts:
+            return []
+        room = self.cache_tokens // (max(map(len, prompts)) + sampling.max_new_tokens)
         with policy.sampling():  # entered once: ranks may begin anew each by itself
             while True:
+                size = max(1, min(self.rows, room, len(prompts) * samples))
                 try:
-                    return self._draw(policy, tokenizer, prompts, keys, samples, sampling)
+                    return self._draw(policy, tokenizer, prompts, keys, samples, sampling, size)
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise
                     problem = str(error).splitlines()[0]
                 # only here, after the exception with its frames, is the memory of the failed try free
-                self._halve(min(self.rows, len(prompts) * samples), problem)
+                self._halve(size, problem)
 
     def _draw(
         self,
@@ -75,11 +79,9 @@ class InProcessEngine(RolloutEngine):
         keys: list[int],
         samples: int,
         sampling: Sampling,
+        size: int,
     ) -> list[list[Completion]]:
-        if not prompts:
-            return []
         decoding, width = policy.decoding, max(map(len, prompts)) + sampling.max_new_tokens
-        size = max(1, min(self.rows, self.cache_tokens // width, len(prompts) * samples))
         pad = padding(tokenizer)
         rows: Rows = Slots(policy, size, width, pad) if decoding.slots else Growing(policy, pad)
         work = jobs(prompts, samples, min(size, samples), decoding.padded)

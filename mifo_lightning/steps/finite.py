@@ -42,6 +42,10 @@ class FiniteSteps:
         rank_zero_warn(f"{what}; this optimizer step is skipped, a second one in a row stops the run")
         return True
 
+    def begin(self) -> None:
+        """Begin a training: what an earlier one ended in is not in a row with what comes."""
+        self._in_a_row = 0
+
     def end(self) -> None:
         """Raise a TrainingError if the run's last optimizer step was skipped: whether it persists is not known."""
         if self._in_a_row:

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from mifo_callbacks.phase import other_number
 from mifo_callbacks.sharding import full, local, shard_like
-from mifo_lightning.common.errors import InputError, require
+from mifo_lightning.common.errors import InputError, require, require_choices
 from mifo_lightning.common.restoring import check_moment
 
 Phase = Literal["rl", "sft"]
@@ -45,6 +45,7 @@ class AdamWSettings:
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
+        require_choices(key, self)
         for name in ("lr", "lr_factor", "eps", "weight_decay", "clip", "warmup_steps", "min_ratio"):
             value = getattr(self, name)
             require(f"{key}.{name}", value, 0 <= value < math.inf, "at least 0")
@@ -92,6 +93,7 @@ class OptimizerSettings:
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
+        require_choices(key, self)
         self.rl.check(f"{key}.rl")
         self.sft.check(f"{key}.sft")
         require(f"{key}.micro_batches", self.micro_batches, self.micro_batches >= 1, "at least 1")
