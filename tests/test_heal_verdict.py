@@ -62,15 +62,18 @@ def test_a_fall_must_exceed_its_noise_over_bases_too() -> None:
 
 def test_the_path_is_read_at_equal_values() -> None:
     path = [(0.2, 0.10), (0.4, 0.20), (0.8, 0.00)]
-    assert at_equal(path, 0.3) == (pytest.approx(0.15), True)
-    assert at_equal(path, 0.6) == (pytest.approx(0.10), True)
-    assert at_equal(path, 0.1) == (0.10, False)  # beyond its ends: the nearest point
-    assert at_equal(path, 0.9) == (0.00, False)
-    assert at_equal([*path, (0.4, 0.4)], 0.6) == (pytest.approx((0.10 + 0.20) / 2), True)  # it passes twice
-    assert at_equal(path[::-1], 0.3) == (pytest.approx(0.15), True)
+    assert at_equal(path, 0.3) == (pytest.approx(0.15), True, 0.3)
+    assert at_equal(path, 0.6) == (pytest.approx(0.10), True, 0.6)
+    assert at_equal(path, 0.1) == (0.10, False, 0.2)  # beyond its ends: the nearest point
+    assert at_equal(path, 0.9) == (0.00, False, 0.8)
+    assert at_equal([*path, (0.4, 0.4)], 0.6) == (pytest.approx(0.20), True, 0.6)  # it passes twice: the higher one
+    assert at_equal(path[::-1], 0.3) == (pytest.approx(0.15), True, 0.3)
     corner = [(0.2, 0.1), (0.4, 0.2), (0.3, 0.0), (0.8, 0.0)]
-    assert at_equal(corner, 0.4) == (pytest.approx(0.1), True)  # once where it turns, once on its way back
-    assert at_equal(path, 0.8) == (pytest.approx(0.0), True)
+    assert at_equal(corner, 0.4) == (pytest.approx(0.2), True, 0.4)  # once where it turns, once on its way back
+    assert at_equal(path, 0.8) == (pytest.approx(0.0), True, 0.8)
+    low, high = at_equal(path, 0.1), at_equal(path, 0.9)
+    assert [low.fair(0.1, y) for y in (0.05, 0.10, 0.15)] == [True, True, False]  # worse in both is worse
+    assert [high.fair(0.9, y) for y in (-0.1, 0.0, 0.1)] == [False, True, True]  # better in both is better
 
 
 def test_the_front_holds_what_nothing_else_beats() -> None:
@@ -197,13 +200,49 @@ def test_the_primary_edit_is_judged_over_bases(tmp_path: Path, edit: Any, words:
 
 def test_an_edit_whose_accuracy_no_interpolation_has_is_not_judged(tmp_path: Path) -> None:
     bases = several(edit=lambda i: 0.05 + 0.002 * i)
-    bases["b5"]["edits"][PRIMARY]["test"][SEEN] = 0.9
+    bases["b5"]["edits"][PRIMARY]["test"] |= {SEEN: 0.3, OOD: 0.2}  # worse in both than the nearest: that counts
+    assert "nothing is judged" not in said(tmp_path, bases)
+    bases["b5"]["edits"][PRIMARY]["test"] |= {SEEN: 0.3, OOD: 0.4}
     text = said(tmp_path, bases)
     assert "on 1 of 8 bases no interpolation has its seen/avg@1" in text
     assert "beats" not in text
     page = write_report(tmp_path).read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if line.startswith(f"| {PRIMARY} (primary)")]
     assert "(1 not equal)" in row
+
+
+def test_what_any_subspace_would_do_is_not_said_of_the_largest(tmp_path: Path) -> None:
+    bases = several(edit=lambda i: 0.05 + 0.002 * i)
+    for each in bases.values():
+        each["edits"]["random either 1/4, 0"]["test"] |= {SEEN: 0.5, OOD: each["edits"][PRIMARY]["test"][OOD] + 0.01}
+    text = said(tmp_path, bases)
+    assert (
+        "**Putting back a part beats interpolation at equal ID accuracy; that it is the top k does not matter**" in text
+    )
+    assert "the edit minus them -0.010 [" in text
+
+
+def test_what_rl_brings_from_elsewhere_too_is_taken_off(tmp_path: Path) -> None:
+    """It learns the task better from the base as well: by 0.05 of the 0.1 that it brings from the end."""
+    assert "(+0.050 [+0.050, +0.050] more than grpo from the base)" in said(tmp_path, several())
+
+
+def test_a_fall_that_is_small_beside_its_error_is_not_divided_by(tmp_path: Path) -> None:
+    text = said(tmp_path, several(end=lambda i: 0.1 + 0.19 * (i % 2)))  # falls of .2 and .01
+    assert "No fall" not in text
+    assert "is not given: the fall is less than 4 standard errors over bases" in text
+
+
+def test_without_a_fall_no_edits_are_needed_and_with_one_they_are(tmp_path: Path) -> None:
+    bases = several(peak=0.1, end=0.1)
+    for each in bases.values():
+        each["edits"] = {}
+    assert "No edits: no fall to restore." in said(tmp_path, bases)
+    fallen = several()
+    for each in fallen.values():
+        each["edits"] = {}
+    with pytest.raises(InputError, match="no control edits of family"):
+        read_results(write(tmp_path, fallen))
 
 
 def test_too_few_bases_are_never_enough(tmp_path: Path) -> None:

@@ -41,12 +41,16 @@ class Bench:
         return {key: found[key] for key in self.study.metrics if key in found}
 
     def questions(self) -> dict[str, int]:
-        """How many questions are evaluated of each source; after an evaluation."""
+        """How many different questions are evaluated of each source, orderings of one once; after an evaluation.
+
+        Four cards in another order are no other hand: answers to both say nearly as much as one.
+        """
         limit = self.run.trainer.limit_val_batches
         counts = {}
         for source, loader in self.run.datamodule.val_dataloader().items():
             most = limit if isinstance(limit, int) else int(limit * len(loader))
-            counts[source] = sum(len(batch) for batch in loader.batches[:most])
+            asked = [question for batch in loader.batches[:most] for question in batch]
+            counts[source] = len({tuple(sorted(question.prompt)) for question in asked})
         return counts
 
     def training_questions(self) -> list[Question]:

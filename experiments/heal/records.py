@@ -15,6 +15,7 @@ from mifo_lightning.lab.plan import commit
 
 Record = dict[str, Any]
 PLAN, COMMITS = "study", "commits"
+RECORDS = "records.json"
 
 
 class Records:

@@ -52,8 +52,9 @@ SWEEP = (
 RL = (
     "Means over bases on test, [95 % interval] by t over bases. R = mean(after - start) / mean(peak - start), over the "
     "bases (their number in brackets) whose peak comes before, with a jackknife interval, and only if that fall "
-    "exceeds two standard errors over bases. `no update` is RL with a learning rate of 0, a few steps of it: its "
-    "difference must be exactly 0, and so R. Arms are of equal RL or SFT steps, not of equal FLOPs; "
+    "exceeds four standard errors over bases. RL that learns the task better heals nothing: the sentence above says how "
+    "much more it brings from the end than from the base and the peak. `no update` is RL with a learning rate of 0, a few "
+    "steps of it: its difference must be exactly 0, and so R. Arms are of equal RL or SFT steps, not of equal FLOPs; "
     "optimizer steps count those that learn nothing too."
 )
 FLOOR = (
@@ -75,8 +76,8 @@ EDITS = (
     "the peak; either: all that touches one of them; rows of a random subspace are means over its seeds (range). "
     "Embedding, head, norms and biases stay the end's unless the name says otherwise, and interpolation moves the "
     "same matrices. distance: |W - peak| over the matrices, that of the end being 1. OOD at equal ...: minus the "
-    "interpolation of equal accuracy (straight pieces; `not equal`: bases where none has it and the nearest stands for "
-    "it), or of equal distance. "
+    "interpolation of equal accuracy (straight pieces, the highest where several have it; `not equal`: bases where "
+    "none has it and the nearest, better in one accuracy and worse in the other, stands for it), or of equal distance. "
     "`as published` follows the authors' code with its early return, on everything with two dimensions: U'U is no "
     "identity, so its product is no rotation; early: share of matrices that are simply the peak's."
 )

@@ -10,12 +10,14 @@ import numpy as np
 from mifo_lightning.lab.report.statistics import Interval, Scores, interval
 
 ERRORS = 2.0
-"""Standard errors that a fall must exceed, over questions and over bases, for a part of it to have come back."""
+"""Standard errors that a fall must exceed, over questions and over bases, for there to be one."""
+RATIO_ERRORS = 4.0
+"""Standard errors over bases that a fall must exceed for a share of it to have an interval: it is a denominator."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of correct answers, in [0, 1], and of how many questions."""
+    """A share of correct answers, in [0, 1], and of how many different questions: orderings of one hand count once."""
 
     value: float
     questions: int
@@ -76,20 +78,28 @@ class Read(NamedTuple):
 
     value: float
     met: bool
+    at: float
+    """Where it was read: where it was wanted, or the nearest point."""
+
+    def fair(self, x: float, y: float) -> bool:
+        """Whether (x, y) may be compared with it: read at x, or of a point that is better or worse in both."""
+        return self.met or (x - self.at) * (y - self.value) >= 0
 
 
 def at_equal(path: Sequence[tuple[float, float]], wanted: float) -> Read:
     """The second value where the first is `wanted`, along a path of straight pieces through (first, second).
 
-    Where the path passes several times the mean of all passes; where it never does, its point nearest to `wanted`.
+    Where the path passes several times the highest of all passes, what going back on it can reach; where it never
+    does, its point nearest to `wanted`.
     """
     passes = [y for x, y in path if x == wanted]
     for (x, y), (next_x, next_y) in pairwise(path):
         if min(x, next_x) < wanted < max(x, next_x):
             passes.append(y + (next_y - y) * (wanted - x) / (next_x - x))
     if passes:
-        return Read(float(np.mean(passes)), True)
-    return Read(min(path, key=lambda point: abs(point[0] - wanted))[1], False)
+        return Read(max(passes), True, wanted)
+    at, value = min(path, key=lambda point: abs(point[0] - wanted))
+    return Read(value, False, at)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

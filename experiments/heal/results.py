@@ -13,10 +13,10 @@ import numpy as np
 from experiments.heal.edit_stage import EDITS
 from experiments.heal.factorial import CONTROLS
 from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, steps_of
-from experiments.heal.restoration import Fall, Read, Share, at_equal, units
+from experiments.heal.records import RECORDS
+from experiments.heal.restoration import Fall, Read, Share, at_equal, fall_over_bases, units
 from experiments.heal.settings import END, Start, Study
 from experiments.heal.spectra import REFERENCES, SPECTRA
-from experiments.heal.study import RECORDS
 from experiments.heal.sweep import NOISE, RL
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.reading import build
@@ -89,8 +89,9 @@ class Results:
         return units([y - read.value for y, read in zip(of_edit, self._interpolated(name), strict=True)])
 
     def unequal(self, name: str) -> int:
-        """Bases where no interpolation has the ID accuracy of an edit, so that the nearest one stands for it."""
-        return sum(not read.met for read in self._interpolated(name))
+        """Bases where no interpolation has an edit's ID accuracy, and the nearest is better in one and worse in one."""
+        x, y = (self.edit(name, metric)[:, 0] for metric in (self.study.matched, self.study.ood))
+        return sum(not read.fair(*each) for read, *each in zip(self._interpolated(name), x, y, strict=True))
 
     def _interpolated(self, name: str) -> list[Read]:
         """OOD of the interpolation of an edit's ID accuracy, on each edited base."""
@@ -108,6 +109,18 @@ class Results:
             far = norm > 1 + 1e-6
             found.append(np.nan if far else _of(base[EDITS], name, metric) - at_equal(path, min(norm, 1.0)).value)
         return units(found)
+
+    def fallen(self, start: Start = END) -> bool:
+        """Whether OOD falls from peak to a checkpoint by more than its noise over bases; of one: over questions."""
+        falls = list(self.falls(start).values())
+        if len(self.bases) == 1:
+            return bool(falls) and falls[0].real
+        return len(falls) > 1 and fall_over_bases(falls)[1]
+
+    @property
+    def wants_edits(self) -> bool:
+        """Whether edits are to be made: where nothing is judged, or there is a fall to restore."""
+        return not self.study.verdict or self.fallen()
 
     def falls(self, start: Start = END) -> dict[str, Fall]:
         """What was lost of OOD from the peak to a checkpoint after it, by base; not of bases where it comes before."""
@@ -139,13 +152,13 @@ def read_results(directory: Path) -> Results:
             raise
         raise InputError(f"--report {directory}: no readable {RECORDS}: {type(error).__name__}: {error}") from None
     for name, base in results.bases.items():
-        if missing := missing_controls(study, base):
+        if missing := missing_controls(study, base, results.wants_edits or bool(results.edited)):
             raise InputError(f"{path}: {name}: no {missing[0]}; a table without its controls is not written")
     return results
 
 
-def missing_controls(study: Study, base: dict[str, Any]) -> list[str]:
-    """What is absent of the controls of every stage."""
+def missing_controls(study: Study, base: dict[str, Any], edits: bool) -> list[str]:
+    """What is absent of the controls of every stage; of stage 4 where there are `edits`."""
     wanted = {
         "sweep at half rate": set(base.get(HALF_RATE, ())) >= set(map(str, study.sweep.steps)),
         "run of another seed": {str(base["peak"]), str(study.last)} <= set(base.get(OTHER_SEED, ())),
@@ -157,7 +170,7 @@ def missing_controls(study: Study, base: dict[str, Any]) -> list[str]:
     for pair, rows in base.get(SPECTRA, {}).items():
         needed = set(REFERENCES) - ({"other seed"} if pair == "end -> rl" else set())
         wanted[f"reference rows of {pair}"] = needed <= set(rows)
-    if base["peak"] != study.last:
+    if edits and base["peak"] != study.last:
         families = {record["family"] for record in base.get(EDITS, {}).values()}
         wanted |= {f"control edits of family {family}": family in families for family in CONTROLS}
         wanted["edit named in edits.primary"] = study.edits.primary in base.get(EDITS, {})

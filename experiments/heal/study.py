@@ -11,7 +11,8 @@ import torch
 
 from experiments.heal.edit_stage import EDITS, measure_edits
 from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, sweep_cells
-from experiments.heal.records import Record, Records, open_records, records_path
+from experiments.heal.records import RECORDS, Record, Records, open_records, records_path
+from experiments.heal.results import Results
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
 from experiments.heal.sweep import FACTS, NOISE, RL, least_loss, measure_rl, measure_sweep, peak
@@ -19,7 +20,6 @@ from mifo_lightning.common.terminal import quiet
 from mifo_lightning.lab.cell import output_to
 from mifo_lightning.lab.runner import run_all
 
-RECORDS = "records.json"
 Stage = Callable[[Study, str], None]
 
 
@@ -36,8 +36,12 @@ def run_study(study: Study) -> None:
     _on_all_bases(study, measure_sweep)
     chosen = {base: peak(study, open_records(study, base)) for base in study.bases}
     run_all([cell for base, step in chosen.items() for cell in rl_cells(study, base, step).values()], study.jobs)
-    for stage in (measure_rl, measure_spectra, measure_edits):
+    for stage in (measure_rl, measure_spectra):
         _on_all_bases(study, stage)
+    if Results(study, collect(study)["bases"], None).wants_edits:
+        _on_all_bases(study, measure_edits)
+    else:
+        print("no edits: there is no fall to restore", flush=True)
     text = json.dumps(collect(study), separators=(",", ":"))
     (study.out / RECORDS).write_text(text + "\n", encoding="utf-8")
 

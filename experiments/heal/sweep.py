@@ -56,6 +56,7 @@ def measure_rl(study: Study, base: str) -> None:
             "norm": distance(weights, before),
             "optimizer steps": summary["optimizer_steps"],
             "seconds": outcome(cell.directory).seconds,
+            "costs": summary.get("costs"),
         }
 
     for arm, step in rl_cells(study, base, peak(study, records)):

@@ -11,7 +11,7 @@ from experiments.heal.restoration import at_equal, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
 from experiments.heal.spectra import TURN
-from experiments.heal.verdict import NO_FALL, restored, told
+from experiments.heal.verdict import NO_FALL, UNCLEAR, restored, told
 from mifo_lightning.lab.report.document import bracketed, number, probability
 from mifo_lightning.lab.report.statistics import ALPHA, Scores, interval, judge
 
@@ -75,7 +75,9 @@ def rl_table(results: Results) -> str:
 def share_restored(results: Results, arm: str, start: Start) -> str:
     """R of an arm, and of how many bases; or that there is none."""
     found = restored(results, arm, start)
-    return f"{told(found[0])} ({found[1]})" if found else NO_FALL
+    if found:
+        return f"{told(found[0])} ({found[1]})"
+    return UNCLEAR if results.fallen(start) else NO_FALL
 
 
 def floor_table(results: Results) -> str:

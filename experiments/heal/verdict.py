@@ -4,13 +4,14 @@ import numpy as np
 
 from experiments.heal.factorial import UNTRAINED
 from experiments.heal.fits import OTHER_SEED
-from experiments.heal.restoration import ERRORS, fall_over_bases, share_of, units
+from experiments.heal.restoration import ERRORS, RATIO_ERRORS, fall_over_bases, share_of, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
 from mifo_lightning.lab.report.document import bracketed, probability
 from mifo_lightning.lab.report.statistics import ALPHA, Comparison, Interval, Scores, bases_needed, interval, judge
 
 NO_FALL = "no fall to restore"
+UNCLEAR = f"the fall is less than {RATIO_ERRORS:g} standard errors over bases"
 
 
 def verdict(results: Results) -> list[str]:
@@ -26,8 +27,8 @@ def verdict(results: Results) -> list[str]:
 
 
 def restored(results: Results, arm: str, start: Start) -> tuple[Interval, int] | None:
-    """R of an arm over the bases whose peak comes before its start, and how many they are; None without a fall."""
-    if not is_fallen(results, start):
+    """R of an arm over the bases whose peak comes before its start, and their number; None without a clear fall."""
+    if not results.fallen(start) or not is_clear(results, start):
         return None
     after = dict(zip(results.bases, results.after(arm, start, results.study.ood)[:, 0], strict=True))
     falls = results.falls(start)
@@ -35,12 +36,10 @@ def restored(results: Results, arm: str, start: Start) -> tuple[Interval, int] |
     return share_of(gains, units([fall.size for fall in falls.values()])), len(falls)
 
 
-def is_fallen(results: Results, start: Start = END) -> bool:
-    """Whether OOD falls from peak to a checkpoint by more than its noise over bases; of one base: over questions."""
-    falls = list(results.falls(start).values())
-    if len(results.bases) == 1:
-        return bool(falls) and falls[0].real
-    return len(falls) > 1 and fall_over_bases(falls)[1]
+def is_clear(results: Results, start: Start = END) -> bool:
+    """Whether the fall to a checkpoint is large enough beside its error over bases to be divided by."""
+    found = fall_over_bases(list(results.falls(start).values()))[0]
+    return len(results.bases) == 1 or bool(found.mean > RATIO_ERRORS * found.error)
 
 
 def primary(results: Results) -> Comparison | None:
@@ -54,11 +53,13 @@ def _fall(results: Results) -> str:
     (found, _), real = fall_over_bases(falls), sum(fall.real for fall in falls)
     steps = ", ".join(f"{base['peak']}" for base in results.bases.values())
     text = f"Out of distribution, peak (chosen on val, at SFT step {steps}) minus end: {told(found)}"
-    text += f"; on {real} of {len(results.bases)} bases by more than {ERRORS:g} standard errors over questions."
+    text += (
+        f"; on {real} of {len(results.bases)} bases by more than {ERRORS:g} standard errors over different questions."
+    )
     again = results.at_steps([base["peak"] for base in results.bases.values()], results.study.ood, OTHER_SEED)
     unchosen = interval(again - results.at_steps([results.study.last] * len(again), results.study.ood, OTHER_SEED))
     text += f" In the run of another seed, which chose no step, from the same step to its end: {told(unchosen)}."
-    if is_fallen(results):
+    if results.fallen():
         return text
     return f"**{NO_FALL.capitalize()}.** {text}"
 
@@ -86,49 +87,70 @@ def _regret(results: Results) -> list[str]:
 
 
 def _healing(results: Results) -> str:
-    """What RL from the end does, and what the same does without learning."""
+    """What RL from the end does, what of it other starts and arms do too, and its share of the fall."""
     study = results.study
-    gain = results.after(study.main, END, study.ood) - results.swept(END, study.ood)
-    text = f"{study.main} from the end changes OOD by {told(interval(gain))}"
-    if not is_fallen(results):
+    text = f"{study.main} from the end changes OOD by {told(interval(gain(results, study.main, END)))}"
+    others = [(study.main, start) for start in (0, PEAK) if start in study.rl[study.main].start]
+    others += [(arm, END) for arm, stage in study.rl.items() if arm != study.main and END in stage.start]
+    beyond = [
+        f"{told(interval(gain(results, study.main, END) - gain(results, arm, start)))} more than {arm} from "
+        f"{'the base' if start == 0 else f'the {start}'}"
+        for arm, start in others
+    ]
+    text += f" ({'; '.join(beyond)})" if beyond else ""
+    if not results.fallen():
         return f"{text}. R = mean(RL - end) / mean(peak - end) is undefined: {NO_FALL}."
     found = restored(results, study.main, END)
-    assert found is not None, "there is a fall"
+    if found is None:
+        return f"{text}. R = mean(RL - end) / mean(peak - end) is not given: {UNCLEAR}."
     return f"{text}; R = mean(RL - end) / mean(peak - end) is {told(found[0])} over {found[1]} bases."
+
+
+def gain(results: Results, arm: str, start: Start) -> Scores:
+    """What an arm of stage 2 changes OOD by, from its start: [bases, 1]."""
+    return results.after(arm, start, results.study.ood) - results.swept(start, results.study.ood)
 
 
 def _edit(results: Results) -> list[str]:
     study, found = results.study, primary(results)
     if found is None:
-        return ["No edits: the peak is the end on every base."]
+        late = all(base["peak"] == study.last for base in results.bases.values())
+        return [f"No edits: {'the peak is the end on every base' if late else NO_FALL}."]
     name = study.edits.primary
+    over_random = interval(results.over_interpolation(name) - _random(results, name))
     text = f"OOD of `{name}` minus interpolation at equal {study.matched}: delta = {told(found.difference)}"
     counted, unequal = f"{found.ahead} of {found.bases} bases ahead", results.unequal(name)
     if not study.verdict:
         lines = [f"{text}, {counted}; described, not judged."]
-    elif not is_fallen(results):
+    elif not results.fallen():
         lines = [f"{text}, {counted}; {NO_FALL}, so that this says nothing of restoration."]
     elif unequal:
         lines = [
-            f"{text}, {counted}; on {unequal} of {found.bases} bases no interpolation has its {study.matched}, so that "
-            "the nearest one stands for it and nothing is judged."
+            f"{text}, {counted}; on {unequal} of {found.bases} bases no interpolation has its {study.matched}, and the "
+            "nearest one is better in one accuracy and worse in the other, so that nothing is judged."
         ]
     else:
-        lines = [f"**{_judged(found)}**: delta = {told(found.difference)}, p = {probability(found.p)}, {counted}."]
+        what = _judged(found, over_random)
+        lines = [f"**{what}**: delta = {told(found.difference)}, p = {probability(found.p)}, {counted}."]
     equal = interval(results.over_equal_norm(name, study.ood))
     lost = interval(results.over_equal_norm(name, study.matched))
     lines.append(f"At equal |W - peak| it is {told(equal)} in OOD and {told(lost)} in {study.matched}.")
     lines.append(
-        f"Random subspaces of the same dimension, on the same measure: {told(interval(_random(results, name)))}."
+        f"Random subspaces of the same dimension, on the same measure: {told(interval(_random(results, name)))}; the "
+        f"edit minus them {told(over_random)}."
     )
     return lines
 
 
-def _judged(found: Comparison) -> str:
+def _judged(found: Comparison, over_random: Interval) -> str:
     what = "interpolation at equal ID accuracy"
     if not found.significant:
         return f"Top-k restoration is not told from {what}"
-    return f"Top-k restoration {'beats' if found.difference.mean > 0 else 'loses to'} {what}"
+    if found.difference.mean < 0:
+        return f"Top-k restoration loses to {what}"
+    if over_random.low > 0:
+        return f"Top-k restoration beats {what}"
+    return f"Putting back a part beats {what}; that it is the top k does not matter"
 
 
 def _random(results: Results, name: str) -> Scores:
