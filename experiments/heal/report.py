@@ -52,10 +52,10 @@ SWEEP = (
 RL = (
     "Means over bases on test, [95 % interval] by t over bases. R = mean(after - start) / mean(peak - start), over the "
     "bases (their number in brackets) whose peak comes before, with a jackknife interval, and only if that fall "
-    "exceeds four standard errors over bases. RL that learns the task better heals nothing: the sentence above says how "
-    "much more it brings from the end than from the base and the peak. `no update` is RL with a learning rate of 0, a few "
-    "steps of it: its difference must be exactly 0, and so R. Arms are of equal RL or SFT steps, not of equal FLOPs; "
-    "optimizer steps count those that learn nothing too."
+    "exceeds four standard errors over bases. RL that learns the task better heals nothing: the sentence above says "
+    "how much more it brings from the end than from the base and the peak. `no update` is RL with a learning rate of "
+    "0, a few steps of it: its difference must be exactly 0, and so R. Arms are of equal RL or SFT steps, not of equal "
+    "FLOPs; optimizer steps count those that learn nothing too."
 )
 FLOOR = (
     "Standard deviation of the end over other random draws of its responses; absolute difference to the end of a "
