@@ -189,6 +189,17 @@ def test_data_that_is_used_twice_is_fitted_and_seeded_by_each_module(make_traine
     assert found == [(1, 2, {"data.schedule.sft_batch": (4, 2)}), (2, 4, {})]
 
 
+def test_a_buffer_that_was_fitted_to_few_questions_asks_for_its_own_size_again(make_trainer: Any) -> None:
+    switch, module = BufferPhaseSwitch(size=16, max_accuracy=1.0), make_module()
+    sizes = []
+    schedule = Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)
+    for count in (8, 64):
+        data = make_data(train=Skills(["addition"], count), schedule=schedule)
+        make_trainer([switch], max_epochs=-1).fit(module, datamodule=data)
+        sizes.append(switch.size)
+    assert sizes == [8, 16]
+
+
 def test_damage_spares_the_fitted_holdout() -> None:
     data = attached(holdout=128, damaged_share=1.0, train=Skills(["addition"], 30))
     held, train = data._questions["holdout"], data._questions["train"]

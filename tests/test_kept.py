@@ -18,6 +18,7 @@ from mifo_lightning.monitors import divergence
 from mifo_lightning.monitors.kept import settings
 from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer
+from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.contains import ContainsReward
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
@@ -62,6 +63,11 @@ def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrai
     assert len(list((tmp_path / "kept").iterdir())) == 2 * 11  # answers, and the KL of the initial model to itself
 
 
+class Close(Reward):
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance = tolerance
+
+
 def test_what_is_compared_is_the_same_in_every_process_and_tells_options_apart() -> None:
     program = (
         "import json; from mifo_lightning.monitors.kept import settings; "
@@ -73,6 +79,7 @@ def test_what_is_compared_is_the_same_in_every_process_and_tells_options_apart()
     assert len(texts) == 1
     assert json.loads(texts.pop())[1]["rewards"]["b"][1]["timeout"] == 3.0
     assert settings({"options": ["x", "y"]}) != settings({"options": ["y", "x"]})
+    assert settings(Close(0.1)) != settings(Close(0.5))  # what a user's class keeps under a private name
     with pytest.raises(InputError, match="a function is no setting that can be compared"):
         settings(FunctionReward(lambda responses, truths: [0.0] * len(responses)))
 

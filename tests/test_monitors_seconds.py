@@ -16,6 +16,7 @@ from rich.console import Console
 from mifo_callbacks import BufferPhaseSwitch, EntropyTokenSelection, GradientDropping, GradientFreezing, ImportanceEMA
 from mifo_callbacks.phase import PhaseCallback
 from mifo_lightning.data.schedule import Schedule
+from mifo_lightning.methods import Anchor
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler, SecondsByActivity
 from mifo_lightning.monitors.costs import Costs
 from mifo_lightning.monitors.summary import RunSummary, before_and_after, heldout_line, seconds_line
@@ -93,6 +94,12 @@ def test_actions_add_up_to_activities(clock: Callable[[float], None]) -> None:
         "evaluation": 384,
         "training": 512,
     }
+
+
+def test_seconds_of_several_callbacks_of_one_activity_add_up() -> None:
+    profiler = ActivityProfiler()
+    profiler.seconds |= {"[Callback]Anchor.on_gradients_ready": 1.0, "[Callback]GradientFreezing.on_phase_change": 2.0}
+    assert profiler.by_activity([Anchor(1.0), GradientFreezing()])["freezing"] == 3.0
 
 
 def test_a_run_is_accounted_for_by_activity(make_trainer: MakeTrainer) -> None:

@@ -168,6 +168,13 @@ def test_a_truth_that_names_no_option_is_one_line_and_not_a_zero() -> None:
         score(ChoiceReward(), ["C"], ["same"], columns=[{"options": twice}])
 
 
+def test_options_that_are_none_are_one_line() -> None:
+    with pytest.raises(InputError, match=r"options are .*12 m.*, allowed is a list of texts or a mapping of labels"):
+        score(ChoiceReward(), ["B"], ["B"], columns=[{"options": str(OPTIONS)}])  # a cell of a CSV
+    with pytest.raises(InputError, match="options: no row has a column `choics`; there are choices"):
+        score(ChoiceReward(options="choics"), ["B"], ["B"], columns=[{"choices": OPTIONS}])
+
+
 def test_options_of_arc_and_gpqa_and_none() -> None:
     arc = {"text": ["ice", "fire", "1"], "label": ["1", "2", "3"]}
     reward = ChoiceReward(options="choices")
@@ -259,6 +266,31 @@ def test_nothing_of_a_program_is_left(tmp_path: Path) -> None:
     attack = f"import os, time\nopen({str(marker)!r}, 'w').write(os.getcwd())\nopen('junk', 'w')\ntime.sleep(60)"
     assert reward([program(attack)], ["pass"]) == [0]
     assert not Path(marker.read_text()).exists()
+
+
+@pytest.mark.parametrize(
+    ("truth", "said"),
+    [
+        ("72", "ground truth is '72', which tests nothing"),
+        ('["assert f(1) == 2"]', "which tests nothing"),
+        ('{"inputs": ["1"], "outputs": ["2"]}', "which tests nothing"),
+        ("", "ground truth is '', which tests nothing"),
+        ('"doc"\n3', "which tests nothing"),
+        ("assert (", "no Python: "),
+    ],
+)
+def test_tests_that_every_program_passes_or_none_are_one_line(code: Reward, truth: str, said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        code([program("x = 1")], [truth])
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_limits_that_a_program_that_does_nothing_breaks_are_one_line() -> None:
+    with pytest.raises(InputError, match=r"a program that does nothing fails here under timeout 5, RLIMIT_AS 10485"):
+        CodeReward(memory_mb=1)([program("x = 1")], ["assert x == 1"])
+    with pytest.raises(InputError, match=r"memory_mb is 512\.0, allowed is a whole number above 0"):
+        CodeReward(memory_mb=512.0)  # type: ignore[arg-type]
 
 
 def test_senseless_limits_of_programs_are_refused() -> None:

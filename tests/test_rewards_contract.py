@@ -260,3 +260,13 @@ def test_a_sum_cannot_judge_by_a_sum_that_judges_by_one_of_its_own() -> None:
     inner = WeightedRewards({"right": LastAnswerReward()}, solved_by="right")
     with pytest.raises(InputError, match="solved_by: inner is a sum with a solved_by of its own"):
         WeightedRewards({"inner": inner}, solved_by="inner")
+
+
+def test_a_threshold_that_no_sum_reaches_is_refused_and_a_sum_of_tenths_reaches_one() -> None:
+    parts = {"right": LastAnswerReward(), "form": FormatReward(".*"), "long": FormatReward(".+")}
+    with pytest.raises(InputError, match=r"success_threshold: 1\.0 is not allowed; .* must be in \(0, 0\.9\]"):
+        check_success_threshold(1.0, WeightedRewards(parts, {"right": 0.7, "form": 0.1, "long": 0.1}))
+    tenths = WeightedRewards(parts, {"right": 0.7, "form": 0.2, "long": 0.1})
+    check_success_threshold(1.0, tenths)
+    assert score(tenths, [">7"], ["7"]) == [1.0]
+    check_success_threshold(1.0, WeightedRewards(parts, {"right": 1.0, "form": -0.5}))  # may be more than is known

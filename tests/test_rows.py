@@ -336,3 +336,16 @@ def test_real_files() -> None:
     assert len(rows) == 7473
     assert all(each["target"] for each in rows)
     assert {each["target"] for each in read_rows(DATA / "gsm8k_test.parquet")} == {None}
+
+
+def test_two_sets_that_would_be_measured_as_one_are_refused(tmp_path: Path) -> None:
+    bare = [{key: value for key, value in row.items() if key != "data_source"} for row in ROWS]
+    places = []
+    for name in ("aime", "amc"):
+        (tmp_path / name).mkdir()
+        places.append(str(write(tmp_path / name / "test.jsonl", bare)))
+    with pytest.raises(InputError, match=r"^data\.test: .*amc/test\.jsonl: its rows have no column `data_source`"):
+        read_rows(places, "data.test")
+    assert len(read_rows(places, "data.train")) == 2 * len(bare)  # what is trained on is not told apart
+    write(tmp_path / "amc" / "test.jsonl", ROWS)
+    assert len(read_rows(places, "data.test")) == 2 * len(bare)

@@ -37,6 +37,7 @@ from mifo_callbacks.sharding import (
     require_visible_weights,
     shard_group,
     shard_like,
+    usable,
 )
 from mifo_callbacks.thresholds import random_scores
 
@@ -244,7 +245,7 @@ class GradientFreezing(PhaseCallback):
         return shard_like(random_scores(p.shape, self.seed.value, self._frozen_phases, position), p)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._waits and self.rule is not None and _usable(self.trained(pl_module).values()):
+        if self._waits and self.rule is not None and usable(self.trained(pl_module).values()):
             self._waits = False
             self._hold(trainer, pl_module, self.rule)
         found = [(p.grad, self._masks[name]) for name, p in self._frozen_weights(pl_module) if p.grad is not None]
@@ -309,15 +310,6 @@ class GradientFreezing(PhaseCallback):
         self._frozen_phases = state_dict["number"]
         self.seed.restore(state_dict.get("seed"))
         self._stored = dict(state_dict.get("masks", {}))
-
-
-def _usable(params: Iterable[nn.Parameter]) -> bool:
-    """Whether there is a gradient and all of it is finite, on every rank: a scaled one may have overflowed."""
-    grads = [p.grad for p in params if p.grad is not None]
-    if not grads:
-        return False
-    wrong = torch.stack([local(grad).isfinite().logical_not().sum() for grad in grads]).sum()
-    return not int(sum_over(wrong, shard_group(grads)))
 
 
 def _gradient_of(p: nn.Parameter) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -9,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from mifo_callbacks.collectives import rank
+from mifo_callbacks.collectives import rank, sum_over
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -122,3 +123,12 @@ def require_visible_weights(trainer: Trainer, pl_module: LightningModule, who: s
             )
     require_data_parallel(trainer, who)
     shard_group(trainable(pl_module).values())
+
+
+def usable(params: Iterable[nn.Parameter]) -> bool:
+    """Whether there is a gradient and all of it is finite, on every rank: a scaled one may overflow; collective."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return False
+    wrong = torch.stack([local(grad).isfinite().logical_not().sum() for grad in grads]).sum()
+    return not int(sum_over(wrong, shard_group(grads)))

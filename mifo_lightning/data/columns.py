@@ -111,6 +111,11 @@ def wrong(where: str, what: str, allowed: str, value: object) -> InputError:
     return InputError(f"{where}: {what} must be {allowed}, got {type(value).__name__} {value!r:.80}")
 
 
+def has_source(found: dict[str, Any], columns: Columns) -> bool:
+    """Whether a row says itself which set it is of."""
+    return _look_up(found, columns.data_source) is not MISSING
+
+
 def _source(found: dict[str, Any], columns: Columns, name: str, where: str) -> str:
     source = _look_up(found, columns.data_source)
     source = name if source is MISSING else source

@@ -183,15 +183,16 @@ class QuestionData(LightningDataModule):
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
         shown = sum(q.demonstration is not None for q in questions)
         lent = len(questions) if getattr(trainer.lightning_module, "own_demonstrations", False) else shown
-        size = switch.size if switch else None
+        wanted: int | None = vars(switch).setdefault("_asked_size", switch.size) if switch else None
+        size = wanted
         after = before.fit_rl(len(questions), trainer.world_size)
         if switch or before.sft_before or before.sft_after:
             after, size = after.fit_sft(lent, size, trainer.world_size)
         what = f"the {len(questions)} training questions, {shown} with a demonstration"
         for name in ("prompts_per_step", "sft_batch"):
             self._fit(f"data.schedule.{name}", getattr(before, name), getattr(after, name), what)
-        if switch and size is not None:
-            switch.size = self._fit("buffer.size", switch.size, size, f"{what}; a phase waits for that many hard ones")
+        if switch and size is not None and wanted is not None:
+            switch.size = self._fit("buffer.size", wanted, size, f"{what}; a phase waits for that many hard ones")
         self.schedule = after
 
     def _fit(self, key: str, asked: int, taken: int, what: str) -> int:

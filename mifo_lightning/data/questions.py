@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mifo_lightning.common.errors import InputError
@@ -236,12 +237,13 @@ def _verify_demonstrations(
     watch = FailureWatch(reward)
     scores = grade_answers(reward, shown, response_texts(tokenizer, responses), [len(ids) for ids in responses])
     watch.end(len(shown), "demonstrations")
-    for question, value in zip(shown, scores.judged, strict=True):
-        if value < success_threshold:
+    judged = torch.tensor(scores.judged, dtype=torch.float32)  # as rollouts are: a sum of tenths reaches 1
+    for question, right in zip(shown, (judged >= success_threshold).tolist(), strict=True):
+        if not right:
             question.demonstration = question.answer_start = None
             drops.dropped[question.source, WRONG_DEMO] += 1
-    best = max(scores.judged, default=success_threshold)
-    if best < success_threshold:
+    if shown and not (judged >= success_threshold).any():
+        best = max(scores.judged)
         rank_zero_warn(
             f"{where}: none of {len(shown)} demonstrations is right: the highest score is {best:g}, "
             f"model.rollout.success_threshold {success_threshold:g}; lower it if no response can score that much"

@@ -24,7 +24,7 @@ from typing import Any
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.files import UNREADABLE, check_regular
 from mifo_lightning.common.hub import check_hub
-from mifo_lightning.data.columns import Columns, to_row, wrong
+from mifo_lightning.data.columns import Columns, has_source, to_row, wrong
 from mifo_lightning.data.source import Row, RowSource
 
 Source = Any  # one of the above
@@ -52,8 +52,10 @@ def read_rows(source: Source, where: str = "data", columns: Columns = Columns(),
         )
     if not sources:
         raise InputError(f"{where}: no source; allowed are files, directories, hub names and row sources")
+    # what is measured is measured by name: two sets must not become one without a word
+    taken: dict[str, str] | None = None if where == "data.train" else {}
     try:
-        return [row for each in sources for row in _read(each, columns, unanswered)]
+        return [row for each in sources for row in _read(each, columns, unanswered, taken)]
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -64,7 +66,7 @@ def _is_table(source: object) -> bool:
     return rows or (hasattr(source, "column_names") and hasattr(source, "to_list"))
 
 
-def _read(source: Source, columns: Columns, unanswered: bool) -> list[Row]:
+def _read(source: Source, columns: Columns, unanswered: bool, taken: dict[str, str] | None) -> list[Row]:
     if _is_table(source):
         rows = source if isinstance(source, list) else source.to_list()
         return _checked(rows, columns, unanswered, name="rows", where=type(source).__name__)
@@ -80,10 +82,12 @@ def _read(source: Source, columns: Columns, unanswered: bool) -> list[Row]:
     except (OSError, RuntimeError) as error:  # the latter: the home of nobody
         raise _unreadable(source, error) from error
     if not local:
-        return _read_hub(str(source), columns, unanswered)
+        return _read_hub(str(source), columns, unanswered, taken)
     place = Path(os.path.abspath(path))  # "." has a name too; a link keeps its own
     name = place.name if path.is_dir() else place.stem  # of a directory, not of its parts
-    return [row for file in files for row in _checked(_read_file(file), columns, unanswered, name, str(file))]
+    parts = [(file, _read_file(file)) for file in files]
+    _take(taken, name, str(place), [row for _, found in parts for row in found], columns)
+    return [row for file, found in parts for row in _checked(found, columns, unanswered, name, str(file))]
 
 
 def _looks_local(name: str, path: Path) -> bool:
@@ -168,7 +172,7 @@ READERS: dict[str, Callable[[Path], list[Any]]] = {
 }
 
 
-def _read_hub(source: str, columns: Columns, unanswered: bool) -> list[Row]:
+def _read_hub(source: str, columns: Columns, unanswered: bool, taken: dict[str, str] | None) -> list[Row]:
     from datasets import load_dataset
 
     name, *config, split = source.split(":", 2) if ":" in source else (source, "train")
@@ -179,7 +183,19 @@ def _read_hub(source: str, columns: Columns, unanswered: bool) -> list[Row]:
         # `datasets` raises a dozen kinds of exception here, from the network down to the file format.
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise InputError(f"{source}: no such file, and not loadable from the hub ({problem})") from error
-    return _checked(data.to_list(), columns, unanswered, name, source)
+    found = data.to_list()
+    _take(taken, name, source, found, columns)
+    return _checked(found, columns, unanswered, name, source)
+
+
+def _take(taken: dict[str, str] | None, name: str, place: str, found: Sequence[object], columns: Columns) -> None:
+    """Note that rows without a source are called `name`; InputError if those of another place are."""
+    bare = any(isinstance(row, dict) and not has_source(row, columns) for row in found)
+    if taken is not None and bare and (other := taken.setdefault(name, place)) != place:
+        raise InputError(
+            f"{place}: its rows have no column `{columns.data_source}`, and would be counted as `{name}` together with "
+            f"those of {other}; give one of them the column, or another name"
+        )
 
 
 def _checked(found: Sequence[object], columns: Columns, unanswered: bool, name: str, where: str) -> list[Row]:

@@ -81,8 +81,10 @@ class ActivityProfiler(Profiler):
         Args:
             callbacks: Those of the Trainer.
         """
-        by_callback = self.by_callback(callbacks)
-        totals = defaultdict(float, {CALLBACKS[name]: s for name, s in by_callback.items() if name in CALLBACKS})
+        totals: dict[str, float] = defaultdict(float)
+        for name, seconds in self.by_callback(callbacks).items():
+            if name in CALLBACKS:
+                totals[CALLBACKS[name]] += seconds
         for action, seconds in self.seconds.items():
             activity = next((a for part, a in ACTIVITIES.items() if part in action), None)
             if activity is not None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mifo_callbacks.ownership import claim
 from mifo_lightning.checkpoints import interruption
 from mifo_lightning.checkpoints.files import existing, free_bytes, remove_file, sync_directory, unwritten
 from mifo_lightning.checkpoints.sharded import seal
@@ -71,6 +72,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Another run's checkpoint stays as it is; what this one writes it may write over."""
         super().on_train_start(trainer, pl_module)
+        claim(self, pl_module)  # Lightning keeps where and at which step it last wrote
         self.check_free(trainer, pl_module, trainer.ckpt_path)
         self._mine, self._from = self._directory(trainer) / LAST, trainer.global_step
         if trainer.is_global_zero:

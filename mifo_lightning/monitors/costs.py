@@ -9,6 +9,7 @@ from torch import nn
 
 from mifo_callbacks.collectives import gather_ranks
 from mifo_callbacks.logging import log_metrics
+from mifo_callbacks.ownership import claim, renew
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors.activity import ActivityProfiler
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
@@ -49,6 +50,7 @@ class Costs(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the weights."""
+        claim(self, pl_module)
         model: Any = pl_module.policy.model  # type: ignore[union-attr]
         self._weights, self._trained = multiplying(model), multiplying(model, trained=True)
         self._profiler, self._callbacks = trainer.profiler, trainer.callbacks  # type: ignore[attr-defined]
@@ -106,6 +108,7 @@ class Costs(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
+        renew(self)
         self.accounts = {phase: dict(account) for phase, account in state_dict["accounts"].items()}
         self.questions, self.demonstrations = set(state_dict["questions"]), set(state_dict["demonstrations"])
         self._earlier = dict(state_dict["callbacks"])

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from mifo_callbacks.ownership import claim
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.monitors.run_dir import keep_earlier, run_dir
 from mifo_lightning.policy.loading import dtype_name, export_model, locate, stored_dtype
@@ -61,6 +62,7 @@ class ExportModel(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever is in the directory stays as it is; the model before the first step, where it is asked for."""
+        claim(self, pl_module)
         self.check_free(trainer, pl_module, trainer.ckpt_path)
         if trainer.global_step == 0:
             self._write_step(trainer, pl_module)

@@ -1,5 +1,6 @@
 """Which questions a phase makes the model forget, and which it teaches."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, same_questions
 from mifo_lightning.monitors.trained import as_trained
 
 Solved = dict[str, list[bool]]  # of each source, whether each of its questions is solved
@@ -40,6 +41,7 @@ class Forgetting(PhaseMonitor):
         self.questions, self.every = questions, every
         self.responses = 0
         self._probe: dict[str, list[Question]] = {}  # this rank's
+        self._asked: int | None = None  # a key of all of them
         self._first: Solved = {}
         self._edge: Solved = {}  # at the last change of phase
         self._measured = -1  # the rollout before which there was a measurement, or none was due
@@ -55,7 +57,11 @@ class Forgetting(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         sources = {} if data is None else data.val_dataloader()
         self.preflight(trainer, sources)
-        self._probe = {s: self.deal(trainer, load.questions[: self.questions]) for s, load in sources.items()}
+        chosen = {source: loader.questions[: self.questions] for source, loader in sources.items()}
+        counts, known = ({s: len(v) for s, v in found.items()} for found in (chosen, self._first))
+        if not known or counts == known:  # else the first measurement says how many
+            self._asked = same_questions("forgetting", self._asked, chain(*chosen.values()))
+        self._probe = {source: self.deal(trainer, questions) for source, questions in chosen.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure at a change of phase and every few RL steps."""
@@ -110,12 +116,13 @@ class Forgetting(PhaseMonitor):
 
     def own_state(self) -> dict[str, Any]:
         """What is solved at the start and at the last change of phase."""
-        return {"responses": self.responses, "first": self._first, "edge": self._edge, "measured": self._measured}
+        found = {"first": self._first, "edge": self._edge, "measured": self._measured}
+        return {"responses": self.responses, "asked": self._asked, **found}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.responses, self._first, self._edge = state["responses"], state["first"], state["edge"]
-        self._measured = state.get("measured", -1)
+        self._measured, self._asked = state.get("measured", -1), state.get("asked")
 
 
 def compare(before: Solved, after: Solved) -> Counts:

@@ -1,5 +1,6 @@
 """What each phase does to held-out demonstrations."""
 
+from itertools import chain
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -8,7 +9,7 @@ from mifo_callbacks.collectives import sum_ranks
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, same_questions
 from mifo_lightning.monitors.trained import as_trained
 
 
@@ -34,6 +35,7 @@ class HeldOutLoss(PhaseMonitor):
         self.questions = questions
         self._edge: float | None = None  # the loss at the last change of phase
         self._probe: dict[str, list[Question]] = {}
+        self._asked: int | None = None  # a key of all of them
 
     @property
     def changes(self) -> dict[str, list[float]]:
@@ -46,10 +48,12 @@ class HeldOutLoss(PhaseMonitor):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise InputError("heldout: takes its questions from a datamodule; the Trainer has none")
-        self._probe = {
-            source: self.deal(trainer, [q for q in loader.questions if q.demonstration][: self.questions])
+        chosen = {
+            source: [q for q in loader.questions if q.demonstration][: self.questions]
             for source, loader in data.val_dataloader().items()
         }
+        self._asked = same_questions("heldout", self._asked, chain(*chosen.values()))
+        self._probe = {source: self.deal(trainer, questions) for source, questions in chosen.items()}
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end of the phase before is the start of this one; only the first phase is measured anew."""
@@ -86,8 +90,8 @@ class HeldOutLoss(PhaseMonitor):
 
     def own_state(self) -> dict[str, Any]:
         """The loss at the last change of phase."""
-        return {"edge": self._edge}
+        return {"edge": self._edge, "asked": self._asked}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self._edge = state["edge"]
+        self._edge, self._asked = state["edge"], state.get("asked")

@@ -9,7 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mifo_lightning.common.errors import InputError
+from mifo_callbacks.ownership import claim, renew
+from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.monitors.run_dir import run_dir
 
 # not `rollout/tokens_per_s`: speed varies from run to run
@@ -35,9 +36,11 @@ class History(Callback):
     """
 
     def __init__(self, keys: list[str] | None = None) -> None:
-        if keys == []:
+        texts = keys is None or (isinstance(keys, list | tuple) and all(isinstance(key, str) and key for key in keys))
+        require("history.keys", repr(keys), texts, "a list of patterns of metric names")
+        if keys is not None and not keys:
             raise InputError("history.keys: [] keeps nothing; give patterns of metric names, or history: null")
-        self.keys = list(KEYS) if keys is None else keys
+        self.keys = list(KEYS if keys is None else keys)
         self.lines: list[dict[str, float]] = []
         self._where = {"step": 0, "rl_step": 0}
         self._end: int | None = None  # lines before the step under way, or the end: later ones are no part of the state
@@ -51,6 +54,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from now on: what is logged before a resumed run goes on has been logged before."""
+        claim(self, pl_module)
         self._end = None
         self._detach(trainer)
         trainer.loggers = [*trainer.loggers, self._recorder]
@@ -93,6 +97,7 @@ class History(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
+        renew(self)
         self.lines, self._where = list(state_dict["lines"]), dict(state_dict["where"])
 
 

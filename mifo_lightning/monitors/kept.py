@@ -47,7 +47,7 @@ def beginning(
 
 
 def settings(value: object) -> Any:
-    """A setting as JSON, the same in every process; of a reward its class and what its public attributes hold.
+    """A setting as JSON, the same in every process; of a reward its class and its attributes, of ours the public ones.
 
     Raises:
         InputError: It is no plain value.
@@ -59,7 +59,8 @@ def settings(value: object) -> Any:
     if isinstance(value, dict):
         return {str(name): settings(item) for name, item in value.items()}
     if isinstance(value, Reward):
-        state = {name: item for name, item in state_of(value).items() if not name.startswith("_")}
+        ours = type(value).__module__.startswith("mifo_lightning.")  # whose private ones are workers and caches
+        state = {name: item for name, item in state_of(value).items() if not (ours and name.startswith("_"))}
         return [f"{type(value).__module__}.{type(value).__qualname__}", settings(state)]
     raise InputError(f"a {type(value).__name__} is no setting that can be compared")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mifo_callbacks import GradientFreezing
 from mifo_callbacks.collectives import sum_over
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.sharding import local, shard_group
+from mifo_callbacks.sharding import local, shard_group, usable
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
 
@@ -37,7 +37,7 @@ class FrozenOverlap(PhaseMonitor):
         """Measure the step's gradient; masks are applied later, in `on_before_optimizer_step`."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         masks = next((c.masks for c in callbacks if isinstance(c, GradientFreezing) and c.masks), None)
-        if self._current == "sft" and masks is not None:
+        if self._current == "sft" and masks is not None and usable(pl_module.parameters()):
             with self.timed():
                 gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
                 self._shares.append(frozen_shares(gradients, masks))

@@ -2,16 +2,30 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 from lightning import LightningModule, Trainer
 
+from mifo_callbacks.ownership import claim, renew
 from mifo_callbacks.phase import PhaseCallback
-from mifo_lightning.common.errors import Interrupted
+from mifo_lightning.common.errors import InputError, Interrupted
+from mifo_lightning.common.question import Question
+from mifo_lightning.common.seeds import stable_key
 
 T = TypeVar("T")
+
+
+def same_questions(monitor: str, then: int | None, questions: Iterable[Question]) -> int:
+    """A key of what is asked; InputError if that of an earlier measurement, `then`, is another one."""
+    now = stable_key(*(text for q in questions for text in (q.source, q.text, q.truth, str(q.demonstration))))
+    if then not in (None, now):
+        raise InputError(
+            f"{monitor}: what was measured before this run goes on was measured on other questions; keep data.val, "
+            f"data.holdout and {monitor}.* the same for a whole run"
+        )
+    return now
 
 
 class PhaseMonitor(PhaseCallback):
@@ -47,8 +61,11 @@ class PhaseMonitor(PhaseCallback):
         """Measure the phase and log; what belongs into its record, or None where there is nothing to record."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training goes on: the state moves again."""
-        self._at_end = None
+        """Training goes on, of the same module: what was measured when an earlier one ended was in the midst of it."""
+        claim(self, pl_module)
+        if self._at_end is not None:
+            state, self._at_end = self._at_end, None
+            self.load_state_dict(state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if the phase changes here, then count RL steps."""
@@ -124,6 +141,8 @@ class PhaseMonitor(PhaseCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_state_dict(state_dict)
+        renew(self)
+        self._at_end = None
         self.phases, self.seconds = list(state_dict["phases"]), state_dict["seconds"]
         self._numbers, self._rl_step = dict(state_dict["numbers"]), state_dict["rl_step"]
         self._begins = state_dict.get("begins", False)

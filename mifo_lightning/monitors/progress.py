@@ -26,11 +26,12 @@ class PhaseProgress(ProgressBar):
         seconds: Where there is no terminal: seconds between two lines of one rollout or evaluation.
 
     Raises:
-        InputError: If `seconds` is not above 0.
+        InputError: If `lines` is below 1 or `seconds` not above 0.
     """
 
     def __init__(self, lines: int = 12, seconds: float = 30.0) -> None:
         super().__init__()
+        require("progress.lines", lines, lines >= 1, "at least 1")
         require("progress.seconds", seconds, seconds > 0, "above 0")
         self.lines, self.seconds = lines, seconds
         self._console = Console()

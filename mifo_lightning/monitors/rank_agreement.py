@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mifo_callbacks.contracts import Importance, map_of
 from mifo_callbacks.logging import log_metrics
-from mifo_callbacks.sharding import full, shard_like
+from mifo_callbacks.sharding import full, shard_like, usable
 from mifo_lightning.monitors.layer_updates import layer_group
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor
 
@@ -45,7 +45,7 @@ class RankAgreement(PhaseMonitor):
         """Measure the first step's gradient, before anything masks it."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         sources = [c for c in callbacks if isinstance(c, Importance) and c.importance]
-        if self._current != "sft" or self._found is not None or not sources:
+        if self._current != "sft" or self._found is not None or not sources or not usable(pl_module.parameters()):
             return
         with self.timed():
             known, config = map_of(sources[0], pl_module), getattr(_model(pl_module), "config", None)

@@ -12,7 +12,7 @@ from mifo_lightning.common.errors import InputError, require
 from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.divergence import load_beside, response_kl, weights_of
 from mifo_lightning.monitors.kept import beginning, check_cache, kept
-from mifo_lightning.monitors.phase_monitor import PhaseMonitor
+from mifo_lightning.monitors.phase_monitor import PhaseMonitor, same_questions
 from mifo_lightning.monitors.plasticity import Plasticity
 from mifo_lightning.monitors.trained import Trained, as_trained
 from mifo_lightning.monitors.transitions import transitions
@@ -92,6 +92,7 @@ class Retention(PhaseMonitor):
         self._unjudged: list[Question] = []  # those without an answer
         self._start: list[dict[str, Any]] = []  # of each of both: source, shares right by set, one response's tokens
         self._weights = 0  # fingerprint of the initial ones
+        self._asked_before: int | None = None  # a key of the questions
         self._found: Cells = {}
         self._plasticity = Plasticity()
 
@@ -134,6 +135,7 @@ class Retention(PhaseMonitor):
                 f"ckpt_path: retention began with {len(then)} questions and would go on with {len(now)}, or others; "
                 "keep data.val, data.holdout, retention.questions and retention.prompts the same for a whole run"
             )
+        self._asked_before = same_questions("retention", self._asked_before, self._questions)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count anew; before the first step of a run also draw what the initial model answers."""
@@ -308,12 +310,14 @@ class Retention(PhaseMonitor):
             "responses": self.responses,
             "start": list(self._start),
             "weights": self._weights,
+            "asked": self._asked_before,
             **self._plasticity.state_dict(),
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.responses, self._start, self._weights = state["responses"], state["start"], state["weights"]
+        self._asked_before = state.get("asked")
         self._plasticity.load_state_dict(state)
 
 

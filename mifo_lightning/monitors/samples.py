@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from mifo_lightning.common.errors import require
 from mifo_lightning.monitors.kept_rows import carry, samples_before
 from mifo_lightning.monitors.run_dir import run_dir
 
@@ -20,9 +21,14 @@ class SampleTable(Callback):
     Args:
         every: RL rollouts between two records; 0 keeps none of them.
         per_evaluation: Responses kept per source and evaluation.
+
+    Raises:
+        InputError: If one of them is below 0.
     """
 
     def __init__(self, every: int = 10, per_evaluation: int = 4) -> None:
+        require("samples.every", every, every >= 0, "at least 0")
+        require("samples.per_evaluation", per_evaluation, per_evaluation >= 0, "at least 0")
         self.every, self.per_evaluation = every, per_evaluation
         self._kept: dict[int, int] = {}  # responses kept in the running evaluation, by data source
         self._table: Any = None

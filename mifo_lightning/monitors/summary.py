@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mifo_callbacks import BufferPhaseSwitch
+from mifo_callbacks.ownership import claim, renew
 from mifo_lightning.common.terminal import table_text
 from mifo_lightning.monitors.activity import METHOD, ActivityProfiler
 from mifo_lightning.monitors.run_dir import run_dir
@@ -40,6 +41,10 @@ class RunSummary(Callback):
         self.ends_on: str | None = None
         self._dropped = 0  # SFT phases that the loader left out
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """It is of one module's run."""
+        claim(self, pl_module)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metrics."""
         values = {k[4:]: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -66,6 +71,7 @@ class RunSummary(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
+        renew(self)
         self.before, self.after_rl = state_dict["before"], state_dict.get("after_rl", {})
         self.ends_on = state_dict.get("ends_on")
 

@@ -50,6 +50,9 @@ class ChoiceReward(MarkedReward):
         prompts: list[str] | None = None,
         columns: list[Mapping[str, Any]] | None = None,
     ) -> list[float]:
+        if columns and self.options != "options" and not any(self.options in (row or {}) for row in columns):
+            there = ", ".join(dict.fromkeys(name for row in columns for name in row or {})) or "none"
+            raise InputError(f"ChoiceReward: options: no row has a column `{self.options}`; there are {there}")
         answers = self.answers(responses, prompts)
         given = [(row or {}).get(self.options) for row in columns or [{}] * len(responses)]
         return [
@@ -70,7 +73,15 @@ def chosen(response: str) -> str:
 
 
 def labelled(options: Any) -> dict[str, str]:
-    """Options by label, A, B, C, ... where they have none."""
+    """Options by label, A, B, C, ... where they have none; InputError for what lists none, such as a text of a CSV."""
+    if (
+        options is not None
+        and not isinstance(options, Mapping)
+        and (isinstance(options, str) or not isinstance(options, Sequence))
+    ):
+        raise InputError(
+            f"ChoiceReward: options are {options!r:.80}, allowed is a list of texts or a mapping of labels"
+        )
     if isinstance(options, Mapping) and isinstance(options.get("text"), Sequence) and "label" in options:
         return {str(label): str(text) for label, text in zip(options["label"], options["text"], strict=True)}
     if isinstance(options, Mapping):

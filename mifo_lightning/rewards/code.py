@@ -1,5 +1,6 @@
 """Programs as answers: a response is right if the tests of its question pass in a child that is killed on any limit."""
 
+import ast
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from mifo_lightning.common.errors import InputError
@@ -36,6 +38,10 @@ class CodeReward(MarkedReward):
         workers: Responses run at once.
         answer_after: Only the text after the last such marker is graded; all of it if this is None or absent.
         missing_marker: zero or whole, for a thought that never ended.
+
+    Raises:
+        InputError: If a limit is not allowed; from a call, if a ground truth is no Python or tests nothing, or a
+            program that does nothing fails under the limits.
     """
 
     isolate = False  # each program has a process of its own
@@ -50,10 +56,12 @@ class CodeReward(MarkedReward):
         missing_marker: MissingMarker = "zero",
     ) -> None:
         super().__init__(answer_after, missing_marker)
-        for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("file_mb", file_mb), ("workers", workers)):
-            if not value > 0:
-                raise InputError(f"CodeReward: {name} is {value}, allowed is a number above 0")
-        self.timeout, self.workers = timeout, workers
+        if not timeout > 0:
+            raise InputError(f"CodeReward: timeout is {timeout}, allowed is a number above 0")
+        for name, value in (("memory_mb", memory_mb), ("file_mb", file_mb), ("workers", workers)):
+            if type(value) is not int or value < 1:
+                raise InputError(f"CodeReward: {name} is {value}, allowed is a whole number above 0")
+        self.timeout, self.workers, self._tried = timeout, workers, False
         self.limits = {
             "RLIMIT_AS": memory_mb * 2**20,
             "RLIMIT_FSIZE": file_mb * 2**20,
@@ -64,9 +72,19 @@ class CodeReward(MarkedReward):
         }
 
     def __call__(self, responses: list[str], truths: list[str], prompts: list[str] | None = None) -> list[float]:
+        for tests in dict.fromkeys(truths):
+            check_tests(tests)
+        self._try()
         answers = self.answers(responses, prompts)
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._passes, answers, truths))
+
+    def _try(self) -> None:
+        """Run a program that does nothing, once: under limits that even it breaks every response would be wrong."""
+        if not self._tried and not self._passes("```python\npass\n```", "pass"):
+            limits = f"timeout {self.timeout:g}, " + ", ".join(f"{name} {most}" for name, most in self.limits.items())
+            raise InputError(f"CodeReward: a program that does nothing fails here under {limits}; raise them")
+        self._tried = True
 
     def _passes(self, answer: str | None, tests: str) -> float:
         blocks = BLOCK.findall(answer or "")
@@ -96,6 +114,28 @@ class CodeReward(MarkedReward):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+
+
+@cache
+def check_tests(tests: str) -> None:
+    """Raise InputError for a ground truth that no program passes, or that any does: `72`, a list of asserts as text."""
+    try:
+        statements = ast.parse(tests).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise InputError(f"CodeReward: ground truth is {tests!r:.80}, no Python: {error!s:.80}") from None
+    if all(isinstance(each, ast.Expr) and _is_literal(each.value) for each in statements):
+        raise InputError(
+            f"CodeReward: ground truth is {tests!r:.80}, which tests nothing; allowed are statements that fail where "
+            "the program is wrong, such as `assert f(1) == 2`"
+        )
+
+
+def _is_literal(expression: ast.expr) -> bool:
+    try:
+        ast.literal_eval(expression)
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def _read(descriptor: int, end: float) -> bytes:

@@ -41,6 +41,9 @@ class WeightedRewards(Reward):
         self.rewards, self.weights = rewards, {name: weights.get(name, 1.0) for name in rewards}
         self.solved_by = solved_by
         self.failed = sum(self.weights[name] * reward.failed for name, reward in rewards.items())
+        weighed = [(weight, rewards[name]) for name, weight in self.weights.items() if weight]
+        # of a negative weight the highest score is that of the lowest, which nobody says
+        self.best = math.inf if min(self.weights.values()) < 0 else math.fsum(w * part.best for w, part in weighed)
         self.components = {name: [] for name in rewards}
 
     def __call__(self, responses: list[str], truths: list[str], **context: Sequence[Any]) -> list[float]:
@@ -48,7 +51,7 @@ class WeightedRewards(Reward):
         self.errors = sum(part.errors for part in self.parts)
         self.timeouts = sum(part.timeouts for part in self.parts)
         return [
-            sum(weight * value for weight, value in zip(self.weights.values(), values, strict=True))
+            math.fsum(weight * value for weight, value in zip(self.weights.values(), values, strict=True))
             for values in zip(*self.components.values(), strict=True)
         ]
 

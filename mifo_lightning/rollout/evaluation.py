@@ -178,6 +178,12 @@ class Evaluator:
         self.checked += len(flat)
         correct = graded.correct.to(policy.device).sum(-1)
         means = {f"reward/{name}": values.flatten() for name, values in graded.components.items()}
+        if unknown := sorted(means.keys() - self.scores[source].means.keys()):
+            name = unknown[0].removeprefix("reward/")
+            raise InputError(
+                f"reward: {type(self.reward).__name__} has the component {name!r} only once it has graded; its "
+                "constructor must name all of `components`"
+            )
         if not greedy or not self.settings.samples:
             means |= self._marker(graded)
         for scores in (self.scores[source], self.scores[-1]):
@@ -244,6 +250,7 @@ class Evaluator:
     def _demonstration_loss(self, policy: Policy, questions: list[Question], source: int) -> None:
         """Mean negative log-likelihood in nats per demonstration token."""
         nll, tokens = self.demonstration_nll(policy, questions)
+        nll = torch.where(nll.isnan(), torch.inf, nll)  # which a mean shows; what is no number would be left out of it
         if tokens:
             for scores in (self.scores[source], self.scores[-1]):
                 scores.means["demonstration_loss"].update(nll / tokens, tokens)
