@@ -67,6 +67,9 @@ class Close(Reward):
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
 
+    def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
+        return [float(abs(float(r) - float(t)) <= self._tolerance) for r, t in zip(responses, truths, strict=True)]
+
 
 def test_what_is_compared_is_the_same_in_every_process_and_tells_options_apart() -> None:
     program = (
