@@ -165,6 +165,9 @@ def test_a_contrast_named_after_a_run_is_not_taken_for_one_named_before(
     turned = {"arms": {**GRID["arms"], "third": {}}, "primary_contrast": ["third", "mifo"], "margin": 0.02}
     plan.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nothing had been seen yet
     record_outcome(cells(first)[0].directory, "it broke", 1.0)
+    plan.check_named_before(read_ablation(write(tmp_path, **turned)), cells(first))  # nor by a fit that failed
+    (cells(first)[0].directory / "summary.json").write_text('{"after": {}}', encoding="utf-8")
+    record_outcome(cells(first)[0].directory, None, 1.0)
     plan.check_named_before(first, cells(first))
     more = {"margin": 0.02, "seeds": [0, 1, 2]}  # runs are not added until a test succeeds
     for changes, key in (

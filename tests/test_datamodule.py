@@ -17,6 +17,7 @@ from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.data.source import Row, RowSource
 from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rewards.points import PointsReward
 
 
 class Numbered(RowSource):
@@ -212,3 +213,12 @@ def test_rows_are_read_once_and_the_reward_is_closed(monkeypatch: pytest.MonkeyP
     assert len(read) == 2
     data.teardown("fit")
     assert reward.closed == 1
+
+
+def test_a_truth_that_no_response_can_meet_is_refused_before_training() -> None:
+    """Where rows are read, on every rank alike: one rank that met it while it graded would leave the others waiting."""
+    with pytest.raises(
+        InputError, match=r"^data\.train: '.*': PointsReward: ground truth is '0', allowed is"
+    ) as refused:
+        attached(reward=PointsReward(), verify=False)
+    assert "\n" not in str(refused.value)

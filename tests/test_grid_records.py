@@ -127,7 +127,7 @@ def test_cells_of_one_base_run_on_one_model(tmp_path: Path, ran: list[str], caps
     assert runner.main(["--config", str(config), "--only", "interleave/one"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: bases.one: ")
-    assert "another model for interleave/one/seed0 than for mifo/one/seed0, which has been run" in error
+    assert "another one for interleave/one/seed0 than for mifo/one/seed0, which has been run" in error
     assert error.count("\n") == 1
     assert runner.main(["--config", str(config), "--only", "interleave/two"]) == 0
     assert ran == ["mifo/one/seed0", "interleave/two/seed1"]
@@ -187,10 +187,10 @@ def test_a_page_of_restored_runs_says_when_they_were_made(
     records = str(tmp_path / "cells.jsonl")
     for commit, arm in (("aaa", "mifo"), ("bbb", "interleave")):
         monkeypatch.setattr("mifo_lightning.lab.plan.commit", lambda commit=commit: commit)
-        monkeypatch.setattr("mifo_lightning.lab.records.commit", lambda commit=commit: commit)
+        monkeypatch.setattr(runner, "commit", lambda commit=commit: commit)
         assert runner.main(["--config", str(grid_of(tmp_path, "here", records=records)), "--only", arm]) == 0
     monkeypatch.setattr("mifo_lightning.lab.plan.commit", lambda: "ccc")
-    monkeypatch.setattr("mifo_lightning.lab.records.commit", lambda: "ccc")
+    monkeypatch.setattr(runner, "commit", lambda: "ccc")
     ran.clear()
     assert runner.main(["--config", str(grid_of(tmp_path, "there", records=records))]) == 0
     assert ran == []
@@ -219,29 +219,51 @@ def test_two_finished_cells_of_one_base_began_with_one_model(
     capsys.readouterr()
     assert runner.main(["--config", str(there), "--only", "mifo/two"]) == 2
     line = capsys.readouterr().err
-    assert "another model for interleave/one/seed0 than for mifo/one/seed0" in line
+    assert "another one for interleave/one/seed0 than for mifo/one/seed0" in line
     assert line.count("\n") == 1
 
 
 def test_cells_of_one_grid_read_the_same_rows(
     tmp_path: Path, ran: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = tmp_path / "rows.jsonl"
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "bases" / "other"
     rows.write_text("{}\n", encoding="utf-8")
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}", encoding="utf-8")
     monkeypatch.setenv("MIFO_DATA", str(tmp_path))
-    changes = {"records": str(tmp_path / "cells.jsonl"), "set": {"data.val": "${oc.env:MIFO_DATA,data}/rows.jsonl"}}
-    config = grid_of(tmp_path, "here", **changes)
-    assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
-    rows.write_text('{"other": 1}\n', encoding="utf-8")
-    fingerprint.__globals__["_digest"].cache_clear()
+    reads = tmp_path / "reads.yaml"  # a path as configurations have it, beside what is none
+    reads.write_text(
+        f"data:\n  train: ${{oc.env:MIFO_DATA,data}}/rows.jsonl\n  val: owner/name\n"
+        f"  prompts: {{system_prompt: {'Think. ' * 60}, chat_template: '${{oc.env:NOWHERE}}'}}\n"
+        f"retention: {{others: {{one: {other}}}}}\n",
+        encoding="utf-8",
+    )
+    changes = {"records": str(tmp_path / "cells.jsonl"), "config": ["tiny", str(reads)]}
+    assert runner.main(["--config", str(grid_of(tmp_path, "here", **changes)), "--only", "mifo/one"]) == 0
     there = grid_of(tmp_path, "there", **changes)
-    for only in ("interleave/one", "mifo/one"):
-        assert runner.main(["--config", str(there), "--only", only]) == 2
-        assert "rows.jsonl" in capsys.readouterr().err
+    for place, content in ((rows, '{"other": 1}\n'), (other / "config.json", '{"other": 1}')):
+        before = place.read_text(encoding="utf-8")
+        place.write_text(content, encoding="utf-8")
+        fingerprint.__globals__["_digest"].cache_clear()
+        for only in ("interleave/one", "mifo/one"):
+            assert runner.main(["--config", str(there), "--only", only]) == 2
+            line = capsys.readouterr().err
+            assert ("rows.jsonl" if place == rows else str(other)) in line
+        place.write_text(before, encoding="utf-8")
     rows.unlink()  # what is not there is not compared: another machine may report
     fingerprint.__globals__["_digest"].cache_clear()
     assert runner.main(["--config", str(there), "--only", "mifo/one"]) == 0
     assert ran == ["mifo/one/seed0"]
+
+
+def test_what_is_given_later_takes_the_place_of_what_was_given_before(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n", encoding="utf-8")
+    reads = tmp_path / "reads.yaml"
+    reads.write_text(f"data: {{train: [{rows}, {rows}]}}\n", encoding="utf-8")
+    for settings, files in (({}, {str(rows)}), ({"data.train": "owner/name"}, set())):
+        config = grid_of(tmp_path, "here", config=["tiny", str(reads)], set=settings)
+        assert set(fingerprint(cells(read_ablation(config))[0])["files"]) == files
 
 
 def test_finished_cells_of_other_settings_are_no_part_of_the_report(

@@ -62,15 +62,16 @@ def test_a_fall_must_exceed_its_noise_over_bases_too() -> None:
 
 def test_the_path_is_read_at_equal_values() -> None:
     path = [(0.2, 0.10), (0.4, 0.20), (0.8, 0.00)]
-    assert at_equal(path, 0.3) == (pytest.approx(0.15), True, 0.3)
-    assert at_equal(path, 0.6) == (pytest.approx(0.10), True, 0.6)
-    assert at_equal(path, 0.1) == (0.10, False, 0.2)  # beyond its ends: the nearest point
-    assert at_equal(path, 0.9) == (0.00, False, 0.8)
-    assert at_equal([*path, (0.4, 0.4)], 0.6) == (pytest.approx(0.20), True, 0.6)  # it passes twice: the higher one
-    assert at_equal(path[::-1], 0.3) == (pytest.approx(0.15), True, 0.3)
+    assert at_equal(path, 0.3) == ([pytest.approx(0.15)], True, 0.3)
+    assert at_equal(path, 0.6) == ([pytest.approx(0.10)], True, 0.6)
+    assert at_equal(path, 0.1) == ([0.10], False, 0.2)  # beyond its ends: the nearest point
+    assert at_equal(path, 0.9) == ([0.00], False, 0.8)
+    assert at_equal([*path, (0.4, 0.4)], 0.6).passes == pytest.approx([0.10, 0.20])  # it passes twice
+    assert at_equal([*path, (0.4, 0.4)], 0.6).value == pytest.approx(0.20)
+    assert at_equal(path[::-1], 0.3).value == pytest.approx(0.15)
     corner = [(0.2, 0.1), (0.4, 0.2), (0.3, 0.0), (0.8, 0.0)]
-    assert at_equal(corner, 0.4) == (pytest.approx(0.2), True, 0.4)  # once where it turns, once on its way back
-    assert at_equal(path, 0.8) == (pytest.approx(0.0), True, 0.8)
+    assert at_equal(corner, 0.4).passes == pytest.approx([0.2, 0.0])  # once where it turns, once on its way back
+    assert at_equal(path, 0.8) == ([pytest.approx(0.0)], True, 0.8)
     low, high = at_equal(path, 0.1), at_equal(path, 0.9)
     assert [low.fair(0.1, y) for y in (0.05, 0.10, 0.15)] == [True, True, False]  # worse in both is worse
     assert [high.fair(0.9, y) for y in (-0.1, 0.0, 0.1)] == [False, True, True]  # better in both is better
@@ -216,7 +217,7 @@ def test_what_any_subspace_would_do_is_not_said_of_the_largest(tmp_path: Path) -
     for each in bases.values():
         each["edits"]["random either 1/4, 0"]["test"] |= {SEEN: 0.5, OOD: each["edits"][PRIMARY]["test"][OOD] + 0.01}
     text = said(tmp_path, bases)
-    assert "**Putting back a part beats interpolation at equal ID accuracy; that it is the top k does not" in text
+    assert "**Putting back a part beats interpolation at equal ID accuracy; the top k is worse than random" in text
     assert "the edit minus them -0.010 [" in text
 
 

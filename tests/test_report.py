@@ -169,7 +169,7 @@ def test_curves_of_an_arm_are_of_all_its_runs_or_not_drawn(tmp_path: Path) -> No
     page = (root / "report.html").read_text()
     assert "Learning curves of a" not in page
     assert "Learning curves of ref" in page
-    assert "Not drawn, since runs made elsewhere left no history here: &#39;a&#39;." in page
+    assert "Not drawn, since some of their runs have no history here: &#39;a&#39;." in page
 
 
 def test_a_page_of_the_bases_that_are_whole_says_so_and_is_remade_from_itself(

@@ -16,6 +16,7 @@ from mifo_lightning.rewards.contains import ContainsReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
 from mifo_lightning.rewards.math_reward import MathReward
 from mifo_lightning.rewards.scoring import score
+from mifo_lightning.rewards.weighted import WeightedRewards
 
 BOXED = r"Put the answer into \boxed{}."
 
@@ -171,8 +172,10 @@ def test_a_truth_that_names_no_option_is_one_line_and_not_a_zero() -> None:
 def test_options_that_are_none_are_one_line() -> None:
     with pytest.raises(InputError, match=r"options are .*12 m.*, allowed is a list of texts or a mapping of labels"):
         score(ChoiceReward(), ["B"], ["B"], columns=[{"options": str(OPTIONS)}])  # a cell of a CSV
-    with pytest.raises(InputError, match="options: no row has a column `choics`; there are choices"):
-        score(ChoiceReward(options="choics"), ["B"], ["B"], columns=[{"choices": OPTIONS}])
+    with pytest.raises(InputError, match="options: there is no column `choics`; there are choices"):
+        ChoiceReward(options="choics").check_truth("12 m", {"choices": OPTIONS})
+    ChoiceReward(options="choices").check_truth("B", {})  # another set may have letters alone
+    ChoiceReward(options="choices").check_truth("12 m", {"choices": OPTIONS})
 
 
 def test_options_of_arc_and_gpqa_and_none() -> None:
@@ -281,7 +284,7 @@ def test_nothing_of_a_program_is_left(tmp_path: Path) -> None:
 )
 def test_tests_that_every_program_passes_or_none_are_one_line(code: Reward, truth: str, said: str) -> None:
     with pytest.raises(InputError) as refused:
-        code([program("x = 1")], [truth])
+        WeightedRewards({"tests": code}).check_truth(truth, {})
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -268,5 +268,6 @@ def test_a_threshold_that_no_sum_reaches_is_refused_and_a_sum_of_tenths_reaches_
         check_success_threshold(1.0, WeightedRewards(parts, {"right": 0.7, "form": 0.1, "long": 0.1}))
     tenths = WeightedRewards(parts, {"right": 0.7, "form": 0.2, "long": 0.1})
     check_success_threshold(1.0, tenths)
+    check_success_threshold(0.8, WeightedRewards(parts, {"right": 0.7, "form": 0.1, "long": 0.0}))
     assert score(tenths, [">7"], ["7"]) == [1.0]
     check_success_threshold(1.0, WeightedRewards(parts, {"right": 1.0, "form": -0.5}))  # may be more than is known

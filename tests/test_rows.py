@@ -349,3 +349,7 @@ def test_two_sets_that_would_be_measured_as_one_are_refused(tmp_path: Path) -> N
     assert len(read_rows(places, "data.train")) == 2 * len(bare)  # what is trained on is not told apart
     write(tmp_path / "amc" / "test.jsonl", ROWS)
     assert len(read_rows(places, "data.test")) == 2 * len(bare)
+
+
+def test_subsets_of_one_hub_set_are_one(hub: list[tuple[str, ...]]) -> None:
+    assert len(read_rows(["owner/name:test", "owner/name:train"], "data.test")) > 0

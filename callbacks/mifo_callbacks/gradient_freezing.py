@@ -54,7 +54,7 @@ class GradientFreezing(PhaseCallback):
     statistics, are no coordinates and go on moving, unless `buffers` holds them. A rule that goes by importance needs
     a callback that has some (`contracts.Importance`, such as `ImportanceEMA`) earlier in the trainer's list; before it
     has a map nothing is frozen and a warning says so. Where the rule looks at the gradient, the mask is drawn at the
-    phase's first optimizer step, before any weight moves.
+    phase's first optimizer step whose gradient is there and finite, before any weight moves.
 
     Args:
         fraction: Share of the coordinates to freeze, in (0, 1]; floor(fraction * n) of n, so never more than

@@ -74,12 +74,18 @@ def share_of(parts: Scores, wholes: Scores) -> Interval:
 
 
 class Read(NamedTuple):
-    """A value read off a path, and whether the path passes there: if not, it is that of the path's nearest point."""
+    """Values read off a path where it passes, or that of its nearest point."""
 
-    value: float
+    passes: list[float]
     met: bool
+    """Whether the path passes there."""
     at: float
     """Where it was read: where it was wanted, or the nearest point."""
+
+    @property
+    def value(self) -> float:
+        """The highest: what going back on the path can reach."""
+        return max(self.passes)
 
     def fair(self, x: float, y: float) -> bool:
         """Whether (x, y) may be compared with it: read at x, or of a point that is better or worse in both."""
@@ -89,17 +95,16 @@ class Read(NamedTuple):
 def at_equal(path: Sequence[tuple[float, float]], wanted: float) -> Read:
     """The second value where the first is `wanted`, along a path of straight pieces through (first, second).
 
-    Where the path passes several times the highest of all passes, what going back on it can reach; where it never
-    does, its point nearest to `wanted`.
+    Where it never passes, its point nearest to `wanted`.
     """
     passes = [y for x, y in path if x == wanted]
     for (x, y), (next_x, next_y) in pairwise(path):
         if min(x, next_x) < wanted < max(x, next_x):
             passes.append(y + (next_y - y) * (wanted - x) / (next_x - x))
     if passes:
-        return Read(max(passes), True, wanted)
+        return Read(passes, True, wanted)
     at, value = min(path, key=lambda point: abs(point[0] - wanted))
-    return Read(value, False, at)
+    return Read([value], False, at)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,10 +83,10 @@ class Results:
         """Distance of the matrices from the peak over that of the end: [edited bases, 1]."""
         return units([base[EDITS][name]["norm"] / base[EDITS]["interpolation 1"]["norm"] for base in self.edited])
 
-    def over_interpolation(self, name: str) -> Scores:
-        """OOD of an edit minus that of the interpolation of equal ID accuracy: [edited bases, 1]."""
+    def over_interpolation(self, name: str, of: Callable[[list[float]], float] = max) -> Scores:
+        """OOD of an edit minus that `of` the interpolations of equal ID accuracy, the highest: [edited bases, 1]."""
         of_edit = self.edit(name, self.study.ood)[:, 0]
-        return units([y - read.value for y, read in zip(of_edit, self._interpolated(name), strict=True)])
+        return units([y - of(read.passes) for y, read in zip(of_edit, self._interpolated(name), strict=True)])
 
     def unequal(self, name: str) -> int:
         """Bases where no interpolation has an edit's ID accuracy, and the nearest is better in one and worse in one."""

@@ -95,7 +95,7 @@ def floor_table(results: Results) -> str:
             )
             for base in results.bases.values()
         ]
-        difference = told(interval(units([read.value for read in half]) - end))
+        difference = told(interval(units([float(np.mean(read.passes)) for read in half]) - end))
         missed = sum(not read.met for read in half)
         rows.append([key, mean(end), mean(draws), mean(other), difference + _missed(missed)])
     header = [

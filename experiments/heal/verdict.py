@@ -130,7 +130,7 @@ def _edit(results: Results) -> list[str]:
             "nearest one is better in one accuracy and worse in the other, so that nothing is judged."
         ]
     else:
-        what = _judged(found, over_random)
+        what = _judged(found, interval(results.over_interpolation(name, min)), over_random)
         lines = [f"**{what}**: delta = {told(found.difference)}, p = {probability(found.p)}, {counted}."]
     equal = interval(results.over_equal_norm(name, study.ood))
     lost = interval(results.over_equal_norm(name, study.matched))
@@ -142,15 +142,16 @@ def _edit(results: Results) -> list[str]:
     return lines
 
 
-def _judged(found: Comparison, over_random: Interval) -> str:
+def _judged(found: Comparison, over_lowest: Interval, over_random: Interval) -> str:
     what = "interpolation at equal ID accuracy"
-    if not found.significant:
+    if not found.significant or (found.difference.mean < 0 and not over_lowest.high < 0):
         return f"Top-k restoration is not told from {what}"
     if found.difference.mean < 0:
         return f"Top-k restoration loses to {what}"
     if over_random.low > 0:
         return f"Top-k restoration beats {what}"
-    return f"Putting back a part beats {what}; that it is the top k does not matter"
+    than = "worse than" if over_random.high < 0 else "not told from"
+    return f"Putting back a part beats {what}; the top k is {than} random subspaces"
 
 
 def _random(results: Results, name: str) -> Scores:

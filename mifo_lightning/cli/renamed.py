@@ -102,6 +102,8 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
     mixing = (found.get("model") or {}).get("mixing")
     if isinstance(mixing, dict) and "class_path" not in mixing:
         found["model"]["mixing"] = _method(mixing)
+    elif isinstance(mixing, dict) and str(mixing["class_path"]).endswith("Luffy"):
+        (mixing.get("init_args") or {}).pop("token_weight", None)  # which did nothing
     trainer = found.get("trainer") or {}
     chunks = ((found.get("model") or {}).get("optimizer") or {}).get("micro_batches") or 1
     for key in BATCHES:  # these were counted in micro-batches

@@ -32,11 +32,15 @@ def check_kinds(key: str, given: Mapping[str, object], constructor: type) -> Non
 
 def require_choices(key: str, settings: object) -> None:
     """Raise an InputError for a field of a dataclass whose type is a Literal that its value is none of."""
-    for name, hint in get_type_hints(type(settings)).items():
+    try:
+        hints = get_type_hints(type(settings))
+    except NameError:  # a subclass of somebody's, with types that are imported for a type checker alone
+        return
+    for name, hint in hints.items():
         if get_origin(hint) is Literal:
             *others, last = get_args(hint)
-            value = getattr(settings, name)
-            require(f"{key}.{name}", value, value in (*others, last), f"{', '.join(others)} or {last}")
+            value, listed = getattr(settings, name), ", ".join(map(str, others))
+            require(f"{key}.{name}", value, value in (*others, last), f"{listed} or {last}" if listed else f"{last}")
 
 
 class TrainingError(RuntimeError):

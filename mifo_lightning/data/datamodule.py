@@ -75,8 +75,8 @@ class QuestionData(LightningDataModule):
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         # copies: a default is one object for all data
         self.columns, self.prompts, self.demonstrations = columns, replace(prompts), replace(demonstrations)
-        self._asked = (holdout, replace(schedule))  # what is fitted to the data of one fit is fitted anew to the next
-        (self.holdout, self.schedule), self.eval_batch = self._asked, eval_batch
+        self.holdout, self.schedule, self.eval_batch = holdout, replace(schedule), eval_batch
+        self._asked = (self.holdout, self.schedule)  # what is fitted to one module's data is fitted anew to the next's
         self.fitted: dict[str, tuple[int, int]] = {}
         self.given: dict[str, Any] = dict.fromkeys(Settings._fields)
         self.settings: Settings | None = None  # those of the module, once there is one
@@ -123,6 +123,8 @@ class QuestionData(LightningDataModule):
         seed = theirs if self._own_seed.given is None and isinstance(theirs, Seed) else self._own_seed
         teacher, same = getattr(module, "teacher_template", None), self.settings is not None and seed is self.seed
         if not same or teacher != self._teacher or any(map(operator.is_not, settings, self._settled)):
+            if self.settings is None:
+                self._asked = (self.holdout, self.schedule)
             self._questions, self.settings, self.seed, self._teacher = {}, settings, seed, teacher
             (self.holdout, self.schedule), self.fitted = self._asked, {}
             given = self.prompts.chat_template
@@ -146,6 +148,11 @@ class QuestionData(LightningDataModule):
                 teacher=self._teacher if split == "train" else None,
                 where=where,
             )
+            for question in questions:
+                try:
+                    self._settled.reward.check_truth(question.truth, question.columns)
+                except InputError as error:
+                    raise InputError(f"{where}: {question.text[-60:]!r}: {error}") from None
             self._questions[split] = questions
             rank_zero_only(drops.print)()
         if split == "train":
@@ -177,7 +184,7 @@ class QuestionData(LightningDataModule):
 
     def _fit_schedule(self) -> None:
         """Make what the schedule and the buffer ask for smaller where the training questions are too few."""
-        trainer, before, questions = self._trainer, self.schedule, self._questions["train"]
+        trainer, before, questions = self._trainer, self._asked[1], self._questions["train"]
         if not self.schedule.fit_sizes:
             return
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
@@ -197,7 +204,7 @@ class QuestionData(LightningDataModule):
 
     def _fit(self, key: str, asked: int, taken: int, what: str) -> int:
         """What is taken; if it is not what was asked for, that is noted and said."""
-        if taken != asked:
+        if taken != asked and self.fitted.get(key) != (asked, taken):
             self.fitted[key] = (asked, taken)
             rank_zero_warn(f"{key}: {asked} → {taken}, fitted to {what}; data.schedule.fit_sizes: false refuses")
         return taken

@@ -184,13 +184,13 @@ def _read_hub(source: str, columns: Columns, unanswered: bool, taken: dict[str, 
         problem = f"{type(error).__name__}: {_first_line(error)}"
         raise InputError(f"{source}: no such file, and not loadable from the hub ({problem})") from error
     found = data.to_list()
-    _take(taken, name, source, found, columns)
+    _take(taken, name, name, found, columns)  # subsets and splits of a set have its name
     return _checked(found, columns, unanswered, name, source)
 
 
 def _take(taken: dict[str, str] | None, name: str, place: str, found: Sequence[object], columns: Columns) -> None:
     """Note that rows without a source are called `name`; InputError if those of another place are."""
-    bare = any(isinstance(row, dict) and not has_source(row, columns) for row in found)
+    bare = any(isinstance(row, dict) and not has_source(row, columns) and "data_source" not in row for row in found)
     if taken is not None and bare and (other := taken.setdefault(name, place)) != place:
         raise InputError(
             f"{place}: its rows have no column `{columns.data_source}`, and would be counted as `{name}` together with "

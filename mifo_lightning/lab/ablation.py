@@ -14,7 +14,7 @@ a W&B sweep.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from mifo_lightning.lab.cell import LOCK, LOG, held, outcome
 from mifo_lightning.lab.exit_status import exit_status
 from mifo_lightning.lab.fingerprint import check_settings
 from mifo_lightning.lab.grid import Ablation, Cell, cells, choose, sweep, with_wandb
-from mifo_lightning.lab.plan import check_named_before, write_cells, write_plan
+from mifo_lightning.lab.plan import check_named_before, commit, write_cells, write_plan
 from mifo_lightning.lab.reading import check_bases, read_ablation, replaced
 from mifo_lightning.lab.records import check_same_inputs, keep, restore
 from mifo_lightning.lab.runner import IMPORTS, IMPORTS_OF_WANDB, View, run_here, run_on_cluster, unfinished
@@ -50,7 +50,8 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     write_plan(ablation, command, bool(work), restored)
     if work:
         warn(ablation)
-    record = partial(_record, ablation, grid)  # after every fit: a machine may go at any time
+    ran = {cell.name for cell, _ in work}
+    record = partial(_record, ablation, grid, ran, commit())  # after every fit: a machine may go at any time
     with View(len(chosen) - len(work), len(work), record) as view:
         try:
             if work and on_cluster:
@@ -75,11 +76,11 @@ def run(ablation: Ablation, only: Sequence[str], on_cluster: bool, command: str)
     return 1 if failed else 0
 
 
-def _record(ablation: Ablation, grid: Sequence[Cell]) -> None:
+def _record(ablation: Ablation, grid: Sequence[Cell], ran: Collection[str], at: str | None) -> None:
     """Keep the finished cells, where the ablation names a file for them."""
     if ablation.records:
         with held(ablation.out / LOCK):  # agents of a sweep begin and end at any time
-            keep(ablation.records, ablation, grid)
+            keep(ablation.records, ablation, grid, ran, at)
 
 
 def warn(ablation: Ablation) -> None:

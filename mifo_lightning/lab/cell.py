@@ -93,6 +93,7 @@ def fit(cell: Cell, present: Fingerprint) -> None:
         check_fingerprint(cell, present)
         if outcome(directory).status == "done":  # another runner was faster
             return
+        (directory / OUTCOME).unlink(missing_ok=True)  # of an earlier attempt
         write_json(directory / FINGERPRINT, present)
         began = time.monotonic()
         with output_to(directory / LOG):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mifo_lightning.cli.packaged import DEFAULTS, find
 from mifo_lightning.common.errors import InputError
@@ -49,15 +51,20 @@ def check_same(cell: Cell, before: Fingerprint, present: Fingerprint) -> None:
     if changed:
         raise InputError(
             f"{cell.name}: {cell.directory} was run with other {' and '.join(changed)}; "
-            "choose another `out` or remove that directory"
+            "choose another `out`, or remove that directory, and the cell's line where there are `records`"
         )
 
 
 def check_settings(cell: Cell) -> None:
-    """Raise InputError if the cell was run with other settings, whatever there is here of what it read."""
+    """Raise InputError if the cell was run with other settings, whatever there is here of what it read.
+
+    The defaults may have got a key since: an arm may still be added to a grid that is whole.
+    """
     before = read_fingerprint(cell.directory)
     if before is not None:
-        check_same(cell, before, {**_settings(cell), "base model": None, "files": {}})
+        now = _settings(cell)
+        now["configurations"][:1] = before["configurations"][:1]
+        check_same(cell, before, {**now, "base model": None, "files": {}})
 
 
 def _settings(cell: Cell) -> Fingerprint:
@@ -83,14 +90,18 @@ def _digest(path: Path) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _digest_named(settings: tuple[str, ...]) -> dict[str, str]:
     """Digests of the files and directories that the settings name, by the path as it is written."""
-    paths = {value: Path(resolved) for value in _named(settings) if (resolved := _resolved(value))}
-    return {value: _digest(path) for value, path in paths.items() if path.exists()}
+    paths = {value: Path(resolved).expanduser() for value in _named(settings) if (resolved := _resolved(value))}
+    # not `path.exists`, which raises for a text too long to be a path, such as a template
+    return {value: _digest(path) for value, path in paths.items() if os.path.exists(path)}
 
 
 def _named(settings: tuple[str, ...]) -> list[str]:
@@ -126,7 +137,10 @@ def _parsed(text: str) -> Any:
 
 
 def _resolved(value: str) -> str:
-    """The text with variables of the environment put in; what refers to other keys names no file."""
-    if "${oc.env:" not in value:
-        return "" if "${" in value else value
-    return str(OmegaConf.to_container(OmegaConf.create([value]), resolve=True)[0])  # type: ignore[index]
+    """The text with variables of the environment put in; what refers to others or to keys names no file."""
+    if "${" not in value:
+        return value
+    try:
+        return str(OmegaConf.to_container(OmegaConf.create([value]), resolve=True)[0])  # type: ignore[index]
+    except OmegaConfBaseException:
+        return ""

@@ -34,7 +34,7 @@ def write_plan(ablation: Ablation, command: str, fits: bool, restored: Sequence[
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         made: dict[str, str | None] = {"command": None, "commit": None}
         made |= {key: before[key] for key in ("command", "commit", "note") if key in before}
-        commits = [*(made["commit"] or "").split(", "), *restored, *([commit()] if fits else [])]
+        commits = [*", ".join([made["commit"] or "", *restored]).split(", "), *([commit()] if fits else [])]
         if fits or (restored and not made["command"]):
             made["command"] = command
         made["commit"] = ", ".join(dict.fromkeys(filter(None, commits))) or None
@@ -42,9 +42,9 @@ def write_plan(ablation: Ablation, command: str, fits: bool, restored: Sequence[
 
 
 def check_named_before(ablation: Ablation, grid: Iterable[Cell]) -> None:
-    """Raise InputError if what is tested, or on what, was named anew after a fit had ended."""
+    """Raise InputError if what is tested, or on what, was named anew after a fit was done."""
     path = ablation.out / PLAN
-    if path.is_file() and any(outcome(cell.directory).status != "missing" for cell in grid):
+    if path.is_file() and any(outcome(cell.directory).status == "done" for cell in grid):
         check_same_names(ablation, json.loads(path.read_text(encoding="utf-8")), ablation.out)
 
 

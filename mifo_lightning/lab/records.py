@@ -5,7 +5,7 @@ has the file and the bases of the unfinished cells needs no run directory of the
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,26 @@ from mifo_lightning.common.files import replace_text
 from mifo_lightning.lab.cell import SUMMARY, outcome, record_outcome, write_json
 from mifo_lightning.lab.fingerprint import FINGERPRINT, Fingerprint, read_fingerprint
 from mifo_lightning.lab.grid import Ablation, Cell
-from mifo_lightning.lab.plan import check_same_names, commit, named_before
+from mifo_lightning.lab.plan import check_same_names, named_before
 
 Row = dict[str, Any]
 RESULT, MADE = ("cell", "seconds", "fingerprint", "summary"), ("study", "commit", "named")
 
 
-def keep(path: Path, ablation: Ablation, grid: Iterable[Cell]) -> None:
+def keep(
+    path: Path, ablation: Ablation, grid: Iterable[Cell], ran: Collection[str] = (), at: str | None = None
+) -> None:
     """Write the finished cells of the grid; lines of others stay as they are.
 
-    Beside its result a line has the commit at which the fit was first kept, and what was named before it.
+    Args:
+        path: The file.
+        ablation: Says what was named before a fit, which stands in its line.
+        grid: All its cells.
+        ran: Names of those that this call runs.
+        at: The commit at which it began.
     """
     rows = _read(path) if path.is_file() else {}
-    now = {"study": ablation.name, "commit": commit(), "named": named_before(ablation)}
+    now = {"study": ablation.name, "named": named_before(ablation)}
     for cell in grid:
         found = outcome(cell.directory)
         if found.status == "done":
@@ -34,7 +41,8 @@ def keep(path: Path, ablation: Ablation, grid: Iterable[Cell]) -> None:
             values = (cell.name, found.seconds, read_fingerprint(cell.directory), summary)
             result, before = dict(zip(RESULT, values, strict=True)), rows.get(cell.name, {})
             known = all(before.get(key) == value for key, value in result.items())
-            rows[cell.name] = result | ({key: before[key] for key in MADE if key in before} if known else now)
+            made = {key: before[key] for key in MADE if key in before} if known else now
+            rows[cell.name] = result | made | ({"commit": at} if not known and cell.name in ran else {})
     replace_text(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows.values()))
 
 
@@ -71,15 +79,15 @@ def check_same_inputs(work: Iterable[tuple[Cell, Fingerprint]], grid: Iterable[C
     for cell, present in [*finished, *work]:
         if present is None:
             continue
-        inputs = {("bases", cell.base): present["base model"]}
-        inputs |= {("files", path): digest for path, digest in present.get("files", {}).items()}
+        inputs = {("base", cell.base): present["base model"]}
+        inputs |= {("file", path): digest for path, digest in present.get("files", {}).items()}
         for (kind, name), digest in inputs.items():
             other, one = known.setdefault((kind, name), (cell.name, digest))
             if one != digest:
-                what = f"bases.{name}: {cell.model} is another model" if kind == "bases" else f"{name}: has other rows"
+                what = f"bases.{name}: {cell.model} is" if kind == "base" else f"{name} is"
                 raise InputError(
-                    f"{what} for {cell.name} than for {other}, which has been run; restore it, or take --only with "
-                    "other cells"
+                    f"{what} another one for {cell.name} than for {other}, which has been run; restore it, take --only "
+                    "with other cells, or remove what was run of one, and its line where there are `records`"
                 )
 
 

@@ -72,7 +72,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Another run's checkpoint stays as it is; what this one writes it may write over."""
         super().on_train_start(trainer, pl_module)
-        claim(self, pl_module)  # Lightning keeps where and at which step it last wrote
+        if trainer.ckpt_path is None:  # Lightning keeps where and at which step it last wrote
+            claim(self, pl_module)
         self.check_free(trainer, pl_module, trainer.ckpt_path)
         self._mine, self._from = self._directory(trainer) / LAST, trainer.global_step
         if trainer.is_global_zero:

@@ -62,7 +62,8 @@ class ExportModel(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever is in the directory stays as it is; the model before the first step, where it is asked for."""
-        claim(self, pl_module)
+        if trainer.ckpt_path is None:
+            claim(self, pl_module)
         self.check_free(trainer, pl_module, trainer.ckpt_path)
         if trainer.global_step == 0:
             self._write_step(trainer, pl_module)

@@ -52,7 +52,7 @@ class HeldOutLoss(PhaseMonitor):
             source: [q for q in loader.questions if q.demonstration][: self.questions]
             for source, loader in data.val_dataloader().items()
         }
-        self._asked = same_questions("heldout", self._asked, chain(*chosen.values()))
+        self._asked = same_questions("heldout", self._asked, chain(*chosen.values()), shown=True)
         self._probe = {source: self.deal(trainer, questions) for source, questions in chosen.items()}
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,6 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
 from lightning import LightningModule, Trainer
@@ -17,9 +18,10 @@ from mifo_lightning.common.seeds import stable_key
 T = TypeVar("T")
 
 
-def same_questions(monitor: str, then: int | None, questions: Iterable[Question]) -> int:
-    """A key of what is asked; InputError if that of an earlier measurement, `then`, is another one."""
-    now = stable_key(*(text for q in questions for text in (q.source, q.text, q.truth, str(q.demonstration))))
+def same_questions(monitor: str, then: int | None, questions: Iterable[Question], shown: bool = False) -> int:
+    """A key of what is asked, of demonstrations if they are `shown`; InputError if an earlier one, `then`, differs."""
+    asked = ((q.source, q.text, q.truth, str(q.demonstration) if shown else "") for q in questions)
+    now = stable_key(*chain.from_iterable(asked))
     if then not in (None, now):
         raise InputError(
             f"{monitor}: what was measured before this run goes on was measured on other questions; keep data.val, "
@@ -62,10 +64,11 @@ class PhaseMonitor(PhaseCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training goes on, of the same module: what was measured when an earlier one ended was in the midst of it."""
-        claim(self, pl_module)
-        if self._at_end is not None:
-            state, self._at_end = self._at_end, None
+        state, spent, self._at_end = self._at_end, self.seconds, None
+        if state is not None and trainer.world_size == 1:  # of several ranks the first alone has all of a state
             self.load_state_dict(state)
+            self.seconds = spent
+        claim(self, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if the phase changes here, then count RL steps."""

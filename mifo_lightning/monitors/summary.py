@@ -41,7 +41,7 @@ class RunSummary(Callback):
         self.ends_on: str | None = None
         self._dropped = 0  # SFT phases that the loader left out
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """It is of one module's run."""
         claim(self, pl_module)
 

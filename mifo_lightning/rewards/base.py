@@ -80,6 +80,16 @@ class Reward(ABC):
     def __call__(self, responses: list[str], truths: list[str], *args: Any, **context: Any) -> list[float]:
         """One finite score for each response, in order; a subclass declares what it wants of this module's table."""
 
+    def check_truth(self, truth: str, columns: Mapping[str, Any]) -> None:  # noqa: B027  # most refuse none
+        """Raise an InputError for a truth that no response can meet, or that every one does.
+
+        Asked of every row as it is read, on all ranks alike, in the training process.
+
+        Args:
+            truth: The right answer.
+            columns: Further columns of the row.
+        """
+
     @property
     def parts(self) -> list["Reward"]:
         """The rewards that count their own failures: this one, unless it is a sum."""

@@ -43,6 +43,13 @@ class ChoiceReward(MarkedReward):
         super().__init__(answer_after, missing_marker)
         self.options = options
 
+    def check_truth(self, truth: str, columns: Mapping[str, Any]) -> None:
+        """Raise an InputError where the options have no such truth, or are none, or a text has none to be found in."""
+        if self.options != "options" and self.options not in columns and not ALONE.fullmatch(truth.strip()):
+            there = ", ".join(columns) or "none"
+            raise InputError(f"ChoiceReward: options: there is no column `{self.options}`; there are {there}")
+        is_choice("", truth, labelled(columns.get(self.options)))
+
     def __call__(
         self,
         responses: list[str],
@@ -50,9 +57,6 @@ class ChoiceReward(MarkedReward):
         prompts: list[str] | None = None,
         columns: list[Mapping[str, Any]] | None = None,
     ) -> list[float]:
-        if columns and self.options != "options" and not any(self.options in (row or {}) for row in columns):
-            there = ", ".join(dict.fromkeys(name for row in columns for name in row or {})) or "none"
-            raise InputError(f"ChoiceReward: options: no row has a column `{self.options}`; there are {there}")
         answers = self.answers(responses, prompts)
         given = [(row or {}).get(self.options) for row in columns or [{}] * len(responses)]
         return [

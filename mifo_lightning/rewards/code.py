@@ -12,15 +12,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.marker import MarkedReward, MissingMarker
 
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 RUNNER = Path(__file__).with_name("code_runner.py")
+TRIED: set[str] = set()
+"""Limits under which a program has run in this process."""
 
 
 class CodeReward(MarkedReward):
@@ -40,8 +44,7 @@ class CodeReward(MarkedReward):
         missing_marker: zero or whole, for a thought that never ended.
 
     Raises:
-        InputError: If a limit is not allowed; from a call, if a ground truth is no Python or tests nothing, or a
-            program that does nothing fails under the limits.
+        InputError: If a limit is not allowed; from a call, if a program that does nothing fails under the limits.
     """
 
     isolate = False  # each program has a process of its own
@@ -61,7 +64,7 @@ class CodeReward(MarkedReward):
         for name, value in (("memory_mb", memory_mb), ("file_mb", file_mb), ("workers", workers)):
             if type(value) is not int or value < 1:
                 raise InputError(f"CodeReward: {name} is {value}, allowed is a whole number above 0")
-        self.timeout, self.workers, self._tried = timeout, workers, False
+        self.timeout, self.workers = timeout, workers
         self.limits = {
             "RLIMIT_AS": memory_mb * 2**20,
             "RLIMIT_FSIZE": file_mb * 2**20,
@@ -71,9 +74,11 @@ class CodeReward(MarkedReward):
             "RLIMIT_NPROC": 0,
         }
 
+    def check_truth(self, truth: str, columns: Mapping[str, Any]) -> None:
+        """Raise an InputError where it is no Python, or tests nothing."""
+        check_tests(truth)
+
     def __call__(self, responses: list[str], truths: list[str], prompts: list[str] | None = None) -> list[float]:
-        for tests in dict.fromkeys(truths):
-            check_tests(tests)
         self._try()
         answers = self.answers(responses, prompts)
         with ThreadPoolExecutor(self.workers) as pool:
@@ -81,10 +86,12 @@ class CodeReward(MarkedReward):
 
     def _try(self) -> None:
         """Run a program that does nothing, once: under limits that even it breaks every response would be wrong."""
-        if not self._tried and not self._passes("```python\npass\n```", "pass"):
-            limits = f"timeout {self.timeout:g}, " + ", ".join(f"{name} {most}" for name, most in self.limits.items())
+        limits = f"timeout {self.timeout:g}, " + ", ".join(f"{name} {most}" for name, most in self.limits.items())
+        if limits in TRIED:
+            return
+        if not any(self._passes("```python\npass\n```", "pass") for _ in range(3)):  # a busy machine may start one late
             raise InputError(f"CodeReward: a program that does nothing fails here under {limits}; raise them")
-        self._tried = True
+        TRIED.add(limits)
 
     def _passes(self, answer: str | None, tests: str) -> float:
         blocks = BLOCK.findall(answer or "")

@@ -2,7 +2,9 @@
 
 import ast
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward
@@ -36,17 +38,26 @@ class PointsReward(Reward):
     def __init__(self, graded: bool = False) -> None:
         self.graded = graded
 
+    def check_truth(self, truth: str, columns: Mapping[str, Any]) -> None:
+        """Raise an InputError where it names no cards and target."""
+        read_truth(truth)
+
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         grades = [grade(response, truth) for response, truth in zip(responses, truths, strict=True)]
         return grades if self.graded else [float(value == 1) for value in grades]
 
 
-def grade(response: str, truth: str) -> float:
-    """The graded reward of one response, in [0, 1]."""
+def read_truth(truth: str) -> tuple[list[Fraction], Fraction]:
+    """Cards and target; raises an InputError where they are none."""
     match = TRUTH.fullmatch(truth)
     if match is None:
         raise InputError(f"PointsReward: ground truth is {truth!r:.80}, allowed is for example '13 5 3 1 > 24'")
-    hand, target = [Fraction(number) for number in match[1].split()], Fraction(match[2])
+    return [Fraction(number) for number in match[1].split()], Fraction(match[2])
+
+
+def grade(response: str, truth: str) -> float:
+    """The graded reward of one response, in [0, 1]."""
+    hand, target = read_truth(truth)
     steps = [_read(text) for text in response.split(",")] if len(response) <= LIMIT else [None]
     if None in steps:
         return 0.0

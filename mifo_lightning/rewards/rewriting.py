@@ -1,7 +1,9 @@
 """The reward of string rewriting: every step follows a rule, and the last word is that of the ground truth."""
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.rewards.base import Reward
@@ -35,6 +37,10 @@ class RewritingReward(Reward):
 
     def __init__(self, graded: bool = False) -> None:
         self.graded = graded
+
+    def check_truth(self, truth: str, columns: Mapping[str, Any]) -> None:
+        """Raise an InputError where it is no word, goal and rules."""
+        _read(truth)
 
     def __call__(self, responses: list[str], truths: list[str]) -> list[float]:
         grades = [grade(response, truth) for response, truth in zip(responses, truths, strict=True)]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mifo_lightning.common.errors import InputError
@@ -43,7 +43,8 @@ class WeightedRewards(Reward):
         self.failed = sum(self.weights[name] * reward.failed for name, reward in rewards.items())
         weighed = [(weight, rewards[name]) for name, weight in self.weights.items() if weight]
         # of a negative weight the highest score is that of the lowest, which nobody says
-        self.best = math.inf if min(self.weights.values()) < 0 else math.fsum(w * part.best for w, part in weighed)
+        best = math.inf if min(self.weights.values()) < 0 else math.fsum(w * part.best for w, part in weighed)
+        self.best = round(best, 9)  # 0.7 + 0.1 is a little less than 0.8
         self.components = {name: [] for name in rewards}
 
     def __call__(self, responses: list[str], truths: list[str], **context: Sequence[Any]) -> list[float]:
@@ -54,6 +55,11 @@ class WeightedRewards(Reward):
             math.fsum(weight * value for weight, value in zip(self.weights.values(), values, strict=True))
             for values in zip(*self.components.values(), strict=True)
         ]
+
+    def check_truth(self, truth: str, columns: Mapping[str, Any]) -> None:
+        """As each of the rewards does."""
+        for reward in self.rewards.values():
+            reward.check_truth(truth, columns)
 
     @property
     def parts(self) -> list[Reward]:

@@ -56,11 +56,9 @@ class InProcessEngine(RolloutEngine):
         Raises:
             TrainingError: There is no memory for a single row.
         """
-        if not prompts:
-            return []
-        room = self.cache_tokens // (max(map(len, prompts)) + sampling.max_new_tokens)
-        with policy.sampling():  # entered once: ranks may begin anew each by itself
-            while True:
+        room = self.cache_tokens // (max(map(len, prompts), default=0) + sampling.max_new_tokens)
+        with policy.sampling():  # entered by every rank, and once: ranks may begin anew each by itself
+            while prompts:
                 size = max(1, min(self.rows, room, len(prompts) * samples))
                 try:
                     return self._draw(policy, tokenizer, prompts, keys, samples, sampling, size)
@@ -70,6 +68,7 @@ class InProcessEngine(RolloutEngine):
                     problem = str(error).splitlines()[0]
                 # only here, after the exception with its frames, is the memory of the failed try free
                 self._halve(size, problem)
+        return []
 
     def _draw(
         self,

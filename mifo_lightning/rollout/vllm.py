@@ -5,7 +5,6 @@ import tempfile
 from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any, Literal
-from weakref import ref
 
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
@@ -49,7 +48,7 @@ class VLLMEngine(RolloutEngine):
         self.listener: Listener | None = None
         self._llm: Any = None
         self._version: int | None = None  # of the policy's weights that vLLM has
-        self._of: ref[Policy] | None = None  # whose they are: another policy counts its versions for itself
+        self._of: int | None = None  # the id of that policy: another one counts its versions for itself
 
     def generate(
         self,
@@ -74,7 +73,7 @@ class VLLMEngine(RolloutEngine):
                 self._llm = build(policy, tokenizer, self.dtype, {"enable_sleep_mode": self.sleep, **self.arguments})
             elif self.sleep:
                 self._llm.wake_up()
-            if self._version != policy.version or (self._of is not None and self._of() is not policy):
+            if self._version != policy.version or self._of not in (None, id(policy)):
                 self.load(policy)
             drawn = self._draw(prompts, requests(tokenizer, keys, samples, sampling), sampling.max_new_tokens)
             if self.sleep:
@@ -86,7 +85,7 @@ class VLLMEngine(RolloutEngine):
         # repacks what kernels have packed, which a plain `load_weights` leaves old
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights_as_in_files(policy)})
         self._llm.reset_prefix_cache()
-        self._version, self._of = policy.version, ref(policy)
+        self._version, self._of = policy.version, id(policy)
 
     def _draw(self, prompts: list[list[int]], asked: list[dict[str, Any]], limit: int) -> list[list[Completion]]:
         """The responses to each prompt; vLLM batches them as it likes."""

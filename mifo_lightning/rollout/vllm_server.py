@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
-from weakref import ref
 
 import torch
 from safetensors.torch import save_file
@@ -57,7 +56,7 @@ class VLLMServerEngine(RolloutEngine):
         self.dtype = getattr(torch, dtype)
         self.listener: Listener | None = None
         self._version: int | None = None  # of the policy's weights that the server has
-        self._of: ref[Policy] | None = None  # whose they are: another policy counts its versions for itself
+        self._of: int | None = None  # the id of that policy: another one counts its versions for itself
 
     def generate(
         self,
@@ -74,7 +73,7 @@ class VLLMServerEngine(RolloutEngine):
             InputError: The server cannot take over weights.
             TrainingError: It does not answer.
         """
-        if self._version != policy.version or (self._of is not None and self._of() is not policy):
+        if self._version != policy.version or self._of not in (None, id(policy)):
             self.load(policy)
         asked = [
             {**request, "prompt": prompt, "return_token_ids": True}
@@ -105,7 +104,7 @@ class VLLMServerEngine(RolloutEngine):
                 problem = str(error)
         if found := next(filter(None, gather_ranks(problem)), None):
             raise InputError(found if found.startswith("model.") else f"model.rollout.engine.directory: {found}")
-        self._version, self._of = policy.version, ref(policy)
+        self._version, self._of = policy.version, id(policy)
 
     def _publish(self, weights: dict[str, torch.Tensor]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

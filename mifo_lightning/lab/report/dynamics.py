@@ -31,6 +31,10 @@ def learning(ablation: Ablation) -> Section:
     question = "How did they learn?"
     whole = [arm for arm in ablation.names if all(cell.history for cell in ablation.done(arm))]
     drawn = {arm: data for arm in whole if (data := learning_curves(ablation.done(arm)))}
+    absent = [repr(arm) for arm in ablation.names if arm not in whole]
+    left = f"Not drawn, since some of their runs have no history here: {', '.join(absent)}." if absent else ""
+    if not drawn and any(cell.history for arm in ablation.names for cell in ablation.done(arm)):
+        return Section(question, text=[left])
     if not drawn:
         return Section(question, monitor="history")
     last = {
@@ -48,8 +52,7 @@ def learning(ablation: Ablation) -> Section:
     )
     sources = sorted({source for data in drawn.values() for source in data.accuracy})
     legend = Legend("Share correct, and reward", [*keys(sources), Key("reward", INK)])
-    absent = [repr(arm) for arm in ablation.names if arm not in whole]
-    text += f" Not drawn, since runs made elsewhere left no history here: {', '.join(absent)}." if absent else ""
+    text += f" {left}" if left else ""
     ended = {arm: float(x[np.isfinite(x)][-1]) for arm, d in drawn.items() if np.isfinite(x := d.reward).any()}
     answer = [f"The mean reward of the last rollouts is {ends(ended)}."] if ended else []
     return Section(question, answer, blocks=[Gallery(pictures, [legend], [text], "small")])
