@@ -64,11 +64,12 @@ class PhaseMonitor(PhaseCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training goes on, of the same module: what was measured when an earlier one ended was in the midst of it."""
+        claim(self, pl_module)
         state, spent, self._at_end = self._at_end, self.seconds, None
         if state is not None and trainer.world_size == 1:  # of several ranks the first alone has all of a state
             self.load_state_dict(state)
             self.seconds = spent
-        claim(self, pl_module)
+            claim(self, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure if the phase changes here, then count RL steps."""
