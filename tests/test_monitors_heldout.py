@@ -100,7 +100,7 @@ def test_the_held_out_loss_is_measured_at_every_edge(make_trainer: MakeTrainer) 
         assert monitor.changes[phase] == pytest.approx(values, abs=1e-4)
         assert records.series(f"heldout/{phase}_change") == monitor.changes[phase]
     assert max(map(abs, expected["sft"])) > 0.01
-    resumed = HeldOutLoss()
+    resumed = HeldOutLoss(questions=3)
     resumed.load_state_dict(monitor.state_dict())
     resumed.on_train_start(trainer, trainer.lightning_module)
     assert resumed.state_dict() == monitor.state_dict()
