@@ -190,6 +190,7 @@ class QuestionData(LightningDataModule):
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
         shown = sum(q.demonstration is not None for q in questions)
         lent = len(questions) if getattr(trainer.lightning_module, "own_demonstrations", False) else shown
+        # beside the size that it has now: fitted to few questions, it asks for its own again with more
         wanted: int | None = vars(switch).setdefault("_asked_size", switch.size) if switch else None
         size = wanted
         after = before.fit_rl(len(questions), trainer.world_size)

@@ -122,7 +122,7 @@ def _of_config(file: str) -> list[tuple[str, Any]]:
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What mappings and lists hold at the end, by dotted key."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     if not items:
         yield key, value
     for name, inner in items:
