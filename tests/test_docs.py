@@ -1,5 +1,6 @@
 """The pages say what is there: every logged key, method file, key of the configuration, link. Without Sphinx."""
 
+import html
 import importlib.util
 import json
 import os
@@ -93,7 +94,7 @@ def test_every_study_has_its_full_page(generate: ModuleType, tmp_path: Path, mon
         title, _, link, *_ = linked.splitlines()
         (target,) = re.findall(r'href="([^"]+)"', link)
         page = (tmp_path / report.parent.name / target).read_text(encoding="utf-8")
-        assert f"<h1>{title.removeprefix('# ')}</h1>" in page
+        assert f"<h1>{title.removeprefix('# ')}</h1>" in html.unescape(page)
         swept = json.loads((report.parent / "ablation.json").read_text(encoding="utf-8")).get("sweep")
         assert page.count("<figure>") > (0 if swept else 1), "the committed page has one picture; a front is one"
     assert {path: path.read_bytes() for path in DOCS.glob("results/*/*") if path.is_file()} == before
