@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from monitoring import monitors, summaries
 from torch.distributed.distributed_c10d import _get_default_store
 
-from mifo_callbacks.collectives import gather_ranks, rank, ranks
+from mifo_callbacks.collectives import gather_ranks, leave_group, rank, ranks
 from mifo_callbacks.sharding import full
 from mifo_lightning.checkpoints import interruption, safe_points
 from mifo_lightning.common.errors import Interrupted
@@ -195,6 +195,7 @@ def main() -> None:
     found = compare(case, out.parent / f"{strategy} {case}", strategy, many)
     if interruption.is_first():
         out.write_text(json.dumps(found))
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from mifo_callbacks import ImportanceEMA, PhaseCallback
+from mifo_callbacks.collectives import leave_group
 from mifo_callbacks.sharding import full
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.methods import Anchor, SignConflict, SoftFreezing, SubspaceFreezing
@@ -161,3 +162,4 @@ if __name__ == "__main__":
     result = under(sys.argv[1], Path(sys.argv[2]).parent)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[2])
+    leave_group()

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from small_grid import BASE, GRID, ROOT, write
 from mifo_lightning.cli import main
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab import ablation
+from mifo_lightning.lab.exit_status import exit_status
 from mifo_lightning.lab.grid import cells, choose
 from mifo_lightning.lab.reading import read_ablation
 
@@ -209,3 +212,18 @@ def test_shipped_ablations_are_right_but_for_their_bases(path: Path, tmp_path: P
         line for line in path.read_text(encoding="utf-8").split("\narms:")[0].splitlines() if "#" not in line
     ]
     assert [line for line in uncommented if line and not line.startswith("  ")] == []
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        print("# a first fit", flush=True)
+        return 0
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert exit_status(work) == 141
+    assert capfd.readouterr().err == ""

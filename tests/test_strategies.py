@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import warm
 from transformers import AutoModelForCausalLM
+
+from mifo_lightning.cli import entry
+from mifo_lightning.common.errors import InputError, Interrupted
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
 
@@ -75,3 +79,36 @@ def test_two_processes_freeze_resume_and_export_exactly(tmp_path: Path, strategy
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{strategy}")
     for name, value in exported.named_parameters():
         assert (value == whole["weights"][0][f"policy.model.{name}"]).all()
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "member"),
+    [
+        (None, 0, False),
+        (Interrupted(15, together=True), 143, False),
+        (Interrupted(15), 143, True),
+        (InputError("no"), 2, True),
+    ],
+    ids=["whole", "stopped together", "stopped alone", "failed"],
+)
+def test_a_program_leaves_the_group_where_all_ranks_end(
+    monkeypatch: pytest.MonkeyPatch, end: BaseException | None, status: int, member: bool
+) -> None:
+    """At exit gloo's threads may abort a process that is still a member; one that ends alone would wait for others."""
+
+    def run(args: list[str] | None) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(entry, "make_cli", run)
+    try:
+        code: Any = 0
+        try:
+            entry.main(["fit", "--config", "tiny"])
+        except SystemExit as ended:
+            code = ended.code
+        assert (code, dist.is_initialized()) == (status, member)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

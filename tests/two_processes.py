@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rl_steps import Coin
 
 from mifo_callbacks import GradientFreezing
-from mifo_callbacks.collectives import gather_dealt
+from mifo_callbacks.collectives import gather_dealt, leave_group
 from mifo_callbacks.sharding import full
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.losses.distillation import SelfDistillation
@@ -176,6 +176,7 @@ def main() -> None:
         seen = {"whole": whole, "again": again, "rank": whole["rank"]}
     if seen["rank"] == 0:
         torch.save(seen, out)
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,12 @@ def world_group() -> dist.ProcessGroup | None:
     return None
 
 
+def leave_group() -> None:
+    """End this process's part in every group, where all ranks end: gloo's threads may abort one that just exits."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank_in(group: dist.ProcessGroup | None) -> int:
     """This process's rank in `group`; 0 without a group."""
     return 0 if group is None else dist.get_rank(group)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from toy import Log, Phases, Toy, fit
 
 from mifo_callbacks import CumulativeFreezing, GradientFreezing, ImportanceEMA, LowGain, OverlapShares
+from mifo_callbacks.collectives import leave_group
 
 SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2 + ["sft"]
 VARIANTS = [
@@ -97,3 +98,4 @@ def freezing_of(selector: Any, scope: Any) -> GradientFreezing:
 
 if __name__ == "__main__":
     run(sys.argv[1], Path(sys.argv[2]))
+    leave_group()

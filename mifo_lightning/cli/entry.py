@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from mifo_callbacks.collectives import leave_group
 from mifo_lightning.checkpoints import interruption
 from mifo_lightning.cli.command_line import MifoCLI, as_script, make_cli
 from mifo_lightning.cli.config_files import Given, check_characters, given, left_empty, with_place
@@ -18,7 +19,7 @@ from mifo_lightning.cli.parser import OneLineParser
 from mifo_lightning.cli.parts import SEEDED
 from mifo_lightning.cli.plan import plan
 from mifo_lightning.cli.renamed import COMMAND, new_name, translate
-from mifo_lightning.common.errors import InputError, TrainingError, out_of_memory
+from mifo_lightning.common.errors import InputError, Interrupted, TrainingError, out_of_memory
 from mifo_lightning.common.terminal import fail, quiet
 
 PLAN = "plan"  # the subcommand that runs nothing
@@ -48,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
             OneLineParser.empty, OneLineParser.places = left_empty(values), {one.key: one.place for one in values}
             check_seeds(OneLineParser.arguments)
             check_configured(OneLineParser.arguments)
-            with to_its_end():
+            with to_its_end(), out_of_the_group():
                 if OneLineParser.arguments[:1] == [PLAN]:
                     print(plan(OneLineParser.arguments[1:]))
                 else:
@@ -77,6 +78,18 @@ def main(args: list[str] | None = None) -> None:
             f"{error.full_key}: {what}; write ${{{up}group.key}} for another group here, ${{oc.env:NAME,default}} "
             "for a variable"
         )
+
+
+@contextmanager
+def out_of_the_group() -> Iterator[None]:
+    """Leave the process group where all ranks end together: one that fails alone would wait for the others."""
+    try:
+        yield
+    except Interrupted as stop:
+        if stop.together:
+            leave_group()
+        raise
+    leave_group()
 
 
 @contextmanager
