@@ -5,6 +5,7 @@ all modules of this project.
 """
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -107,6 +108,7 @@ def _run(words: list[str], output: Path, directory: Path, environment: dict[str,
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()  # what libraries of compiled code do to a process shows where
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # whoever runs the tests may ignore them
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
