@@ -11,7 +11,7 @@ from pygments.lexers.special import TextLexer
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # the pages' generator; the checkout
 
-from generate import with_link, write_full_pages, write_pages  # noqa: E402
+from generate import ablations, with_link, write_full_pages, write_pages  # noqa: E402
 
 project = "mifo_lightning"
 author = "the mifo_lightning authors"
@@ -84,9 +84,8 @@ def skip_hooks(app: Any, what: str, name: str, obj: Any, skip: bool, options: An
 def results_apart(app: Any, page: str, source: list[str]) -> None:
     """Pages of studies are not searched, since their words hide what the words mean; old ones stand in no contents."""
     if page.startswith("results/"):
-        old = page.startswith("results/tied/")
-        orphan = "orphan: true\n" if old else ""
-        text = with_link(source[0]) if page.endswith("/report") and not old else source[0]
+        orphan = "orphan: true\n" if page.startswith("results/tied/") else ""
+        text = with_link(source[0]) if page in {f"results/{study.name}/report" for study in ablations()} else source[0]
         source[0] = f"---\nnosearch: true\n{orphan}---\n\n{text}"
 
 

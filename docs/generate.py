@@ -228,11 +228,16 @@ def methods_on(page: Path) -> list[str]:
     return re.findall(r"^```\{literalinclude\} \S*configs/methods/(\w+)\.yaml$", page.read_text(encoding="utf-8"), re.M)
 
 
+def ablations() -> list[Path]:
+    """Directories of the published studies that compare arms; others have pages of their own kind."""
+    return [plan.parent for plan in sorted(STUDIES.glob("*/ablation.json"))]
+
+
 def results_of(methods: list[str]) -> str:
     """What the published studies say of some methods: their rows, and each study's own headline."""
     parts = []
-    for report in sorted(STUDIES.glob("*/report.md")):
-        text = report.read_text(encoding="utf-8")
+    for study in ablations():
+        text = (study / "report.md").read_text(encoding="utf-8")
         head, *rows = re.search(r"^\| arm .*\n(?:\|.*\n)+", text, re.M)[0].splitlines()  # type: ignore[index]
         found = [
             row
@@ -244,9 +249,7 @@ def results_of(methods: list[str]) -> str:
             title = text.partition("\n")[0].removeprefix("# ")
             shown = "\n".join(columns(row, head) for row in (head, rows[0], *found))
             note = "".join(f"{line} " for line in re.findall(r"^> (.*)\n", text, re.M)[:1])
-            parts.append(
-                f"[{title}](/results/{report.parent.name}/report.md)\n\n{shown}\n\n{note}The study: {headline}"
-            )
+            parts.append(f"[{title}](/results/{study.name}/report.md)\n\n{shown}\n\n{note}The study: {headline}")
     none = "No evidence that it helps or harms: no study of this repository has run it as an arm of its own."
     return "\n\n".join(parts or [none]) + "\n"
 
@@ -263,7 +266,7 @@ def columns(row: str, head: str) -> str:
 
 def write_full_pages(into: Path) -> None:
     """Write the report's own page of every study, as `into`/STUDY/full.html; one that is up to date is left alone."""
-    pages = {plan.parent: into / plan.parent.name / FULL_PAGE for plan in sorted(STUDIES.glob("*/ablation.json"))}
+    pages = {study: into / study.name / FULL_PAGE for study in ablations()}
     code = [*(PACKAGES["mifo_lightning"] / "lab" / "report").iterdir()]
     old = [study for study, page in pages.items() if not newer(page, [*study.iterdir(), *code])]
     if old:

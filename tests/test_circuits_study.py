@@ -124,13 +124,17 @@ def test_other_settings_are_measured_anew(runs: Path, measured: Path, tmp_path: 
 
 
 def test_the_page_is_made_of_records_alone(measured: Path, tmp_path: Path) -> None:
-    main(["--report", str(measured), "--out", str(tmp_path)])
-    for name in ("README.md", "circuits.svg"):
-        assert (tmp_path / name).read_bytes() == (measured / name).read_bytes()
-    page = (tmp_path / "README.md").read_text()
-    assert "- sft: patching the base's circuit restores" in page
-    assert "rl" not in [cell.strip() for cell in page.replace("\n", "|").split("|")]  # it has no run
-    assert "most necessary first" in (tmp_path / "circuits.svg").read_text()
+    page, again = tmp_path / "page", tmp_path / "again"
+    main(["--report", str(measured), "--out", str(page)])
+    main(["--report", str(page), "--out", str(again)])
+    for name in ("report.md", "circuits.svg", "records.json"):
+        assert (measured / name).read_bytes() == (page / name).read_bytes() == (again / name).read_bytes()
+    text = (page / "report.md").read_text()
+    assert "- sft: patching the base's circuit restores" in text
+    assert "rl" not in [cell.strip() for cell in text.replace("\n", "|").split("|")]  # it has no run
+    assert "most necessary first" in (page / "circuits.svg").read_text()
+    commits = {read(measured / arm / "one.json")["commit"] for arm in ("base", "sft")}
+    assert f"at commit {', '.join(one or '(not recorded)' for one in commits)}, of the models below" in text
 
 
 def test_the_primary_comparison_is_the_mean_over_bases(measured: Path, tmp_path: Path) -> None:
@@ -148,7 +152,7 @@ def test_the_primary_comparison_is_the_mean_over_bases(measured: Path, tmp_path:
             (tmp_path / arm / f"{base}.json").write_text(json.dumps(made))
     (tmp_path / "study.json").write_text(json.dumps(study))
     main(["--report", str(tmp_path)])
-    page = (tmp_path / "README.md").read_text()
+    page = (tmp_path / "report.md").read_text()
     half = student.ppf(0.975, 2) * 0.2 / 3**0.5
     assert f"+0.500 [{0.5 - half:+.3f}, {0.5 + half:+.3f}], ahead on 3 of 3 bases, p = 0.250, not significant" in page
     assert "restores 0.650 [" in page

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small_grid import ROOT
 
+from experiments.circuits.__main__ import main as circuits
 from mifo_lightning.lab.report import front
 from mifo_lightning.lab.report.comparisons import compare
 from mifo_lightning.lab.report.document import Table, bracketed, difference, intervals
@@ -15,9 +16,16 @@ from mifo_lightning.lab.report.verdict import verdict
 PAGES = sorted(path.parent for path in ROOT.glob("docs/results/**/runs.csv"))
 
 
-def test_every_study_page_has_its_runs() -> None:
-    assert len(PAGES) == len(list(ROOT.glob("docs/results/**/report.md"))) >= 1
+def test_every_study_page_has_what_it_is_made_of() -> None:
+    pages = [page.parent for page in ROOT.glob("docs/results/**/report.md")]
+    assert [page for page in pages if not any((page / name).is_file() for name in ("runs.csv", "records.json"))] == []
     assert all((page / "report.svg").is_file() for page in PAGES)
+
+
+def test_the_page_of_circuits_is_what_its_records_say(tmp_path: Path) -> None:
+    circuits(["--report", str(ROOT / "docs/results/circuits"), "--out", str(tmp_path)])
+    for name in ("report.md", "records.json", "circuits.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs/results/circuits" / name).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

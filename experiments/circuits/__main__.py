@@ -3,7 +3,7 @@
     python -m experiments.bases skills --out runs/bases
     python -m mifo_lightning.lab ablation --config experiments/ablations/paper_table.yaml --jobs 2
     python -m experiments.circuits --config experiments/circuits.yaml
-    python -m experiments.circuits --report runs/circuits          # the page again, from the records alone
+    python -m experiments.circuits --report docs/results/circuits  # a page again, from its records alone
 
 For every base and every arm's model: how much accuracy each head is needed for, the heads that suffice for 90 % of it,
 how alike the circuits before and after are beside their floors, and whether outputs of the base's heads, patched into

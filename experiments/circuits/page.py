@@ -1,5 +1,6 @@
 """The page of a study of circuits, from its records alone: Markdown with one picture, no model needed."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from experiments.circuits.picture import draw
 from experiments.circuits.results import (
+    RECORDS,
     Results,
     alike,
     changed,
@@ -21,10 +23,10 @@ from experiments.circuits.results import (
     size,
 )
 from experiments.circuits.study import BASE
-from mifo_lightning.lab.report.document import bracketed, number, probability
+from mifo_lightning.lab.report.document import bracketed, number, p_value
 from mifo_lightning.lab.report.statistics import interval, judge
 
-PAGE, PICTURE = "README.md", "circuits.svg"
+PAGE, PICTURE = "report.md", "circuits.svg"
 RANKS = 3
 """So many of the most necessary heads are shown one by one."""
 WAYS = {
@@ -32,6 +34,9 @@ WAYS = {
     "into_base": "The reverse: outputs of the trained model's heads in the base",
 }
 LIMITS = """
+- The primary comparison does not measure what comes back: heads that are put back with the others at their mean do
+  harm, the least necessary most, whatever was lost (rl's curves). It shows that the order of necessity, found on one
+  sample, holds on another. Random heads harm likewise, and flatter the circuit.
 - The patched outputs come from a model that reads the same question *and* the right answer so far, with all of its MLPs
   at work and its other heads at their mean. What they restore shows that the rest of the trained model can still use
   them, not that the skill lies in those heads: the control is what as many other heads restore.
@@ -48,13 +53,14 @@ LIMITS = """
 
 
 def write_page(directory: Path, out: Path | None = None) -> Path:
-    """Write README.md and circuits.svg from the records of a directory; the page's path.
+    """Write report.md, circuits.svg and records.json, all that they are made of, from a directory; the page's path.
 
     Raises:
         InputError: There are no records.
     """
     results, out = Results(directory), out or directory
     out.mkdir(parents=True, exist_ok=True)
+    (out / RECORDS).write_text(json.dumps(results.content) + "\n", encoding="utf-8")
     (out / PICTURE).write_text(draw(results), encoding="utf-8")
     (out / PAGE).write_text("\n".join(_lines(results)) + "\n", encoding="utf-8")
     return out / PAGE
@@ -69,12 +75,14 @@ def primary_line(results: Results) -> str:
         return f"{named} no result yet."
     compared = judge({"primary": np.array(values)[:, None]}, "nested")["primary"]
     each = ", ".join(f"{skill} {results.cell(arm, order_matters([skill]), '+')}" for skill in skills)
+    others = ", ".join(f"{one} {results.cell(one, order_matters(skills), '+')}" for one in results.arms if one != arm)
     word = "significant" if compared.significant else "not significant"
     most = max(results.arms, key=lambda one: sum(np.mean(results.values(one, lost(skill))) for skill in skills))
     return (
         f"{named} what heads of the base restore if the most necessary are put back first, minus if the least are, "
         f"mean over one to all but one of them: {bracketed(compared.difference, '+')}, ahead on {compared.ahead} of "
-        f"{compared.bases} bases, p = {probability(compared.p)}, {word} ({each}). The arm that lost most: {most}."
+        f"{compared.bases} bases, {p_value(compared.p)}, {word} ({each}). The arm that lost most: {most}."
+        + (f" The same in the others, whatever they lost: {others}." if others else "")
     )
 
 
@@ -106,7 +114,13 @@ def _lines(results: Results) -> Iterator[str]:
     yield from ("## What is each part needed for?", "", *_necessities(results))
     yield from ("## What this cannot say", LIMITS)
     seconds = [record["cpu_seconds"] for record in results.records.values()]
-    yield f"{len(seconds)} models took {sum(seconds) / 60:.0f} CPU minutes, {max(seconds):.0f} s the slowest."
+    commits = dict.fromkeys(record.get("commit") or "(not recorded)" for record in results.records.values())
+    yield (
+        f"Made by `python -m experiments.circuits`, at commit {', '.join(commits)}, of the models below "
+        f"`{results.study.get('runs', '(not recorded)')}`. Bases: {', '.join(results.study['bases'])}; seed of the "
+        f"questions: {results.study['seed']}. {len(seconds)} models took {sum(seconds) / 60:.0f} CPU minutes, "
+        f"{max(seconds):.0f} s the slowest. `python -m experiments.circuits --report DIR` makes it again."
+    )
 
 
 def _setting(study: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.lab.cell import outcome, write_json
 from mifo_lightning.lab.grid import slug
+from mifo_lightning.lab.plan import commit
 from mifo_lightning.policy.loading import load_policy, load_tokenizer
 
 Record = dict[str, Any]
@@ -206,7 +207,7 @@ def measure(study: Study) -> Iterator[str]:
         InputError: A base is missing, or a run started from another; before anything is measured.
     """
     runs = {base: _runs(study, base) for base in study.bases}
-    named = {"bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm}
+    named = {"runs": str(study.runs), "bases": list(study.bases), "arms": study.arms, "primary_arm": study.primary_arm}
     write_json(study.out / "study.json", {**study.measured, **named})
     for base, of_arms in runs.items():
         bench: Bench | None = None
@@ -223,7 +224,7 @@ def measure(study: Study) -> Iterator[str]:
             of_base = _read(record_path(study.out, BASE, base))
             found = bench.of_arm(arm, run, of_base) if run else bench.of_base()
             seconds = time.process_time() - began
-            about = {"key": key, "measured": study.measured, "cpu_seconds": round(seconds, 1)}
+            about = {"key": key, "measured": study.measured, "commit": commit(), "cpu_seconds": round(seconds, 1)}
             write_json(path, {**about, **found})
             yield f"{arm}/{base}: {seconds:.0f} CPU seconds"
 

@@ -15,14 +15,41 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.report.document import bracketed
 from mifo_lightning.lab.report.statistics import interval, rank_correlation
 
+RECORDS = "records.json"  # of a page: all that it is made of
 Find = Callable[[Record, Record], float | None]
 """What to read from a record and from that of its base; None or NaN where it is not defined."""
+
+
+def read_records(directory: Path) -> dict[str, Any]:
+    """The `study` and its `records` by arm and base: of a directory of measurements, or of a page's `records.json`.
+
+    Raises:
+        InputError: There are none, or some were measured with other settings.
+    """
+    path, published = directory / "study.json", directory / RECORDS
+    if not path.is_file():
+        if not published.is_file():
+            raise InputError(f"{directory}: has no study.json; `python -m experiments.circuits --config` writes it")
+        content: dict[str, Any] = json.loads(published.read_text(encoding="utf-8"))
+        return content
+    study = json.loads(path.read_text(encoding="utf-8"))
+    records: dict[str, dict[str, Record]] = {arm: {} for arm in (BASE, *study["arms"])}
+    for base in study["bases"]:
+        for arm, of_arm in records.items():
+            if (one := record_path(directory, arm, base)).is_file():
+                record = json.loads(one.read_text(encoding="utf-8"))
+                measured = record.get("measured", {})
+                if not measured or any(study.get(name) != value for name, value in measured.items()):
+                    raise InputError(f"{one}: was measured with other settings than {path} says; measure it again")
+                of_arm[base] = record
+    return {"study": study, "records": records}
 
 
 class Results:
     """All records of a directory.
 
     Attributes:
+        content: What `read_records` gives.
         study: What the study says of itself.
         records: By arm and base; the base itself is the arm `base`.
         arms: Those with a record, in the study's order.
@@ -32,19 +59,10 @@ class Results:
     """
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "study.json"
-        if not path.is_file():
-            raise InputError(f"{directory}: has no study.json; `python -m experiments.circuits --config` writes it")
-        self.study: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self.records: dict[tuple[str, str], Record] = {}
-        for base in self.study["bases"]:
-            for arm in (BASE, *self.study["arms"]):
-                if (one := record_path(directory, arm, base)).is_file():
-                    record = json.loads(one.read_text(encoding="utf-8"))
-                    measured = record.get("measured", {})
-                    if not measured or any(self.study.get(name) != value for name, value in measured.items()):
-                        raise InputError(f"{one}: was measured with other settings than {path} says; measure it again")
-                    self.records[arm, base] = record
+        self.content = read_records(directory)
+        self.study: dict[str, Any] = self.content["study"]
+        records: dict[str, dict[str, Record]] = self.content["records"]
+        self.records = {(arm, base): record for arm, of in records.items() for base, record in of.items()}
         self.arms = [arm for arm in self.study["arms"] if self.count(arm)]
         if not self.arms:
             raise InputError(f"{directory}: has no record of an arm and its base; is there a finished run of one?")

@@ -7,7 +7,7 @@ from experiments.heal.fits import OTHER_SEED
 from experiments.heal.restoration import ERRORS, RATIO_ERRORS, fall_over_bases, share_of, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
-from mifo_lightning.lab.report.document import bracketed, probability
+from mifo_lightning.lab.report.document import bracketed, p_value
 from mifo_lightning.lab.report.statistics import ALPHA, Comparison, Interval, Scores, bases_needed, interval, judge
 
 NO_FALL = "no fall to restore"
@@ -131,7 +131,7 @@ def _edit(results: Results) -> list[str]:
         ]
     else:
         what = _judged(found, interval(results.over_interpolation(name, min)), over_random)
-        lines = [f"**{what}**: delta = {told(found.difference)}, p = {probability(found.p)}, {counted}."]
+        lines = [f"**{what}**: delta = {told(found.difference)}, {p_value(found.p)}, {counted}."]
     equal = interval(results.over_equal_norm(name, study.ood))
     lost = interval(results.over_equal_norm(name, study.matched))
     lines.append(f"At equal |W - peak| it is {told(equal)} in OOD and {told(lost)} in {study.matched}.")

@@ -139,3 +139,9 @@ def difference(comparison: Comparison | None) -> str:
 def probability(p: float) -> str:
     """Three decimals."""
     return "-" if not np.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def p_value(p: float) -> str:
+    """`p = 0.031` or `p < 0.001`, for a sentence."""
+    text = probability(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"

@@ -4,7 +4,7 @@ import numpy as np
 
 from mifo_lightning.lab.report import front
 from mifo_lightning.lab.report.comparisons import Comparisons, Pair, compare, pairs, primary
-from mifo_lightning.lab.report.document import bracketed, difference, intervals, number, probability, size
+from mifo_lightning.lab.report.document import bracketed, difference, intervals, number, p_value, size
 from mifo_lightning.lab.report.results import Ablation
 from mifo_lightning.lab.report.scores import FEW_BASES, ranked
 from mifo_lightning.lab.report.statistics import ALPHA, POWER, Comparison, Interval, bases_needed
@@ -68,7 +68,7 @@ def _contrast(ablation: Ablation, found: Comparisons, pair: Pair, what: str) -> 
     if (c := found.primary.get(pair)) is None:
         return f"{text} has no result: a run of these arms has none."
     where = f", on the {c.bases} of {len(ablation.bases)} bases that have both" if c.bases < len(ablation.bases) else ""
-    text += f" is {difference(c)}, p = {probability(c.p)}{where}."
+    text += f" is {difference(c)}, {p_value(c.p)}{where}."
     margin = ablation.margin
     close = margin is not None and c.difference.within(margin)
     if c.significant:
