@@ -105,16 +105,13 @@ def test_a_demonstration_is_its_text_and_one_end_of_sequence(solution: str) -> N
 @pytest.mark.parametrize("marker", [">", "</think>", "####", "答"])
 def test_the_answer_starts_right_after_the_last_marker(tokenizer: Any, marker: str) -> None:
     draw = random.Random(0)
-    for _ in range(40):
+    rows, answers = [], []
+    for i in range(40):
         head = "".join(draw.choices(["<think>\n", "we add ", "12 ", "🦆", "é", marker], k=draw.randrange(6)))
-        answer = draw.choice(["", "\n\n"]) + "".join(draw.choices(["\\boxed{12}", " 7", "é", "🦆"], k=2))
-        question = one(
-            [row(truth="", solution=head + marker + answer)],
-            tokenizer,
-            chat_template=CHAT,
-            answer_after=marker,
-            verify_demonstrations=False,
-        )
+        answers.append(draw.choice(["", "\n\n"]) + "".join(draw.choices(["\\boxed{12}", " 7", "é", "🦆"], k=2)))
+        rows.append(row(f"{i}+2?", truth="", solution=head + marker + answers[-1]))
+    questions, _ = build(rows, tokenizer, chat_template=CHAT, answer_after=marker, verify_demonstrations=False)
+    for question, answer in zip(questions, answers, strict=True):
         assert question.demonstration is not None
         assert question.answer_start is not None
         ids = question.demonstration[:-1]
