@@ -214,6 +214,19 @@ def test_a_directory_without_records_is_one_line(tmp_path: Path, capsys: pytest.
     assert "has no study.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"study": {}}', '{"study": {}, "records": []}', '{"study": {}, "records": {}}']
+)
+def test_damaged_records_of_a_page_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / "records.json").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["--report", str(tmp_path)])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'records.json'}: is damaged: ")
+    assert (tmp_path / "records.json").read_text() == text
+
+
 def test_the_shipped_file_is_read() -> None:
     from experiments.circuits.study import read_study
 

@@ -23,6 +23,7 @@ from experiments.circuits.results import (
     size,
 )
 from experiments.circuits.study import BASE
+from mifo_lightning.common.files import replace_text
 from mifo_lightning.lab.report.document import bracketed, number, p_value
 from mifo_lightning.lab.report.statistics import interval, judge
 
@@ -35,17 +36,17 @@ WAYS = {
 }
 LIMITS = """
 - The primary comparison does not measure what comes back: heads that are put back with the others at their mean do
-  harm, the least necessary most, whatever was lost (rl's curves). It shows that the order of necessity, found on one
-  sample, holds on another. Random heads harm likewise, and flatter the circuit.
+  harm, the least necessary most, whatever was lost: compare the arms. It shows that the order of necessity, found on
+  one sample, holds on another. As many random heads harm likewise, which flatters the circuit.
 - The patched outputs come from a model that reads the same question *and* the right answer so far, with all of its MLPs
   at work and its other heads at their mean. What they restore shows that the rest of the trained model can still use
-  them, not that the skill lies in those heads: the control is what as many other heads restore.
+  them, not that the skill lies in those heads.
 - The primary comparison was named before the run, but after a reader had looked, on 64 questions and the same models,
   at circuit minus random heads, which was the primary then. The one named now had not been computed.
 - The mean of a head is over questions of one skill: what a head says of the skill as such is never taken away.
 - Likeness has no floor from another seed of the same arm: there is one run on a base.
-- A circuit of most heads shares most of them with any random set of its size, so that the primary difference can only
-  be small; the picture, where heads are put back one by one from either end of their order, is not limited so.
+- A circuit of most heads shares most of them with any random set of its size, which limits circuit minus random; the
+  picture, where heads are put back one by one from either end of their order, is not limited so.
 - Patched heads go through the trained model's `o_proj`; its embedding, MLPs, norms and head stay its own.
 - Accuracy is greedy and of the demonstration's own words; the studies of methods sample at T = 1 and grade answers.
 - One run of an arm on a base: what differs from run to run is part of what differs from base to base.
@@ -60,7 +61,7 @@ def write_page(directory: Path, out: Path | None = None) -> Path:
     """
     results, out = Results(directory), out or directory
     out.mkdir(parents=True, exist_ok=True)
-    (out / RECORDS).write_text(json.dumps(results.content) + "\n", encoding="utf-8")
+    replace_text(out / RECORDS, json.dumps(results.content) + "\n")  # whole or not at all: it may be what was read
     (out / PICTURE).write_text(draw(results), encoding="utf-8")
     (out / PAGE).write_text("\n".join(_lines(results)) + "\n", encoding="utf-8")
     return out / PAGE

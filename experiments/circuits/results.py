@@ -24,14 +24,11 @@ def read_records(directory: Path) -> dict[str, Any]:
     """The `study` and its `records` by arm and base: of a directory of measurements, or of a page's `records.json`.
 
     Raises:
-        InputError: There are none, or some were measured with other settings.
+        InputError: There are none, some were measured with other settings, or the page's are damaged.
     """
-    path, published = directory / "study.json", directory / RECORDS
+    path = directory / "study.json"
     if not path.is_file():
-        if not published.is_file():
-            raise InputError(f"{directory}: has no study.json; `python -m experiments.circuits --config` writes it")
-        content: dict[str, Any] = json.loads(published.read_text(encoding="utf-8"))
-        return content
+        return _published(directory)
     study = json.loads(path.read_text(encoding="utf-8"))
     records: dict[str, dict[str, Record]] = {arm: {} for arm in (BASE, *study["arms"])}
     for base in study["bases"]:
@@ -43,6 +40,23 @@ def read_records(directory: Path) -> dict[str, Any]:
                     raise InputError(f"{one}: was measured with other settings than {path} says; measure it again")
                 of_arm[base] = record
     return {"study": study, "records": records}
+
+
+def _published(directory: Path) -> dict[str, Any]:
+    path = directory / RECORDS
+    if not path.is_file():
+        raise InputError(
+            f"{directory}: has no study.json and no {RECORDS}; `python -m experiments.circuits --config` writes them"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(content[key], dict) for key in ("study", "records")):
+            raise TypeError("`study` and `records` must be mappings")
+        if not all(isinstance(content["study"][key], list) for key in ("arms", "bases", "untrained", "skills")):
+            raise TypeError("what `study` lists must be lists")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is damaged: {type(error).__name__}: {error}; take it from the repository") from None
+    return {"study": content["study"], "records": content["records"]}
 
 
 class Results:
