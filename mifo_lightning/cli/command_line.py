@@ -62,6 +62,10 @@ class SaveConfig(SaveConfigCallback):
 class MifoCLI(LightningCLI):
     """LightningCLI for `MifoModule` and `QuestionData`."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self._asked = next(iter(sys.argv[1:] if named.get("args") is None else named["args"]), None)
+        super().__init__(*arguments, **named)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """fit, validate and test; there is nothing to predict, and checkpoints are loaded as weights only, always."""
@@ -95,7 +99,12 @@ class MifoCLI(LightningCLI):
         super().parse_arguments(parser, args)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lightning's own table of all metrics, a column for each source, only on request: ours follows."""
+        """Lightning's own table of all metrics, a column for each source, only on request: ours follows.
+
+        Where the first word names a subcommand the others stay empty: their arguments were a third of every start.
+        """
+        if self._asked in self.subcommands() and subcommand != self._asked:
+            return self.init_parser()
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
