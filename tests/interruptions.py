@@ -68,25 +68,31 @@ class Evaluations(Callback):
         self.measured = dict(state["measured"])
 
 
-class Points:
-    """Counts the safe points that a run passes, and those before its first step; its first rank asks to stop at one."""
+Point = tuple[int, int]  # how many optimizer steps are done, and which safe point it is of those that follow
 
-    def __init__(self, at: int | None, trainer: Trainer) -> None:
-        self.passed, self.before, self.at, self._pending = 0, 0, at, interruption.pending
+
+class Points:
+    """Notes the safe points that a run passes after its first step; its first rank asks to stop at one.
+
+    Those that follow the step from which a run goes on are not numbered as in one that has done this step itself.
+    """
+
+    def __init__(self, at: Point | None, trainer: Trainer) -> None:
+        self.passed, self.at, self._pending = list[Point](), at, interruption.pending
         self._trainer = trainer
 
     def __call__(self) -> int | None:
-        self.passed += 1
-        if not self._trainer.global_step:
-            self.before = self.passed
-        if self.passed == self.at and rank() == 0:
-            interruption.request(signal.SIGTERM)
+        if step := self._trainer.global_step:
+            same = self.passed and self.passed[-1][0] == step
+            self.passed.append((step, self.passed[-1][1] + 1 if same else 1))
+            if self.passed[-1] == self.at and rank() == 0:
+                interruption.request(signal.SIGTERM)
         return self._pending()
 
 
 def fit(
-    case: str, directory: Path, strategy: str = "single", at: int | None = None, ckpt: str | None = None
-) -> tuple[dict[str, Any], Interrupted | None, range]:
+    case: str, directory: Path, strategy: str = "single", at: Point | None = None, ckpt: str | None = None
+) -> tuple[dict[str, Any], Interrupted | None, list[Point]]:
     """Fit, stopped at a safe point if one is named: what it is then, what stopped it, its points after a first step."""
     changes = dict(CASES[case])
     schedule, evaluations = changes.pop("schedule"), changes.pop("trainer", {})
@@ -122,7 +128,7 @@ def fit(
         interruption.forget()
         if ranks() > 1 and rank() == 0:  # the next run has the same process group
             _get_default_store().delete_key(safe_points.KEY)
-    return state(trainer, module, kept), stopped, range(points.before + 1, points.passed + 1)
+    return state(trainer, module, kept), stopped, points.passed
 
 
 def state(trainer: Trainer, module: Any, kept: list[Callback]) -> dict[str, Any]:
@@ -158,30 +164,31 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a} {b}"]
 
 
-def spread(points: range, many: int | None) -> list[int]:
-    """So many of them at even distances, the first and the last among them; all if it is not said how many."""
-    return list(points) if many is None else [points[i * (len(points) - 1) // (many - 1)] for i in range(many)]
+def spread(points: list[Point], many: int) -> list[Point]:
+    """So many of them at even distances, the first and the last among them."""
+    return [points[i * (len(points) - 1) // (many - 1)] for i in range(many)]
 
 
 def compare(case: str, directory: Path, strategy: str, many: int | None) -> dict[str, Any]:
-    """Stop at so many points, or at all of them, go on, and hold the end against the undisturbed run."""
-    whole, stopped, points = fit(case, directory / "whole", strategy)
+    """Hold an undisturbed run against one that is stopped at so many points, one after the other, or at each alone."""
+    whole, stopped, passed = fit(case, directory / "whole", strategy)
     assert stopped is None
-    found: dict[str, Any] = {"points": [points[0], points[-1]], "tried": 0, "checkpoints": 0, "unlike": {}}
-    for point in spread(gather_ranks(points)[0], many):
-        _, stopped, _ = fit(case, directory / str(point), strategy, at=point)
-        if stopped is None:
-            found["unlike"][point] = ["was not stopped"]
-            continue
-        found["tried"] += 1
-        if stopped.checkpoint is None:
-            if stopped.step:
-                found["unlike"][point] = [f"lost {stopped.step} steps"]
-            continue
-        found["checkpoints"] += 1
-        again, _, _ = fit(case, directory / str(point), strategy, ckpt=stopped.checkpoint)
-        if unlike := differences(whole, again):
-            found["unlike"][point] = [f"after step {stopped.step}", *unlike[:3]]
+    points = gather_ranks(passed)[0]
+    chains = [[point] for point in points] if many is None else [spread(points, many)]
+    found: dict[str, Any] = {"points": [points[0], points[-1]], "checkpoints": 0, "unlike": {}}
+    for number, chain in enumerate(chains):
+        where, ckpt = directory / str(number), None
+        for point in [*chain, None]:
+            end, stopped, _ = fit(case, where, strategy, at=point, ckpt=ckpt)
+            if point is None:
+                if unlike := differences(whole, end):
+                    found["unlike"][str(chain)] = unlike[:3]
+            elif stopped is None or stopped.checkpoint is None or stopped.step != point[0]:
+                found["unlike"][str(chain)] = [f"{point}: {stopped and (stopped.step, stopped.checkpoint)}"]
+                break
+            else:
+                found["checkpoints"] += 1
+                ckpt = stopped.checkpoint
     return found
 
 

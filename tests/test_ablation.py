@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import warm
+import yaml
 from small_grid import BASE, GRID, ROOT, write
 
 from mifo_lightning.common.errors import InputError
@@ -94,18 +95,28 @@ def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
     assert (cell.directory / "thesis.tex").exists()
 
 
+ARMS = {**GRID["arms"], "bad": {"set": {"data.schedule.prompts_per_step": 0}}}
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a grid that nobody has disturbed; one of its arms cannot be fitted."""
+    config = write(tmp_path_factory.mktemp("calm"), arms=ARMS, seeds=[0])
+    with contextlib.chdir(ROOT):
+        assert start(config, "--wandb", "offline").wait(300) == 1
+    return config
+
+
 def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    calm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arms = {"bad": {"set": {"data.schedule.prompts_per_step": 0}}, "mifo": {}}
-    config = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"])
-    assert ablation.main(["--config", str(config), "--wandb", "offline"]) == 1
-    printed = capfd.readouterr().out
-    rows = {row["arm"]: row for row in json.loads((tmp_path / "out" / "cells.json").read_text(encoding="utf-8"))}
-    assert (rows["bad"]["status"], rows["mifo"]["status"]) == ("failed", "done")
+    out = calm.parent / "out"
+    printed = calm.with_name("printed.txt").read_text(encoding="utf-8")
+    rows = {row["arm"]: row for row in json.loads((out / "cells.json").read_text(encoding="utf-8"))}
+    assert {arm: row["status"] for arm, row in rows.items()} == {**dict.fromkeys(GRID["arms"], "done"), "bad": "failed"}
     assert rows["bad"]["error"].startswith("error: data.schedule.prompts_per_step: 0")
     assert f"failed: bad/shipped/seed0: {rows['bad']['error']}" in printed
-    run = tmp_path / "out" / rows["mifo"]["directory"]
+    run = out / rows["mifo"]["directory"]
     assert {"summary.json", "samples.jsonl", "config.yaml", "log.txt", "model", "wandb"} <= {
         p.name for p in run.iterdir()
     }
@@ -113,11 +124,13 @@ def test_a_failing_fit_stops_no_other_and_a_changed_file_is_not_mixed_in(
     log = (run / "log.txt").read_text(encoding="utf-8")
     assert "W&B run: " in log
     assert "WARNING" not in log  # of what nobody set
-    settings = {**GRID["set"], "data.schedule.rl_steps": 4}
-    changed = write(tmp_path, arms=arms, seeds=[0], primary_contrast=["bad", "mifo"], set=settings)
+    changed = calm.with_name("changed.yaml")
+    content = yaml.safe_load(calm.read_text(encoding="utf-8"))
+    content["set"]["data.schedule.rl_steps"] = 4
+    changed.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     assert ablation.main(["--config", str(changed)]) == 2
-    out, refused = capfd.readouterr()
-    assert (out, refused.count("\n")) == ("", 1)
+    said, refused = capfd.readouterr()
+    assert (said, refused.count("\n")) == ("", 1)
     assert "mifo/shipped/seed0" in refused
     assert "other arguments; choose another `out`" in refused
 
@@ -221,12 +234,8 @@ def test_commit_and_command_are_those_of_the_calls_that_ran_fits(
 
 
 @pytest.mark.slow
-def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    for name in ("calm", "killed"):
-        (tmp_path / name).mkdir()
-    calm, killed = write(tmp_path / "calm", seeds=[0]), write(tmp_path / "killed", seeds=[0])
-    assert ablation.main(["--config", str(calm)]) == 0
-    out, halfway = tmp_path / "killed" / "out", set()
+def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(calm: Path, tmp_path: Path) -> None:
+    killed, out, halfway = write(tmp_path, seeds=[0]), tmp_path / "out", set()
     # at the first checkpoint at once, so that on a fast machine too something has to go on from one
     for delay in (0, random.Random(0).uniform(0, 0.6)):
         runner = start(killed)
@@ -244,8 +253,8 @@ def test_a_grid_killed_at_any_time_ends_as_if_undisturbed(tmp_path: Path) -> Non
     assert ablation.main(["--config", str(killed)]) == 0
     assert all(path.stat().st_mtime_ns == kept[path] for path in ended)
     assert all("Restor" in (cell / "log.txt").read_text(encoding="utf-8") for cell in halfway)
-    for cell in cells(read_ablation(calm)):
-        other = out / cell.directory.relative_to(tmp_path / "calm" / "out")
+    for cell in cells(read_ablation(killed)):
+        other = calm.parent / "out" / cell.directory.relative_to(out)
         before, after = (json.loads((p / "summary.json").read_text(encoding="utf-8")) for p in (cell.directory, other))
         for key in ("before", "after", "optimizer_steps", "sft_phases"):
             assert before[key] == after[key], f"{cell.name}: {key}"

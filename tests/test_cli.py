@@ -3,16 +3,18 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from command_line import BASES, CONFIGS, MIFO, SHORT, TINY, printed, refused, short, write_rows
+from command_line import BASES, CONFIGS, SHORT, TINY, fitted, flat, layers, printed, refused, short, write_rows
 from transformers import AutoModelForCausalLM
 
 import mifo_callbacks
 import mifo_lightning
 from mifo_lightning.cli import main
+from mifo_lightning.cli.parts import METHOD
 from mifo_lightning.common.question import Question
 from mifo_lightning.common.terminal import quiet
 from mifo_lightning.data.loader import PhaseLoader
@@ -37,49 +39,42 @@ def test_later_files_and_flags_win_and_null_switches_a_callback_off(capsys: pyte
     }
 
 
-@pytest.mark.parametrize("method", sorted(p.name for p in (CONFIGS / "methods").glob("*.yaml")))
+def on_a_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> dict[str, Any]:
+    longer = ["--model.rollout.sampling.max_new_tokens", "24"]
+    return printed(capsys, "fit", "--config", str(CONFIGS / base), *layers(f"methods/{method}"), *longer)
+
+
+# what each method switches on, on one base: test_overlays.py
+@pytest.mark.parametrize("method", ["mifo", "luffy"])
 @pytest.mark.parametrize("base", BASES)
-def test_every_method_fits_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
-    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--config", str(CONFIGS / "methods" / method))
-    whole = ("rl", "sft", "sft_then_rl", "rl_then_sft", "luffy", "srft", "chord", "chord_phi", "hpt")
-    assert (config["buffer"] is None) == (method.removesuffix(".yaml") in whole)
-    frozen = ("mifo.yaml", "mifo_dagger.yaml", "mifo_pf.yaml", "cumulative.yaml")
-    assert (config["freeze"] is not None) == (method in frozen)
-    assert (config["importance"] is None) == (config["freeze"] is None)
-    assert (config["entropy"] is not None) == (method in ("mifo.yaml", "mifo_dagger.yaml", "mifo_es.yaml"))
-    mixed = method.startswith(("chord", "hpt", "luffy", "srft"))
-    assert (config["model"]["mixing"] is not None) == mixed
+def test_methods_fit_every_base(capsys: pytest.CaptureFixture[str], base: str, method: str) -> None:
+    config = on_a_base(capsys, base, method)
+    mifo = method == "mifo"
+    assert [config[part] is not None for part in ("buffer", "freeze", "importance", "entropy")] == [mifo] * 4
+    assert (config["model"]["mixing"] is None) == mifo
+    if not mifo:  # it sets some of the keys of a group of which the base sets others
+        rl = config["model"]["optimizer"]["rl"]
+        own = yaml.safe_load((CONFIGS / base).read_text())["model"].get("optimizer", {}).get("rl", {})
+        assert (rl["betas"], rl["weight_decay"], rl["clip"]) == ([0.9, 0.999], 0.01, 1.0)
+        assert rl["lr"] == own.get("lr", rl["lr"])
 
 
-OVERLAYS = [path for folder in ("methods", "losses", "controls") for path in sorted((CONFIGS / folder).glob("*.yaml"))]
-
-
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_overlay_trains(tmp_path: Path, path: Path) -> None:
-    over = yaml.safe_load(path.read_text())
-    pairs = {**SHORT, "trainer.default_root_dir": str(tmp_path), "data.val.init_args.count": "8"}
-    pairs |= {"data.schedule.sft_batch": "4", "data.schedule.sft_epochs": "1"}
-    stages = [key for key in ("sft_before", "sft_after") if key in over.get("data", {}).get("schedule", {})]
-    pairs |= {f"data.schedule.{key}": "2" for key in stages}
-    layers = (
-        ["--config", TINY, "--config", str(path)] if path.parent.name == "methods" else [*MIFO, "--config", str(path)]
-    )
-    buffered = "buffer" in over or path.parent.name != "methods"
-    pairs = {**pairs, "buffer.size": "4"} if buffered else {k: v for k, v in pairs.items() if k[:6] != "buffer"}
-    main(["fit", *layers, *(text for key, value in pairs.items() for text in (f"--{key}", value))])
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    phases = summary["sft_phases"]
-    assert (phases > 0) == buffered
-    assert summary["optimizer_steps"] == 3 + 2 * len(stages) + phases
-    assert summary["before"].keys() == summary["after"].keys()
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    base = AutoModelForCausalLM.from_pretrained(Path(TINY).parents[1] / "mifo_lightning" / "assets" / "base")
-    assert any((trained[name] != value).any() for name, value in base.state_dict().items())
+@pytest.mark.parametrize("base", BASES)
+def test_a_method_says_the_same_on_every_base(base: str) -> None:
+    """Both set plain values or different keys, so one method on every base and every method on one show all pairs."""
+    own = flat(yaml.safe_load((CONFIGS / base).read_text()))
+    assert not {key.partition(".")[0] for key in own} & {*METHOD, "method"}
+    for path in (CONFIGS / "methods").glob("*.yaml"):
+        over = flat(yaml.safe_load(path.read_text()))
+        nested = [(a, b) for a in own for b in over if a.startswith(f"{b}.") or b.startswith(f"{a}.")]
+        assert nested == []
+        assert not [key for key in own.keys() & over.keys() if "class_path" in key or "init_args" in key]
+        assert all(own.get(key) is not None for key in own.keys() & over.keys())
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_divides_its_batches(capsys: pytest.CaptureFixture[str], base: str) -> None:
-    config = printed(capsys, "fit", "--config", str(CONFIGS / base), *MIFO[2:])
+    config = on_a_base(capsys, base, "mifo")
     trainer, schedule, size = config["trainer"], config["data"]["schedule"], config["buffer"]["init_args"]["size"]
     questions = [Question(i, "s", "", [1], "", [2]) for i in range(256)]
     loader = PhaseLoader(
@@ -111,10 +106,13 @@ def test_interpolation_follows_the_command_line(capsys: pytest.CaptureFixture[st
     assert config["data"]["holdout"] == 7
 
 
-def test_a_printed_configuration_runs_and_leaves_model_summary_and_samples(
+def test_a_printed_configuration_runs_and_leaves_model_summary_samples_and_metrics(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    config = printed(capsys, *short(tmp_path))
+    arguments = short(tmp_path)
+    at = arguments.index("--trainer.logger")
+    csv = [*layers("logger/csv"), "--trainer.logger.init_args.save_dir", str(tmp_path)]
+    config = printed(capsys, *arguments[:at], *arguments[at + 2 :], *csv)
     path = tmp_path / "printed.yaml"
     path.write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(path)])
@@ -122,40 +120,16 @@ def test_a_printed_configuration_runs_and_leaves_model_summary_and_samples(
     assert "before → after" in out
     for skill in ("addition", "mirrored", "sorting", "reversal"):
         assert skill in out
-    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    (run,) = (path.parent for path in tmp_path.rglob("metrics.csv"))
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["before"].keys() == summary["after"].keys() >= {"addition/avg@1", "avg@1"}
     assert summary["sft_phases"] >= 1
     assert summary["seconds"]["rollout"] > 0
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"rl", "val"}
     assert len([row for row in rows if row["stage"] == "val" and row["step"] == 0]) == 16
-
-
-def test_the_command_line_wins_over_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    main(short(tmp_path / "a", trainer__enable_checkpointing="true", trainer__max_steps="2"))
-    (ckpt,) = (tmp_path / "a").rglob("*.ckpt")
-    stored = torch.load(ckpt, weights_only=True)
-    assert stored["global_step"] == 2
-    arguments = short(
-        tmp_path / "b", model__optimizer__rl__lr="0.0", model__optimizer__sft__lr="0.0", data__schedule__rl_steps="8"
-    )
-    main([*arguments, "--ckpt_path", str(ckpt)])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
-    for name, value in model.named_parameters():
-        assert (value == stored["state_dict"][f"policy.model.{name}"]).all()
-    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
-    first = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert summary["before"] == first["before"]
-
-
-def test_csv_logging_keeps_the_metrics_of_every_part(tmp_path: Path) -> None:
-    arguments = short(tmp_path)
-    at = arguments.index("--trainer.logger")
-    csv = ["--config", str(CONFIGS / "logger" / "csv.yaml"), "--trainer.logger.init_args.save_dir", str(tmp_path)]
-    main([*arguments[:at], *arguments[at + 2 :], *csv])
-    (path,) = tmp_path.rglob("metrics.csv")
-    header = set(path.read_text().splitlines()[0].split(","))
+    header = set((run / "metrics.csv").read_text().splitlines()[0].split(","))
     assert header >= {
         "buffer/size",
         "entropy/share",
@@ -175,12 +149,31 @@ def test_csv_logging_keeps_the_metrics_of_every_part(tmp_path: Path) -> None:
     }
 
 
+def test_the_command_line_wins_over_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(short(tmp_path / "a", trainer__enable_checkpointing="true", trainer__max_steps="2"))
+    (ckpt,) = (tmp_path / "a").rglob("*.ckpt")
+    stored = torch.load(ckpt, weights_only=True)
+    assert stored["global_step"] == 2
+    arguments = short(
+        tmp_path / "b", model__optimizer__rl__lr="0.0", model__optimizer__sft__lr="0.0", data__schedule__rl_steps="3"
+    )
+    main([*arguments, "--ckpt_path", str(ckpt)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
+    for name, value in model.named_parameters():
+        assert (value == stored["state_dict"][f"policy.model.{name}"]).all()
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    first = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["before"] == first["before"]
+    assert summary["optimizer_steps"] > 2
+
+
 def test_evaluation_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = short(tmp_path)
     main(["validate", *arguments[1:], "--model.evaluation.samples", "4", "--model.evaluation.greedy", "true"])
     out = capsys.readouterr().out
-    for name in ("greedy", "avg@4", "pass@2", "pass@4", "sorting"):
+    for name in ("greedy", "avg@4", "pass@2", "pass@4", "sorting", "mean of sources"):
         assert name in out
+    assert "Validate metric" not in out  # one table
     assert "data.test: null" in refused(capsys, "test", *arguments[1:])
 
 
@@ -215,13 +208,6 @@ def test_fitted_sizes_are_recorded_and_their_record_fits_no_more(
     assert (same["after"], same["fitted"]) == (summary["after"], {})
 
 
-def test_validate_prints_one_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    main(["validate", *short(tmp_path)[1:]])
-    out = capsys.readouterr().out
-    assert "mean of sources" in out
-    assert "Validate metric" not in out
-
-
 def test_own_warnings_are_one_line_without_a_path() -> None:
     quiet()
     for package in (mifo_lightning, mifo_callbacks):
@@ -245,7 +231,7 @@ def test_bytes_that_editors_add_and_numbers_in_short_do_not_matter(
 
 @pytest.mark.parametrize("base", BASES)
 def test_longer_rollouts_are_evaluated_at_their_length(capsys: pytest.CaptureFixture[str], base: str) -> None:
-    config = printed(capsys, "fit", "--config", str(CONFIGS / base), "--model.rollout.sampling.max_new_tokens", "24")
+    config = on_a_base(capsys, base, "mifo")
     assert config["model"]["rollout"]["sampling"]["max_new_tokens"] == 24
     assert config["model"]["evaluation"]["sampling"]["max_new_tokens"] is None
     assert config["model"]["evaluation"]["sampling"]["stop"] is None
@@ -256,7 +242,7 @@ def test_a_jsonl_file_is_training_data(tmp_path: Path) -> None:
     changes = {"data.train": str(tmp_path / "rows.jsonl"), "data.val": "null", "data.schedule.rl_steps": "1"}
     pairs = {key: value for key, value in {**SHORT, **changes}.items() if "init_args" not in key}
     pairs["trainer.default_root_dir"] = str(tmp_path / "run")
-    main(["fit", "--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value))])
+    fitted("--config", TINY, *(text for key, value in pairs.items() for text in (f"--{key}", value)))
     groups = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {row["source"] for row in groups} <= {"addition", "mirrored"}
     assert groups

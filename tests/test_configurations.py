@@ -263,9 +263,7 @@ def test_a_configuration_that_an_earlier_version_wrote_still_works(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """All of its keys are given, MIFO's parts included; it knows nothing of buffer_size."""
-    main(short(tmp_path / "run"))
-    capsys.readouterr()
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    config = printed(capsys, *short(tmp_path / "run"))
     del config["buffer_size"]
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     again = printed(capsys, "fit", "--config", str(tmp_path / "old.yaml"))

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import TINY, printed, refused, short
 
 from mifo_lightning.cli.command_line import make_cli
-from tests.test_cli import TINY, printed, refused, short
 
 ROW = {
     "data_source": "own",

@@ -1,9 +1,9 @@
 """What an initial model answered is kept for runs that begin alike, for no others, and never by half."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from test_retention import END, START, Exam, MakeTrainer, other, short
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.monitors import divergence
-from mifo_lightning.monitors.kept import settings
+from mifo_lightning.monitors.kept import kept, settings
 from mifo_lightning.monitors.retention import Retention
 from mifo_lightning.policy.loading import export_model, load_policy, load_tokenizer
 from mifo_lightning.rewards.base import Reward
 from mifo_lightning.rewards.contains import ContainsReward
 from mifo_lightning.rewards.function import FunctionReward
 from mifo_lightning.rewards.last_answer import LastAnswerReward
+from mifo_lightning.rewards.math_reward import MathReward
+from mifo_lightning.rewards.weighted import WeightedRewards
 from mifo_lightning.rollout.engine import Sampling
 from mifo_lightning.rollout.evaluation import Evaluation
 from mifo_lightning.steps.optimizer import AdamWSettings, OptimizerSettings
@@ -34,6 +36,9 @@ def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrai
 
     def monitor(**changes: Any) -> Retention:
         return Retention(**{"questions": 4, "samples": 2, "at_least": 0.0, "cache": str(tmp_path / "kept"), **changes})
+
+    def files() -> int:
+        return len(list((tmp_path / "kept").iterdir()))
 
     fresh = fit(monitor(cache=None))
     first, second = fit(monitor()), fit(monitor())
@@ -56,11 +61,10 @@ def test_runs_that_begin_alike_ask_the_initial_model_once(make_trainer: MakeTrai
         ({}, {"success_threshold": 0.5}),
         ({}, {"reward": LastAnswerReward(answer_after="=")}),
     ):
-        other_one = monitor(**changes)
-        alone = fit(monitor(**changes, cache=None), **module)
-        assert fit(other_one, **module) == alone, (changes, module)
-        assert alone["responses"] == 2 * other_one.questions * 4 * other_one.samples
-    assert len(list((tmp_path / "kept").iterdir())) == 2 * 11  # answers, and the KL of the initial model to itself
+        other_one, before = monitor(**changes), files()
+        assert fit(other_one, **module)["responses"] == 2 * other_one.questions * 4 * other_one.samples, changes
+        assert files() == before + 2, (changes, module)  # answers, and the KL of the initial model to itself: its own
+    assert files() == 2 * 11
 
 
 class Close(Reward):
@@ -78,9 +82,10 @@ def test_what_is_compared_is_the_same_in_every_process_and_tells_options_apart()
         "from mifo_lightning.rewards.weighted import FormatReward, WeightedRewards; "
         "print(json.dumps(settings(WeightedRewards({'a': MathReward(), 'b': MathReward(timeout=3.0)}))))"
     )
-    texts = {subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout for _ in range(2)}
-    assert len(texts) == 1
-    assert json.loads(texts.pop())[1]["rewards"]["b"][1]["timeout"] == 3.0
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    here = settings(WeightedRewards({"a": MathReward(), "b": MathReward(timeout=3.0)}))
+    assert told == json.dumps(here) + "\n"  # its hashes are others than those of this process
+    assert here[1]["rewards"]["b"][1]["timeout"] == 3.0
     assert settings({"options": ["x", "y"]}) != settings({"options": ["y", "x"]})
     assert settings(Close(0.1)) != settings(Close(0.5))  # what a user's class keeps under a private name
     with pytest.raises(InputError, match="a function is no setting that can be compared"):
@@ -97,14 +102,20 @@ def test_a_run_whose_beginning_is_not_known_asks_for_itself(make_trainer: MakeTr
 
 
 def test_many_runs_may_keep_the_same_answers_at_once(tmp_path: Path) -> None:
-    program = (
-        "import sys, time; from mifo_lightning.monitors.kept import kept\n"
-        "while time.time() < float(sys.argv[2]): pass\n"
-        "for number in range(300): kept(sys.argv[1], {'number': number}, lambda: [{'shares': [0.5] * 99}] * 20)"
-    )
-    begin = str(time.time() + 20)  # when both have imported
-    runs = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), begin]) for _ in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(2)
+
+    def run() -> None:
+        together.wait(60)
+        for number in range(300):
+            kept(str(tmp_path), {"number": number}, lambda: [{"shares": [0.5] * 99}] * 20)
+
+    runs = [fork.Process(target=run) for _ in range(2)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join(60)
+    assert [process.exitcode for process in runs] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 300
 
 
@@ -118,8 +129,10 @@ def test_answers_that_cannot_be_read_or_kept_are_one_line(make_trainer: MakeTrai
     for text in ("{", "[]", "{}", '{"about": "x", "found": []}', f'{{"about": {about}, "found": "x"}}'):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=rf"retention.cache: .*{file.name}: \w+: .*; remove it") as caught:
-            fit(tmp_path / "kept")
+            kept(str(tmp_path / "kept"), json.loads(json.loads(about)), list)
         assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=rf"retention.cache: .*{file.name}"):
+        fit(tmp_path / "kept")
     (tmp_path / "taken").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"retention.cache: .*taken"):
         fit(tmp_path / "taken")

@@ -1,11 +1,10 @@
 """The lab is a room of its own: it has commands, and nothing else in the package needs it or what it needs."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import mifo_lightning
 from mifo_lightning.lab.__main__ import main
@@ -15,12 +14,15 @@ APART = ("mifo_lightning.lab", "matplotlib", "scipy", "submitit")
 
 
 @pytest.mark.parametrize("module", ["mifo_lightning", "mifo_lightning.cli.entry"])
-def test_importing_the_package_loads_nothing_of_the_lab(module: str) -> None:
-    program = (
-        f"import sys, {module}; m = sys.modules[{module!r}]; [getattr(m, name) for name in dir(m)]; print(*sys.modules)"
+def test_importing_the_package_loads_nothing_of_the_lab(tmp_path: Path, module: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nprint(*(name for name in sys.modules if name.startswith('mifo')), 'before')\nimport {module}\n"
+        f"m = sys.modules[{module!r}]\n[getattr(m, name) for name in dir(m)]\nprint(*sys.modules)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    loaded = ended.stdout.split()
+    before, after = warm.run(program, output=tmp_path / "printed.txt").splitlines()[-2:]
+    assert before == "before", "what it is forked from has nothing of ours"
+    loaded = after.split()
     assert module in loaded
     assert [name for name in loaded if name.startswith("mifo_lightning.lab")] == []
 

@@ -63,30 +63,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("chunks", [{"micro_batches": 3}, {"micro_batch_tokens": 100}], ids=["rows", "tokens"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_gradients_of_chunks_add_up_to_those_of_one_batch(
-    make_trainer: MakeTrainer, setting: str, chunks: dict[str, int]
-) -> None:
-    runs = []
-    for cut in ({}, chunks):
-        watch = Watch()
+def test_gradients_of_chunks_add_up_to_those_of_one_batch(make_trainer: MakeTrainer, setting: str) -> None:
+    runs: list[Watch] = []
+    for cut in ({}, {"micro_batches": 3}, {"micro_batch_tokens": 100}):
+        runs.append(Watch())
         # learning rate 0 in both phases: each step's gradient is of the same weights
         still = AdamWSettings(lr=0.0)
         module = make_module(rl=still, sft=still, **cut, **SETTINGS[setting])
-        schedule = Schedule(rl_steps=3, prompts_per_step=8, sft_batch=8, epochs_per_rollout=2)
-        callbacks = [watch, *method_callbacks(size=8)[:1], method_callbacks(size=8)[3]]
+        schedule = Schedule(rl_steps=2, prompts_per_step=8, sft_batch=8, epochs_per_rollout=2)
+        callbacks = [runs[-1], *method_callbacks(size=8)[:1], method_callbacks(size=8)[3]]
         make_trainer(callbacks).fit(module, datamodule=make_data(schedule=schedule))
-        runs.append(watch)
-    whole, parts = runs
-    assert whole.phases == parts.phases
-    assert {"rl", "sft"} <= set(whole.phases)
+    whole, *others = runs
     scales: dict[str, list[float]] = {"rl": [], "sft": []}
-    for phase, a, b in zip(whole.phases, whole.gradients, parts.gradients, strict=True):
-        scale = max(float(g.abs().max()) for g in a.values())
-        scales[phase].append(scale)
-        for name in a:
-            torch.testing.assert_close(b[name], a[name], atol=2e-5 * scale, rtol=1e-3)
+    for parts in others:
+        assert whole.phases == parts.phases
+        for phase, a, b in zip(whole.phases, whole.gradients, parts.gradients, strict=True):
+            scale = max(float(g.abs().max()) for g in a.values())
+            scales[phase].append(scale)
+            for name in a:
+                torch.testing.assert_close(b[name], a[name], atol=2e-5 * scale, rtol=1e-3)
     assert all(max(found) > 0 for found in scales.values())
 
 
@@ -134,8 +130,11 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(make_t
             torch.testing.assert_close(saved[name], plain[name])
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("moments", ["reset", "keep", "shared"])
+# one of each kind of moments in bf16: they are of fp32 there too, as is seen below, so the others would be the same
+@pytest.mark.parametrize(
+    ("moments", "precision"),
+    [("reset", "32-true"), ("keep", "32-true"), ("shared", "32-true"), ("keep", "bf16-mixed")],
+)
 def test_frozen_coordinates_stand_still_and_the_rest_moves(
     make_trainer: MakeTrainer, precision: str, moments: Any
 ) -> None:
@@ -157,6 +156,8 @@ def test_frozen_coordinates_stand_still_and_the_rest_moves(
     trainer.fit(module, datamodule=make_data(schedule=schedule))
     watch.weights.append(weights(module))
     assert watch.phases.count("sft") >= 4
+    state = [value for kept in trainer.optimizers[0].state.values() for value in kept.values()]
+    assert {value.dtype for value in (*state, *watch.weights[-1].values())} == {torch.float32}
     for i, phase in enumerate(watch.phases):
         before, after, masks = watch.weights[i], watch.weights[i + 1], watch.masks[i]
         assert bool(masks) == (phase == "sft")
@@ -176,6 +177,7 @@ class SaveAll(ModelCheckpoint):
         super().__init__(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=False)
 
 
+EVERYWHERE = ("mifo, two passes", "self-sft, drawn anew")
 PASSES, MINIBATCHES = {"epochs_per_rollout": 2}, {"minibatches": 2}
 RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "mifo, two passes": ({"loss": PolicyLoss(kl_coefficient=0.05, entropy_fraction=0.5)}, PASSES),
@@ -213,7 +215,10 @@ def test_a_run_resumed_after_any_step_ends_with_the_same_bits(
     trainer.fit(module, datamodule=make_data(**data))
     end, steps = weights(module), trainer.global_step
     assert watch.phases.count("sft") >= 2
-    for step in range(1, steps):
+    # what the others keep besides was drawn at the first RL step, or belongs to the SFT phase that has begun
+    inside_sft = watch.phases.index("sft") + 1
+    for step in range(1, steps) if name in EVERYWHERE else (1, inside_sft):
+        assert step != inside_sft or watch.phases[step] == "sft"
         resumed = make_module(micro_batches=2, **changes)
         torch.manual_seed(step)  # no random state may matter
         make_trainer(method_callbacks()).fit(
@@ -301,18 +306,27 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
-@pytest.mark.parametrize("step", [0, 1])
-def test_a_checkpoint_from_inside_a_step_is_that_of_its_beginning(
-    make_trainer: MakeTrainer, tmp_path: Path, hook: str, step: int
-) -> None:
-    """Also inside the last update of a rollout, which is still needed then."""
-    data: dict[str, Any] = {"schedule": Schedule(rl_steps=2, prompts_per_step=4, epochs_per_rollout=2)}
-    whole, resumed, path = make_module(reward=Coin()), make_module(reward=Coin()), tmp_path / "inside.ckpt"
-    make_trainer([SaveAt(hook, step, path)]).fit(whole, datamodule=make_data(**data))
-    make_trainer().fit(resumed, datamodule=make_data(**data), ckpt_path=path)
-    for (name, a), b in zip(weights(resumed).items(), weights(whole).values(), strict=True):
-        assert (a == b).all(), name
+HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
+
+
+def test_a_checkpoint_from_inside_a_step_is_that_of_its_beginning(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Also inside the last update of a rollout, which is still needed then; and writing one changes nothing."""
+
+    def fit(*callbacks: Callback, ckpt: Path | None = None) -> dict[str, torch.Tensor]:
+        module, schedule = make_module(reward=Coin()), Schedule(rl_steps=2, prompts_per_step=4, epochs_per_rollout=2)
+        make_trainer([*callbacks]).fit(module, datamodule=make_data(schedule=schedule), ckpt_path=ckpt)
+        return weights(module)
+
+    undisturbed = fit()
+    paths = {(hook, step): tmp_path / f"{hook}-{step}.ckpt" for hook in HOOKS for step in (0, 1)}
+    assert_same(fit(*(SaveAt(hook, step, path) for (hook, step), path in paths.items())), undisturbed)
+    for path in paths.values():
+        assert_same(fit(ckpt=path), undisturbed)
+
+
+def assert_same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert some.keys() == others.keys()
+    assert [name for name in some if not torch.equal(some[name], others[name])] == []
 
 
 def test_what_would_step_otherwise_than_the_module_is_refused(make_trainer: MakeTrainer) -> None:

@@ -41,27 +41,27 @@ def fit(make: MakeTrainer, monitor: Callback, module: Any = None, **options: Any
         trainer.fit(module or make_module(), datamodule=data, ckpt_path=ckpt)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        HeldOutLoss,
-        Forgetting,
-        lambda: Retention(1, samples=1),
-        Costs,
-        History,
-        RunSummary,
-        lambda: ExportModel("model"),
-        LastCheckpoint,
-    ],
-)
 def test_what_one_run_recorded_is_not_mixed_with_that_of_another_module(
-    make_trainer: MakeTrainer, make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monitor = make()
-    fit(make_trainer, monitor)
-    with pytest.raises(MisconfigurationException, match="has the state of another module's run; allowed: a new"):
-        fit(make_trainer, monitor)
+    saver = LastCheckpoint()
+    others = [
+        HeldOutLoss(),
+        Forgetting(),
+        Retention(1, samples=1),
+        Costs(),
+        History(),
+        RunSummary(),
+        ExportModel("model"),
+    ]
+    fit(make_trainer, saver, extra=others)
+    for monitor in (*others, saver):
+        name = type(monitor).__name__
+        with pytest.raises(
+            MisconfigurationException, match=f"{name} has the state of another module's run; allowed: a new"
+        ):
+            fit(make_trainer, monitor)
 
 
 def test_a_second_fit_of_one_module_lists_every_phase_once(make_trainer: MakeTrainer) -> None:
@@ -72,18 +72,22 @@ def test_a_second_fit_of_one_module_lists_every_phase_once(make_trainer: MakeTra
     assert [(phase["phase"], phase["number"]) for phase in monitor.phases] == [("rl", 1)]
 
 
-@pytest.mark.parametrize("make", [HeldOutLoss, Forgetting, lambda: Retention(2, samples=1)])
 def test_a_run_that_goes_on_is_measured_on_the_questions_that_it_began_with(
-    make_trainer: MakeTrainer, tmp_path: Path, make: Callable[[], Any]
+    make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
+    def made() -> list[Callback]:
+        return [HeldOutLoss(), Forgetting(), Retention(2, samples=1)]
+
     two = Schedule(rl_steps=2, prompts_per_step=4, sft_batch=4)
     saver = LastCheckpoint(every=1, dirpath=str(tmp_path / "kept"))
-    fit(make_trainer, make(), extra=[saver], enable_checkpointing=True, max_steps=1, schedule=two)
+    fit(make_trainer, saver, extra=made(), max_steps=1, schedule=two)
     path = tmp_path / "kept" / "last.ckpt"
-    with pytest.raises(InputError, match=r"was measured on other questions; keep data\.val") as refused:
-        fit(make_trainer, make(), val=OTHER, ckpt_path=path, schedule=two)
-    assert "\n" not in str(refused.value)
-    fit(make_trainer, make(), ckpt_path=path, schedule=two)
+    for monitor in made():
+        with pytest.raises(InputError, match=r"was measured on other questions; keep data\.val") as refused:
+            fit(make_trainer, monitor, val=OTHER, ckpt_path=path, schedule=two)
+        assert "\n" not in str(refused.value)
+    *others, last = made()
+    fit(make_trainer, last, extra=others, ckpt_path=path, schedule=two)
 
 
 def test_arguments_that_would_record_nothing_or_all_are_refused() -> None:

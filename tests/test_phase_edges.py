@@ -110,7 +110,7 @@ def test_two_sft_phases_in_a_row_are_two_phases_to_everything(make_trainer: Make
     assert equal(watch.masks[1], watch.masks[2])
     assert not equal(watch.masks[2], watch.masks[3])
     assert not equal(watch.masks[4], watch.masks[5])
-    for step in (2, 3, 5):  # inside an SFT phase, and between two
+    for step in (2, 3):  # inside an SFT phase, and between two
         again, resumed, same = fit(tmp_path / f"step={step}.ckpt")
         assert again.seen == watch.seen[step:]
         assert same == records
@@ -153,18 +153,17 @@ def ended(
     return json.loads((path / "summary.json").read_text()), module
 
 
-@pytest.mark.parametrize("changes", [{}, {"rl_steps": None, "max_steps": 4}])
-def test_a_run_that_ends_on_sft_is_scored_before_it_too(
-    make_trainer: MakeTrainer, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_a_run_that_ends_on_sft_is_scored_before_it_too(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     # a rate of 0: nothing happens in SFT, so both scores are of the same weights, and the same to the last bit
-    still, _ = ended(make_trainer, tmp_path / "still", sft_lr=0.0, **changes)
+    still, _ = ended(make_trainer, tmp_path / "still", sft_lr=0.0)
     assert still["ends_on"] == "sft"
     assert still["after_rl"] == still["after"]
-    record, _ = ended(make_trainer, tmp_path / "moved", **changes)
-    assert record["after_rl"] == still["after"]
-    assert record["after_rl"].keys() == record["after"].keys()
-    assert record["after_rl"] != record["after"]
+    for name, changes in (("moved", {}), ("cut off", {"rl_steps": None, "max_steps": 4})):
+        record, _ = ended(make_trainer, tmp_path / name, **changes)
+        assert record["ends_on"] == "sft"
+        assert record["after_rl"] == still["after"]
+        assert record["after_rl"].keys() == record["after"].keys()
+        assert record["after_rl"] != record["after"]
 
 
 def test_a_run_that_ends_on_rl_is_not(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -231,7 +230,9 @@ def test_a_step_without_gradient_moves_nothing_if_told_and_is_counted(
     assert log.series("rl/zero_gradient_steps") == [1, 1, 1, 2]
     assert log.series("sft/zero_gradient_steps") == [1, 1]
     assert log.series("rl/lr") == pytest.approx([5e-4 * (1 - i / 8) for i in range(4)])
-    for step in (1, 3, 5) if micro == 1 else (3,):
+    if micro == 2:  # chunks change how a gradient comes about, not what is kept of it
+        return
+    for step in (1, 3, 5):
         _, more, resumed = fit(True, tmp_path / "True" / f"step={step}.ckpt")
         assert equal(weights(resumed), weights(module)), step
         assert log.series("rl/zero_gradient_steps")[-1:] == more.series("rl/zero_gradient_steps")[-1:]
@@ -265,7 +266,7 @@ def test_groups_without_a_signal_give_a_gradient_of_exactly_zero(make_trainer: M
 def test_groups_that_train_are_counted(make_trainer: MakeTrainer) -> None:
     log = Records()
     make_trainer(logger=log).fit(
-        make_module(reward=Coin()), datamodule=make_data(schedule=Schedule(rl_steps=6, prompts_per_step=4))
+        make_module(reward=Coin()), datamodule=make_data(schedule=Schedule(rl_steps=3, prompts_per_step=4))
     )
     trained = log.series("rollout/groups_trained")
     without = log.series("rollout/groups_without_signal")

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import CONFIGS, SHORT, printed, refused
-from safetensors.torch import load_file
-from test_controls import flat, layers
+from command_line import CONFIGS, SHORT, fitted, flat, layers, refused, settings
 
-from mifo_lightning.cli import main
+from mifo_lightning.cli.command_line import MifoCLI, make_cli
 
 IMPORTANCE = {"class_path": "mifo_callbacks.ImportanceEMA", "init_args.alpha": 0.5}
 METHODS = "mifo_lightning.methods"
@@ -79,34 +77,47 @@ def test_every_protection_is_tested() -> None:
     assert {path.stem for path in (CONFIGS / "protections").glob("*.yaml")} == CHANGES.keys()
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_protection_switches_on_its_parts_and_nothing_else(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    method = printed(capsys, "fit", *layers("tiny", f"methods/{over(name)}"))
-    changed = printed(capsys, "fit", *layers("tiny", f"methods/{over(name)}", f"protections/{name}"))
-    differs = {part for part, value in changed.items() if method[part] != value}
-    assert differs == CHANGES[name].keys()
-    for part, expected in CHANGES[name].items():
-        found = flat(changed[part])
-        assert {key: found[key] for key in expected} == expected
-
-
 def test_a_control_alone_says_what_it_is_laid_over(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "fit", *layers("tiny", "methods/interleave", "protections/random_anchor"))
     assert "anchor.selector: anchor is off" in line
     assert "--config methods/rpsft" in line
 
 
+FLAGS = [text for key, value in SHORT.items() for text in (f"--{key}", value)]
+
+
 @cache
-def trained(directory: Path, *names: str) -> dict[str, Any]:
-    """Weights after a run of 3 RL steps with SFT phases of two optimizer steps."""
-    flags = {**SHORT, "trainer.default_root_dir": str(directory)}
-    main(["fit", *layers("tiny", *names), *(text for key, value in flags.items() for text in (f"--{key}", value))])
-    return load_file(directory / "model" / "model.safetensors")
+def trained(directory: Path, *names: str) -> MifoCLI:
+    """A run on the embedded task of 3 RL steps, with SFT phases of two optimizer steps."""
+    return fitted(*layers("tiny", *names), *FLAGS, "--trainer.default_root_dir", str(directory))
 
 
-@pytest.mark.parametrize("name", [*CHANGES, "l2_anchor", "cumulative"])
-def test_a_protection_has_an_effect(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    reference = trained(tmp_path_factory.getbasetemp() / "unprotected", "methods/interleave")
-    added = [f"methods/{over(name)}", f"protections/{name}"] if name in CHANGES else [f"methods/{name}"]
-    weights = trained(tmp_path, *added)
-    assert any((weights[key] != tensor).any() for key, tensor in reference.items())
+@pytest.fixture
+def unprotected(tmp_path_factory: pytest.TempPathFactory) -> MifoCLI:
+    return trained(tmp_path_factory.getbasetemp() / "unprotected", "methods/interleave")
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory, name: str) -> MifoCLI:
+    return trained(tmp_path_factory.getbasetemp() / name, f"methods/{over(name)}", f"protections/{name}")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_protection_switches_on_its_parts_and_nothing_else(unprotected: MifoCLI, run: MifoCLI, name: str) -> None:
+    if over(name) == "interleave":
+        method = unprotected
+    else:
+        method = make_cli([*layers("tiny", f"methods/{over(name)}"), *FLAGS], run=False)
+    before, changed = settings(method), settings(run)
+    for config in (before, changed):
+        del config["trainer"]["default_root_dir"]
+    assert {part for part, value in changed.items() if before[part] != value} == CHANGES[name].keys()
+    for part, expected in CHANGES[name].items():
+        found = flat(changed[part])
+        assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_protection_has_an_effect(unprotected: MifoCLI, run: MifoCLI, name: str) -> None:
+    found, reference = run.model.state_dict(), unprotected.model.state_dict()
+    assert any((found[key] != tensor).any() for key, tensor in reference.items())

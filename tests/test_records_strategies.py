@@ -37,6 +37,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_keep_the_records_of_one(tmp_path: Path, one: dict[str, Any], strategy: str) -> None:
     found = run(strategy, tmp_path / "two.json")
     one, two, again = copy.deepcopy(one), found["whole"], found["again"]
+    assert [(phase["phase"], phase["number"]) for phase in one["layer_updates"]["phases"]][:3] == [
+        ("rl", 1),
+        ("sft", 1),
+        ("rl", 2),
+    ]
     for record in (one, two):  # a rank without a row to train on runs one all the same
         extra = record["costs"]["rl"]
         assert extra.pop("trained_tokens") > 0 < extra.pop("flops")

@@ -31,31 +31,36 @@ def test_runs_on_few_bases_make_nothing_significant_however_many(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("score", "margin", "words"),
+    ("score", "margins"),
     [
-        (0.6, 0.2, "'a' is significantly ahead, by less than the margin."),
-        (0.6, None, "'a' is significantly ahead."),
-        (0.4, 0.02, "'a' is significantly worse."),
-        (0.5, 0.2, "No difference: its interval lies inside the margin of 0.2 named beforehand."),
-        (0.5, 1e-4, "Undecided: neither a difference nor that there is none is shown."),
-        (0.5, None, "Undecided:"),
+        (0.6, {0.2: "'a' is significantly ahead, by less than the margin.", None: "'a' is significantly ahead."}),
+        (0.4, {0.02: "'a' is significantly worse."}),
+        (
+            0.5,
+            {
+                0.2: "No difference: its interval lies inside the margin of 0.2 named beforehand.",
+                1e-4: "Undecided: neither a difference nor that there is none is shown.",
+                None: "Undecided:",
+            },
+        ),
     ],
 )
 def test_the_primary_contrast_comes_first_and_is_none_only_within_its_margin(
-    tmp_path: Path, score: float, margin: float | None, words: str
+    tmp_path: Path, score: float, margins: dict[float | None, str]
 ) -> None:
     root = bare(make(tmp_path, {"ref": 0.5, "b": 0.5, "a": score, "far": 0.9}, bases=8, seeds=1, design="nested"))
-    edit(root / "ablation.json", lambda plan: plan.update(primary_contrast=["a", "b"], margin=margin))
-    text = verdict(root)
-    sentence = text.split("\n\n")[1]
-    assert re.match(
-        r"\*\*Primary contrast, named before the run: 'a' minus 'b' in avg@1 is [+-]0\.\d+ \[.*\], p = ", sentence
-    )
-    assert words in sentence
-    assert "for the 3 exploratory comparisons after Holm's correction" in text
-    assert re.search(r"A primary difference of \d.* would be found in 80% of such grids", text)
-    rows = rows_of(root, "Mean difference on the same base")
-    assert rows[1][0] == "a minus b (primary)"
+    for margin, words in margins.items():
+        edit(root / "ablation.json", lambda plan, m=margin: plan.update(primary_contrast=["a", "b"], margin=m))
+        text = verdict(root)
+        sentence = text.split("\n\n")[1]
+        assert re.match(
+            r"\*\*Primary contrast, named before the run: 'a' minus 'b' in avg@1 is [+-]0\.\d+ \[.*\], p = ", sentence
+        )
+        assert words in sentence
+        assert "for the 3 exploratory comparisons after Holm's correction" in text
+        assert re.search(r"A primary difference of \d.* would be found in 80% of such grids", text)
+        rows = rows_of(root, "Mean difference on the same base")
+        assert rows[1][0] == "a minus b (primary)"
 
 
 def test_nothing_is_said_of_a_primary_contrast_that_misses_a_run(tmp_path: Path) -> None:

@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 import torch
 from command_line import CONFIGS, refused, short
-from conftest import make_module
+from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from mifo_lightning.checkpoints.restoring import CheckedRestore
 from mifo_lightning.cli import main
 from mifo_lightning.cli.resume import VERSION, choose
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.monitors.kept_rows import metrics_before, samples_before
 from mifo_lightning.steps.guards import check_flags
 
 CSV = ["--config", str(CONFIGS / "logger" / "csv.yaml")]
 MODULE: Any = make_module()
+SHORT = Schedule(rl_steps=1, prompts_per_step=4, sft_batch=4)
 MakeTrainer = Callable[..., Trainer]
 Change = Callable[[Path, dict[str, Any]], Any]
 
@@ -46,6 +49,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that has ended."""
     root = tmp_path_factory.mktemp("finished") / "run"
     main(arguments(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with metrics as CSV that nobody has cut off."""
+    root = tmp_path_factory.mktemp("calm")
+    main(with_csv(root))
     return root
 
 
@@ -149,17 +160,29 @@ INSIDE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", INSIDE)
 def test_a_checkpoint_of_another_structure_is_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: Path, case: str
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: Path
 ) -> None:
-    change, text = INSIDE[case]
-    path = tmp_path / "a.ckpt"
-    saved(lambda state: (change(state), None)[1])(
-        path, torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
-    )
-    line = refused(capsys, *arguments(tmp_path / "run", steps=4), "--ckpt_path", str(path))
-    assert re.search(f"ckpt_path: {text}.*does not fit this run", line)
+    def changed(case: str, source: Path) -> str:
+        state = torch.load(source, weights_only=True)
+        INSIDE[case][0](state)
+        torch.save(state, tmp_path / f"{case}.ckpt")
+        return str(tmp_path / f"{case}.ckpt")
+
+    def restored(path: str | None) -> None:
+        trainer = make_trainer(method_callbacks(), max_epochs=-1)
+        trainer._checkpoint_connector = CheckedRestore(trainer)
+        trainer.fit(make_module(), datamodule=make_data(schedule=SHORT), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "whole.ckpt")
+
+    restored(None)
+    for case, (_, text) in INSIDE.items():
+        with pytest.raises(InputError, match=f"^ckpt_path: {text}.*does not fit this run"):
+            restored(changed(case, tmp_path / "whole.ckpt"))
+    for case in ("moments", "loader"):  # the command line restores so, too
+        path = changed(case, finished / "checkpoints" / "last.ckpt")
+        line = refused(capsys, *arguments(tmp_path / "run", steps=4), "--ckpt_path", path)
+        assert re.search(f"ckpt_path: {INSIDE[case][1]}.*does not fit this run", line)
 
 
 @pytest.mark.parametrize("name", ["/", "x" * 5000])
@@ -191,11 +214,10 @@ def test_a_damaged_last_checkpoint_is_followed_by_the_one_before(
 
 
 def test_resume_goes_on_with_the_newest_run_and_keeps_its_rows_once(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, calm: Path
 ) -> None:
-    calm, cut_off = tmp_path / "calm", tmp_path / "cut"
-    main(with_csv(calm))
-    main(with_csv(cut_off, "--data.schedule.rl_steps", "1"))  # an older run
+    cut_off = tmp_path / "cut"
+    shutil.copytree(calm / "csv" / "version_0", cut_off / "csv" / "version_0")  # an older run
     main(with_csv(cut_off, "--trainer.max_steps", "3"))
     (cut_off / "csv" / "version_1" / "checkpoints" / "last.ckpt").unlink()  # as if it had been killed after step 2
     with open(cut_off / "csv" / "version_1" / "metrics.csv", "a", encoding="utf-8") as file:
@@ -218,7 +240,7 @@ def test_resume_goes_on_in_the_run_of_its_logger(tmp_path: Path, name: str) -> N
     """The run's model and files lie where they did; W&B has one run of two parts."""
     logger = ["--config", str(CONFIGS / "logger" / f"{name}.yaml")]
     main(with_csv(tmp_path, "--trainer.max_steps", "3", logger=logger))
-    main(with_csv(tmp_path, "--resume", logger=logger))
+    main(with_csv(tmp_path, "--resume", "--trainer.max_steps", "4", logger=logger))
     (run,) = (path.parent.parent for path in tmp_path.rglob("last.ckpt"))
     (samples,) = tmp_path.rglob("samples.jsonl")
     (model,) = tmp_path.rglob("model.safetensors")
@@ -233,8 +255,10 @@ def test_resume_goes_on_in_the_run_of_its_logger(tmp_path: Path, name: str) -> N
         assert {path.parent for path in tmp_path.rglob("events.out.tfevents.*")} == {run}
 
 
-def test_a_branch_in_another_directory_carries_the_rows_and_leaves_the_old_run_alone(tmp_path: Path) -> None:
-    main(with_csv(tmp_path))
+def test_a_branch_in_another_directory_carries_the_rows_and_leaves_the_old_run_alone(
+    tmp_path: Path, calm: Path
+) -> None:
+    shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
     old = tmp_path / "csv" / "version_0"
     before = {p: p.read_bytes() for p in old.rglob("*") if p.is_file()}
     main(with_csv(tmp_path, "--ckpt_path", str(old / "checkpoints" / "last.ckpt"), steps=4))
@@ -261,11 +285,11 @@ def test_rows_of_a_run_that_left_nothing_to_go_on_from_are_set_aside(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     off = ["--export", "null", "--checkpoint", "null", "--trainer.enable_checkpointing", "false", "--history", "{}"]
-    main(arguments(tmp_path, *off))
+    main(arguments(tmp_path, *off, steps=1))
     left = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert set(left) == {"config.yaml", "samples.jsonl", "history.jsonl", "summary.json"}
     capsys.readouterr()
-    main(arguments(tmp_path, "--seed_everything", "1"))
+    main(arguments(tmp_path, "--seed_everything", "1", steps=1))
     assert "of an earlier run" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in (tmp_path / "earlier-1").iterdir()} == left
     first = [json.loads(line) for line in left["samples.jsonl"].decode().split("\n")[:-1]]
@@ -289,7 +313,7 @@ def test_a_callback_that_waits_for_a_validation_that_never_comes_is_refused(
             check_flags(make_trainer([callback], enable_checkpointing=True))
     more = ["--trainer.callbacks.mode", "max", "--trainer.callbacks.dirpath", str(tmp_path / "best")]
     best = ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.monitor", "val/avg@1", *more]
-    main(arguments(tmp_path / "run", *best, "--trainer.val_check_interval", "2"))
+    main(arguments(tmp_path / "run", *best, "--trainer.val_check_interval", "2", steps=2))
     printed = capsys.readouterr().out
     assert f"checkpoint: {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}" in printed
     assert len(list((tmp_path / "best").iterdir())) == 1

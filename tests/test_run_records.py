@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_ends_with_the_records_of_an_undisturbed_one(
             default_root_dir=directory,
             **changes,
         )
-        schedule = Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)
+        schedule = Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)
         trainer.fit(
             make_module(micro_batches=2), datamodule=make_data(val=VAL, holdout=4, schedule=schedule), ckpt_path=ckpt
         )
@@ -68,26 +68,41 @@ def test_a_run_that_was_killed_ends_with_the_records_of_an_undisturbed_one(
     assert kinds[:3] == ["rl", "sft", "rl"]
     assert all(records[key]["phases"] for key in ("heldout", "phase_kl", "layer_updates", "overlap"))
     edge = records["layer_updates"]["phases"][0]["steps"]
+    assert (tmp_path / f"step={edge + 4}.ckpt").exists(), "something is left to do after all of them"
+    last = None
     for step in (1, edge, edge + 1, edge + 3):  # inside a rollout, between phases, inside SFT, inside the next RL phase
-        # stopped before its time, as `max_steps` does: it measures and writes its end, which is then not the end
-        fit(f"cut{step}", max_steps=step)
-        again, lines = fit(f"on{step}", tmp_path / f"cut{step}" / "last.ckpt")
-        assert again == records, step
-        assert lines == history, step
         # killed: nothing but the checkpoint of its last step is left
         again, lines = fit(f"killed{step}", tmp_path / f"step={step}.ckpt")
         assert again == records, step
         assert lines == history, step
+        # stopped before its time, as `max_steps` does: it measures and writes its end, which is then not the end
+        fit(f"cut{step}", last, max_steps=step)
+        last = tmp_path / f"cut{step}" / "last.ckpt"
+    again, lines = fit("on", last)
+    assert again == records
+    assert lines == history
 
 
-def test_monitors_leave_no_trace_in_training(make_trainer: MakeTrainer) -> None:
-    runs = []
-    for extra in ([], monitors()):
+def test_monitors_leave_no_trace_in_training_and_the_summary_holds_what_each_found(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    found, summary, runs = monitors(), RunSummary(), []
+    for extra in ([], [*found, summary]):
         module = make_module()
-        make_trainer([*method_callbacks(size=8), *extra]).fit(module, datamodule=make_data(val=VAL))
+        trainer = make_trainer([*method_callbacks(size=8), *extra])
+        trainer.fit(module, datamodule=make_data(val=VAL))
         runs.append(weights(module))
     for name, value in runs[0].items():
         assert (value == runs[1][name]).all(), name
+    summary.report(trainer)
+    record = json.loads((tmp_path / "summary.json").read_text())
+    own = {"before", "after_rl", "after", "ends_on", "optimizer_steps", "sft_phases", "sft_phases_dropped", "seconds"}
+    own |= {"fitted"}
+    measured = {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "retention"}
+    assert record.keys() == own | measured | {"costs"}
+    assert {k: plain(v) for k, v in record.items() if k not in own} == summaries(found)
+    assert record["heldout"]["changes"]["sft"]
+    assert all(record[key]["seconds"] > 0 for key in measured)
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -222,21 +237,3 @@ def test_history_stops_listening_when_training_fails(make_trainer: MakeTrainer) 
     with pytest.raises(RuntimeError, match="as planned"):
         trainer.fit(make_module(engine=Halves()), datamodule=make_data(train=Skills(["addition"], 64)))
     assert trainer.loggers == []
-
-
-# --- summary ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_summary_holds_what_every_monitor_found(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    extra, summary = monitors(), RunSummary()
-    trainer = make_trainer([*method_callbacks(size=8), *extra, summary])
-    trainer.fit(make_module(), datamodule=make_data(val=VAL))
-    summary.report(trainer)
-    record = json.loads((tmp_path / "summary.json").read_text())
-    own = {"before", "after_rl", "after", "ends_on", "optimizer_steps", "sft_phases", "sft_phases_dropped", "seconds"}
-    own |= {"fitted"}
-    measured = {"heldout", "forgetting", "phase_kl", "layer_updates", "overlap", "retention"}
-    assert record.keys() == own | measured | {"costs"}
-    assert {k: plain(v) for k, v in record.items() if k not in own} == summaries(extra)
-    assert record["heldout"]["changes"]["sft"]
-    assert all(record[key]["seconds"] > 0 for key in measured)

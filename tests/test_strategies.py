@@ -1,5 +1,7 @@
 """Two processes, replicated (DDP) or sharded (FSDP2), compute what one process computes, and resume exactly."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,32 @@ from mifo_lightning.cli import entry
 from mifo_lightning.common.errors import InputError, Interrupted
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
-
-
-def run(strategy: str, mode: str, out: Path) -> dict[str, Any]:
-    warm.run(PROGRAM, strategy, mode, out, output=out.with_suffix(".txt"), ranks=1 if strategy == "single" else 2)
-    return torch.load(out, weights_only=False)
+Seen = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def singly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a single process sees in every case."""
-    found: dict[str, Any] = run("single", "gradients", tmp_path_factory.mktemp("single") / "one.pt")["cases"]
-    return found
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture(scope="module")
+def seen(root: Path) -> Seen:
+    """What the first process sees under a strategy; all of it comes from one start of the program."""
+
+    @functools.cache
+    def run(strategy: str) -> dict[str, Any]:
+        out = root / f"{strategy}.pt"
+        warm.run(PROGRAM, strategy, out, output=out.with_suffix(".txt"), ranks=1 if strategy == "single" else 2)
+        found: dict[str, Any] = torch.load(out, weights_only=False)
+        return found
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_see_the_gradients_and_scores_of_one(
-    tmp_path: Path, singly: dict[str, Any], strategy: str
-) -> None:
-    shared = run(strategy, "gradients", tmp_path / "two.pt")["cases"]
+def test_two_processes_see_the_gradients_and_scores_of_one(seen: Seen, strategy: str) -> None:
+    singly, shared = seen("single")["cases"], seen(strategy)["cases"]
     assert set(singly) == {
         "phases",
         "mixed",
@@ -63,20 +71,19 @@ def test_two_processes_see_the_gradients_and_scores_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_freeze_resume_and_export_exactly(tmp_path: Path, strategy: str) -> None:
-    seen = run(strategy, "resume", tmp_path / "seen.pt")
-    whole = seen["whole"]
+def test_two_processes_freeze_resume_and_export_exactly(seen: Seen, root: Path, strategy: str) -> None:
+    whole, again = seen(strategy)["whole"], seen(strategy)["again"]
     assert not any(whole["moved"])
     assert [step for step, still in enumerate(whole["still"]) if still] == [1]  # its gradient was set to 0
     frozen = dict(zip(whole["phases"], whole["frozen"], strict=True))
     assert frozen["rl"] == 0
     assert frozen["sft"] > 0
-    assert len(seen["again"]) == 2
-    for step, resumed in seen["again"].items():
+    assert len(again) == 2
+    for step, resumed in again.items():
         assert resumed["phases"] == whole["phases"][step:]
         for name, value in whole["weights"][0].items():
             assert (resumed["weights"][0][name] == value).all(), (step, name)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{strategy}")
+    exported = AutoModelForCausalLM.from_pretrained(root / f"model-{strategy}")
     for name, value in exported.named_parameters():
         assert (value == whole["weights"][0][f"policy.model.{name}"]).all()
 

@@ -1,10 +1,11 @@
 """The quick part of `make stress`: a few of every tool's cases, and what the tools take for a failure."""
 
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import warm
 
 from benchmarks.stress.inputs import classify
 from benchmarks.stress.kills import Chain, report
@@ -15,15 +16,15 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_short_stress_finds_nothing(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.stress", "--short", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=900,
+    stress = warm.Program(
+        ["-m", "benchmarks.stress", "--short", "--out", str(tmp_path)], tmp_path / "printed.txt", ROOT
     )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "stress: nothing went wrong" in result.stdout
+    try:
+        assert stress.wait(900) == 0, stress.said()[-4000:]
+    finally:
+        if stress.poll() is None:
+            os.killpg(stress.pid, signal.SIGKILL)
+    assert "stress: nothing went wrong" in stress.said()
     tables = {path.stem: path.read_text() for path in tmp_path.glob("*.md")}
     assert set(tables) == {"inputs", "fuzz", "security", "kills", "endurance"}
     for name, text in tables.items():

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from command_line import MIFO, SHORT, refused, short
 from conftest import make_data, make_module, method_callbacks
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from monitoring import Records
+from processes import within
 
 from mifo_callbacks.logging import StepRows
 from mifo_lightning.cli import main
+from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.data.skills import Skills
 from mifo_lightning.monitors.forgetting import Forgetting
 from mifo_lightning.monitors.history import History
@@ -52,9 +55,10 @@ def test_all_of_an_optimizer_step_is_one_row(make_trainer: MakeTrainer, micro_ba
         records, history = Records(), History(["*"])
         callbacks = [*method_callbacks(size=8), UpdateNorm(), Forgetting(4), *more, history]
         trainer = make_trainer(callbacks, logger=records)
-        trainer.fit(
-            make_module(micro_batches=micro_batches), datamodule=make_data(val=Skills(["addition"], 16, split="val"))
+        data = make_data(
+            val=Skills(["addition"], 16, split="val"), schedule=Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4)
         )
+        trainer.fit(make_module(micro_batches=micro_batches), datamodule=data)
         return records, history, trainer.global_step
 
     apart, lines, _ = fit()
@@ -90,21 +94,20 @@ def test_wandb_holds_one_row_a_step(tmp_path: Path) -> None:
 def test_a_run_outlives_its_wandb_service(tmp_path: Path) -> None:
     """The service is killed once training has begun: one line, all files, status 0."""
     flags = arguments(tmp_path, **{"data.schedule.rl_steps": "8", "progress.init_args.lines": "50"})
-    command = [sys.executable, "-u", "-m", "mifo_lightning", *flags]
-    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # not that of this process
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if "RL step 2" in line:
-                os.kill(service_of(run.pid), signal.SIGKILL)
-                break
-        rest, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    assert "Traceback" not in errors
-    assert errors.count("W&B has failed") == errors.count("warning: trainer.logger: ") == 1
-    assert "\x1b" not in errors + rest
-    assert "litlogger" not in errors
-    (directory,) = [Path(line.removeprefix("files: ")) for line in rest.splitlines() if line.startswith("files: ")]
+    run = warm.Program(["-m", "mifo_lightning", *flags], tmp_path / "said.txt")
+    try:
+        assert within(120, lambda: "RL step 2" in run.said())
+        os.kill(service_of(run.pid), signal.SIGKILL)
+        assert run.wait(120) == 0, run.said()
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    said = run.said()
+    assert "Traceback" not in said
+    assert said.count("W&B has failed") == said.count("warning: trainer.logger: ") == 1
+    assert "\x1b" not in said
+    assert "litlogger" not in said
+    (directory,) = [Path(line.removeprefix("files: ")) for line in said.splitlines() if line.startswith("files: ")]
     written = {path.name for path in directory.iterdir()}
     assert {"model", "checkpoints", "summary.json", "samples.jsonl", "config.yaml"} <= written
     assert (directory / "checkpoints" / "last.ckpt").stat().st_size > 0

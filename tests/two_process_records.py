@@ -1,6 +1,6 @@
 """A program for test_records_strategies.py: fits with all monitors under a strategy, writes what was kept and logged.
 
-python tests/two_process_records.py {single|ddp|fsdp2} OUT.json    # and goes on from within its first SFT phase
+python tests/two_process_records.py {single|ddp|fsdp2} OUT.json    # two processes also go on from within an SFT phase
 """
 
 import json
@@ -40,7 +40,7 @@ def fit(strategy: str, out: Path, ckpt: Path | None = None) -> dict[str, Any] | 
         callbacks=[*method_callbacks(size=8), *kept, *([] if ckpt else [saver])],
         default_root_dir=out.parent,
     )
-    schedule = Schedule(rl_steps=4, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)
+    schedule = Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4, epochs_per_rollout=2)
     data = make_data(val=Skills(["addition", "mirrored"], 12, split="val"), schedule=schedule)
     trainer.fit(make_module(), datamodule=data, ckpt_path=ckpt)
     timings = ("rollout/tokens_per_s", "costs/", "seconds/")
@@ -51,10 +51,12 @@ def fit(strategy: str, out: Path, ckpt: Path | None = None) -> dict[str, Any] | 
 def main() -> None:
     strategy, out = sys.argv[1], Path(sys.argv[2])
     whole = fit(strategy, out)
-    # after the first step of the first SFT phase, which follows so many RL steps
-    phases = [event["steps"] for event in (whole or {}).get("layer_updates", {}).get("phases", [])]
-    step = gather_ranks(phases[0] + 1 if phases else 0)[0]
-    again = fit(strategy, out, out.parent / strategy / f"step={step}.ckpt")
+    again = None
+    if strategy != "single":
+        # after the first step of the first SFT phase, which follows so many RL steps
+        phases = [event["steps"] for event in (whole or {}).get("layer_updates", {}).get("phases", [])]
+        step = gather_ranks(phases[0] + 1 if phases else 0)[0]
+        again = fit(strategy, out, out.parent / strategy / f"step={step}.ckpt")
     if whole is not None:
         out.write_text(json.dumps({"whole": whole, "again": again}))
 

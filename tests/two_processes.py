@@ -1,7 +1,8 @@
 """A program for test_strategies.py: fits under a strategy on CPU processes and writes what rank 0 saw.
 
-python tests/two_processes.py {single|ddp|fsdp2} gradients OUT.pt
-python tests/two_processes.py {single|ddp|fsdp2} resume OUT.pt      # one fit, and others from two of its checkpoints
+python tests/two_processes.py {single|ddp|fsdp2} OUT.pt
+
+The gradients of every case; where there are two processes also a fit, and others from two of its checkpoints.
 """
 
 import sys
@@ -131,7 +132,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES[case])
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     summary = RunSummary()
-    export = ExportModel(str(out.parent / f"model-{strategy}")) if case == "phases" and ckpt is None else Callback()
+    export = ExportModel(str(out.parent / f"model-{strategy}")) if lr and ckpt is None else Callback()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -151,9 +152,9 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         enable_checkpointing=bool(lr) and ckpt is None,
         default_root_dir=out.parent,
     )
-    schedule = Schedule(rl_steps=4 if case == "phases" else 2, prompts_per_step=8, sft_batch=4, epochs_per_rollout=2)
+    schedule = Schedule(rl_steps=3 if lr else 2, prompts_per_step=8, sft_batch=4, epochs_per_rollout=2)
     data = make_data(schedule=schedule, holdout=9, eval_batch=2)
-    if ckpt is None and case == "phases":
+    if case == "phases" and not lr:
         values = trainer.validate(module, data, verbose=False)[0]
         watch.seen["validation"] = [values]
     trainer.fit(module, datamodule=data, ckpt_path=ckpt)
@@ -163,18 +164,15 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
 
 
 def main() -> None:
-    strategy, mode, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    seen: dict[str, Any]
-    if mode == "gradients":
-        found = {case: fit(strategy, case, 0.0, out) for case in CASES}
-        seen = {"cases": found, "rank": found["phases"]["rank"]}
-    else:
-        whole = fit(strategy, "phases", 5e-4, out)
+    strategy, out = sys.argv[1], Path(sys.argv[2])
+    seen: dict[str, Any] = {"cases": {case: fit(strategy, case, 0.0, out) for case in CASES}}
+    if strategy != "single":
+        seen["whole"] = whole = fit(strategy, "phases", 5e-4, out)
         # after the first of a rollout's two passes, and after the first of an SFT phase's two steps
         steps = (1, whole["phases"].index("sft") + 1)
-        again = {s: fit(strategy, "phases", 5e-4, out, out.parent / strategy / f"step={s}.ckpt") for s in steps}
-        seen = {"whole": whole, "again": again, "rank": whole["rank"]}
-    if seen["rank"] == 0:
+        kept = out.parent / strategy
+        seen["again"] = {s: fit(strategy, "phases", 5e-4, out, kept / f"step={s}.ckpt") for s in steps}
+    if seen["cases"]["phases"]["rank"] == 0:
         torch.save(seen, out)
     leave_group()
 

@@ -91,13 +91,13 @@ def hit(run: Run, chance: random.Random, variant: Variant) -> tuple[str, str]:
     return name, who
 
 
-def chain(variant: Variant, whole: tuple[dict[str, str], float, float], seed: int) -> Chain:
-    """Kill a run PER_CHAIN times at moments drawn with `seed`, let it end, compare."""
+def chain(variant: Variant, whole: tuple[dict[str, str], float, float], kills: int, seed: int) -> Chain:
+    """Kill a run so many times at moments drawn with `seed`, let it end, compare."""
     expected, begins, lasts = whole
     chance, found = random.Random(f"{variant.name} {seed}"), Chain()
     place = Path(tempfile.mkdtemp(prefix="chain-"))
     try:
-        for number in range(PER_CHAIN):
+        for number in range(kills):
             if not _kill_once(Run(variant, place), chance, variant, begins, lasts, number % 2 == 1, found):
                 break
             if not (place / "out" / "checkpoints" / "last.ckpt").exists():
@@ -162,11 +162,12 @@ def survey(variant: Variant, points: int, jobs: int, seed: int) -> list[Chain]:
     """Chains until there are so many kills."""
     whole = undisturbed(variant)
     found: list[Chain] = []
+    kills = min(points, PER_CHAIN)
     fork = multiprocessing.get_context("fork")
     with fork.Pool(jobs) as pool:
         while (missing := points - sum(len(c.kills) for c in found)) > 0 and len(found) < 3 * points:
-            seeds = [seed + len(found) + i for i in range(max(jobs, -(-missing // PER_CHAIN)))]
-            found += pool.map(partial(chain, variant, whole), seeds, chunksize=1)
+            seeds = [seed + len(found) + i for i in range(max(jobs, -(-missing // kills)))]
+            found += pool.map(partial(chain, variant, whole, kills), seeds, chunksize=1)
     return found
 
 

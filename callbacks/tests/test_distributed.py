@@ -1,8 +1,7 @@
 """Two processes against one: thresholds, token selection, buffers, and whole runs under DDP and FSDP2."""
 
 import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from test_tokens import tokens
 from torch import Tensor
 from two_ranks import SCHEDULE, VARIANTS, run
 
-import mifo_callbacks
 from mifo_callbacks import collectives, select_tokens, top_mask
 from mifo_callbacks.tokens import selection_metrics, threshold_metrics
 
@@ -118,22 +116,34 @@ def test_collectives_of_two_ranks_and_of_one(tmp_path: Path) -> None:
     assert collectives.mean_ranks({"x": 2.0}, torch.device("cpu")) == {"x": 2.0}
 
 
-def launch(strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(mifo_callbacks.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), strategy, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+def launch(strategy: str, folder: Path) -> None:
+    """`run` on two ranks that find each other as under torchrun; forked, for starting them anew takes seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+    mp.start_processes(_launched, args=(strategy, folder, meet), nprocs=2, start_method="fork")
+
+
+def _launched(rank: int, strategy: str, folder: Path, meet: dict[str, str]) -> None:
+    os.environ.update(meet, LOCAL_RANK=str(rank))
+    run(strategy, folder)
+    collectives.leave_group()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a single process keeps."""
+    folder = tmp_path_factory.mktemp("one")
+    run("single", folder)
+    return torch.load(folder / "rank0.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_process(strategy: str, one: Any, tmp_path: Path) -> None:
     """Both ranks see the data of the single process, so weights, masks and resumed runs agree bit for bit."""
-    run("single", tmp_path / "one")
-    done = launch(strategy, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = torch.load(tmp_path / "one" / "rank0.pt")
-    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt") for rank in (0, 1))
+    launch(strategy, tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     for variant in VARIANTS:
         weights = [kept[variant]["weights"] for kept in (one, first, second)]
         for step in range(len(SCHEDULE)):
@@ -152,6 +162,7 @@ def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
             assert kept[variant]["logged"].keys() == logged.keys()
             for name, rows in logged.items():
                 assert kept[variant]["logged"][name] == [(step, pytest.approx(v, rel=1e-5)) for step, v in rows]
+        assert len(first[variant]["resumed"]) >= 1
         for resumed in first[variant]["resumed"]:
             for name, value in weights[0][-1].items():
                 assert torch.equal(resumed[name], value), variant
@@ -159,6 +170,5 @@ def test_two_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tensor_parallel_ranks_are_refused(tmp_path: Path) -> None:
-    done = launch("tensor_parallel", tmp_path)
-    assert done.returncode != 0
-    assert "allowed: data_parallel_size=2, tensor_parallel_size=1" in done.stderr
+    with pytest.raises(mp.ProcessRaisedException, match="allowed: data_parallel_size=2, tensor_parallel_size=1"):
+        launch("tensor_parallel", tmp_path)

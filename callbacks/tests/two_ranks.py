@@ -1,9 +1,5 @@
-"""One run of ImportanceEMA + GradientFreezing under a strategy, and runs resumed inside each phase of it.
+"""One run of ImportanceEMA + GradientFreezing under a strategy, and runs resumed inside each phase of it."""
 
-`python two_ranks.py STRATEGY FOLDER` writes rank0.pt and rank1.pt into FOLDER.
-"""
-
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,6 @@ from torch.distributed.fsdp import fully_shard
 from toy import Log, Phases, Toy, fit
 
 from mifo_callbacks import CumulativeFreezing, GradientFreezing, ImportanceEMA, LowGain, OverlapShares
-from mifo_callbacks.collectives import leave_group
 
 SCHEDULE = ["rl"] * 3 + ["sft"] * 3 + ["rl"] * 2 + ["sft"]
 VARIANTS = [
@@ -28,7 +23,9 @@ VARIANTS = [
     ("cumulative", "tensor"),
     ("cumulative", "global"),
 ]
-RESUME_FROM = (2, 5, 6)  # inside rl, inside sft, and after the last sft step
+# inside rl, inside sft, and after the last sft step; of the others inside sft, where they hold a mask of their own,
+# and where one carries a mask over to the next phase also before that
+RESUME_FROM = {VARIANTS[0]: (2, 5, 6), ("cumulative", "tensor"): (5, 6)}
 
 
 class Sharded(Toy):
@@ -56,14 +53,14 @@ class Keep(Callback):
 
 
 def run(strategy: str, folder: Path) -> None:
-    """All variants under "single", "ddp", "fsdp2" or "tensor_parallel"; writes what each step left."""
+    """All variants under "single", "ddp", "fsdp2" or "tensor_parallel"; writes rank0.pt and rank1.pt into `folder`."""
     kept = {}
     for variant in VARIANTS:
         save = ModelCheckpoint(folder / "-".join(variant), "{step}", every_n_train_steps=1, save_top_k=-1)
         straight = once(strategy, variant, [save], enable_checkpointing=True)
         resumed = [
             once(strategy, variant, [], ckpt_path=Path(save.dirpath or "") / f"step={step}.ckpt").weights[-1]
-            for step in RESUME_FROM
+            for step in (RESUME_FROM.get(variant, (5,)) if strategy != "single" else ())
         ]
         kept[variant] = {
             "weights": straight.weights,
@@ -94,8 +91,3 @@ def freezing_of(selector: Any, scope: Any) -> GradientFreezing:
         return CumulativeFreezing(0.2, 0.3, "random", scope)
     rules = {"low_gain": LowGain(), "overlap_shares": OverlapShares()}
     return GradientFreezing(selector=rules.get(selector, selector), scope=scope)
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]))
-    leave_group()
