@@ -14,6 +14,7 @@ answer without steps, a `>` first, does not by itself break the other skills.
 
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,7 @@ def belongs(skill: str, ids: Ids, split: Split) -> NDArray[np.bool_]:
 
 def draw(skill: str, split: Split, count: int, seed: int) -> Ids:
     """`count` different question numbers of `split`, int64 [count] in random order; InputError if there are fewer."""
-    order = np.random.default_rng([seed, list(SIZES).index(skill)]).permutation(SIZES[skill])
+    order = _order(skill, seed)
     kept: list[Ids] = []
     found = 0
     for start in range(0, len(order), CHUNK):
@@ -89,6 +90,14 @@ def draw(skill: str, split: Split, count: int, seed: int) -> Ids:
         if found >= count:
             return np.concatenate(kept)[:count]
     raise InputError(f"skills: {count} {split} questions of {skill!r} asked for, there are {found}")
+
+
+@lru_cache(maxsize=len(SIZES))  # training and validation draw from the same
+def _order(skill: str, seed: int) -> Ids:
+    """All question numbers of a skill in random order."""
+    order = np.random.default_rng([seed, list(SIZES).index(skill)]).permutation(SIZES[skill])
+    order.flags.writeable = False
+    return order
 
 
 class Skills(RowSource):
