@@ -1,6 +1,7 @@
 """The heal study as a command: bad input is one line, a small study runs through, and runs nothing twice."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,31 @@ def test_the_same_command_runs_nothing_again(small: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(measure.Bench, "evaluate", never)
     assert main(["--config", str(small)]) == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_measured_base_needs_no_fits_and_is_gone_on_with_from_its_own_weights_alone(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(small.read_text())
+    kept = tmp_path / "records" / "tiny.json"
+    kept.parent.mkdir()
+    shutil.copy(small.parent / "out" / "records" / "tiny.json", kept)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content | {"records": str(kept.parent), "out": str(tmp_path / "new")}))
+    with monkeypatch.context() as patch:  # on another machine, which has the records alone
+        patch.setattr(runner, "run_here", None)
+        assert main(["--config", str(path)]) == 0
+    pages = [(out / "report.md").read_text() for out in (small.parent / "out", tmp_path / "new")]
+    assert pages[0] == pages[1]
+    lacking = json.loads(kept.read_text())
+    del lacking["seconds"]["measure spectra"]
+    lacking["facts"]["end"] = "of another CPU"
+    kept.write_text(json.dumps(lacking))
+    path.write_text(yaml.safe_dump(content | {"records": str(kept.parent)}))
+    capsys.readouterr()
+    assert main(["--config", str(path)]) == 2
+    assert "model-3 has other weights than those that were measured" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ def base(peak: float, end: float, healed: float, edit: float, noise: float) -> d
         "sweep": {step: {**each, "signal": signal} for step, each in points.items()},
         "half rate": points,
         "other seed": {"4": on_test(0.4, peak), "9": on_test(0.8, end)},
+        "seconds": {"measure sweep": 1.0},
         "noise": {"1": on_test(0.8, end), "2": on_test(0.8, end)},
         "rl": {"grpo/0": on_test(0.2, peak), "grpo/9": on_test(0.8, healed), "no update/9": on_test(0.8, end)},
         "spectra": {"base -> end": dict.fromkeys(("change", *REFERENCES), row)},

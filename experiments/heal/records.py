@@ -15,6 +15,8 @@ from mifo_lightning.lab.plan import commit
 
 Record = dict[str, Any]
 PLAN, COMMITS = "study", "commits"
+SECONDS = "seconds"
+"""Wall time of every fit, and of every stage of measuring that is done."""
 RECORDS = "records.json"
 
 
@@ -38,7 +40,8 @@ class Records:
             changed = [key for key in wanted if self.content[PLAN].get(key) != wanted[key]]
             if changed:
                 raise InputError(
-                    f"{path}: was made with another {' and '.join(changed)}; choose another `out`, or remove that file"
+                    f"{path}: was made with another {' and '.join(changed)}; choose another `out` or `records`, or "
+                    "remove that file"
                 )
 
     def once(self, stage: str, name: str, measure: Callable[[], Any]) -> Any:
@@ -67,7 +70,7 @@ def open_records(study: Study, base: str) -> Records:
 
 def records_path(study: Study, base: str) -> Path:
     """Where they are kept."""
-    return study.out / "records" / f"{slug(base)}.json"
+    return (study.records or study.out / "records") / f"{slug(base)}.json"
 
 
 @cache

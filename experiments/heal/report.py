@@ -35,7 +35,10 @@ def sections(results: Results, shown: dict[str, str]) -> list[str]:
         parts += ["### A random change of the same size", RANDOM, tables.other_edits(results, "random change", "peak")]
     if "reverse" in study.edits.kinds and results.edited:
         parts += ["### RL's change inside and outside", REVERSE, tables.other_edits(results, "reverse", "end")]
-    made = f"Made by `python -m experiments.heal`, at commit {results.commit}. Bases: {', '.join(results.bases)}. "
+    made = (
+        f"Made by `python -m experiments.heal`, at commit {results.commit}. Bases: {', '.join(results.bases)}; seeds "
+        f"from {study.seed} on, one a base. {results.hours:.1f} hours of one thread. "
+    )
     return [
         part
         for part in [*parts, made + "The page is remade from records.json by `--report` and this directory."]

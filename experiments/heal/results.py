@@ -13,7 +13,7 @@ import numpy as np
 from experiments.heal.edit_stage import EDITS
 from experiments.heal.factorial import CONTROLS
 from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, steps_of
-from experiments.heal.records import RECORDS
+from experiments.heal.records import RECORDS, SECONDS
 from experiments.heal.restoration import Fall, Read, Share, at_equal, fall_over_bases, units
 from experiments.heal.settings import END, Start, Study
 from experiments.heal.spectra import REFERENCES, SPECTRA
@@ -51,6 +51,11 @@ class Results:
     def family(self, edit: str) -> str:
         """The family of an edit."""
         return str(self.edited[0][EDITS][edit]["family"])
+
+    @property
+    def hours(self) -> float:
+        """Wall time of all fits and measurements, each on one thread."""
+        return sum(sum(base[SECONDS].values()) for base in self.bases.values()) / 3600
 
     def step(self, base: dict[str, Any], start: Start) -> int:
         """The step of the sweep that a start means on a base."""

@@ -115,6 +115,8 @@ class Study:
     """Whether the bases suffice for one; false describes."""
     seed: int = 0
     """Seed of the first base; the next has the next one."""
+    records: Path | None = None
+    """Directory of what is measured, a file a base, to be committed: another machine goes on. null: in `out`."""
     make_bases: str | None = None
     """The command that makes the bases; printed if one is missing."""
     jobs: PositiveInt = 1
@@ -147,7 +149,8 @@ class Study:
 
     def content(self) -> dict[str, Any]:
         """What a page is made of, as plain values: all but places and how many run at once."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("out", "jobs", "make_bases", "bases")}
+        places = ("out", "records", "jobs", "make_bases", "bases")
+        kept = {key: value for key, value in asdict(self).items() if key not in places}
         return kept | {"bases": list(self.bases)}
 
     def decisive(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 
 from experiments.heal.edit_stage import EDITS, measure_edits
 from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, sweep_cells
-from experiments.heal.records import RECORDS, Record, Records, open_records, records_path
+from experiments.heal.records import RECORDS, SECONDS, Record, Records, open_records
 from experiments.heal.results import Results
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
-from experiments.heal.sweep import FACTS, NOISE, RL, least_loss, measure_rl, measure_sweep, peak
+from experiments.heal.sweep import FACTS, NOISE, RL, check_end, least_loss, measure_rl, measure_sweep, peak
 from mifo_lightning.common.terminal import quiet
-from mifo_lightning.lab.cell import output_to
+from mifo_lightning.lab.cell import outcome, output_to
+from mifo_lightning.lab.grid import Cell, slug
 from mifo_lightning.lab.runner import run_all
 
 Stage = Callable[[Study, str], None]
@@ -26,23 +27,34 @@ Stage = Callable[[Study, str], None]
 def run_study(study: Study) -> None:
     """Run what is missing and write `records.json`; the report reads nothing else.
 
+    The sweep of all bases comes first: it says whether there is a fall to restore. Then bases go through the other
+    stages `jobs` at a time, so that a study that ends early has whole bases; one that is measured needs no fits.
+
     Raises:
-        InputError: Something in `out` was made with other settings.
+        InputError: Something was made with other settings, or a measured base cannot be gone on with.
         TrainingError: A fit failed.
     """
     for base in study.bases:
         open_records(study, base)  # refused before the first fit, not after it
-    run_all([cell for base in study.bases for cell in sweep_cells(study, base).values()], study.jobs)
-    _on_all_bases(study, measure_sweep)
-    chosen = {base: peak(study, open_records(study, base)) for base in study.bases}
-    run_all([cell for base, step in chosen.items() for cell in rl_cells(study, base, step).values()], study.jobs)
-    for stage in (measure_rl, measure_spectra):
-        _on_all_bases(study, stage)
+    bases = _unmeasured(study, [measure_sweep])
+    _fits(study, {base: sweep_cells(study, base) for base in bases})
+    _on_bases(study, bases, measure_sweep)
+    stages: list[Stage] = [measure_rl, measure_spectra]
     if Results(study, collect(study)["bases"], None).wants_edits:
-        _on_all_bases(study, measure_edits)
+        stages.append(measure_edits)
     else:
         print("no edits: there is no fall to restore", flush=True)
+    missing = _unmeasured(study, stages)
+    for i in range(0, len(missing), study.jobs):
+        bases = missing[i : i + study.jobs]
+        _fits(study, {base: sweep_cells(study, base) for base in bases})  # gone where another machine has measured them
+        for base in bases:
+            check_end(study, base)
+        _fits(study, {base: rl_cells(study, base, peak(study, open_records(study, base))) for base in bases})
+        for stage in stages:
+            _on_bases(study, bases, stage)
     text = json.dumps(collect(study), separators=(",", ":"))
+    study.out.mkdir(parents=True, exist_ok=True)
     (study.out / RECORDS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -68,7 +80,7 @@ def _collected(study: Study, records: Records) -> Record:
         "least train loss": least_loss(study, records, study.id_seen) if study.id_seen else None,
         "least test loss": least_loss(study, records, study.id),
         "questions": records.stage(FACTS)["base"]["questions"],
-        **{stage: records.stage(stage) for stage in (SWEEP, HALF_RATE, OTHER_SEED, NOISE, RL)},
+        **{stage: records.stage(stage) for stage in (SWEEP, HALF_RATE, OTHER_SEED, NOISE, RL, SECONDS)},
         SPECTRA: _shortened(records.stage(SPECTRA)),
         EDITS: {name: short(record) for name, record in records.stage(EDITS).items()},
     }
@@ -83,9 +95,24 @@ def _shortened(value: Any) -> Any:
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _on_all_bases(study: Study, stage: Stage) -> None:
-    """Measure every base, `jobs` of them at once, each in a process of its own; one at a time in this one."""
-    work = [partial(_measure, study, stage, base) for base in study.bases]
+def _unmeasured(study: Study, stages: Sequence[Stage]) -> list[str]:
+    """The bases on which a stage is not done."""
+    done = {base: open_records(study, base).stage(SECONDS) for base in study.bases}
+    return [base for base in study.bases if any(_name(stage) not in done[base] for stage in stages)]
+
+
+def _fits(study: Study, wanted: Mapping[str, Mapping[Any, Cell]]) -> None:
+    """Run those of the bases, and record how long they took."""
+    run_all([cell for cells in wanted.values() for cell in cells.values()], study.jobs)
+    for base, cells in wanted.items():
+        for cell in cells.values():
+            seconds = outcome(cell.directory).seconds
+            open_records(study, base).once(SECONDS, cell.name, partial(float, seconds))
+
+
+def _on_bases(study: Study, bases: Sequence[str], stage: Stage) -> None:
+    """Measure them, `jobs` at once, each in a process of its own; one at a time in this one."""
+    work = [partial(_measure, study, stage, base) for base in bases]
     if study.jobs == 1 or len(work) == 1:
         for measure in work:
             print(measure(), flush=True)
@@ -100,11 +127,17 @@ def _measure(study: Study, stage: Stage, base: str) -> str:
     quiet()
     torch.set_num_threads(1)
     began = time.monotonic()
-    path = records_path(study, base)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with output_to(path.with_suffix(".log")):
+    log = study.out / "logs" / f"{slug(base)}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with output_to(log):
         stage(study, base)
-    return f"{stage.__name__.replace('_', ' ')} of {base}: {time.monotonic() - began:.0f} s"
+    seconds = time.monotonic() - began  # of the call that ends it
+    open_records(study, base).once(SECONDS, _name(stage), partial(float, seconds))
+    return f"{_name(stage)} of {base}: {seconds:.0f} s"
+
+
+def _name(stage: Stage) -> str:
+    return stage.__name__.replace("_", " ")
 
 
 def _call(work: Callable[[], str]) -> str:

@@ -1,7 +1,9 @@
 """Stages 1 and 2, measured: what SFT does to both accuracies along its way, and what RL makes of each checkpoint."""
 
+import hashlib
 import json
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, checkpoint, rl_cells
@@ -9,6 +11,7 @@ from experiments.heal.measure import Bench
 from experiments.heal.records import Record, Records, open_records
 from experiments.heal.settings import Study, loss
 from experiments.prune_update import Weights, read_weights
+from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.cell import SUMMARY, outcome
 
 FACTS, NOISE, RL = "facts", "noise", "rl"
@@ -41,6 +44,27 @@ def measure_sweep(study: Study, base: str) -> None:
     for draw in range(1, study.draws + 1):
         records.once(NOISE, str(draw), partial(on_test, SWEEP, study.last, draw))
     records.once(FACTS, "base", facts)
+    records.once(FACTS, "end", partial(digest, checkpoint(study, base, study.last)))
+
+
+def check_end(study: Study, base: str) -> None:
+    """Refuse to go on from other weights than those that were measured: another kind of CPU rounds otherwise.
+
+    Raises:
+        InputError: The end of the sweep is not that of the records.
+    """
+    records, end = open_records(study, base), checkpoint(study, base, study.last)
+    if digest(end) != records.stage(FACTS)["end"]:
+        raise InputError(
+            f"{records.path}: {end} has other weights than those that were measured; another kind of CPU makes others: "
+            "go on where they were made, or remove that file to measure this base anew"
+        )
+
+
+def digest(model: Path) -> str:
+    """Of all weights of a directory."""
+    with open(model / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def measure_rl(study: Study, base: str) -> None:
