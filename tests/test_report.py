@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -157,6 +158,21 @@ def test_what_no_monitor_recorded_is_left_out_in_one_line(tmp_path: Path) -> Non
     assert "nan" not in text
     for monitor in ("history", "forgetting", "phase_kl", "layer_updates", "overlap", "costs", "samples"):
         assert f"? (monitor {monitor})" in text
+
+
+def test_a_run_without_an_sft_phase_takes_no_part_in_what_was_held(tmp_path: Path) -> None:
+    root = make(tmp_path, {"ref": 0.5, "mifo": 0.6}, bases=2, seeds=1)
+
+    def other(summary: dict[str, Any]) -> None:
+        for phase in summary["overlap"]["phases"]:
+            phase["gradient"] = 0.75
+
+    edit(root / "arm1/seed1/seed0/summary.json", other)
+    write_report(root)
+    assert rows_of(root, "Mean over SFT phases and runs")[-1][1:] == ["0.500", "0.650", "0.600"]
+    edit(root / "arm1/seed1/seed0/summary.json", lambda summary: summary["overlap"].update(phases=[]))
+    write_report(root)
+    assert rows_of(root, "Mean over SFT phases and runs")[-1][1:] == ["0.500", "0.550", "0.600"]
 
 
 def test_curves_of_an_arm_are_of_all_its_runs_or_not_drawn(tmp_path: Path) -> None:

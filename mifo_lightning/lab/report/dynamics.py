@@ -126,12 +126,13 @@ def overlap(ablation: Ablation) -> Section:
     rows = strips(ablation, {color: _overlap(key) for key, color in colors.items()})
     label = "share of SFT's gradient on frozen coordinates"
     picture = Figure(figures.dots(label, rows, label, bold=ablation.reference), MARKS)
-    cells = [[arm, *(number(s.interval.mean) for s in row)] for arm, row in rows.items()]
-    held = "; ".join(f"{arm!r} {found} (chance {chance})" for arm, chance, found, _ in cells)
+    found = [means(ablation, _overlap(key)) for key in names]  # of the runs that had an SFT phase
+    cells = [[arm, *(number(of.get(arm, np.nan)) for of in found)] for arm in rows]
+    held = "; ".join(f"{arm!r} {share} (chance {chance})" for arm, chance, share, _ in cells)
     answer = [f"Of the L1 mass of SFT's gradient, this share was on frozen coordinates: {held}."]
     text = (
         "Share of the gradient of SFT steps that fell on frozen coordinates, before it was masked. Above chance, "
-        "freezing stops more of SFT than a random choice would."
+        "freezing stops more of SFT than a random choice would. Runs without an SFT phase are in no mean."
     )
     legend = Legend("Measured", [Key(name, colors[key]) for key, name in names.items()])
     shown = Table("Mean over SFT phases and runs", ["arm", *names.values()], cells)
