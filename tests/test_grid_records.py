@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from small_grid import ROOT, write
 
 from mifo_lightning.lab import ablation as runner
+from mifo_lightning.lab import plan
 from mifo_lightning.lab.cell import outcome, record_outcome, write_json
 from mifo_lightning.lab.fingerprint import fingerprint
 from mifo_lightning.lab.grid import Cell, cells
@@ -277,3 +279,25 @@ def test_finished_cells_of_other_settings_are_no_part_of_the_report(
     assert "interleave/one/seed0: " in (line := capsys.readouterr().err)
     assert "was run with other arguments" in line
     assert ran == []
+
+
+def test_records_that_are_kept_do_not_make_the_code_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    code, kept = tmp_path / "lab" / "plan.py", tmp_path / "experiments" / "records" / "a.jsonl"
+    monkeypatch.setattr(plan, "__file__", str(code))
+    for path in (code, kept):
+        path.parent.mkdir(parents=True)
+        path.write_text("", encoding="utf-8")
+    assert plan.commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = plan.commit()
+    assert clean
+    assert len(clean) == 40
+    kept.write_text("more", encoding="utf-8")
+    assert plan.commit() == clean
+    code.write_text("more", encoding="utf-8")
+    assert plan.commit() == f"{clean}-dirty"

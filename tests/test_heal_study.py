@@ -238,10 +238,17 @@ def test_a_measured_base_needs_no_fits_and_is_gone_on_with_from_its_own_weights_
     capsys.readouterr()
     assert main(["--config", str(path)]) == 2
     assert "model-3 has other weights than those that were measured" in capsys.readouterr().err
+    del lacking["seconds"]["measure sweep"], lacking["sweep"]["1"]  # cut off within the sweep
+    kept.write_text(json.dumps(lacking))
+    assert main(["--config", str(path)]) == 2
+    assert "model-3 has other weights than those that were measured" in capsys.readouterr().err
+    assert "1" not in json.loads(kept.read_text())["sweep"]
 
 
 @pytest.mark.slow
-def test_what_is_missing_is_measured_again_and_comes_out_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_of_a_stage_is_measured_again_and_comes_out_the_same(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study: Study = read_study(small)
     records = open_records(study, "tiny")
     lost = records.content[sweep.SWEEP].pop("1")

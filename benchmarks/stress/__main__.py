@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 SHORT = {
-    "inputs": ["--every", "180"],
+    "inputs": ["--every", "98"],
     "fuzz": ["--tries", "6"],
-    "security": ["--only", "code in a checkpoint"],
+    "security": ["--only", "code in data"],
     "kills": ["--only", "luffy", "--points", "2", "--jobs", "1"],
     "endurance": ["--steps", "200"],
 }

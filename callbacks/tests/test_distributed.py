@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,13 @@ def launch(strategy: str, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-    mp.start_processes(_launched, args=(strategy, folder, meet), nprocs=2, start_method="fork")
+    ranks = mp.start_processes(_launched, args=(strategy, folder, meet), nprocs=2, join=False, start_method="fork")
+    end = time.monotonic() + 120
+    while not ranks.join(timeout=1):
+        if time.monotonic() > end:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("the ranks wait for each other")
 
 
 def _launched(rank: int, strategy: str, folder: Path, meet: dict[str, str]) -> None:

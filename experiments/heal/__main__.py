@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--report", type=Path, metavar="DIR", help="write the page of DIR/records.json again, run nothing"
     )
     parser.add_argument("--jobs", type=int, help="fits and bases at once, one thread each; instead of the file's")
-    parser.add_argument("--out", type=Path, help="where everything is kept; instead of the file's")
+    parser.add_argument("--out", type=Path, help="where everything is kept, records too; instead of the file's")
     parsed = parser.parse_args(arguments)
     if parsed.jobs is not None and parsed.jobs < 1:
         parser.error(f"--jobs {parsed.jobs}: allowed is 1 or more")
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     from experiments.heal.report import write_report
 
     changes = {key: value for key in ("jobs", "out") if (value := getattr(parsed, key)) is not None}
+    if parsed.out:
+        changes["records"] = None  # a study apart, not one that goes on with what the repository keeps
 
     def work() -> int:
         place = parsed.report

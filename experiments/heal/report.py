@@ -37,7 +37,8 @@ def sections(results: Results, shown: dict[str, str]) -> list[str]:
         parts += ["### RL's change inside and outside", REVERSE, tables.other_edits(results, "reverse", "end")]
     made = (
         f"Made by `python -m experiments.heal`, at commit {results.commit}. Bases: {', '.join(results.bases)}; seeds "
-        f"from {study.seed} on, one a base. {results.hours:.1f} hours of one thread. "
+        f"from {study.seed} on, one a base. {results.hours:.1f} hours of one thread, not "
+        "counting what was cut off. "
     )
     return [
         part

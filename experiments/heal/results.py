@@ -54,8 +54,8 @@ class Results:
 
     @property
     def hours(self) -> float:
-        """Wall time of all fits and measurements, each on one thread."""
-        return sum(sum(base[SECONDS].values()) for base in self.bases.values()) / 3600
+        """Wall time of all fits and measurements, each on one thread; of what was cut off, the call that ended it."""
+        return sum(sum(base.get(SECONDS, {}).values()) for base in self.bases.values()) / 3600
 
     def step(self, base: dict[str, Any], start: Start) -> int:
         """The step of the sweep that a start means on a base."""

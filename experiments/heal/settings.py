@@ -99,7 +99,7 @@ class Study:
     """Arms of stage 2 by name; the first is the RL that spectra and reverse edits are about."""
     edits: Edits
     out: Path
-    """Where fits, records and the page are kept."""
+    """Where fits and the page are kept, and what is measured, unless `records` names a place for it."""
     id_seen: str | None = None
     """Metric of the task on questions that were trained; edits are then compared at equal values of it, else of id."""
     setting: str = ""

@@ -113,7 +113,7 @@ def _fits(study: Study, wanted: Mapping[str, Mapping[Any, Cell]]) -> None:
 def _on_bases(study: Study, bases: Sequence[str], stage: Stage) -> None:
     """Measure them, `jobs` at once, each in a process of its own; one at a time in this one."""
     work = [partial(_measure, study, stage, base) for base in bases]
-    if study.jobs == 1 or len(work) == 1:
+    if study.jobs == 1 or len(work) <= 1:
         for measure in work:
             print(measure(), flush=True)
         return

@@ -36,6 +36,8 @@ def measure_sweep(study: Study, base: str) -> None:
         on_test(SWEEP, 0)
         return {"questions": bench("test").questions(), "trained tokens": bench("test").trained_tokens()}
 
+    records.once(FACTS, "end", partial(digest, checkpoint(study, base, study.last)))
+    check_end(study, base)
     for step in study.sweep.steps:
         records.once(SWEEP, str(step), partial(chosen_and_reported, step))
         records.once(HALF_RATE, str(step), partial(on_test, HALF_RATE, step))
@@ -44,7 +46,6 @@ def measure_sweep(study: Study, base: str) -> None:
     for draw in range(1, study.draws + 1):
         records.once(NOISE, str(draw), partial(on_test, SWEEP, study.last, draw))
     records.once(FACTS, "base", facts)
-    records.once(FACTS, "end", partial(digest, checkpoint(study, base, study.last)))
 
 
 def check_end(study: Study, base: str) -> None:

@@ -63,7 +63,8 @@ class MifoCLI(LightningCLI):
     """LightningCLI for `MifoModule` and `QuestionData`."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        self._asked = next(iter(sys.argv[1:] if named.get("args") is None else named["args"]), None)
+        words = sys.argv[1:] if named.get("args") is None else named["args"]
+        self._asked = words[0] if isinstance(words, list) and words else None
         super().__init__(*arguments, **named)
 
     @staticmethod

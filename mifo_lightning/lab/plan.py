@@ -12,6 +12,8 @@ from mifo_lightning.lab.cell import LOCK, held, outcome, write_json
 from mifo_lightning.lab.grid import Ablation, Cell, slug
 
 PLAN = "ablation.json"
+KEPT = "experiments/records"
+"""Where studies add what is measured while they run."""
 NAMED_BEFORE = ("primary", "trade_off", "primary_contrast", "margin", "sweep", "bases", "seeds")
 """What a reader takes to have been named before a run had been seen."""
 
@@ -85,11 +87,13 @@ def write_cells(ablation: Ablation, grid: Iterable[Cell]) -> list[dict[str, Any]
 
 
 def commit() -> str | None:
-    """The commit of the working tree, marked if files differ from it; None outside of a repository."""
+    """The commit of the working tree, marked if files but kept records differ from it; None outside of a repository."""
+    here: dict[str, Any] = {"capture_output": True, "text": True, "cwd": Path(__file__).parent}
     try:
         # no tag is wanted: only then is it the hash
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*"], **here).stdout.strip()
+        differs = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":(top)", f":(top,exclude){KEPT}"]
+        dirty = subprocess.run(differs, **here).stdout.strip()
     except FileNotFoundError:
         return None
-    return ended.stdout.strip() or None
+    return f"{found}-dirty" if found and dirty else found or None
