@@ -10,6 +10,7 @@ import torch
 from conftest import make_data, make_module, method_callbacks
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from test_module import SaveAt
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.data.schedule import Schedule
@@ -116,3 +117,17 @@ def test_a_gradient_that_is_no_number_is_in_no_share(make_trainer: MakeTrainer) 
     assert monitor.phases
     shares = torch.tensor([[phase[key] for key in ("frozen", "gradient")] for phase in monitor.phases])
     assert shares.isfinite().all()
+
+
+def test_a_step_that_is_done_anew_is_not_measured_again(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    path, schedule = tmp_path / "inside.ckpt", Schedule(rl_steps=4, prompts_per_step=4, epochs_per_rollout=2)
+
+    def fit(*callbacks: Callback, ckpt: Path | None = None) -> int:
+        monitor = Forgetting(questions=4, every=1)
+        data = make_data(val=Skills(["addition"], 8, split="val"), schedule=schedule)
+        make_trainer([monitor, *callbacks]).fit(make_module(), datamodule=data, ckpt_path=ckpt)
+        return monitor.responses
+
+    whole = fit(SaveAt("on_before_backward", 4, path))  # the first update of the third rollout, measured before it
+    assert whole == 4 * (4 + 1)  # before each rollout, and at the end
+    assert fit(ckpt=path) == whole
