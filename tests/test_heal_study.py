@@ -150,6 +150,31 @@ def test_records_are_kept_and_never_mixed_with_those_of_other_settings(tmp_path:
         Records(path, {"id": "y"})
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "<<<<<<< HEAD", "[]", "{}", '{"study": 3}', '{"study": {}, "sweep": []}', "\xff"]
+)
+def test_damaged_records_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = tmp_path / "records" / "shipped.json"
+    path.parent.mkdir()
+    path.write_bytes(text.encode("latin-1"))
+    assert main(["--config", str(write(tmp_path, records=str(path.parent)))]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {path}: no readable records: ")
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.parametrize("key", ["records", "out"])
+def test_a_place_that_cannot_be_written_is_one_line_before_the_first_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    monkeypatch.setattr(runner, "run_here", None)
+    assert main(["--config", str(write(tmp_path, **{key: str(tmp_path / "taken")}))]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {key}: ")
+    assert "taken" in said
+
+
 def test_three_ways_of_files(tmp_path: Path) -> None:
     files = {}
     for kind in ("seen", "unseen", "ood"):

@@ -28,7 +28,7 @@ class Records:
         made_with: What decides every record; another one is refused.
 
     Raises:
-        InputError: The file was made with something else.
+        InputError: The file was made with something else, or is none that was written here.
     """
 
     def __init__(self, path: Path, made_with: Record) -> None:
@@ -36,7 +36,7 @@ class Records:
         wanted = json.loads(json.dumps(made_with))
         self.content: dict[str, Record] = {PLAN: wanted}
         if path.is_file():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
+            self.content = _read(path)
             changed = [key for key in wanted if self.content[PLAN].get(key) != wanted[key]]
             if changed:
                 raise InputError(
@@ -61,6 +61,19 @@ class Records:
     def stage(self, stage: str) -> Record:
         """All records of a stage."""
         return self.content.get(stage, {})
+
+
+def _read(path: Path) -> dict[str, Record]:
+    """What is kept; a file that is committed may hold the marks of a merge, or be somebody else's."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(part, dict) for part in (content, content[PLAN], *content.values())):
+            raise TypeError("groups of records are objects")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: no readable records: {type(error).__name__}: {error}; mend it, or remove it to measure anew"
+        ) from None
+    return dict(content)
 
 
 def open_records(study: Study, base: str) -> Records:

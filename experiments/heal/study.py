@@ -11,11 +11,12 @@ import torch
 
 from experiments.heal.edit_stage import EDITS, measure_edits
 from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, sweep_cells
-from experiments.heal.records import RECORDS, SECONDS, Record, Records, open_records
+from experiments.heal.records import RECORDS, SECONDS, Record, Records, open_records, records_path
 from experiments.heal.results import Results
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
 from experiments.heal.sweep import FACTS, NOISE, RL, check_end, least_loss, measure_rl, measure_sweep, peak
+from mifo_lightning.common.files import make_writable, replace_text
 from mifo_lightning.common.terminal import quiet
 from mifo_lightning.lab.cell import outcome, output_to
 from mifo_lightning.lab.grid import Cell, slug
@@ -34,6 +35,7 @@ def run_study(study: Study) -> None:
         InputError: Something was made with other settings, or a measured base cannot be gone on with.
         TrainingError: A fit failed.
     """
+    make_writable(records_path(study, next(iter(study.bases))).parent, "records" if study.records else "out")
     for base in study.bases:
         open_records(study, base)  # refused before the first fit, not after it
     bases = _unmeasured(study, [measure_sweep])
@@ -53,9 +55,7 @@ def run_study(study: Study) -> None:
         _fits(study, {base: rl_cells(study, base, peak(study, open_records(study, base))) for base in bases})
         for stage in stages:
             _on_bases(study, bases, stage)
-    text = json.dumps(collect(study), separators=(",", ":"))
-    study.out.mkdir(parents=True, exist_ok=True)
-    (study.out / RECORDS).write_text(text + "\n", encoding="utf-8")
+    replace_text(study.out / RECORDS, json.dumps(collect(study), separators=(",", ":")) + "\n")
 
 
 def collect(study: Study) -> Record:

@@ -1,6 +1,5 @@
 """Stages 1 and 2, measured: what SFT does to both accuracies along its way, and what RL makes of each checkpoint."""
 
-import hashlib
 import json
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from experiments.heal.settings import Study, loss
 from experiments.prune_update import Weights, read_weights
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.cell import SUMMARY, outcome
+from mifo_lightning.lab.fingerprint import sha256
 
 FACTS, NOISE, RL = "facts", "noise", "rl"
 VAL_DRAW = 1000
@@ -64,8 +64,7 @@ def check_end(study: Study, base: str) -> None:
 
 def digest(model: Path) -> str:
     """Of all weights of a directory."""
-    with open(model / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(model / "model.safetensors")[:16]
 
 
 def measure_rl(study: Study, base: str) -> None:

@@ -102,7 +102,7 @@ class MifoCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's own table of all metrics, a column for each source, only on request: ours follows.
 
-        Where the first word names a subcommand the others stay empty: their arguments were a third of every start.
+        Where the first word names a subcommand the others stay empty: to build their arguments would delay every start.
         """
         if self._asked in self.subcommands() and subcommand != self._asked:
             return self.init_parser()

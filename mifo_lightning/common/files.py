@@ -36,6 +36,22 @@ def check_regular(path: Path) -> None:
         raise InputError(f"{path}: {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
 
 
+def make_writable(directory: str | Path, key: str, otherwise: str = "") -> None:
+    """Make the directory that `key` names.
+
+    Raises:
+        InputError: It cannot be made or written, said before work whose results it is for; `otherwise` is what else
+            is allowed.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(directory, os.W_OK | os.X_OK) else "cannot be written"
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        problem = str(getattr(error, "strerror", None) or error)
+    if problem:
+        raise InputError(f"{key}: {str(directory)!r}: {problem}; allowed is a directory that can be written{otherwise}")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file beside, force it onto the disk, then give it the name; several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)

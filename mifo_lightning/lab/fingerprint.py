@@ -83,13 +83,14 @@ def _digest_config(path: Path) -> str:
 def _digest(path: Path) -> str:
     """Of a file, or of names and contents of the files in a directory, such as a model's."""
     if not path.is_dir():
-        return _sha256(path)[:16]
+        return sha256(path)[:16]
     files = sorted(p for p in path.iterdir() if p.is_file())
-    text = "".join(f"{file.name} {_sha256(file)}\n" for file in files)
+    text = "".join(f"{file.name} {sha256(file)}\n" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal; InputError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

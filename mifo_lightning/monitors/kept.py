@@ -1,7 +1,6 @@
 """What was found of an initial model, kept for other runs that begin alike: the arms of a study ask it once."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,19 +62,6 @@ def settings(value: object) -> Any:
         state = {name: item for name, item in state_of(value).items() if not (ours and name.startswith("_"))}
         return [f"{type(value).__module__}.{type(value).__qualname__}", settings(state)]
     raise InputError(f"a {type(value).__name__} is no setting that can be compared")
-
-
-def check_cache(directory: str) -> None:
-    """Make the directory; an InputError before training, not after the answers are drawn, if it cannot be written."""
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        problem = "" if os.access(directory, os.W_OK | os.X_OK) else "cannot be written"
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        problem = str(getattr(error, "strerror", None) or error)
-    if problem:
-        raise InputError(
-            f"retention.cache: {directory!r}: {problem}; allowed is a directory that can be written, or null"
-        )
 
 
 def kept(directory: str, about: dict[str, Any], find: Callable[[], list[Any]], anew: bool = False) -> list[Any]:

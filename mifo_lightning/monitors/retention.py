@@ -9,9 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mifo_callbacks.collectives import gather_dealt
 from mifo_callbacks.logging import log_metrics
 from mifo_lightning.common.errors import InputError, require
+from mifo_lightning.common.files import make_writable
 from mifo_lightning.common.question import Question
 from mifo_lightning.monitors.divergence import load_beside, response_kl, weights_of
-from mifo_lightning.monitors.kept import beginning, check_cache, kept
+from mifo_lightning.monitors.kept import beginning, kept
 from mifo_lightning.monitors.phase_monitor import PhaseMonitor, same_questions
 from mifo_lightning.monitors.plasticity import Plasticity
 from mifo_lightning.monitors.trained import Trained, as_trained
@@ -115,7 +116,7 @@ class Retention(PhaseMonitor):
         check_lengths(module.policy.model.config, chosen, "model.evaluation.sampling", longest)
         self._judge(module)
         if self.cache is not None:
-            check_cache(self.cache)
+            make_writable(self.cache, "retention.cache", ", or null")  # not after the answers are drawn
         for name, model in self.others.items():
             try:
                 tokenizer = load_tokenizer(model, pl_module.loading.trust_remote_code)
