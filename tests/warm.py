@@ -22,15 +22,20 @@ HEAVY = [
     *("transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2", "datasets"),
 ]  # not wandb: its directory for media belongs to the process that imports it, and goes with the first that ends
 CONTEXT = multiprocessing.get_context("forkserver")
+_server: dict[str, int | None] = {}  # the one of this file
 # what this process is to other processes
 OWN = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
 
 
 def ready() -> None:
-    """Let what is forked from now on in this process find everything imported."""
+    """Let what is forked from now on in this process find everything imported, and nothing of this project."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid != _server.get("pid"):  # a grid that ran in this process began one with its own modules
+        server._stop()
     CONTEXT.set_forkserver_preload(HEAVY)
     forkserver.ensure_running()
+    _server["pid"] = server._forkserver_pid
 
 
 class Program:
