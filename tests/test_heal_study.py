@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 import yaml
 from small_grid import BASE, ROOT
 
@@ -22,6 +24,7 @@ from experiments.make_points_base import Recipe, make
 from experiments.prune_update import read_weights
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab import runner
+from mifo_lightning.lab.cell import LOCK, held
 from mifo_lightning.losses.advantages import GroupStd
 
 SMALL: dict[str, Any] = {
@@ -195,6 +198,7 @@ def test_three_ways_of_files(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that has been run, of a base that was made for it."""
+    warm.ready()
     root = tmp_path_factory.mktemp("heal")
     make(0, root / "base", 4, Recipe(steps=30, batch=32, warmup=5, decay_from=20, pool=400))
     path = write(root, bases={"tiny": str(root / "base")})
@@ -238,6 +242,21 @@ def test_the_same_command_runs_nothing_again(small: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(measure.Bench, "evaluate", never)
     assert main(["--config", str(small)]) == 0
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_second_call_waits_for_the_first(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status: list[int] = []
+    second = threading.Thread(target=lambda: status.append(main(["--config", str(small)])))
+    with held(small.parent / "out" / LOCK):
+        second.start()
+        said = ""
+        while second.is_alive() and "another call runs this study" not in said:
+            said += capsys.readouterr().out
+        assert status == []
+    second.join(60)
+    assert status == [0]
+    assert "wrote" not in said
 
 
 @pytest.mark.slow

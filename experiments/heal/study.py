@@ -18,7 +18,7 @@ from experiments.heal.spectra import SPECTRA, measure_spectra
 from experiments.heal.sweep import FACTS, NOISE, RL, check_end, least_loss, measure_rl, measure_sweep, peak
 from mifo_lightning.common.files import make_writable, replace_text
 from mifo_lightning.common.terminal import quiet
-from mifo_lightning.lab.cell import outcome, output_to
+from mifo_lightning.lab.cell import LOCK, held, outcome, output_to
 from mifo_lightning.lab.grid import Cell, slug
 from mifo_lightning.lab.runner import run_all
 
@@ -35,7 +35,13 @@ def run_study(study: Study) -> None:
         InputError: Something was made with other settings, or a measured base cannot be gone on with.
         TrainingError: A fit failed.
     """
-    make_writable(records_path(study, next(iter(study.bases))).parent, "records" if study.records else "out")
+    make_writable(study.out, "out")
+    make_writable(records_path(study, next(iter(study.bases))).parent, "records")
+    with held(study.out / LOCK, f"{study.out}: another call runs this study; this one waits, and goes on after it"):
+        _run(study)
+
+
+def _run(study: Study) -> None:
     for base in study.bases:
         open_records(study, base)  # refused before the first fit, not after it
     bases = _unmeasured(study, [measure_sweep])

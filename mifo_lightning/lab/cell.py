@@ -130,11 +130,21 @@ class ClusterCell:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it; the system frees it when the process ends, however it ends."""
+def held(path: Path, taken: str | None = None) -> Iterator[None]:
+    """Hold a file's lock, waiting for it; the system frees it when the process ends, however it ends.
+
+    Args:
+        path: The file; made if it is not there.
+        taken: What to say before waiting, if there is somebody to wait for.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if taken:
+                print(taken, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
