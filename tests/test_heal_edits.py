@@ -1,5 +1,6 @@
 """The edits of a whole model: each touches what its name says, the controls are always there and as large."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from experiments.heal.anatomy import anatomy
 from experiments.heal.factorial import CONTROLS, UNTRAINED, Edit, Editor
 from experiments.heal.settings import KINDS, Edits, Spectra
+from experiments.heal.spectra import TURN, compare
 from experiments.prune_update import Weights
 
 MATRICES = Spectra().matrices
@@ -72,6 +74,9 @@ def test_every_edit_changes_exactly_what_its_name_says() -> None:
     assert touched("rollback everything", of.peak) == set()
     assert touched("rollback all but the matrices", of.peak) == matrices
     assert touched("rollback matrices", of.end) == matrices
+    two = {name for name, w in of.end.items() if w.ndim == 2}
+    assert touched("rollback everything with two dimensions", of.end) == two
+    assert touched("rollback everything with two dimensions", of.peak) == everything - two
     assert touched("rollback middle third", of.end) == set(thirds["middle third"])
     assert touched("rollback k_proj", of.end) == set(of.anatomy.kinds["k_proj"])
     assert touched("rollback norms and biases", of.end) == set(of.anatomy.vectors)
@@ -104,13 +109,34 @@ def test_rows_never_trained_are_the_peaks_and_no_others() -> None:
         assert (weights[name] == of.end[name]).all(1).sum() == TOKENS - 2
 
 
-def test_inside_and_outside_are_the_whole_of_rls_change() -> None:
+@pytest.mark.parametrize("what", ["top 1/4", "tail 1/2", "random 1/4", "either top 1/4", "either random 1/4"])
+def test_inside_and_outside_are_the_whole_of_rls_change(what: str) -> None:
     of = editor()
     edits = named(of)
-    both = [edits[f"rl {where} top 1/4"].make()[0] for where in ("inside", "outside")]
+    parts = {where: edits[f"rl {where} {what}"].make()[0] for where in ("inside", "outside")}
     for name in of.anatomy.matrices:
-        whole = sum((each[name] - of.end[name] for each in both), torch.zeros(()))
-        torch.testing.assert_close(whole, of.rl[name] - of.end[name], rtol=1e-4, atol=1e-6)
+        inside, outside = (parts[where][name] - of.end[name] for where in ("inside", "outside"))
+        torch.testing.assert_close(inside + outside, of.rl[name] - of.end[name], rtol=1e-4, atol=1e-6)
+        assert abs(float((inside * outside).sum())) < 1e-3 * float(inside.norm() * outside.norm()) + 1e-6
+        rows, columns = of.end[name].shape
+        k = min(rows, columns) // (2 if "1/2" in what else 4)
+        assert rank(inside) == min(k * (2 if "either" in what else 1), rows, columns)
+
+
+def test_the_authors_edit_of_rl_has_rl_around_it_and_the_ends_directions_in_it() -> None:
+    of = editor(published=[["1/3", "0"], ["1", "0"]])
+    edits = named(of)
+    weights, _ = edits["rl as published, values and directions, top 1/3 tail 0"].make()
+    assert all(torch.equal(weights[name], of.rl[name]) for name, w in of.rl.items() if w.ndim == 1)
+    name = of.anatomy.kinds["q_proj"][0]
+    u, s, v = of.end_svd(name)
+    wanted = (u[:, :4] * s[:4]) @ v[:, :4].T
+    rest = weights[name].double() - wanted
+    later = of.rl_svd(name)
+    torch.testing.assert_close(rest, (later.u[:, 4:] * later.s[4:]) @ later.v[:, 4:].T, rtol=1e-4, atol=1e-5)
+    whole, _ = edits["rl as published, directions, top 1 tail 0"].make()
+    assert all(torch.equal(whole[name], of.end[name]) for name in of.with_two_dimensions)
+    assert "rl as published, directions, top 1 tail 0" not in named(editor(kinds=["reverse"], published=[["1", "0"]]))
 
 
 def test_rls_change_has_controls_that_need_no_spectrum() -> None:
@@ -160,7 +186,9 @@ def test_distances_from_the_peak() -> None:
 
 
 def test_controls_come_whatever_kinds_are_asked_for() -> None:
-    assert {edit.family for edit in editor(kinds=[]).all()} == set(CONTROLS)
+    bare = list(editor(kinds=[]).all())
+    assert {edit.family for edit in bare if edit.name != UNTRAINED} == set(CONTROLS)
+    assert UNTRAINED in {edit.name for edit in bare}
     assert {edit.family for edit in editor(kinds=list(KINDS)).all()} > set(CONTROLS)
 
 
@@ -173,3 +201,19 @@ def test_as_published_says_how_far_it_is_from_a_rotation_and_how_often_it_gave_u
     assert said == {"orthonormality": 0.0, "early": 1.0}
     peak = editor().peak
     assert all(torch.equal(weights[name], peak[name]) for name, w in peak.items() if w.ndim == 2)
+
+
+def test_spectra_are_kept_by_kind_and_depth_too() -> None:
+    of = editor()
+    study = SimpleNamespace(spectra=Spectra(k=[1, "1/4"]))
+    found = compare(study, of.peak, of.end, None)  # type: ignore[arg-type]  # of a study it reads that group alone
+    parts = found["change"]["parts"]
+    assert set(parts) == {*of.anatomy.kinds, *of.anatomy.thirds}
+    assert all("parts" not in row for name, row in found.items() if name not in ("change", "gauss"))
+    for key in ("relative_median", "values"):
+        over_kinds = sum(parts[kind][key] for kind in of.anatomy.kinds) / 7
+        assert over_kinds == pytest.approx(found["change"][key])
+    alone = compare(SimpleNamespace(spectra=Spectra(["v_proj"], [1, "1/4"])), of.peak, of.end, None)  # type: ignore[arg-type]
+    left, right, energy = parts["v_proj"]["turns"]["1"]
+    known = dict(zip(TURN, alone["change"]["turns"]["1"], strict=True))
+    assert (left, right, energy) == pytest.approx((known["left_mean"], known["right_mean"], known["energy"]))

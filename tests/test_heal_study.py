@@ -225,6 +225,12 @@ def test_a_study_runs_through_and_its_controls_control(small: Path) -> None:
     start, first = (read_weights(model / f"model-{step}") for step in (0, 1))
     assert all(torch.equal(start[n], w) for n, w in read_weights(small.parent / "base").items())
     assert any(not torch.equal(start[n], w) for n, w in first.items())
+    assert {f"{label} -> rl" for label in ("base", "end")} <= base["spectra"].keys()
+    tries = base["tries"]
+    assert tries.keys() == {f"{arm}/{step}" for arm in ("SFT", "grpo") for step in {0, base["peak"], 3}}
+    for found in tries.values():
+        assert found["points-ten/avg@5"] <= found["points-ten/pass@5"]
+        assert set(found) >= {"points-literal/greedy", "points-ten-seen/pass@5"}
     if base["edits"]:
         assert base["edits"]["interpolation 1"]["norm"] > 0
     assert "trained tokens" not in json.dumps(records)

@@ -20,10 +20,16 @@ from experiments.heal.geometry import Svd, svd
 from experiments.heal.settings import Edits, dimension, share
 from experiments.prune_update import Weights, prune
 
+Decomposed = Callable[[str], Svd]
+"""The SVD of a matrix by its name."""
+Model = tuple[Weights, Decomposed]
 Family = Literal["rollback", "restoration", "published", "reverse", "random subspace", "interpolation", "random change"]
 CONTROLS: tuple[Family, ...] = ("random subspace", "interpolation", "random change")
 """Families without which no table is written."""
 PROJECTIONS = {"block": edits.block, "either": edits.either}
+PARTS = {"block": edits.inside, "either": edits.touching}
+"""What each of them takes of a change."""
+WHERE = ("inside", "outside")
 UNTRAINED = "rollback rows never trained"
 """Rows of embedding and head of tokens that occur in nothing that is trained on."""
 PARTS_OF_RL = (0.25, 0.5, 0.75)
@@ -72,8 +78,9 @@ class Editor:
         self.seed = seed
         self.settings, self.peak, self.end, self.rl = settings, peak, end, rl
         self.anatomy: Anatomy = anatomy(end, matrices)
+        self.with_two_dimensions = [n for n, w in end.items() if w.ndim == 2]
         self.untrained = untrained
-        self.peak_svd, self.end_svd = (cache(partial(_svd_of, weights)) for weights in (peak, end))
+        self.peak_svd, self.end_svd, self.rl_svd = (cache(partial(_svd_of, each)) for each in (peak, end, rl))
 
     def all(self) -> Iterator[Edit]:
         """Every edit, the controls last."""
@@ -88,6 +95,7 @@ class Editor:
         }
         for kind in self.settings.kinds:
             yield from kinds[kind]()
+        yield from self.untrained_rows()
         yield from self.random_subspaces()
         yield from self.interpolations()
         yield from self.random_changes()
@@ -96,13 +104,18 @@ class Editor:
         """The peak's own weights in place of the end's."""
         a = self.anatomy
         parts = {"everything": list(self.end), "all but the matrices": [n for n in self.end if n not in a.matrices]}
+        parts["everything with two dimensions"] = self.with_two_dimensions  # as published with k_top the whole width
         parts |= self.thirds() | a.kinds
         parts |= {"embedding": a.embedding, "head": a.head, "norms and biases": a.vectors}
         for part, names in parts.items():
             if names:
                 yield self._edit(f"rollback {part}", "rollback", names, self.peak.__getitem__)
+
+    def untrained_rows(self) -> Iterator[Edit]:
+        """The peak's rows of embedding and head where training can only push them away; always, if there are any."""
         if self.untrained:
-            rows = [n for n in (*a.embedding, *a.head) if len(self.end[n]) > max(self.untrained)]
+            outside = (*self.anatomy.embedding, *self.anatomy.head)
+            rows = [n for n in outside if len(self.end[n]) > max(self.untrained)]
             yield self._edit(UNTRAINED, "rollback", rows, self._rows)
 
     def projections(self, kind: str) -> Iterator[Edit]:
@@ -119,26 +132,26 @@ class Editor:
             yield self._edit(f"{kind}{part}", "restoration", names, change)
 
     def published(self) -> Iterator[Edit]:
-        """`edits.as_published` on everything with two dimensions, embedding and head too, as the authors' code."""
-        names = [n for n, w in self.end.items() if w.ndim == 2]
-        width = max(min(self.end[n].shape) for n in names)
-        for pair, with_values in product(self.settings.published, (True, False)):
-            k_top, k_tail = (round(share(text) * width) for text in pair)
-            what = "values and directions" if with_values else "directions"
-            name = f"as published, {what}, top {pair[0]} tail {pair[1]}"
-            yield Edit(name, "published", partial(self._published, names, k_top, k_tail, with_values))
+        """`edits.as_published` of the end with the peak's subspaces."""
+        yield from self._published_pairs("published", "", (self.end, self.end_svd), (self.peak, self.peak_svd))
 
     def reverse(self) -> Iterator[Edit]:
-        """Only the part of RL's change that lies inside, or only what lies outside, the end's own subspaces."""
+        """Only the part of RL's change that lies inside the end's own subspaces, or only what lies outside.
+
+        With `as_published` also the authors' code with RL in the place of SFT: RL's weights with the end's subspaces.
+        """
         yield Edit("rl", "reverse", lambda: (self.rl, {}))
         matrices = self.anatomy.matrices
         for a in (*PARTS_OF_RL, 1.0):
             change = partial(lambda a, n: torch.lerp(self.end[n].double(), self.rl[n].double(), a), a)
             yield self._edit("rl matrices" if a == 1 else f"rl matrices x {a:g}", "reverse", matrices, change)
-        for where, end, k in product(("inside", "outside"), get_args(End), self.settings.k):
-            yield self._edit(f"rl {where} {end} {k}", "reverse", matrices, partial(self._healed, where, end, k))
-        for k in self.settings.k:
-            yield self._edit(f"rl inside random {k}", "reverse", matrices, partial(self._healed_at_random, k))
+        for kind, where, k in product(PARTS, WHERE, self.settings.k):
+            label = f"rl {where}" if kind == "block" else f"rl {where} {kind}"
+            for end in get_args(End):
+                yield self._edit(f"{label} {end} {k}", "reverse", matrices, partial(self._healed, where, kind, k, end))
+            yield self._edit(f"{label} random {k}", "reverse", matrices, partial(self._healed, where, kind, k, None))
+        if "as_published" in self.settings.kinds:
+            yield from self._published_pairs("reverse", "rl ", (self.rl, self.rl_svd), (self.end, self.end_svd))
 
     def random_subspaces(self) -> Iterator[Edit]:
         """`block` and `either` with subspaces that are random, of the same dimensions."""
@@ -200,15 +213,13 @@ class Editor:
         u, v = edits.bases(of, dimension(k, len(of.s)), end)
         return PROJECTIONS[kind](self.end[name].double(), self.peak[name].double(), u, v)
 
-    def _healed(self, where: str, end: End, k: str, name: str) -> Tensor:
+    def _healed(self, where: str, kind: str, k: str, end: End | None, name: str) -> Tensor:
+        """The end with RL's change inside or outside subspaces of its own; random ones without an `end`."""
         start, of = self.end[name].double(), self.end_svd(name)
+        u, v = edits.bases(of, dimension(k, len(of.s)), end) if end else self._subspaces(k, 0, name)
         change = self.rl[name].double() - start
-        part = edits.inside(change, *edits.bases(of, dimension(k, len(of.s)), end))
+        part = PARTS[kind](change, u, v)
         return start + (part if where == "inside" else change - part)
-
-    def _healed_at_random(self, k: str, name: str) -> Tensor:
-        start = self.end[name].double()
-        return start + edits.inside(self.rl[name].double() - start, *self._subspaces(k, 0, name))
 
     def _at_random(self, make: Callable[..., Tensor], k: str, seed: int, name: str) -> Tensor:
         return make(self.end[name].double(), self.peak[name].double(), *self._subspaces(k, seed, name))
@@ -225,14 +236,27 @@ class Editor:
         found = [zip(names, next_layer([self._change(n) for n in names]), strict=True) for names in kinds]
         return {name: change for pairs in found for name, change in pairs}
 
-    def _published(self, names: list[str], k_top: int, k_tail: int, values: bool) -> tuple[Weights, dict[str, float]]:
+    def _published_pairs(self, family: Family, prefix: str, tuned: Model, base: Model) -> Iterator[Edit]:
+        """On everything with two dimensions, embedding and head too, as the authors' code."""
+        width = max(min(self.end[n].shape) for n in self.with_two_dimensions)
+        for pair, with_values in product(self.settings.published, (True, False)):
+            ranks = tuple(round(share(text) * width) for text in pair)
+            what = "values and directions" if with_values else "directions"
+            name = f"{prefix}as published, {what}, top {pair[0]} tail {pair[1]}"
+            yield Edit(name, family, partial(self._published, tuned, base, ranks, with_values))
+
+    def _published(
+        self, tuned: Model, base: Model, ranks: Sequence[int], with_values: bool
+    ) -> tuple[Weights, dict[str, float]]:
+        (weights, of), (before, of_before) = tuned, base
         made = {
-            n: edits.as_published(self.end_svd(n), self.peak_svd(n), k_top, k_tail, with_values=values) for n in names
+            n: edits.as_published(of(n), of_before(n), *ranks, with_values=with_values)
+            for n in self.with_two_dimensions
         }
-        weights = {n: self.peak[n] if one.early else one.weight.float() for n, one in made.items()}
+        changed = {n: before[n] if one.early else one.weight.float() for n, one in made.items()}
         early = sum(one.early for one in made.values()) / len(made)
         worst = max(one.orthonormality for one in made.values())
-        return {**self.end, **weights}, {"orthonormality": worst, "early": early}
+        return {**weights, **changed}, {"orthonormality": worst, "early": early}
 
     def _coordinates(self, put_back: float) -> tuple[Weights, dict[str, float]]:
         peak, end = ({n: weights[n] for n in self.anatomy.matrices} for weights in (self.peak, self.end))

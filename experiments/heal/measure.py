@@ -1,7 +1,8 @@
 """What a model with given weights can do: accuracies, losses, and how much RL would have to work with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,20 +26,26 @@ class Bench:
         base: The name of a base model, for its architecture and tokenizer.
         split: A key of `evaluation`: val or test.
         losses: Whether losses on demonstrations are measured, where the configuration has them.
+        changes: Keys and values laid over those of the split.
     """
 
-    def __init__(self, study: Study, base: str, split: str, losses: bool = True) -> None:
-        values = {**study.set, **study.evaluation[split]}
+    def __init__(
+        self, study: Study, base: str, split: str, losses: bool = True, changes: Mapping[str, Any] | None = None
+    ) -> None:
+        values = {**study.set, **study.evaluation[split], **(changes or {})}
         if not losses:
             values["model.evaluation.demonstration_loss"] = False
         self.study, self.run = study, make_run(study.config, study.bases[base], flags(values))
         self.own_seed = self.run.model.responder.seed
 
-    def evaluate(self, weights: Weights, draw: int = 0) -> dict[str, float]:
-        """The metrics of the study that the questions have; another `draw`, other responses to the same questions."""
+    def evaluate(self, weights: Weights, draw: int = 0, metrics: Sequence[str] | None = None) -> dict[str, float]:
+        """The metrics that the questions have, the study's unless others are given.
+
+        Another `draw`: other responses to the same questions.
+        """
         self.run.model.responder.seed = Seed(draw, "draw") if draw else self.own_seed
         found = evaluate(self.run, weights)
-        return {key: found[key] for key in self.study.metrics if key in found}
+        return {key: found[key] for key in metrics or self.study.metrics if key in found}
 
     def questions(self) -> dict[str, int]:
         """How many different questions are evaluated of each source, orderings of one once; after an evaluation.

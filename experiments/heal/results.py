@@ -16,7 +16,7 @@ from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, steps
 from experiments.heal.records import RECORDS, SECONDS
 from experiments.heal.restoration import Fall, Read, Share, at_equal, fall_over_bases, units
 from experiments.heal.settings import END, Start, Study
-from experiments.heal.spectra import REFERENCES, SPECTRA
+from experiments.heal.spectra import AFTER_RL, REFERENCES, SPECTRA
 from experiments.heal.sweep import NOISE, RL
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.reading import build
@@ -173,7 +173,7 @@ def missing_controls(study: Study, base: dict[str, Any], edits: bool) -> list[st
     }
     wanted["spectra of base -> end"] = "base -> end" in base.get(SPECTRA, {})
     for pair, rows in base.get(SPECTRA, {}).items():
-        needed = set(REFERENCES) - ({"other seed"} if pair == "end -> rl" else set())
+        needed = set(REFERENCES) - ({"other seed"} if pair.endswith(f"-> {AFTER_RL}") else set())
         wanted[f"reference rows of {pair}"] = needed <= set(rows)
     if edits and base["peak"] != study.last:
         families = {record["family"] for record in base.get(EDITS, {}).values()}

@@ -22,13 +22,19 @@ TURN = (
     "unbounded",
 )
 """What is kept of a `Turn`, in this order, and last the share of matrices whose `bound` exceeds 1."""
+TURN_IN_SHORT = ("left_mean", "right_mean", "energy")
+"""What is kept of it for a part of the matrices: those of a kind, such as q_proj, or of a third of the layers."""
+IN_PARTS = ("change", "gauss")
+"""Rows that are kept by part as well: the change itself, and a random one of its size."""
+AFTER_RL = "rl"
+"""What the main RL makes of the end."""
 REFERENCES = ("rounding", *CHANGES, "other seed")
 """Rows that stand beside every pair: W against W in bf16; random changes of the norm of the pair's; the same steps of
 another run."""
 
 
 def measure_spectra(study: Study, base: str) -> None:
-    """Compare base, peak and end pairwise, and the end with what RL makes of it; each with its reference rows."""
+    """Compare base, peak and end pairwise, and each with what RL makes of the end; with their reference rows."""
     records = open_records(study, base)
     for name, load in _pairs(study, base, records):
         records.once(SPECTRA, name, load)
@@ -42,7 +48,9 @@ def _pairs(study: Study, base: str, records: Records) -> Iterator[tuple[str, Cal
         for name, step in ends.items():
             if start < step and (start or label == "base"):
                 yield f"{label} -> {name}", partial(_steps, study, base, start, step)
-    yield "end -> rl", partial(_rl, study, base, best)
+    for label, start in {"base": 0, "peak": best, "end": last}.items():  # does RL turn back, or on?
+        if start or label == "base":
+            yield f"{label} -> {AFTER_RL}", partial(_rl, study, base, best, start)
 
 
 def _steps(study: Study, base: str, start: int, step: int) -> Record:
@@ -54,23 +62,28 @@ def _steps(study: Study, base: str, start: int, step: int) -> Record:
     return compare(study, before, after, other)
 
 
-def _rl(study: Study, base: str, best: int) -> Record:
+def _rl(study: Study, base: str, best: int, start: int) -> Record:
     cell = rl_cells(study, base, best)[study.main, study.last]
-    before, after = read_weights(checkpoint(study, base, study.last)), read_weights(cell.directory / "model")
+    before, after = read_weights(checkpoint(study, base, start)), read_weights(cell.directory / "model")
     return compare(study, before, after, None)
 
 
 def compare(study: Study, before: Weights, after: Weights, other: Weights | None) -> Record:
-    """Movements of all matrices for the pair itself and each reference, as means over matrices."""
-    found: dict[str, list[Movement]] = {}
-    for index, name in enumerate(anatomy(before, study.spectra.matrices).matrices):
+    """Movements of all matrices for the pair itself and each reference, as means over matrices, all and `PARTS`."""
+    found: dict[str, dict[str, Movement]] = {}
+    parts = anatomy(before, study.spectra.matrices)
+    for index, name in enumerate(parts.matrices):
         old, draw = before[name].double(), Generator().manual_seed(index)
         ranks, known = {str(k): dimension(k, min(old.shape)) for k in study.spectra.k}, svd(old)
         for row, new in variants(old, after[name].double(), draw).items():
-            found.setdefault(row, []).append(movement(old, new, ranks, known))
+            found.setdefault(row, {})[name] = movement(old, new, ranks, known)
         if other is not None:
-            found.setdefault("other seed", []).append(movement(old, other[name], ranks, known))
-    return {row: means(each) for row, each in found.items()}
+            found.setdefault("other seed", {})[name] = movement(old, other[name], ranks, known)
+    record: Record = {row: means(list(each.values())) for row, each in found.items()}
+    for row in IN_PARTS:
+        groups = {**parts.kinds, **parts.thirds}.items()
+        record[row]["parts"] = {part: in_short([found[row][n] for n in names]) for part, names in groups if names}
+    return record
 
 
 def variants(old: Tensor, new: Tensor, draw: Generator) -> dict[str, Tensor]:
@@ -78,6 +91,14 @@ def variants(old: Tensor, new: Tensor, draw: Generator) -> dict[str, Tensor]:
     change = new - old
     random = {name: old + make(change, draw) for name, make in CHANGES.items()}
     return {"change": new, "rounding": old.to(torch.bfloat16).double(), **random}
+
+
+def in_short(movements: list[Movement]) -> Record:
+    """Means over the matrices of a part; `turns` in the order of `TURN_IN_SHORT`."""
+    whole = means(movements)
+    places = [TURN.index(key) for key in TURN_IN_SHORT]
+    turns = {name: [turn[i] for i in places] for name, turn in whole["turns"].items()}
+    return {"relative_median": whole["relative_median"], "values": whole["values"], "turns": turns}
 
 
 def means(movements: list[Movement]) -> Record:

@@ -16,6 +16,7 @@ from experiments.heal.results import Results
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
 from experiments.heal.sweep import FACTS, NOISE, RL, check_end, least_loss, measure_rl, measure_sweep, peak
+from experiments.heal.tries import TRIES, measure_tries
 from mifo_lightning.common.files import make_writable, replace_text
 from mifo_lightning.common.terminal import quiet
 from mifo_lightning.lab.cell import LOCK, held, outcome, output_to
@@ -47,7 +48,7 @@ def _run(study: Study) -> None:
     bases = _unmeasured(study, [measure_sweep])
     _fits(study, {base: sweep_cells(study, base) for base in bases})
     _on_bases(study, bases, measure_sweep)
-    stages: list[Stage] = [measure_rl, measure_spectra]
+    stages: list[Stage] = [measure_rl, measure_tries, measure_spectra]
     if Results(study, collect(study)["bases"], None).wants_edits:
         stages.append(measure_edits)
     else:
@@ -86,7 +87,7 @@ def _collected(study: Study, records: Records) -> Record:
         "least train loss": least_loss(study, records, study.id_seen) if study.id_seen else None,
         "least test loss": least_loss(study, records, study.id),
         "questions": records.stage(FACTS)["base"]["questions"],
-        **{stage: records.stage(stage) for stage in (SWEEP, HALF_RATE, OTHER_SEED, NOISE, RL, SECONDS)},
+        **{stage: records.stage(stage) for stage in (SWEEP, HALF_RATE, OTHER_SEED, NOISE, RL, TRIES, SECONDS)},
         SPECTRA: _shortened(records.stage(SPECTRA)),
         EDITS: {name: short(record) for name, record in records.stage(EDITS).items()},
     }
