@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = {
     "signal_questions": 4,
     "draws": 2,
     "sweep": {"steps": [0, 1, 3]},
+    "protected": 0.25,
     "rl": {"grpo": {"configs": ["methods/rl"], "set": {"data.schedule.rl_steps": 1}, "start": [0, "peak", "end"]}},
     "spectra": {"k": [1, "1/4"]},
     "edits": {
@@ -97,6 +98,7 @@ def write(root: Path, **changes: Any) -> Path:
         ({"sweep": {"set": {"export.steps": [1]}}}, "sweep.set: export.steps is not allowed"),
         ({"config": ["pionts"]}, "configs: pionts: neither a file nor the name of a packaged configuration; did you"),
         ({"jobs": 0}, "jobs"),
+        ({"protected": 1.5}, "protected: 1.5 is not allowed; it must be a share between 0 and 1, or null"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
@@ -233,6 +235,15 @@ def test_a_study_runs_through_and_its_controls_control(small: Path) -> None:
         assert set(found) >= {"points-literal/greedy", "points-ten-seen/pass@5"}
     if base["edits"]:
         assert base["edits"]["interpolation 1"]["norm"] > 0
+    for run in ("protected 0.25", "protected at random 0.25"):
+        assert base[run]["0"]["test"] == base["sweep"]["0"]["test"]
+        held = out / "fits" / "tiny" / run.replace(" ", "_") / "base" / "seed0"
+        before, after = (read_weights(held / f"model-{step}") for step in (0, 3))
+        for name in (n for n, w in before.items() if w.ndim == 2 and "layers" in n):
+            change, own = (after[name] - before[name]).double(), torch.linalg.svd(before[name].double())[0]
+            k = min(change.shape) // 4
+            still = float((own[:, :k].T @ change).norm() / change.norm())
+            assert (still < 1e-3) == (run == "protected 0.25"), (name, still)
     assert "trained tokens" not in json.dumps(records)
 
 

@@ -54,7 +54,17 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
             "class_path": f"{METHODS}.SubspaceFreezing",
             "init_args.k": 16,
             "init_args.sides": "either",
-            "init_args.selector": "rl_topk",
+            "init_args.selector": "top",
+            "init_args.of": "rl",
+        }
+    },
+    "own_subspace": {
+        "subspace": {
+            "class_path": f"{METHODS}.SubspaceFreezing",
+            "init_args.k": 0.25,
+            "init_args.sides": "either",
+            "init_args.selector": "top",
+            "init_args.of": "weights",
         }
     },
     "random_subspace": {
@@ -63,6 +73,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
             "init_args.k": 16,
             "init_args.sides": "either",
             "init_args.selector": "random",
+            "init_args.of": "rl",
         }
     },
     "random_anchor": {"anchor": {"class_path": f"{METHODS}.Anchor", "init_args.selector": "random"}},

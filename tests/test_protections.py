@@ -265,7 +265,7 @@ def test_components_are_orthogonal_projections() -> None:
         torch.testing.assert_close(component(once, u, v, sides), once)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("selector", ["rl_topk", "random"])
+@pytest.mark.parametrize("selector", ["top", "random"])
 @pytest.mark.parametrize("sides", ["either", "both"])
 def test_directions_of_rl_stand_still_while_sft_moves_the_rest(sides: Any, selector: Any) -> None:
     freezing = SubspaceFreezing(2, sides, selector, seed=0)
@@ -276,7 +276,7 @@ def test_directions_of_rl_stand_still_while_sft_moves_the_rest(sides: Any, selec
         assert look.looks[i].keys() == set(MATRICES)
         for name, (u, v) in look.looks[i].items():
             assert (u.shape[1], v.shape[1]) == (2, 2)
-            if selector == "rl_topk":
+            if selector == "top":
                 expected, _, vt = torch.linalg.svd(displaced[name].double())
                 torch.testing.assert_close((u @ u.T).double(), expected[:, :2] @ expected[:, :2].T, atol=1e-4, rtol=0)
                 torch.testing.assert_close((v @ v.T).double(), vt[:2].T @ vt[:2], atol=1e-4, rtol=0)
@@ -292,6 +292,34 @@ def test_directions_of_rl_stand_still_while_sft_moves_the_rest(sides: Any, selec
             )
     if selector == "random":
         assert not torch.equal(look.looks[0][MATRICES[0]][0], look.looks[3][MATRICES[0]][0]), "each RL phase draws anew"
+
+
+@pytest.mark.parametrize("selector", ["top", "random"])
+def test_own_directions_are_those_of_the_weights_where_each_sft_phase_begins(selector: Any) -> None:
+    freezing = SubspaceFreezing(0.25, selector=selector, of="weights", seed=0)
+    look = Look(lambda: {name: (pair["u"], pair["v"]) for name, pair in freezing._held.items()})
+    fit([look, freezing])
+    for i, step in enumerate(STEPS):
+        start = look.before[3 * (i // 3)]  # each phase has three steps
+        for name, (u, v) in look.looks[i].items():
+            k = min(start[name].shape) // 4
+            assert (u.shape[1], v.shape[1]) == (k, k)
+            own = torch.linalg.svd(start[name].double())[0][:, :k]
+            same = torch.allclose((u @ u.T).double(), own @ own.T, atol=1e-4, rtol=0)
+            assert same == (selector == "top")
+            change = look.after[step][name] - start[name]
+            assert max(float((u.T @ change).norm()), float((change @ v).norm())) < 1e-5
+            assert float(change.norm()) > 1e-2
+    assert look.looks[0].keys() == set(MATRICES)
+
+
+@pytest.mark.parametrize(("of", "warned"), [("rl", True), ("weights", False)])
+def test_before_rl_only_own_directions_are_held(of: Any, warned: bool, recwarn: pytest.WarningsRecorder) -> None:
+    freezing = SubspaceFreezing(2, of=of)
+    look = Look(lambda: dict(freezing._held))
+    fit([look, freezing], ["sft", "sft"])
+    assert bool(look.looks[0]) == (not warned)
+    assert any("before RL has moved anything" in str(one.message) for one in recwarn) == warned
 
 
 # --- all --------------------------------------------------------------------------------------------------------------
@@ -363,7 +391,15 @@ def test_what_is_refused() -> None:
         (lambda: Anchor(1.0, None, "random"), "anchor.selector: random is not allowed; it must be top where k is null"),
         (lambda: SoftFreezing(0.0), "soft.quantile: 0.0 is not allowed; it must be above 0 and at most 1"),
         (lambda: SignConflict(1.5), "conflict.fraction: 1.5 is not allowed; it must be above 0 and at most 1"),
-        (lambda: SubspaceFreezing(0), "subspace.k: 0 is not allowed; it must be at least 1"),
+        (
+            lambda: SubspaceFreezing(0),
+            "subspace.k: 0 is not allowed; it must be a whole number from 1 on, or a share between 0 and 1",
+        ),
+        (
+            lambda: SubspaceFreezing(2.5),
+            "subspace.k: 2.5 is not allowed; it must be a whole number from 1 on, or a share between 0 and 1",
+        ),
+        (lambda: SubspaceFreezing(of="sft"), "subspace.of: sft is not allowed; it must be rl or weights"),
     ]
     for make, line in cases:
         with pytest.raises(InputError) as refused:

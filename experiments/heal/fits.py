@@ -26,9 +26,29 @@ def sweep_cells(study: Study, base: str) -> dict[str, Cell]:
     return {name: _cell(study, base, name, each, "base", study.bases[base], own) for name, (each, own) in made.items()}
 
 
+def protected_cells(study: Study, base: str) -> dict[str, Cell]:
+    """SFT as the sweep's, but for directions of each matrix that stand still; none where the study asks for none."""
+    if study.protected is None:
+        return {}
+    steps = {"data.schedule.sft_before": study.last, "export.steps": study.sweep.steps, **study.sweep.set}
+    configs, seed = [*study.sweep.configs, "protections/own_subspace"], study.seed_of(base)
+    made = {}
+    for name, selector in zip(protected_runs(study), ("top", "random"), strict=True):
+        arm = Arm(configs, {**steps, "subspace.k": study.protected, "subspace.selector": selector})
+        made[name] = _cell(study, base, name, arm, "base", study.bases[base], seed)
+    return made
+
+
+def protected_runs(study: Study) -> list[str]:
+    """Names of those runs: with each matrix's own main directions, and with as many at random, the control."""
+    share = study.protected
+    return [] if share is None else [f"protected {share:g}", f"protected at random {share:g}"]
+
+
 def checkpoint(study: Study, base: str, step: int, run: str = SWEEP) -> Path:
-    """The model of one of the runs of `sweep_cells` after so many steps."""
-    return sweep_cells(study, base)[run].directory / f"model-{step}"
+    """The model of one of the runs of `sweep_cells` or `protected_cells` after so many steps."""
+    cells = protected_cells if run in protected_runs(study) else sweep_cells
+    return cells(study, base)[run].directory / f"model-{step}"
 
 
 def rl_cells(study: Study, base: str, peak: int) -> dict[tuple[str, int], Cell]:

@@ -107,6 +107,8 @@ class Study:
     set: dict[str, Any] = field(default_factory=dict)
     """Keys and values of all fits and evaluations."""
     spectra: Spectra = field(default_factory=Spectra)
+    protected: float | None = None
+    """Share of each matrix's own main directions that stand still in two further runs of SFT; null makes none."""
     signal_questions: PositiveInt = 256
     """Training questions that are asked once, a group each, to see how much RL would have to work with."""
     draws: PositiveInt = 4
@@ -154,8 +156,9 @@ class Study:
         return kept | {"bases": list(self.bases)}
 
     def decisive(self) -> dict[str, Any]:
-        """What of it decides a measurement: not how the page words it."""
-        return {key: value for key, value in self.content().items() if key not in ("name", "setting", "verdict")}
+        """What of it decides a measurement: not how the page words it, nor what names of records say."""
+        apart = ("name", "setting", "verdict", "protected")
+        return {key: value for key, value in self.content().items() if key not in apart}
 
 
 def loss(metric: str) -> str:
@@ -214,6 +217,9 @@ def _check(study: Study, path: Path) -> None:
         require(
             f"{path}: evaluation.{key}", study.evaluation.get(key), key in study.evaluation, "keys and values, or {}"
         )
+    share_held = study.protected
+    good = share_held is None or 0 < share_held < 1
+    require(f"{path}: protected", share_held, good, "a share between 0 and 1, or null")
     _check_edits(study.edits, path)
     _check_ranks(study.spectra.k, f"{path}: spectra.k")
     names = [slug(name) for name in study.bases]

@@ -10,12 +10,22 @@ from typing import Any
 import torch
 
 from experiments.heal.edit_stage import EDITS, measure_edits
-from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, rl_cells, sweep_cells
+from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, protected_cells, protected_runs, rl_cells, sweep_cells
 from experiments.heal.records import RECORDS, SECONDS, Record, Records, open_records, records_path
 from experiments.heal.results import Results
 from experiments.heal.settings import Study, loss
 from experiments.heal.spectra import SPECTRA, measure_spectra
-from experiments.heal.sweep import FACTS, NOISE, RL, check_end, least_loss, measure_rl, measure_sweep, peak
+from experiments.heal.sweep import (
+    FACTS,
+    NOISE,
+    RL,
+    check_end,
+    least_loss,
+    measure_protected,
+    measure_rl,
+    measure_sweep,
+    peak,
+)
 from experiments.heal.tries import TRIES, measure_tries
 from mifo_lightning.common.files import make_writable, replace_text
 from mifo_lightning.common.terminal import quiet
@@ -62,6 +72,9 @@ def _run(study: Study) -> None:
         _fits(study, {base: rl_cells(study, base, peak(study, open_records(study, base))) for base in bases})
         for stage in stages:
             _on_bases(study, bases, stage)
+    bases = _unmeasured(study, [measure_protected] if study.protected else [])
+    _fits(study, {base: protected_cells(study, base) for base in bases})
+    _on_bases(study, bases, measure_protected)
     replace_text(study.out / RECORDS, json.dumps(collect(study), separators=(",", ":")) + "\n")
 
 
@@ -78,6 +91,7 @@ def collect(study: Study) -> Record:
 def _collected(study: Study, records: Records) -> Record:
     """One base: which checkpoints were chosen, and all stages; of edits the accuracies alone."""
     losses = {loss(key) for key in (study.id_seen, study.id, study.ood) if key}
+    plain = (SWEEP, HALF_RATE, OTHER_SEED, *protected_runs(study), NOISE, RL, TRIES, SECONDS)
 
     def short(record: Record) -> Record:
         return {**record, "test": {key: value for key, value in record["test"].items() if key not in losses}}
@@ -87,7 +101,7 @@ def _collected(study: Study, records: Records) -> Record:
         "least train loss": least_loss(study, records, study.id_seen) if study.id_seen else None,
         "least test loss": least_loss(study, records, study.id),
         "questions": records.stage(FACTS)["base"]["questions"],
-        **{stage: records.stage(stage) for stage in (SWEEP, HALF_RATE, OTHER_SEED, NOISE, RL, TRIES, SECONDS)},
+        **{stage: records.stage(stage) for stage in plain},
         SPECTRA: _shortened(records.stage(SPECTRA)),
         EDITS: {name: short(record) for name, record in records.stage(EDITS).items()},
     }

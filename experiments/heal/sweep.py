@@ -5,7 +5,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, checkpoint, rl_cells
+from experiments.heal.fits import HALF_RATE, OTHER_SEED, SWEEP, checkpoint, protected_runs, rl_cells
 from experiments.heal.measure import Bench
 from experiments.heal.records import Record, Records, open_records
 from experiments.heal.settings import Study, loss
@@ -46,6 +46,18 @@ def measure_sweep(study: Study, base: str) -> None:
     for draw in range(1, study.draws + 1):
         records.once(NOISE, str(draw), partial(on_test, SWEEP, study.last, draw))
     records.once(FACTS, "base", facts)
+
+
+def measure_protected(study: Study, base: str) -> None:
+    """Evaluate on test, at the sweep's steps, what SFT makes of the base where main directions stand still."""
+    records, bench = open_records(study, base), cache(partial(Bench, study, base, "test"))
+
+    def on_test(model: Path) -> Record:
+        return {"test": bench().evaluate(read_weights(model))}
+
+    for run in protected_runs(study):
+        for step in study.sweep.steps:
+            records.once(run, str(step), partial(on_test, checkpoint(study, base, step, run)))
 
 
 def check_end(study: Study, base: str) -> None:

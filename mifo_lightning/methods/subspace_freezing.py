@@ -1,4 +1,4 @@
-"""SubspaceFreezing: SFT leaves the directions alone in which RL has just moved each matrix."""
+"""SubspaceFreezing: SFT leaves main directions of each matrix alone, those in which RL has just moved it or its own."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -13,24 +13,29 @@ from mifo_lightning.common.errors import require
 from mifo_lightning.methods.directions import at_random, singular_directions
 from mifo_lightning.methods.protection import Protection, refuse_freezing
 
-Selector = Literal["rl_topk", "random"]
+Of = Literal["rl", "weights"]
+Selector = Literal["top", "random"]
 Sides = Literal["either", "both"]
 
 
 class SubspaceFreezing(Protection):
-    """Take out of SFT's movement of each matrix what lies in the k directions in which the last RL phase moved it most.
+    """Take k directions on each side of each matrix out of what SFT moves.
 
-    RL's net displacement of a matrix is D = U S V^T; P = U_k U_k^T, Q = V_k V_k^T. Of SFT's movement E = W - W_0 since
-    the phase began, "either" side takes out P E + E Q - P E Q, so that U_k^T W and W V_k stand still: k (n + m - k) of
-    n m dimensions, what RL writes into and what it reads from. "both" sides take out P E Q, k^2 dimensions, so that
-    U_k^T W V_k stands still, as `DirectionFreezing` does for adapters. The gradient is projected ahead of clipping, and
-    what AdamW moves all the same is taken back after each step, to rounding. Weights that are no matrices are free.
-    Costs a copy of the matrices, k (n + m) numbers each, and a decomposition of each in fp64 where an RL phase ends.
+    They are the first singular directions U_k, V_k of D, what the last RL phase has moved the matrix by, or of the
+    matrix itself where the SFT phase begins: SFT orthogonal to its top-k subspaces (after arXiv 2509.12235, version 3,
+    of which we know no details: sides and matrices are ours). With P = U_k U_k^T, Q = V_k V_k^T and E = W - W_0 since
+    the SFT phase began, "either" side takes out P E + E Q - P E Q, so that U_k^T W and W V_k stand still: k (n + m - k)
+    of n m dimensions. "both" sides take out P E Q, k^2 dimensions, so that U_k^T W V_k stands still, as
+    `DirectionFreezing` does for adapters. The gradient is projected ahead of clipping, and what AdamW moves all the
+    same is taken back after each step, to rounding. Weights that are no matrices are free. Costs a copy of the
+    matrices, k (n + m) numbers each, and a decomposition of each in fp64 in every phase.
 
     Args:
-        k: Directions of each matrix; fewer where D has fewer.
+        k: Directions of each matrix, or, below 1, a share of its smaller side (rounded, at least 1); fewer where what
+            is decomposed has fewer.
         sides: Whether what is taken out has "either" side in these directions, or "both".
-        selector: The directions of RL's largest singular values, or as many at random (a control).
+        selector: The directions of the largest singular values ("top"), or as many at random (a control).
+        of: What is decomposed: the displacement by the last "rl" phase, or the "weights" where an SFT phase begins.
         seed: Seed of random directions; null follows `seed_everything`.
 
     Raises:
@@ -41,16 +46,23 @@ class SubspaceFreezing(Protection):
     needs_whole = True
 
     def __init__(
-        self, k: int = 16, sides: Sides = "either", selector: Selector = "rl_topk", seed: int | None = None
+        self,
+        k: float = 16,
+        sides: Sides = "either",
+        selector: Selector = "top",
+        of: Of = "rl",
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        require("subspace.k", k, k >= 1, "at least 1")
+        good = 0 < k < 1 or (k >= 1 and float(k).is_integer())
+        require("subspace.k", k, good, "a whole number from 1 on, or a share between 0 and 1")
         require("subspace.sides", sides, sides in ("either", "both"), "either or both")
-        require("subspace.selector", selector, selector in ("rl_topk", "random"), "rl_topk or random")
-        self.k, self.selector = k, selector
+        require("subspace.of", of, of in ("rl", "weights"), "rl or weights")
+        require("subspace.selector", selector, selector in ("top", "random"), "top or random")
+        self.k, self.of, self.selector = k, of, selector
         self.sides: Sides = sides
         self.seed = Seed(seed, "subspace.seed")
-        self._phases = 0  # RL phases so far: random directions depend on it
+        self._phases = 0  # decompositions so far: random directions depend on it
         self._start: dict[str, Tensor] = {}  # the matrices when the running phase began
         self._held: dict[str, dict[str, Tensor]] = {}  # by matrix: u [n, k] and v [m, k]
 
@@ -66,19 +78,22 @@ class SubspaceFreezing(Protection):
         refuse_freezing(trainer, "subspace")
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
-        """Where RL ends, find its directions; note where each phase begins."""
+        """Where RL ends, or SFT begins, find the directions; note where each phase begins."""
         matrices = {name: p.detach() for name, p in self.trained(pl_module).items() if p.ndim == 2}
-        if previous == "rl":
-            self._phases += 1
+        if self.of == "weights" and current == "sft":
             self._held = self._directions(matrices)
+        elif self.of == "rl" and previous == "rl":
+            self._held = self._directions({name: matrices[name] - start for name, start in self._start.items()})
         self._start = {name: p.clone() for name, p in matrices.items()}
-        if current == "sft" and not self._held:
+        if current == "sft" and not self._held and self.of == "rl":
             rank_zero_warn("subspace: SFT begins before RL has moved anything: nothing is frozen")
 
     def _directions(self, matrices: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         found = {}
-        for position, (name, start) in enumerate(self._start.items()):
-            u, v = singular_directions(matrices[name] - start, self.k)
+        self._phases += 1
+        for position, (name, matrix) in enumerate(matrices.items()):
+            k = int(self.k) if self.k >= 1 else max(1, round(self.k * min(matrix.shape)))
+            u, v = singular_directions(matrix, k)
             if self.selector == "random":
                 u, v = at_random(u, v, self.seed.value, self._phases, position)
             if u.shape[1]:
