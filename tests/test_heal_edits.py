@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.heal.anatomy import anatomy
-from experiments.heal.factorial import CONTROLS, UNTRAINED, Edit, Editor
+from experiments.heal.factorial import UNTRAINED, Edit, Editor, controls, moves_matrices_alone
 from experiments.heal.settings import KINDS, Edits, Spectra
 from experiments.heal.spectra import TURN, compare
 from experiments.prune_update import Weights
@@ -186,10 +186,19 @@ def test_distances_from_the_peak() -> None:
 
 
 def test_controls_come_whatever_kinds_are_asked_for() -> None:
-    bare = list(editor(kinds=[]).all())
-    assert {edit.family for edit in bare if edit.name != UNTRAINED} == set(CONTROLS)
-    assert UNTRAINED in {edit.name for edit in bare}
-    assert {edit.family for edit in editor(kinds=list(KINDS)).all()} > set(CONTROLS)
+    bare = [edit.name for edit in editor(kinds=[]).all()]
+    assert sorted(bare) == sorted([*controls(editor().settings), UNTRAINED])
+    assert {edit.name for edit in editor(kinds=list(KINDS)).all()} > set(bare)
+
+
+def test_edits_of_more_than_matrices_are_known_by_their_names() -> None:
+    of = editor()
+    for edit in of.all():
+        if edit.family in ("rollback", "restoration", "published", "random subspace"):
+            weights, _ = edit.make()
+            others = (name for name in of.end if name not in of.anatomy.matrices)
+            alone = all(torch.equal(weights[name], of.end[name]) for name in others)
+            assert alone == moves_matrices_alone(edit.name, edit.family), edit.name
 
 
 def test_as_published_says_how_far_it_is_from_a_rotation_and_how_often_it_gave_up() -> None:

@@ -24,18 +24,40 @@ Decomposed = Callable[[str], Svd]
 """The SVD of a matrix by its name."""
 Model = tuple[Weights, Decomposed]
 Family = Literal["rollback", "restoration", "published", "reverse", "random subspace", "interpolation", "random change"]
-CONTROLS: tuple[Family, ...] = ("random subspace", "interpolation", "random change")
-"""Families without which no table is written."""
 PROJECTIONS = {"block": edits.block, "either": edits.either}
 PARTS = {"block": edits.inside, "either": edits.touching}
 """What each of them takes of a change."""
 WHERE = ("inside", "outside")
+BEYOND = (
+    "everything",
+    "everything with two dimensions",
+    "all but the matrices",
+    "embedding",
+    "head",
+    "norms and biases",
+)
+"""What `rollback` puts back that is more than matrices, or something else."""
 UNTRAINED = "rollback rows never trained"
 """Rows of embedding and head of tokens that occur in nothing that is trained on."""
 PARTS_OF_RL = (0.25, 0.5, 0.75)
 """Shares of RL's change, the control of what lies inside or outside."""
 COORDINATES = (0.25, 0.5, 0.75)
 """Shares of random coordinates that are put back, the control that needs no spectrum."""
+
+
+def controls(settings: Edits) -> list[str]:
+    """Names of the edits without which no table is written."""
+    drawn = product(PROJECTIONS, settings.k, range(settings.seeds))
+    names = [f"random {kind} {k}, {seed}" for kind, k, seed in drawn]
+    names += [f"interpolation {a:g}" for a in (0.0, *settings.interpolation, 1.0)]
+    names += [f"interpolation of all weights {a:g}" for a in settings.interpolation]
+    names += [f"coordinates {a:g}" for a in COORDINATES]
+    return [*names, *(f"peak + {name}" for name in ("SFT's change", *CHANGES, "next layer's change"))]
+
+
+def moves_matrices_alone(edit: str, family: str) -> bool:
+    """Whether an edit leaves embedding, head and vectors the end's: it is compared with a path that does so too."""
+    return family != "published" and edit not in (UNTRAINED, *(f"rollback {part}" for part in BEYOND))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from experiments.heal.fits import HALF_RATE
 from experiments.heal.restoration import pareto
 from experiments.heal.results import Results, interpolations
+from experiments.heal.spectra import TURN
+from experiments.heal.spectra_tables import SHOWN, pairs
 from experiments.heal.tables import SIGNALS, accuracies
 from mifo_lightning.lab.report.drawing import PALETTE
 from mifo_lightning.lab.report.statistics import interval
@@ -29,7 +31,9 @@ FAMILIES = {"rollback": "v", "restoration": "o", "published": "s", "random subsp
 
 def draw(results: Results, directory: Path) -> dict[str, str]:
     """Write them; what each shows, by its file."""
-    made = {"curve.svg": curve, "window.svg": window} | ({"front.svg": front} if results.edited else {})
+    made = {"curve.svg": curve, "window.svg": window, "spectra.svg": spectra} | (
+        {"front.svg": front} if results.edited else {}
+    )
     with plt.rc_context(STYLE):
         for name, make in made.items():
             figure = make(results)
@@ -62,19 +66,43 @@ def curve(results: Results) -> Figure:
 
 
 def window(results: Results) -> Figure:
-    """Change of OOD accuracy by RL against what RL started from; a mark is a base and a start."""
+    """OOD accuracy after RL, and its change by RL, against what RL started from; a mark is a base and a start."""
     study = results.study
-    figure, panels = plt.subplots(1, 1 + len(SIGNALS), figsize=(11, 2.6), sharey=True)
+    figure, panels = plt.subplots(2, 1 + len(SIGNALS), figsize=(11, 4.6), sharey="row", sharex="col")
     for color, start in zip((*PALETTE, *PALETTE), study.rl[study.main].start, strict=False):
-        gain = (results.after(study.main, start, study.ood) - results.swept(start, study.ood))[:, 0]
+        after = results.after(study.main, start, study.ood)
         sides = [results.swept(start, study.matched), *(results.signal(start, key) for key in SIGNALS)]
-        for axes, side in zip(panels, sides, strict=True):
-            axes.plot(side[:, 0], gain, color=color, marker="o", ms=4, ls="", alpha=0.7, label=f"{start}")
-    for axes, name in zip(panels, (study.matched, *SIGNALS), strict=True):
+        for row, values in zip(panels, (after, after - results.swept(start, study.ood)), strict=True):
+            for axes, side in zip(row, sides, strict=True):
+                axes.plot(side[:, 0], values[:, 0], color=color, marker="o", ms=4, ls="", alpha=0.7, label=f"{start}")
+    for axes, name in zip(panels[1], (study.matched, *SIGNALS), strict=True):
         axes.axhline(0, color="black", lw=0.6, alpha=0.5)
         axes.set_xlabel(f"{name} before RL")
-    panels[0].set_ylabel("change of OOD by RL")
-    panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="from")
+    panels[0, 0].set_ylabel("OOD after RL")
+    panels[1, 0].set_ylabel("change of OOD by RL")
+    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.0), title="from")
+    return figure
+
+
+def spectra(results: Results) -> Figure:
+    """Mean left angle, degrees, of the subspaces of the k largest singular values, means over matrices and bases: the
+    change, and the rows that stand beside it.
+    """
+    shown = [pair for pair in ("base -> end", *SHOWN) if pair in pairs(results)]
+    figure, panels = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), sharey=True, squeeze=False)
+    for axes, pair in zip(panels[0], shown, strict=True):
+        having = [base["spectra"][pair] for base in results.bases.values() if pair in base["spectra"]]
+        for color, row in zip((*PALETTE, *PALETTE), having[0], strict=False):
+            turns = having[0][row]["turns"]
+            angles = [sum(one[row]["turns"][k][TURN.index("left_mean")] for one in having) / len(having) for k in turns]
+            own = row == "change"
+            style = {"color": "black" if own else color, "lw": 1.8 if own else 1.0, "ls": "-" if own else "--"}
+            axes.plot(range(len(turns)), angles, marker="o", ms=3, label=row, **style)
+        axes.set_xticks(range(len(turns)), list(turns))
+        axes.set_title(pair, fontsize=9)
+        axes.set_xlabel("k")
+    panels[0, 0].set_ylabel("left angle")
+    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from experiments.heal.edit_stage import EDITS
-from experiments.heal.factorial import CONTROLS
-from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, steps_of
+from experiments.heal.factorial import controls, moves_matrices_alone
+from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP, protected_runs, steps_of
 from experiments.heal.records import RECORDS, SECONDS
 from experiments.heal.restoration import Fall, Read, Share, at_equal, fall_over_bases, units
 from experiments.heal.settings import END, Start, Study
 from experiments.heal.spectra import AFTER_RL, REFERENCES, SPECTRA
 from experiments.heal.sweep import NOISE, RL
+from experiments.heal.tries import TRIES
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.reading import build
 from mifo_lightning.lab.report.statistics import Scores
@@ -80,9 +81,42 @@ class Results:
         """A metric on test after an arm of stage 2: [bases, 1]."""
         return units([_of(base[RL], f"{arm}/{self.step(base, start)}", metric) for base in self.bases.values()])
 
+    @property
+    def tried(self) -> bool:
+        """Whether every base has been measured with several tries a question."""
+        return all(base.get(TRIES) for base in self.bases.values())
+
+    def of_tries(self, arm: str, start: Start, metric: str) -> Scores:
+        """A metric on test, with several tries, of a checkpoint or of what an arm makes of it: [bases, 1]."""
+        found = []
+        for base in self.bases.values():
+            value = base[TRIES].get(f"{arm}/{self.step(base, start)}", {}).get(metric)
+            found.append(float("nan") if value is None else value)
+        return units(found)
+
     def edit(self, name: str, metric: str) -> Scores:
         """A metric on test of an edit: [edited bases, 1]."""
         return units([_of(base[EDITS], name, metric) for base in self.edited])
+
+    def at_equal_matched(self, run: str, metric: str) -> tuple[Scores, int]:
+        """A metric on test of another run of SFT where it has the end's accuracy on what is compared at equal values.
+
+        [bases, 1], the mean of several such points; and how many bases have none, for which the nearest stands.
+        """
+        reads = []
+        for base in self.bases.values():
+            path = [
+                (_of(base[run], str(step), self.study.matched), _of(base[run], str(step), metric))
+                for step in self.study.sweep.steps
+            ]
+            reads.append(at_equal(path, _of(base[SWEEP], str(self.study.last), self.study.matched)))
+        return units([float(np.mean(read.passes)) for read in reads]), sum(not read.met for read in reads)
+
+    @property
+    def slower(self) -> list[str]:
+        """Runs of SFT that could forget less: at half the rate, and where directions stand still."""
+        runs = [HALF_RATE, *protected_runs(self.study)]
+        return [run for run in runs if all(base.get(run) for base in self.bases.values())]
 
     def norm(self, name: str) -> Scores:
         """Distance of the matrices from the peak over that of the end: [edited bases, 1]."""
@@ -100,11 +134,21 @@ class Results:
 
     def _interpolated(self, name: str) -> list[Read]:
         """OOD of the interpolation of an edit's ID accuracy, on each edited base."""
-        x, y, found = self.study.matched, self.study.ood, []
+        found = []
         for base in self.edited:
-            path = [(_of(base[EDITS], each, x), _of(base[EDITS], each, y)) for _, each in interpolations(base)]
-            found.append(at_equal(path, _of(base[EDITS], name, x)))
+            path = [
+                (_test(each, self.study.matched), _test(each, self.study.ood)) for _, each in self._path(base, name)
+            ]
+            found.append(at_equal(path, _of(base[EDITS], name, self.study.matched)))
         return found
+
+    def _path(self, base: dict[str, Any], name: str) -> list[tuple[float, dict[str, Any]]]:
+        """Share of the change that is kept, and the record, on the line from the peak that moves what an edit moves."""
+        edits = base[EDITS]
+        if moves_matrices_alone(name, edits[name]["family"]):
+            return [(a, edits[each]) for a, each in interpolations(base)]
+        between = [(a, edits[each]) for a, each in interpolations(base, "interpolation of all weights")]
+        return [(0.0, base[SWEEP][str(base["peak"])]), *between, (1.0, edits["interpolation 1"])]
 
     def over_equal_norm(self, name: str, metric: str) -> Scores:
         """A metric of an edit minus that of the interpolation as far from the peak: [edited bases, 1]; NaN beyond."""
@@ -114,6 +158,25 @@ class Results:
             far = norm > 1 + 1e-6
             found.append(np.nan if far else _of(base[EDITS], name, metric) - at_equal(path, min(norm, 1.0)).value)
         return units(found)
+
+    def over_parts_of_rl(self, name: str, metric: str) -> Scores:
+        """A metric of an edit minus that of as much of RL's change of the matrices: [edited bases, 1]; NaN beyond."""
+        found = []
+        for base in self.edited:
+            edits = base[EDITS]
+            whole = edits["rl matrices"]["from end"]
+            parts = [(float(name.rpartition(" x ")[2]), name) for name in edits if name.startswith("rl matrices x ")]
+            path = [(0.0, "interpolation 1"), *sorted(parts), (1.0, "rl matrices")]
+            share = edits[name]["from end"] / whole if whole else 0.0
+            points = [(a, _of(edits, each, metric)) for a, each in path]
+            far = share > 1 + 1e-6
+            found.append(np.nan if far else _of(edits, name, metric) - at_equal(points, min(share, 1.0)).value)
+        return units(found)
+
+    def lost(self) -> Scores:
+        """OOD of the peak minus that of the end: [edited bases, 1]."""
+        ends = self.edit("interpolation 1", self.study.ood)
+        return units([_of(base[SWEEP], str(base["peak"]), self.study.ood) for base in self.edited]) - ends
 
     def fallen(self, start: Start = END) -> bool:
         """Whether OOD falls from peak to a checkpoint by more than its noise over bases; of one: over questions."""
@@ -138,9 +201,9 @@ class Results:
         return found
 
 
-def interpolations(base: dict[str, Any]) -> list[tuple[float, str]]:
+def interpolations(base: dict[str, Any], kind: str = "interpolation") -> list[tuple[float, str]]:
     """Share of the change that is kept, and the name, of every interpolation of the matrices, by the share."""
-    names = (re.fullmatch(r"interpolation ([\d.]+)", name) for name in base[EDITS])
+    names = (re.fullmatch(rf"{kind} ([\d.]+)", name) for name in base[EDITS])
     return sorted((float(found[1]), found[0]) for found in names if found)
 
 
@@ -167,21 +230,32 @@ def missing_controls(study: Study, base: dict[str, Any], edits: bool) -> list[st
     wanted = {
         "sweep at half rate": set(base.get(HALF_RATE, ())) >= set(map(str, study.sweep.steps)),
         "run of another seed": {str(base["peak"]), str(study.last)} <= set(base.get(OTHER_SEED, ())),
-        "other draws": bool(base.get(NOISE)),
+        "other draws": len(base.get(NOISE, {})) >= study.draws,
         "RL from the base": f"{study.main}/0" in base.get(RL, {}),
         "RL without updates": f"{NO_UPDATE}/{study.last}" in base.get(RL, {}),
     }
+    steps = set(map(str, study.sweep.steps))
+    wanted |= {f"run of SFT {run}": set(base.get(run, ())) >= steps for run in protected_runs(study)}
+    wanted |= {f"{arm} from step {step}": f"{arm}/{step}" in base.get(RL, {}) for arm, step in _arms(study, base)}
     wanted["spectra of base -> end"] = "base -> end" in base.get(SPECTRA, {})
     for pair, rows in base.get(SPECTRA, {}).items():
         needed = set(REFERENCES) - ({"other seed"} if pair.endswith(f"-> {AFTER_RL}") else set())
         wanted[f"reference rows of {pair}"] = needed <= set(rows)
     if edits and base["peak"] != study.last:
-        families = {record["family"] for record in base.get(EDITS, {}).values()}
-        wanted |= {f"control edits of family {family}": family in families for family in CONTROLS}
-        wanted["edit named in edits.primary"] = study.edits.primary in base.get(EDITS, {})
+        made = set(base.get(EDITS, {}))
+        wanted |= {f"control edit {name}": name in made for name in controls(study.edits)}
+        wanted["edit named in edits.primary"] = study.edits.primary in made
     return [name for name, there in wanted.items() if not there]
 
 
+def _arms(study: Study, base: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(name, step) for name, arm in study.rl.items() for step in steps_of(study, arm.start, base["peak"])]
+
+
 def _of(stage: dict[str, Any], name: str, metric: str) -> float:
-    value = stage.get(name, {}).get("test", {}).get(metric)
+    return _test(stage.get(name, {}), metric)
+
+
+def _test(record: dict[str, Any], metric: str) -> float:
+    value = record.get("test", {}).get(metric)
     return float("nan") if value is None else float(value)

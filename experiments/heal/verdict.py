@@ -1,5 +1,7 @@
 """What a study shows, in sentences: the fall, what RL brings back, and the edit that was named beforehand."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from experiments.heal.factorial import UNTRAINED
@@ -7,6 +9,7 @@ from experiments.heal.fits import OTHER_SEED
 from experiments.heal.restoration import ERRORS, RATIO_ERRORS, fall_over_bases, share_of, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
+from experiments.heal.tries import SAMPLES, SWEPT
 from mifo_lightning.lab.report.document import bracketed, p_value
 from mifo_lightning.lab.report.statistics import ALPHA, Comparison, Interval, Scores, bases_needed, interval, judge
 
@@ -20,7 +23,9 @@ def verdict(results: Results) -> list[str]:
         _fall(results),
         *_rows(results),
         *_regret(results),
+        *_slower(results),
         _healing(results),
+        *_tries(results),
         *_edit(results),
         _caveats(results),
     ]
@@ -86,6 +91,36 @@ def _regret(results: Results) -> list[str]:
     return [f"OOD of the peak minus that of the checkpoint {'; '.join(lines)}."] if lines else []
 
 
+def _slower(results: Results) -> list[str]:
+    """How much of the fall a smaller step, or a protected one, avoids without any RL."""
+    lines = []
+    for run in results.slower:
+        kept, missed = results.at_equal_matched(run, results.study.ood)
+        gain, share = kept - results.swept(END, results.study.ood), ""
+        if results.fallen() and is_clear(results):
+            share = f", {told(share_of(gain, units([fall.size for fall in results.falls().values()])))} of the fall"
+        unmet = f" ({missed} of {len(kept)} bases never have it)" if missed else ""
+        lines.append(f"{run} {told(interval(gain))}{share}{unmet}")
+    text = f"Without RL, SFT with the end's {results.study.matched}, in OOD minus the end: "
+    return [f"{text}{'; '.join(lines)}."]
+
+
+def _tries(results: Results) -> list[str]:
+    """The same by the lenient measure, right at least once."""
+    study = results.study
+    if not results.tried:
+        return []
+    key = f"{study.ood.rpartition('/')[0]}/pass@{SAMPLES}"
+    peak, end, healed = (
+        results.of_tries(arm, start, key) for arm, start in ((SWEPT, PEAK), (SWEPT, END), (study.main, END))
+    )
+    return [
+        f"Counted as right at least once in {SAMPLES} independent tries (the paper: in five turns with a verifier), "
+        f"OOD of the peak minus the end is {told(interval(peak - end))}, and {study.main} from the end changes it by "
+        f"{told(interval(healed - end))}."
+    ]
+
+
 def _healing(results: Results) -> str:
     """What RL from the end does, what of it other starts and arms do too, and its share of the fall."""
     study = results.study
@@ -117,7 +152,7 @@ def _edit(results: Results) -> list[str]:
         late = all(base["peak"] == study.last for base in results.bases.values())
         return [f"No edits: {'the peak is the end on every base' if late else NO_FALL}."]
     name = study.edits.primary
-    over_random = interval(results.over_interpolation(name) - _random(results, name))
+    lowest = interval(results.over_interpolation(name, min))
     text = f"OOD of `{name}` minus interpolation at equal {study.matched}: delta = {told(found.difference)}"
     counted, unequal = f"{found.ahead} of {found.bases} bases ahead", results.unequal(name)
     if not study.verdict:
@@ -130,35 +165,66 @@ def _edit(results: Results) -> list[str]:
             "nearest one is better in one accuracy and worse in the other, so that nothing is judged."
         ]
     else:
-        what = _judged(found, interval(results.over_interpolation(name, min)), over_random)
+        over_random = [interval(gain) for gain in _over_random(results, name)]
+        what = _judged(found, lowest, over_random, study.matched)
         lines = [f"**{what}**: delta = {told(found.difference)}, {p_value(found.p)}, {counted}."]
+    if lowest.mean != found.difference.mean:
+        lines.append(
+            f"The line from peak to end passes that {study.matched} more than once on some base: delta is against its "
+            f"highest OOD there, against the lowest it is {told(lowest)}."
+        )
     equal = interval(results.over_equal_norm(name, study.ood))
     lost = interval(results.over_equal_norm(name, study.matched))
     lines.append(f"At equal |W - peak| it is {told(equal)} in OOD and {told(lost)} in {study.matched}.")
-    lines.append(
-        f"Random subspaces of the same dimension, on the same measure: {told(interval(_random(results, name)))}; the "
-        f"edit minus them {told(over_random)}."
-    )
-    return lines
+    return [*lines, _against_random(results, name)]
 
 
-def _judged(found: Comparison, over_lowest: Interval, over_random: Interval) -> str:
-    what = "interpolation at equal ID accuracy"
+def _judged(found: Comparison, over_lowest: Interval, over_random: Sequence[Interval], matched: str) -> str:
+    """The bold line: what holds whichever of several passes of the path a random subspace is compared with."""
+    what = f"interpolation at equal {matched}"
     if not found.significant or (found.difference.mean < 0 and not over_lowest.high < 0):
         return f"Top-k restoration is not told from {what}"
     if found.difference.mean < 0:
         return f"Top-k restoration loses to {what}"
-    if over_random.low > 0:
+    if all(gain.low > 0 for gain in over_random):
         return f"Top-k restoration beats {what}"
-    than = "worse than" if over_random.high < 0 else "not told from"
+    than = "worse than" if all(gain.high < 0 for gain in over_random) else "not told from"
     return f"Putting back a part beats {what}; the top k is {than} random subspaces"
 
 
-def _random(results: Results, name: str) -> Scores:
+def _against_random(results: Results, name: str) -> str:
+    study = results.study
+    highest, lowest = (interval(gain) for gain in _over_random(results, name))
+    unequal = sum(results.unequal(each) for each in _random_names(results, name))
+    told_of = f" (against lowest passes {told(lowest)})" if lowest != highest else ""
+    text = (
+        f"Random subspaces of the same dimension, on the same measure: {told(interval(_random(results, name, max)))}; "
+        f"the edit minus them {told(highest)}{told_of}"
+    )
+    drawn = len(results.edited) * study.edits.seeds
+    text += f"; of {drawn} random ones {unequal} have a {study.matched} that no interpolation has" if unequal else ""
+    near = np.mean([results.over_equal_norm(each, study.ood) for each in _random_names(results, name)], axis=0)
+    equal = told(interval(results.over_equal_norm(name, study.ood) - near))
+    return f"{text}. Each against the interpolation of its own |W - peak|, the edit minus them is {equal} in OOD."
+
+
+def _over_random(results: Results, name: str) -> tuple[Scores, Scores]:
+    """What the edit gains over interpolation minus what random subspaces do: by the highest passes, by the lowest.
+
+    The highest alone would favour the edit: random subspaces stay near the end, where the path turns back most.
+    """
+    highest, lowest = (results.over_interpolation(name, of) - _random(results, name, of) for of in (max, min))
+    return highest, lowest
+
+
+def _random(results: Results, name: str, of: Callable[[list[float]], float]) -> Scores:
     """Mean over seeds of what random subspaces of the edit's kind and dimension gain over interpolation."""
+    return np.mean([results.over_interpolation(each, of) for each in _random_names(results, name)], axis=0)
+
+
+def _random_names(results: Results, name: str) -> list[str]:
     kind, _, k = name.split()[:3]
-    seeds = range(results.study.edits.seeds)
-    return np.mean([results.over_interpolation(f"random {kind} {k}, {seed}") for seed in seeds], axis=0)
+    return [f"random {kind} {k}, {seed}" for seed in range(results.study.edits.seeds)]
 
 
 def _caveats(results: Results) -> str:
