@@ -56,6 +56,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
             "init_args.sides": "either",
             "init_args.selector": "top",
             "init_args.of": "rl",
+            "init_args.matrices": None,
         }
     },
     "own_subspace": {
@@ -65,6 +66,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
             "init_args.sides": "either",
             "init_args.selector": "top",
             "init_args.of": "weights",
+            "init_args.matrices": None,
         }
     },
     "random_subspace": {
@@ -74,6 +76,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
             "init_args.sides": "either",
             "init_args.selector": "random",
             "init_args.of": "rl",
+            "init_args.matrices": None,
         }
     },
     "random_anchor": {"anchor": {"class_path": f"{METHODS}.Anchor", "init_args.selector": "random"}},

@@ -313,6 +313,15 @@ def test_own_directions_are_those_of_the_weights_where_each_sft_phase_begins(sel
     assert look.looks[0].keys() == set(MATRICES)
 
 
+def test_only_the_named_matrices_are_held() -> None:
+    freezing = SubspaceFreezing(2, of="weights", matrices=["2"])  # `Toy` has no better names
+    look = Look(lambda: dict(freezing._held))
+    fit([look, freezing], ["sft", "sft"])
+    assert look.looks[0].keys() == {"net.2.weight"}
+    with pytest.raises(InputError, match=r"subspace.matrices: q_proj is not allowed; it must be some of 0, 2, or null"):
+        fit([SubspaceFreezing(2, matrices=["q_proj"])])
+
+
 @pytest.mark.parametrize(("of", "warned"), [("rl", True), ("weights", False)])
 def test_before_rl_only_own_directions_are_held(of: Any, warned: bool, recwarn: pytest.WarningsRecorder) -> None:
     freezing = SubspaceFreezing(2, of=of)

@@ -21,12 +21,16 @@ RL = (
 )
 
 SLOWER = (
-    "What a smaller step does without any RL. OOD where the run has the accuracy on seen questions that the sweep "
-    "ends with (straight pieces between its checkpoints, the mean of several such points; the nearest checkpoint "
-    "where it never has it), and after all its steps. half rate: half of SFT's learning rate. protected: that "
-    "share of the main directions of each matrix, embedding and head too, stands still on both sides from the base "
-    "on, so that the update is orthogonal to them (after the paper's third version, of which we know no details); "
-    "at random: as many random directions."
+    "What a smaller step does without any RL. OOD where the run has the accuracy that the sweep ends with (straight "
+    "pieces between its checkpoints, the mean of several such points; the nearest checkpoint where it never has it), "
+    "and after all its steps. sweep: the sweep itself before its end, what stopping earlier does. half rate: half of "
+    "SFT's learning rate."
+)
+
+PROTECTED = (
+    "protected: that share of the main directions of every edited matrix stands still on both sides from the base on, "
+    "so that the update is orthogonal to them (after the paper's third version, of which we know no details); at "
+    "random: as many random directions."
 )
 
 TRIES = (
@@ -38,8 +42,7 @@ TRIES = (
 TURNS = (
     "At k = {k}: means over bases, [95 % interval] of the difference to a random change of the same norm, paired "
     "by base. First over all matrices, then by kind and by third of the layers for what SFT does after the peak, "
-    "what RL does from the end, and both together: RL that turned back would leave peak -> rl smaller than peak -> "
-    "end."
+    "what RL does from the end, and both together."
 )
 
 FLOOR = (

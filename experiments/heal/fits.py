@@ -27,14 +27,18 @@ def sweep_cells(study: Study, base: str) -> dict[str, Cell]:
 
 
 def protected_cells(study: Study, base: str) -> dict[str, Cell]:
-    """SFT as the sweep's, but for directions of each matrix that stand still; none where the study asks for none."""
+    """SFT as the sweep's, but for directions of each matrix that stand still; none where the study asks for none.
+
+    Of the matrices that are edited: in embedding and head a projection would move rows of tokens that are never met.
+    """
     if study.protected is None:
         return {}
     steps = {"data.schedule.sft_before": study.last, "export.steps": study.sweep.steps, **study.sweep.set}
     configs, seed = [*study.sweep.configs, "protections/own_subspace"], study.seed_of(base)
+    held = {"subspace.k": study.protected, "subspace.matrices": study.spectra.matrices}
     made = {}
     for name, selector in zip(protected_runs(study), ("top", "random"), strict=True):
-        arm = Arm(configs, {**steps, "subspace.k": study.protected, "subspace.selector": selector})
+        arm = Arm(configs, {**steps, **held, "subspace.selector": selector})
         made[name] = _cell(study, base, name, arm, "base", study.bases[base], seed)
     return made
 

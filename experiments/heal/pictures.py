@@ -102,7 +102,8 @@ def spectra(results: Results) -> Figure:
         axes.set_title(pair, fontsize=9)
         axes.set_xlabel("k")
     panels[0, 0].set_ylabel("left angle")
-    panels[0, -1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    rows, labels = panels[0, 0].get_legend_handles_labels()  # with the other seed, which RL has not
+    panels[0, -1].legend(rows, labels, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

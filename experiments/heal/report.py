@@ -26,14 +26,16 @@ def sections(results: Results, shown: dict[str, str]) -> list[str]:
     parts = [f"# {study.name}", *verdict(results), study.setting]
     parts += ["## Along SFT", shown["curve.svg"], "### Which checkpoint", tables.checkpoint_table(results)]
     parts += ["### Every checkpoint", captions.SWEEP, tables.sweep_table(results)]
-    parts += ["### SFT that forgets less", captions.SLOWER, tables.slower_table(results)]
+    held = captions.PROTECTED if study.protected else ""
+    parts += ["### SFT that forgets less", captions.SLOWER, held, tables.slower_table(results)]
     parts += ["## RL from checkpoints, and its controls", captions.RL, tables.rl_table(results), shown["window.svg"]]
     if results.tried:
         parts += ["### Several tries a question", captions.TRIES, tables.tries_table(results)]
     parts += ["### How large differences are without a cause", captions.FLOOR, tables.floor_table(results)]
     turns = captions.TURNS.format(k=spectra_tables.at(results))
     parts += ["## Spectra", captions.SPECTRA, shown["spectra.svg"], turns, spectra_tables.turn_table(results)]
-    parts += [spectra_tables.part_table(results), "### At every k", spectra_tables.spectra_table(results)]
+    parts += [spectra_tables.part_table(results), *spectra_tables.turned_back(results)]
+    parts += ["### At every k", spectra_tables.spectra_table(results)]
     if results.edited:
         parts += ["## What is put back", captions.EDITS, edit_tables.family_note(results), shown["front.svg"]]
         parts += [edit_tables.edit_table(results)]

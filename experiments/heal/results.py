@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,21 @@ from experiments.heal.tries import TRIES
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.reading import build
 from mifo_lightning.lab.report.statistics import Scores
+
+
+class AtEqual(NamedTuple):
+    """A metric where a run has a given accuracy, the mean of several such points; else of its nearest point.
+
+    Both [bases, 1]: the metric, and the accuracy of the point minus the given one, which is 0 where it was met.
+    """
+
+    values: Scores
+    gaps: Scores
+
+    @property
+    def missed(self) -> int:
+        """Bases where it was not met."""
+        return int((self.gaps != 0).sum())
 
 
 @dataclass(frozen=True)
@@ -98,24 +113,25 @@ class Results:
         """A metric on test of an edit: [edited bases, 1]."""
         return units([_of(base[EDITS], name, metric) for base in self.edited])
 
-    def at_equal_matched(self, run: str, metric: str) -> tuple[Scores, int]:
-        """A metric on test of another run of SFT where it has the end's accuracy on what is compared at equal values.
+    def at_equal_matched(self, run: str, metric: str) -> "AtEqual":
+        """A metric on test of a run of SFT where it has the end's accuracy on what is compared at equal values.
 
-        [bases, 1], the mean of several such points; and how many bases have none, for which the nearest stands.
+        Of the sweep itself, ahead of its end.
         """
-        reads = []
+        steps = self.study.sweep.steps[:-1] if run == SWEEP else self.study.sweep.steps
+        values, gaps = [], []
         for base in self.bases.values():
-            path = [
-                (_of(base[run], str(step), self.study.matched), _of(base[run], str(step), metric))
-                for step in self.study.sweep.steps
-            ]
-            reads.append(at_equal(path, _of(base[SWEEP], str(self.study.last), self.study.matched)))
-        return units([float(np.mean(read.passes)) for read in reads]), sum(not read.met for read in reads)
+            path = [(_of(base[run], str(s), self.study.matched), _of(base[run], str(s), metric)) for s in steps]
+            wanted = _of(base[SWEEP], str(self.study.last), self.study.matched)
+            read = at_equal(path, wanted)
+            values.append(float(np.mean(read.passes)))
+            gaps.append(read.at - wanted)
+        return AtEqual(units(values), units(gaps))
 
     @property
     def slower(self) -> list[str]:
-        """Runs of SFT that could forget less: at half the rate, and where directions stand still."""
-        runs = [HALF_RATE, *protected_runs(self.study)]
+        """Runs of SFT that could forget less: the sweep before its end, half its rate, directions that stand still."""
+        runs = [SWEEP, HALF_RATE, *protected_runs(self.study)]
         return [run for run in runs if all(base.get(run) for base in self.bases.values())]
 
     def norm(self, name: str) -> Scores:
@@ -171,6 +187,15 @@ class Results:
             points = [(a, _of(edits, each, metric)) for a, each in path]
             far = share > 1 + 1e-6
             found.append(np.nan if far else _of(edits, name, metric) - at_equal(points, min(share, 1.0)).value)
+        return units(found)
+
+    def turned_back(self) -> Scores:
+        """Cosine of SFT's change since the peak and RL's, of the matrices; -1 is straight back: [edited bases, 1]."""
+        found = []
+        for base in self.edited:
+            sft, rl = base[EDITS]["interpolation 1"]["norm"], base[EDITS].get("rl matrices", {})
+            both = rl.get("norm", np.nan) ** 2 - sft**2 - rl.get("from end", np.nan) ** 2
+            found.append(both / (2 * sft * rl["from end"]) if rl and sft * rl["from end"] else np.nan)
         return units(found)
 
     def lost(self) -> Scores:

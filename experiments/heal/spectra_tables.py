@@ -13,7 +13,7 @@ from mifo_lightning.lab.report.statistics import interval
 
 COMPARED = [
     text
-    for what in ("rel. ds median", "|ds| / |dW|", "left angle", "right angle", "energy / chance")
+    for what in ("rel. ds median, %", "|ds| / |dW|", "left angle", "right angle", "energy / chance")
     for text in (what, "minus gauss")
 ]
 SHOWN = ("peak -> end", "end -> rl", "peak -> rl")
@@ -41,6 +41,16 @@ def part_table(results: Results) -> str:
             if at(results) in both[0][0]["turns"]:
                 rows.append([pair, part, *_beside(both, at(results))])
     return markdown(["pair", "matrices", *COMPARED], rows)
+
+
+def turned_back(results: Results) -> list[str]:
+    """Whether RL goes back where SFT came from, in a sentence; none where RL's change is no edit of the study."""
+    if not results.edited or not np.isfinite(cosine := results.turned_back()).all():
+        return []
+    return [
+        "The cosine between what SFT changes from peak to end and what RL changes from there, over the matrices "
+        f"that are edited: {told(interval(cosine))}; -1 would be straight back, 0 neither back nor on."
+    ]
 
 
 def pairs(results: Results) -> list[str]:
@@ -71,7 +81,7 @@ def _beside(both: list[tuple[Any, ...]], k: str) -> list[str]:
     cells = []
     for key in ("relative_median", "values", *range(len(TURN_IN_SHORT))):
         each = [[one["turns"][k][key] if isinstance(key, int) else one[key] for one in pair] for pair in both]
-        values = np.array(each, dtype=np.float64)
+        values = np.array(each, dtype=np.float64) * (100 if key == "relative_median" else 1)
         cells += [mean(values[:, :1]), told(interval(values[:, :1] - values[:, 1:]))]
     return cells
 

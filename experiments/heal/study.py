@@ -72,7 +72,7 @@ def _run(study: Study) -> None:
         _fits(study, {base: rl_cells(study, base, peak(study, open_records(study, base))) for base in bases})
         for stage in stages:
             _on_bases(study, bases, stage)
-    bases = _unmeasured(study, [measure_protected] if study.protected else [])
+    bases = [base for base in study.bases if _unprotected(study, open_records(study, base))]
     _fits(study, {base: protected_cells(study, base) for base in bases})
     _on_bases(study, bases, measure_protected)
     replace_text(study.out / RECORDS, json.dumps(collect(study), separators=(",", ":")) + "\n")
@@ -120,6 +120,12 @@ def _unmeasured(study: Study, stages: Sequence[Stage]) -> list[str]:
     """The bases on which a stage is not done."""
     done = {base: open_records(study, base).stage(SECONDS) for base in study.bases}
     return [base for base in study.bases if any(_name(stage) not in done[base] for stage in stages)]
+
+
+def _unprotected(study: Study, records: Records) -> bool:
+    """Whether a step of the runs with directions that stand still has no record; their names say the share."""
+    steps = set(map(str, study.sweep.steps))
+    return any(not steps <= set(records.stage(run)) for run in protected_runs(study))
 
 
 def _fits(study: Study, wanted: Mapping[str, Mapping[Any, Cell]]) -> None:

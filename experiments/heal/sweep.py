@@ -49,7 +49,11 @@ def measure_sweep(study: Study, base: str) -> None:
 
 
 def measure_protected(study: Study, base: str) -> None:
-    """Evaluate on test, at the sweep's steps, what SFT makes of the base where main directions stand still."""
+    """Evaluate on test, at the sweep's steps, what SFT makes of the base where main directions stand still.
+
+    Raises:
+        InputError: The base is another one than that of the sweep.
+    """
     records, bench = open_records(study, base), cache(partial(Bench, study, base, "test"))
 
     def on_test(model: Path) -> Record:
@@ -57,7 +61,12 @@ def measure_protected(study: Study, base: str) -> None:
 
     for run in protected_runs(study):
         for step in study.sweep.steps:
-            records.once(run, str(step), partial(on_test, checkpoint(study, base, step, run)))
+            found = records.once(run, str(step), partial(on_test, checkpoint(study, base, step, run)))
+            if step == 0 and found["test"] != records.stage(SWEEP)["0"]["test"]:
+                raise InputError(
+                    f"{records.path}: {run} begins with other accuracies than those that were measured of this base; "
+                    "go on where they were made, or remove that file to measure this base anew"
+                )
 
 
 def check_end(study: Study, base: str) -> None:

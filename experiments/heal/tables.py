@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED
+from experiments.heal.fits import HALF_RATE, NO_UPDATE, OTHER_SEED, SWEEP
 from experiments.heal.restoration import units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
@@ -88,18 +88,21 @@ def costs(results: Results, arm: str, start: Start) -> list[str]:
 
 
 def slower_table(results: Results) -> str:
-    """SFT alone that could forget less: where it has the end's accuracy on seen questions, and at its own end."""
+    """SFT alone that could forget less: where it has the accuracy of the sweep's end, and at its own end."""
     study, rows = results.study, []
+    earlier = results.at_equal_matched(SWEEP, study.ood).values
+    peak, end = results.swept(PEAK, study.ood), results.swept(END, study.ood)
     for run in results.slower:
-        kept, missed = results.at_equal_matched(run, study.ood)
-        unseen, _ = results.at_equal_matched(run, study.id)
-        peak, end = results.swept(PEAK, study.ood), results.swept(END, study.ood)
-        cells = [bracketed(interval(kept)), told(interval(kept - end)), told(interval(peak - kept)), f"{missed}"]
-        cells.append(told(interval(unseen - results.swept(END, study.id))))
+        kept, unseen = (results.at_equal_matched(run, metric) for metric in (study.ood, study.id))
+        cells = [mean(kept.gaps), f"{kept.missed}", bracketed(interval(kept.values))]
+        cells += [told(interval(values)) for values in (kept.values - end, peak - kept.values)]
+        cells += ["" if run == SWEEP else told(interval(kept.values - earlier))]
+        cells.append(told(interval(unseen.values - results.swept(END, study.id))))
         rows.append([run, *cells, *(mean(results.swept(END, key, run)) for key in accuracies(results))])
-    header = ["OOD where it has the end's seen accuracy", "minus the end", "peak minus it", "bases that never have it"]
+    header = [f"{study.matched} minus the end's", "bases that never have it", "OOD there", "minus the end"]
+    header += ["peak minus it", "minus the sweep there", f"{study.id} there, minus the end"]
     last = [f"{key} after {study.last} steps" for key in accuracies(results)]
-    return markdown(["SFT", *header, f"{study.id} there, minus the end", *last], rows)
+    return markdown(["SFT", *header, *last], rows)
 
 
 def floor_table(results: Results) -> str:

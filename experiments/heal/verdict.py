@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from experiments.heal.factorial import UNTRAINED
-from experiments.heal.fits import OTHER_SEED
+from experiments.heal.fits import OTHER_SEED, SWEEP, protected_runs
 from experiments.heal.restoration import ERRORS, RATIO_ERRORS, fall_over_bases, share_of, units
 from experiments.heal.results import Results
 from experiments.heal.settings import END, PEAK, Start
@@ -14,6 +14,7 @@ from mifo_lightning.lab.report.document import bracketed, p_value
 from mifo_lightning.lab.report.statistics import ALPHA, Comparison, Interval, Scores, bases_needed, interval, judge
 
 NO_FALL = "no fall to restore"
+EARLIER = "the sweep stopped earlier"
 UNCLEAR = f"the fall is less than {RATIO_ERRORS:g} standard errors over bases"
 
 
@@ -92,17 +93,24 @@ def _regret(results: Results) -> list[str]:
 
 
 def _slower(results: Results) -> list[str]:
-    """How much of the fall a smaller step, or a protected one, avoids without any RL."""
-    lines = []
-    for run in results.slower:
-        kept, missed = results.at_equal_matched(run, results.study.ood)
-        gain, share = kept - results.swept(END, results.study.ood), ""
+    """How much of the fall a smaller step, or a protected one, avoids without any RL, and beyond stopping earlier."""
+    study, lines = results.study, []
+    found = {run: results.at_equal_matched(run, study.ood) for run in results.slower}
+    for run, read in found.items():
+        gain, share = read.values - results.swept(END, study.ood), ""
         if results.fallen() and is_clear(results):
             share = f", {told(share_of(gain, units([fall.size for fall in results.falls().values()])))} of the fall"
-        unmet = f" ({missed} of {len(kept)} bases never have it)" if missed else ""
-        lines.append(f"{run} {told(interval(gain))}{share}{unmet}")
-    text = f"Without RL, SFT with the end's {results.study.matched}, in OOD minus the end: "
-    return [f"{text}{'; '.join(lines)}."]
+        beyond = told(interval(read.values - found[SWEEP].values))
+        name, beyond = (EARLIER, "") if run == SWEEP else (run, f", {beyond} beyond {EARLIER}")
+        unmet = ""
+        if read.missed:
+            unmet = f" ({read.missed} of {len(gain)} bases never have it, the nearest lacks {-read.gaps.mean():.3f})"
+        lines.append(f"{name} {told(interval(gain))}{share}{beyond}{unmet}")
+    text = f"Without RL, SFT with the end's {study.matched}, in OOD minus the end: {'; '.join(lines)}."
+    protected = [found[run].values for run in protected_runs(study) if run in found]
+    if len(protected) == 2:
+        text += f" Main directions minus as many at random: {told(interval(protected[0] - protected[1]))}."
+    return [text]
 
 
 def _tries(results: Results) -> list[str]:
@@ -165,7 +173,8 @@ def _edit(results: Results) -> list[str]:
             "nearest one is better in one accuracy and worse in the other, so that nothing is judged."
         ]
     else:
-        over_random = [interval(gain) for gain in _over_random(results, name)]
+        fair = not any(results.unequal(each) for each in _random_names(results, name))
+        over_random = [interval(gain) for gain in _over_random(results, name)] if fair else []
         what = _judged(found, lowest, over_random, study.matched)
         lines = [f"**{what}**: delta = {told(found.difference)}, {p_value(found.p)}, {counted}."]
     if lowest.mean != found.difference.mean:
@@ -180,12 +189,17 @@ def _edit(results: Results) -> list[str]:
 
 
 def _judged(found: Comparison, over_lowest: Interval, over_random: Sequence[Interval], matched: str) -> str:
-    """The bold line: what holds whichever of several passes of the path a random subspace is compared with."""
+    """The bold line: what holds whichever of several passes of the path a random subspace is compared with.
+
+    Without `over_random` no subspace at random has a fair comparison.
+    """
     what = f"interpolation at equal {matched}"
     if not found.significant or (found.difference.mean < 0 and not over_lowest.high < 0):
         return f"Top-k restoration is not told from {what}"
     if found.difference.mean < 0:
         return f"Top-k restoration loses to {what}"
+    if not over_random:
+        return f"Putting back a part beats {what}; the top k is not judged against random subspaces"
     if all(gain.low > 0 for gain in over_random):
         return f"Top-k restoration beats {what}"
     than = "worse than" if all(gain.high < 0 for gain in over_random) else "not told from"
@@ -196,7 +210,7 @@ def _against_random(results: Results, name: str) -> str:
     study = results.study
     highest, lowest = (interval(gain) for gain in _over_random(results, name))
     unequal = sum(results.unequal(each) for each in _random_names(results, name))
-    told_of = f" (against lowest passes {told(lowest)})" if lowest != highest else ""
+    told_of = f" (against lowest passes {told(lowest)})" if lowest.mean != highest.mean else ""
     text = (
         f"Random subspaces of the same dimension, on the same measure: {told(interval(_random(results, name, max)))}; "
         f"the edit minus them {told(highest)}{told_of}"

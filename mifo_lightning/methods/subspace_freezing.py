@@ -1,6 +1,6 @@
 """SubspaceFreezing: SFT leaves main directions of each matrix alone, those in which RL has just moved it or its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
@@ -36,10 +36,13 @@ class SubspaceFreezing(Protection):
         sides: Whether what is taken out has "either" side in these directions, or "both".
         selector: The directions of the largest singular values ("top"), or as many at random (a control).
         of: What is decomposed: the displacement by the last "rl" phase, or the "weights" where an SFT phase begins.
+        matrices: Names such as q_proj of the matrices that it looks at; null: all, embedding and head too, whose rows
+            are tokens, so that a token that is never met is moved with the others.
         seed: Seed of random directions; null follows `seed_everything`.
 
     Raises:
-        InputError: If a setting is not allowed; when training starts, with adapters or sharded weights.
+        InputError: If a setting is not allowed; when training starts, with adapters or sharded weights, or where there
+            is no such matrix.
     """
 
     group = "subspace"
@@ -51,6 +54,7 @@ class SubspaceFreezing(Protection):
         sides: Sides = "either",
         selector: Selector = "top",
         of: Of = "rl",
+        matrices: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -59,7 +63,10 @@ class SubspaceFreezing(Protection):
         require("subspace.sides", sides, sides in ("either", "both"), "either or both")
         require("subspace.of", of, of in ("rl", "weights"), "rl or weights")
         require("subspace.selector", selector, selector in ("top", "random"), "top or random")
+        known = matrices is None or (not isinstance(matrices, str) and len(matrices) > 0)
+        require("subspace.matrices", matrices, known, "at least one name such as q_proj, or null")
         self.k, self.of, self.selector = k, of, selector
+        self.matrices = None if matrices is None else list(matrices)
         self.sides: Sides = sides
         self.seed = Seed(seed, "subspace.seed")
         self._phases = 0  # decompositions so far: random directions depend on it
@@ -79,21 +86,33 @@ class SubspaceFreezing(Protection):
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Where RL ends, or SFT begins, find the directions; note where each phase begins."""
-        matrices = {name: p.detach() for name, p in self.trained(pl_module).items() if p.ndim == 2}
+        matrices = self._chosen(pl_module)
         if self.of == "weights" and current == "sft":
-            self._held = self._directions(matrices)
+            self._held = self._directions(matrices, {})
         elif self.of == "rl" and previous == "rl":
-            self._held = self._directions({name: matrices[name] - start for name, start in self._start.items()})
+            self._held = self._directions(matrices, self._start)
         self._start = {name: p.clone() for name, p in matrices.items()}
         if current == "sft" and not self._held and self.of == "rl":
             rank_zero_warn("subspace: SFT begins before RL has moved anything: nothing is frozen")
 
-    def _directions(self, matrices: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def _chosen(self, pl_module: LightningModule) -> dict[str, Tensor]:
+        """The matrices that are looked at, by name."""
+        every = {name: p.detach() for name, p in self.trained(pl_module).items() if p.ndim == 2}
+        if self.matrices is None:
+            return every
+        kinds = {name: name.removesuffix(".weight").rpartition(".")[2] for name in every}
+        for kind in self.matrices:
+            allowed = f"some of {', '.join(sorted(set(kinds.values())))}, or null"
+            require("subspace.matrices", kind, kind in kinds.values(), allowed)
+        return {name: p for name, p in every.items() if kinds[name] in self.matrices}
+
+    def _directions(self, matrices: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Those of what each has moved by since `start`, or of itself where that has none."""
         found = {}
         self._phases += 1
         for position, (name, matrix) in enumerate(matrices.items()):
             k = int(self.k) if self.k >= 1 else max(1, round(self.k * min(matrix.shape)))
-            u, v = singular_directions(matrix, k)
+            u, v = singular_directions(matrix - start[name] if start else matrix, k)
             if self.selector == "random":
                 u, v = at_random(u, v, self.seed.value, self._phases, position)
             if u.shape[1]:
