@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.heal.settings import Study
 from mifo_lightning.common.errors import InputError
-from mifo_lightning.lab.cell import write_json
+from mifo_lightning.common.files import replace_text
 from mifo_lightning.lab.grid import slug
 from mifo_lightning.lab.plan import commit
 
@@ -50,7 +50,7 @@ class Records:
         if name not in kept:
             kept[name] = rounded(measure())
             self.content[COMMITS] = dict.fromkeys([*self.commits, *filter(None, [now()])], True)
-            write_json(self.path, self.content)
+            replace_text(self.path, as_lines(self.content))
         return kept[name]
 
     @property
@@ -61,6 +61,15 @@ class Records:
     def stage(self, stage: str) -> Record:
         """All records of a stage."""
         return self.content.get(stage, {})
+
+
+def as_lines(content: dict[str, Record]) -> str:
+    """JSON with a line a record, so that a commit shows which are new."""
+    groups = []
+    for group, records in content.items():
+        lines = [f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in records.items()]
+        groups.append(f" {json.dumps(group)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(groups) + "\n}\n"
 
 
 def _read(path: Path) -> dict[str, Record]:
