@@ -31,7 +31,10 @@ def ready() -> None:
     """Let what is forked from now on in this process find everything imported, and nothing of this project."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    if server._forkserver_pid != _server.get("pid"):  # a grid that ran in this process began one with its own modules
+    running = server._forkserver_pid
+    if running != _server.get("pid"):  # a grid that ran in this process began one with its own modules
+        if running is not None:
+            os.kill(running, signal.SIGKILL)  # or its end would wait for that of all that it has forked
         server._stop()
     CONTEXT.set_forkserver_preload(HEAVY)
     forkserver.ensure_running()
