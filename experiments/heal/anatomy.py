@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from experiments.prune_update import Weights
+from mifo_lightning.methods.subspace_freezing import kind_of
 
 LAYER = re.compile(r"\.(\d+)\.")
 THIRDS = ("first third", "middle third", "last third")
@@ -33,7 +34,7 @@ class Anatomy:
 def anatomy(weights: Weights, chosen: list[str]) -> Anatomy:
     """Sort names of weights; `chosen` are the kinds of matrices, such as q_proj, that count as matrices."""
     names = [name for name, w in weights.items() if w.ndim == 2]
-    kinds = {kind: [name for name in names if _kind(name) == kind and LAYER.search(name)] for kind in chosen}
+    kinds = {kind: [name for name in names if kind_of(name) == kind and LAYER.search(name)] for kind in chosen}
     kinds = {kind: sorted(found, key=layer_of) for kind, found in kinds.items() if found}
     matrices = sorted((name for found in kinds.values() for name in found), key=layer_of)
     layers = 1 + max((layer_of(name) for name in matrices), default=0)
@@ -48,7 +49,3 @@ def layer_of(name: str) -> int:
     """The number of the layer that a name says; -1 outside of layers."""
     found = LAYER.search(name)
     return int(found[1]) if found else -1
-
-
-def _kind(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]

@@ -14,7 +14,7 @@ from experiments.heal.fits import HALF_RATE
 from experiments.heal.restoration import pareto
 from experiments.heal.results import Results, interpolations
 from experiments.heal.spectra import TURN
-from experiments.heal.spectra_tables import SHOWN, pairs
+from experiments.heal.spectra_tables import SHOWN, having_pair, pairs
 from experiments.heal.tables import SIGNALS, accuracies
 from mifo_lightning.lab.report.drawing import PALETTE
 from mifo_lightning.lab.report.statistics import interval
@@ -91,7 +91,7 @@ def spectra(results: Results) -> Figure:
     shown = [pair for pair in ("base -> end", *SHOWN) if pair in pairs(results)]
     figure, panels = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), sharey=True, squeeze=False)
     for axes, pair in zip(panels[0], shown, strict=True):
-        having = [base["spectra"][pair] for base in results.bases.values() if pair in base["spectra"]]
+        having = having_pair(results, pair)
         for color, row in zip((*PALETTE, *PALETTE), having[0], strict=False):
             turns = having[0][row]["turns"]
             angles = [sum(one[row]["turns"][k][TURN.index("left_mean")] for one in having) / len(having) for k in turns]

@@ -24,7 +24,7 @@ def turn_table(results: Results) -> str:
     """Every pair against a random change of the same size, over all matrices."""
     rows = []
     for pair in pairs(results):
-        having = _having(results, pair)
+        having = having_pair(results, pair)
         norm = mean(units([one["change"]["norm"] for one in having]))
         both = [tuple(_in_short(one[row]) for row in IN_PARTS) for one in having]
         rows.append([pair, str(len(having)), norm, *_beside(both, at(results))])
@@ -35,7 +35,7 @@ def part_table(results: Results) -> str:
     """The same by kind of matrix and by depth, for the pairs of `SHOWN`."""
     rows = []
     for pair in SHOWN:
-        having = _having(results, pair)
+        having = having_pair(results, pair)
         for part in having[0]["change"].get("parts", ()) if having else ():
             both = [tuple(one[row]["parts"][part] for row in IN_PARTS) for one in having]
             if at(results) in both[0][0]["turns"]:
@@ -65,7 +65,7 @@ def at(results: Results) -> str:
     return wanted if wanted in known else list(known)[-1]
 
 
-def _having(results: Results, pair: str) -> list[dict[str, Any]]:
+def having_pair(results: Results, pair: str) -> list[dict[str, Any]]:
     """The records of a pair, of the bases that have it."""
     return [base["spectra"][pair] for base in results.bases.values() if pair in base["spectra"]]
 
@@ -90,7 +90,7 @@ def spectra_table(results: Results) -> str:
     """Each pair and its reference rows at every k, means over matrices, then over bases."""
     rows = []
     for pair in pairs(results):
-        having = _having(results, pair)
+        having = having_pair(results, pair)
         for row in having[0]:
             each = [records[row] for records in having]
             values = [_mean_of(each, key) for key in ("relative_median", "relative_max", "values")]

@@ -1,6 +1,6 @@
 """SubspaceFreezing: SFT leaves main directions of each matrix alone, those in which RL has just moved it or its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
@@ -54,7 +54,7 @@ class SubspaceFreezing(Protection):
         sides: Sides = "either",
         selector: Selector = "top",
         of: Of = "rl",
-        matrices: Sequence[str] | None = None,
+        matrices: list[str] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -81,8 +81,11 @@ class SubspaceFreezing(Protection):
             held.update({name: tensor.to(pl_module.device) for name, tensor in held.items()})
 
     def preflight(self, trainer: Trainer, *rest: Any) -> None:
-        """Refuse what would move the weights that it holds."""
+        """Refuse what would move the weights that it holds, and matrices that are not there."""
         refuse_freezing(trainer, "subspace")
+        kinds = {kind_of(name) for name, p in trainer.lightning_module.named_parameters() if p.ndim == 2}
+        for kind in self.matrices or ():
+            require("subspace.matrices", kind, kind in kinds, f"some of {', '.join(sorted(kinds))}, or null")
 
     def on_phase_change(self, trainer: Trainer, pl_module: LightningModule, previous: str | None, current: str) -> None:
         """Where RL ends, or SFT begins, find the directions; note where each phase begins."""
@@ -98,13 +101,7 @@ class SubspaceFreezing(Protection):
     def _chosen(self, pl_module: LightningModule) -> dict[str, Tensor]:
         """The matrices that are looked at, by name."""
         every = {name: p.detach() for name, p in self.trained(pl_module).items() if p.ndim == 2}
-        if self.matrices is None:
-            return every
-        kinds = {name: name.removesuffix(".weight").rpartition(".")[2] for name in every}
-        for kind in self.matrices:
-            allowed = f"some of {', '.join(sorted(set(kinds.values())))}, or null"
-            require("subspace.matrices", kind, kind in kinds.values(), allowed)
-        return {name: p for name, p in every.items() if kinds[name] in self.matrices}
+        return {name: p for name, p in every.items() if self.matrices is None or kind_of(name) in self.matrices}
 
     def _directions(self, matrices: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Those of what each has moved by since `start`, or of itself where that has none."""
@@ -154,6 +151,11 @@ class SubspaceFreezing(Protection):
         self.seed.restore(state_dict["seed"])
         self._start = dict(state_dict["start"])
         self._held = {name: dict(pair) for name, pair in state_dict["held"].items()}
+
+
+def kind_of(name: str) -> str:
+    """What a weight is called in its layer, such as q_proj."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def component(of: Tensor, u: Tensor, v: Tensor, sides: Sides) -> Tensor:
