@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_and_status_2(
             b"model: {optimizer: {rl: {\nlr: }}}\n",
             ["model.optimizer.rl.lr", "float", "over.yaml, line 2", "left empty"],
         ),
-        (b"model:\n  evaluation:\n    samples: null\n", ["model.evaluation.samples", "over.yaml, line 3"]),
+        (b"model:\n  evaluation:\n    samples: null\n", ["over.yaml, line 3: `model.evaluation.samples` is null)"]),
         (b"model:\n  rollout:\n    group_size:\n", ["model.rollout.group_size", "int", "over.yaml, line 3"]),
         (b"data:\n  schedule:\n    prompts_per_step: ~\n", ["data.schedule.prompts_per_step", "over.yaml, line 3"]),
         (b"data:\n  columns:\n", ["data.columns: null is not allowed", "prompt, truth", "over.yaml, line 2"]),

@@ -99,24 +99,24 @@ def given(arguments: list[str]) -> list[Given]:
 
 
 def left_empty(values: Iterable[Given]) -> dict[str, str]:
-    """Dotted keys that configuration files leave null, with file and line."""
+    """Dotted keys that configuration files leave null: what is said of each, with file and line."""
     found: dict[str, str] = {}
     for one in values:
         found.pop(one.key, None)
         if one.tag == NULL and ", line " in one.place:
-            found[one.key] = one.place
+            found[one.key] = f"{one.place}: `{one.key}` is {'null' if one.value else 'left empty'}"
     return found
 
 
 def with_place(message: str, empty: dict[str, str]) -> str:
-    """An error line, with file and line of a key whose missing value it is about and that was left empty there."""
+    """An error line, with what `left_empty` says of a key whose missing value it is about."""
     if not re.search(r"null|None|required", message):  # some value is wrong: a flag may have given it
         return message
     missing = re.search(r"arguments are required: (.*)", message)
-    for key, place in empty.items():
+    for key, said in empty.items():
         named = re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", message)
         if named or (missing and key.rpartition(".")[2] in missing[1].split(", ")):
-            return f"{message} ({place}: `{key}` is left empty)"
+            return f"{message} ({said})"
     return message
 
 
