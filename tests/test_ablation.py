@@ -62,6 +62,8 @@ def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Pa
     assert present(seeds=[4]) != first
     method.write_text("freeze: {fraction: 0.3}\n", encoding="utf-8")
     assert {key for key, value in present().items() if value != first[key]} == {"configurations"}
+    (base / "README.md").write_text("made elsewhere", encoding="utf-8")
+    assert {key for key, value in present().items() if value != first[key]} == {"configurations"}
     (base / "model.safetensors").write_bytes(b"other weights")
     assert {key for key, value in present().items() if value != first[key]} == {"configurations", "base model"}
 

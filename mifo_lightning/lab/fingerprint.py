@@ -17,6 +17,7 @@ from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab.grid import Cell
 
 FINGERPRINT = "fingerprint.json"
+CARD = "README.md"  # of a model: tells paths and versions, and decides nothing
 Fingerprint = dict[str, Any]
 READ = ("data.train.", "data.val.", "data.prompts.", "retention.prompts.", "retention.others.")
 """Keys whose values may name files that a fit reads."""
@@ -81,10 +82,10 @@ def _digest_config(path: Path) -> str:
 
 @cache
 def _digest(path: Path) -> str:
-    """Of a file, or of names and contents of the files in a directory, such as a model's."""
+    """Of a file, or of names and contents of the files in a directory, such as a model's, but for its card."""
     if not path.is_dir():
         return sha256(path)[:16]
-    files = sorted(p for p in path.iterdir() if p.is_file())
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.name != CARD)
     text = "".join(f"{file.name} {sha256(file)}\n" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
