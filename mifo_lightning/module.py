@@ -381,6 +381,8 @@ class MifoModule(LightningModule):
         self.reinforcement.end_update()
         if self._phase_optimizer.phase == "rl":
             self.reinforcement.sync_reference(self._policy, self._number + 1)
+        if self.supervision.teacher is not None:
+            self.supervision.teacher.follow(self._policy)
         self._phase_optimizer.look()
         self._say_under_way(False)
         check_weights(self._policy, self._where())
@@ -467,7 +469,7 @@ class MifoModule(LightningModule):
         rollout = own_rollout(state["rollouts"], self.trainer.global_rank, self.trainer.world_size)
         self.reinforcement.load_state_dict(rollout, self.device)
         self.reinforcement.load_reference(state.get("reference", {}))
-        self.supervision.load_state_dict(state)
+        self.supervision.load_state_dict(state, self._policy)
         self._finite.load_state_dict(state["finite"])
         check_ends(sorted(end_tokens(self.tokenizer)), state.get("end_tokens"))
 

@@ -197,7 +197,7 @@ RESUMES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "own rollouts": ({"demonstrations": "own", "reward": Coin()}, {"rl_steps": 3}),
     "self-sft": ({"demonstrations": "initial", "reward": Coin()}, {"rl_steps": 3}),
     "self-sft, drawn anew": ({"demonstrations": "refreshed", "attempts": 4, "reward": Coin()}, {"rl_steps": 4}),
-    "sdft": ({"distillation": SelfDistillation()}, {"rl_steps": 3}),
+    "sdft": ({"distillation": SelfDistillation(teacher_rate=0.5)}, {"rl_steps": 3}),
     "dynamic sampling, flow": ({"loss": PolicyLoss(dynamic_sampling=2), "weight": "flow"}, {"rl_steps": 3}),
     "eaft, sed": ({"weight": "eaft", "sed": SED(4.0)}, {"rl_steps": 3}),
 }

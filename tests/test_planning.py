@@ -271,6 +271,7 @@ def test_sft_is_planned_on_the_responses_that_it_learns_from(method: str, tokens
     found, _, said = planned(["--config", "tiny", "--config", f"methods/{method}", "--gpus", "1", *lengths])
     assert found.work.demonstration == tokens
     assert any("teacher" in line for line in said) == (method == "sdft")
+    assert (found.sft_update().parts["reference"] > 0) == (method == "sdft")
 
 
 def test_an_engine_of_ones_own_that_decodes_in_process_may_take_other_arguments(

@@ -22,11 +22,14 @@ from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.losses.distillation import SelfDistillation, fill_template, reverse_kl
 from mifo_lightning.losses.sed import SED
 from mifo_lightning.policy import token_scores
+from mifo_lightning.policy.adapter import Adapter, add_adapters
 from mifo_lightning.policy.head import LogitTransform
 from mifo_lightning.policy.loading import load_policy
 from mifo_lightning.policy.policy import Policy, Sequences
 from mifo_lightning.steps.optimizer import AdamWSettings
-from mifo_lightning.steps.settings import PolicyLoss
+from mifo_lightning.steps.settings import PolicyLoss, SFTLoss
+from mifo_lightning.steps.supervision import Supervision
+from mifo_lightning.steps.teacher import Teacher
 
 MakeTrainer = Callable[..., Trainer]
 ON = SelfDistillation("{demonstration}{prompt}")
@@ -83,15 +86,15 @@ def test_padding_and_company_do_not_matter(policy: Policy, tokenizer: Any) -> No
     qs = taught(tokenizer)
     whole = Sequences.pack([q.prompt for q in qs], [q.demonstration or [] for q in qs], 0)
     teacher = Sequences.pack([q.teacher_prompt or [] for q in qs], [q.demonstration or [] for q in qs], 0)
-    kl = policy(whole, teacher=teacher)[3].detach()
+    kl = policy(whole, teacher=policy.states(teacher).detach())[3].detach()
     assert (kl > -1e-5).all()
     assert float(kl.mean()) > 1
     for place in range(len(qs)):
         row = torch.tensor([place])
-        alone = policy(whole.select(row), teacher=teacher.select(row))[3][0].detach()
+        alone = policy(whole.select(row), teacher=policy.states(teacher.select(row)).detach())[3][0].detach()
         torch.testing.assert_close(alone, kl[place, : len(alone)], atol=1e-5, rtol=1e-5)
         assert (kl[place, len(alone) :] == 0).all()
-    same = policy(whole, teacher=whole)[3].detach()
+    same = policy(whole, teacher=policy.states(whole).detach())[3].detach()
     assert float(same.abs().max()) < 1e-5
 
 
@@ -180,6 +183,95 @@ def test_every_step_draws_anew(make_trainer: MakeTrainer, tokenizer: Any) -> Non
     assert drawn[0] != drawn[1] != drawn[2]
 
 
+# --- the teacher's weights --------------------------------------------------------------------------------------------
+
+
+class Watch(Callback):
+    """Weights before each optimizer step and after the last, gradients, and which questions were asked."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.phases: list[str] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.phases.append(batch["phase"])
+        self.weights.append({n: p.detach().clone() for n, p in pl_module.policy.named_parameters()})
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.gradients.append({n: p.grad.double().clone() for n, p in pl_module.policy.named_parameters()})
+
+
+@pytest.mark.filterwarnings("ignore:.*have no .val_dataloader.*")
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_the_teacher_follows_the_model_at_its_rate_through_phases_of_both_kinds(
+    make_trainer: MakeTrainer, tokenizer: Any, rate: float
+) -> None:
+    qs, watch, engine = taught(tokenizer), Watch(), Noting()
+    module = make_module(engine=engine, distillation=replace(ON, teacher_rate=rate), sft=AdamWSettings(lr=3e-3))
+    schedule = Schedule(rl_steps=2, sft_before=2, sft_after=1, sft_batch=8, prompts_per_step=2)
+    make_trainer([watch]).fit(module, train_dataloaders=PhaseLoader(qs, schedule))
+    assert watch.phases == ["sft", "sft", "rl", "rl", "sft"]
+    average = {n: w.clone() for n, w in watch.weights[0].items()}
+    for after in watch.weights[1:]:
+        average = {n: (1 - rate) * w + rate * after[n] for n, w in average.items()}
+    policy, teacher = load_policy("embedded").double(), load_policy("embedded").double()
+    policy.load_state_dict(watch.weights[-1], strict=False)
+    teacher.load_state_dict(average, strict=False)
+    moved = max(float((a - b).abs().max()) for a, b in zip(policy.parameters(), teacher.parameters(), strict=True))
+    assert (moved == 0) == (rate == 1)
+    terms = []
+    for prompt, (completion,) in zip(*engine.drawn[-1], strict=True):
+        shown = next(q for q in qs if q.prompt == prompt).teacher_prompt
+        assert shown is not None
+        p = logits_after(policy, prompt, completion.tokens).log_softmax(-1)
+        q = logits_after(teacher, shown, completion.tokens).detach().log_softmax(-1)
+        terms.append((p.exp() * (p - q)).sum(-1))
+    torch.cat(terms).mean().backward()
+    expected = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    found = watch.gradients[-1]
+    distance, size = (
+        math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        for gradients in ([found[n] - g for n, g in expected.items()], expected.values())
+    )
+    assert distance < 1e-3 * size
+
+
+def test_a_teacher_goes_on_with_the_run_that_it_began_with(policy: Policy, tokenizer: Any) -> None:
+    apart, running = (Supervision(tokenizer, SFTLoss(distillation=replace(ON, teacher_rate=r))) for r in (0.5, 1.0))
+    for each in (apart, running):
+        each.measure(policy, [])
+    states = apart.state_dict(), running.state_dict()
+    assert states[1]["teacher"] == {}
+    apart.load_state_dict(states[0], policy)
+    for each, state in ((apart, states[1]), (running, states[0])):
+        with pytest.raises(InputError, match=r"distillation.teacher_rate: .* is not allowed here; the run began with"):
+            each.load_state_dict(state, policy)
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(4, 8.0)], ids=["weights", "adapters"])
+def test_its_pass_leaves_the_model_as_it_was(policy: Policy, tokenizer: Any, adapter: Adapter | None) -> None:
+    qs = taught(tokenizer)
+    sequences = Sequences.pack([q.prompt for q in qs], [q.demonstration or [] for q in qs], 0)
+    if adapter is not None:
+        add_adapters(policy, adapter, seed=0)
+    teacher = Teacher(rate=0.0)
+    teacher.begin(policy)
+    before = policy.logits(policy.states(sequences)).detach()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    moved = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    states, head = teacher.shown(policy, sequences)
+    assert (head is None) == (adapter is not None)  # adapters leave the head as it is
+    outputs = policy.logits(states) if head is None else head(states)
+    torch.testing.assert_close(outputs, before)
+    assert not torch.allclose(policy.logits(policy.states(sequences)), before, atol=0.1)
+    assert all((p == moved[n]).all() for n, p in policy.named_parameters())
+
+
 # --- the teacher's prompt ---------------------------------------------------------------------------------------------
 
 
@@ -222,6 +314,10 @@ def test_data_makes_them_for_the_module_that_asks(make_trainer: MakeTrainer, tok
         (
             {"distillation": {"template": "x"}},
             "distillation: .* is not allowed; it must be a SelfDistillation",
+        ),
+        (
+            {"distillation": replace(ON, teacher_rate=1.5)},
+            r"distillation.teacher_rate: 1.5 is not allowed; it must be in \[0, 1\]",
         ),
         ({"distillation": ON, "weight": "dft"}, "weight: dft is not allowed; it must be uniform with distillation"),
         ({"distillation": ON, "sed": SED(1.0)}, "sed.strength: 1.0 is not allowed; it must be 0.0 with distillation"),

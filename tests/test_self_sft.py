@@ -157,18 +157,18 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], line: str) -> 
         make_module(demonstrations="initial", **changes)
 
 
-def test_a_run_goes_on_with_the_responses_that_it_began_with(tokenizer: Any) -> None:
+def test_a_run_goes_on_with_the_responses_that_it_began_with(tokenizer: Any, policy: Policy) -> None:
     begun = make_module(demonstrations="initial").supervision
     assert begun.pool is not None
     begun.pool.responses = {3: [5, 1]}
     on = make_module(demonstrations="refreshed").supervision
-    on.load_state_dict(begun.state_dict())
+    on.load_state_dict(begun.state_dict(), policy)
     assert on.pool is not None
     assert on.pool.responses == {3: [5, 1]}
     plain = Supervision(tokenizer, SFTLoss())
     for module, state in ((plain, begun.state_dict()), (on, plain.state_dict())):
         with pytest.raises(InputError, match=r"model.sft_loss.demonstrations: \w+ is not allowed here"):
-            module.load_state_dict(state)
+            module.load_state_dict(state, policy)
 
 
 def test_drawing_leaves_the_rollouts_of_a_run_as_they_are(make_trainer: MakeTrainer) -> None:

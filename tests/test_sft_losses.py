@@ -203,15 +203,15 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], line: str) -> 
         make_module(**changes)
 
 
-def test_a_run_goes_on_with_the_threshold_that_it_began_with(tokenizer: Any) -> None:
+def test_a_run_goes_on_with_the_threshold_that_it_began_with(tokenizer: Any, policy: Policy) -> None:
     begun = Supervision(tokenizer, SFTLoss(sed=SED(1.0)))
     begun.sed_threshold = 0.5
     on = Supervision(tokenizer, SFTLoss(sed=SED(2.0)))
-    on.load_state_dict(begun.state_dict())
+    on.load_state_dict(begun.state_dict(), policy)
     assert on.batch(questions(tokenizer), torch.device("cpu")).sed_threshold == 0.5
     without = Supervision(tokenizer, SFTLoss())
     before = {"initial_losses": None}  # as checkpoints from before there was one
-    without.load_state_dict(before)
+    without.load_state_dict(before, policy)
     for loss, state in (
         (SED(1.0, 3), begun.state_dict()),
         (SED(1.0, 2, 0.5), begun.state_dict()),
@@ -220,7 +220,7 @@ def test_a_run_goes_on_with_the_threshold_that_it_began_with(tokenizer: Any) -> 
         (SED(1.0), before),
     ):
         with pytest.raises(InputError, match=r"model.sft_loss.sed: .* is not allowed here; the run began with"):
-            Supervision(tokenizer, SFTLoss(sed=loss)).load_state_dict(state)
+            Supervision(tokenizer, SFTLoss(sed=loss)).load_state_dict(state, policy)
 
 
 # --- steps of a run ---------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
     # each rank draws for a part of the questions, and some ranks have nothing left to draw before others
     "own responses": {"demonstrations": "refreshed", "attempts": 3, "reward": Coin()},
     # the model runs twice before each backward pass, and the teacher's prompts are longer
-    "distilled": {"distillation": SelfDistillation(), "micro_batch_tokens": 60},
+    "distilled": {"distillation": SelfDistillation(teacher_rate=0.5), "micro_batch_tokens": 60},
     # half of the questions are out of reach: further ones are asked for, and ranks keep different numbers of them;
     # SFT sees all tokens here
     # prompts run once a group, whatever a rank has of it

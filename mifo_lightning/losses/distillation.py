@@ -16,14 +16,18 @@ class SelfDistillation:
 
     Args:
         template: What the last message of x becomes for the teacher; `{prompt}` is what it was, `{demonstration}` is c.
+        teacher_rate: Share of the model in the moving average that is the teacher's weights, after each optimizer step
+            of either kind; 1: it has the running weights, 0: those of before training.
     """
 
     template: str = TEMPLATE
+    teacher_rate: float = 0.01
 
     def check(self, key: str) -> None:
         """Raise an InputError that names the key, its value and what is allowed."""
         named = all(place in self.template for place in ("{prompt}", "{demonstration}"))
         require(f"{key}.template", repr(self.template)[:80], named, "a text with {prompt} and {demonstration}")
+        require(f"{key}.teacher_rate", self.teacher_rate, 0 <= self.teacher_rate <= 1, "in [0, 1]")
 
 
 def fill_template(template: str, prompt: str, demonstration: str) -> str:

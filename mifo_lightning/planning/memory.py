@@ -184,6 +184,7 @@ class Plan:
         elif work.importance:  # the weights where the phase began
             copies["importance"] += 1
         copies["importance"] += work.protection[sft]
+        copies["reference"] = float(work.teacher)
         if work.ranks > 1 and not work.sharded:
             copies["gradients"] = 1.0  # DDP's buckets, which stay
         parts = dict.fromkeys(COMPONENTS, 0) | traced

@@ -34,6 +34,7 @@ class Workload:
         entropy_gradient: Whether the loss has an entropy bonus.
         scored: Whether a rollout is scored once more, for old log-probabilities or a mask.
         reference: Whether there is a reference model.
+        teacher: Whether SDFT's teacher has weights of its own, as many as are trained.
         demonstrations: Of an SFT step on each process; 0: there are no SFT steps.
         demonstration: Tokens of each.
         moments: model.optimizer.moments.
@@ -66,6 +67,7 @@ class Workload:
     entropy_gradient: bool = False
     scored: bool = False
     reference: bool = False
+    teacher: bool = False
     demonstrations: int = 0
     demonstration: int = 0
     moments: str = "reset"
@@ -204,6 +206,7 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         entropy_gradient=loss.entropy_bonus > 0,
         scored=updates > 1 or loss.entropy_fraction < 1,
         reference=loss.kl_coefficient > 0,
+        teacher=model.sft_loss.distillation is not None and model.sft_loss.distillation.teacher_rate < 1,
         demonstrations=schedule.sft_batch // ranks if buffered else 0,
         demonstration=_demonstration(config, lengths[1], response),
         moments=model.optimizer.moments,

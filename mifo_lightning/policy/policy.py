@@ -99,7 +99,8 @@ class Policy(nn.Module):
         entropy_gradient: bool = False,
         grouped: bool = False,
         top_k: int = 0,
-        teacher: Sequences | None = None,
+        teacher: Tensor | None = None,
+        teacher_head: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """Teacher-forced scores of the response tokens.
 
@@ -110,8 +111,9 @@ class Policy(nn.Module):
             grouped: Whether several rows may have the same prompt, which runs once then if `share_prompts` allows it.
                 The same on all ranks.
             top_k: How many of each position's largest log-probabilities are wanted beside the token's own.
-            teacher: The same responses after other prompts, under which the same weights, without gradient, are the
-                teacher of the KL; None wants none.
+            teacher: [N, D] states of a teacher before the tokens of the same responses, response after response, as of
+                `states`; None wants no KL.
+            teacher_head: Makes outputs of them; None is the model's own.
 
         Returns:
             `logp` [B, L] with gradient and `entropy` [B, L], fp32 nats, 0 outside the response; where `top_k` is above
@@ -122,17 +124,14 @@ class Policy(nn.Module):
         position = sequences.prompt_lengths[row] + step
         targets = sequences.tokens[row, position]
         with self.numerics():
-            shown = None
-            if teacher is not None:
-                with torch.no_grad():
-                    shown = self._states_before(teacher.tokens, row, teacher.prompt_lengths[row] + step)
             if grouped and self.share_prompts:
                 states = shared_states(self.model, sequences.tokens, sequences.prompt_lengths, mask.shape[1])
                 hidden = states[row, step]
             else:
                 hidden = self._states_before(sequences.tokens, row, position)
             transform = self.transform or LogitTransform()
-            scores = token_scores(self.head, hidden, targets, temperature, entropy_gradient, transform, top_k, shown)
+            shown = teacher, teacher_head
+            scores = token_scores(self.head, hidden, targets, temperature, entropy_gradient, transform, top_k, *shown)
         return tuple(_at(mask, s) for s in scores)
 
     def states(self, sequences: Sequences) -> Tensor:

@@ -26,6 +26,7 @@ def token_scores(
     transform: LogitTransform = LogitTransform(),
     top_k: int = 0,
     teacher: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Score each target token under softmax(transform(head(hidden)) / temperature).
 
@@ -41,7 +42,8 @@ def token_scores(
         entropy_gradient: Whether the entropy needs a gradient: a bonus does, a selection does not.
         transform: What makes logits of the head's outputs.
         top_k: How many of each position's largest log-probabilities are wanted beside the target's.
-        teacher: [N, D] hidden states of a teacher with the same head, whose KL is wanted; None wants none.
+        teacher: [N, D] hidden states of a teacher, whose KL is wanted; None wants none.
+        teacher_head: Maps them to outputs; None is `head`.
 
     Returns:
         `logp` [N] fp32 log-probabilities in nats, with gradient, and `entropy` [N] fp32 in nats; where `top_k` is
@@ -58,11 +60,12 @@ def token_scores(
         return tuple(scores.float() for scores in apply(hidden, head.weight, head.bias, targets, settings))
     with _without_cache(hidden.device.type):
         n = max(1, CHUNK_ELEMENTS // vocabulary_size(head, hidden))
+    rest = temperature, entropy_gradient, transform, top_k, teacher_head or head
     if len(hidden) <= n:
-        return _score(head, hidden, targets, temperature, entropy_gradient, transform, top_k, teacher)
+        return _score(head, hidden, targets, *rest, teacher)
     others = repeat(None) if teacher is None else teacher.split(n)
     parts = [
-        checkpoint(_score, head, h, t, temperature, entropy_gradient, transform, top_k, other, use_reentrant=False)
+        checkpoint(_score, head, h, t, *rest, other, use_reentrant=False)
         for h, t, other in zip(hidden.split(n), targets.split(n), others, strict=False)
     ]
     return tuple(torch.cat(scores) for scores in zip(*parts, strict=True))
@@ -95,12 +98,13 @@ def _score(
     entropy_gradient: bool,
     transform: LogitTransform,
     top_k: int,
-    teacher: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor],
+    teacher: Tensor | None,
 ) -> tuple[Tensor, ...]:
     with _without_cache(hidden.device.type):  # here, not in the caller: chunks are made again in the backward pass
         logits = transform(head(hidden).float())
         with torch.no_grad():
-            shown = None if teacher is None else transform(head(teacher).float())
+            shown = None if teacher is None else transform(teacher_head(teacher).float())
     if temperature != 1.0:
         logits = logits / temperature
         shown = None if shown is None else shown / temperature

@@ -118,13 +118,15 @@ class OptimizerStep:
         for chunk in chunks:
             with_bonus = chunk.bonus is not None and chunk.bonus.scale > 0
             with profiled(trainer, "forward"):
+                states, head = self.supervision.shown(policy, chunk)
                 scores = policy(
                     chunk.sequences,
                     chunk.temperature,
                     entropy_gradient=with_bonus,
                     grouped=phase == "rl",
                     top_k=objective.top_k if chunk.ce is not None else 0,
-                    teacher=chunk.teacher,
+                    teacher=states,
+                    teacher_head=head,
                 )
             chosen = chunk if late is None else selected(chunk, late, scores[1].detach())
             loss, metrics = objective(chosen, *scores)

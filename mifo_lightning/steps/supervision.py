@@ -24,6 +24,7 @@ from mifo_lightning.steps.batch import Batch, Stream
 from mifo_lightning.steps.objective import Objective
 from mifo_lightning.steps.pool import Pool
 from mifo_lightning.steps.settings import SFTLoss
+from mifo_lightning.steps.teacher import Shown, Teacher
 
 INITIAL_ROWS = 64  # demonstrations packed together; bounds padding
 
@@ -45,6 +46,7 @@ class Supervision:
         initial_losses: [N] fp32 by question id, for a weight that wants them; None before `measure`.
         sed_threshold: tau of SED-SFT's term, where it is on; None before `measure`.
         pool: The model's own right responses, where they take the place of the data's demonstrations.
+        teacher: Of SDFT; None without it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Supervision:
         self.responder, self.sampling = responder, sampling
         pooled = settings.demonstrations in ("initial", "refreshed")
         self.pool = Pool(self._drawing, sampling, settings.attempts) if pooled else None
+        self.teacher = None if settings.distillation is None else Teacher(settings.distillation.teacher_rate)
         self._decoded = 0
 
     @property
@@ -142,16 +145,19 @@ class Supervision:
             self.sed_threshold = initial_sed_threshold(policy, questions, pad, self.settings.sed)
         if self.pool is not None:
             self.pool.fill(policy, questions)
+        if self.teacher is not None:
+            self.teacher.begin(policy)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `measure` found and the pool holds, for a checkpoint."""
+        """What `measure` found, and what pool and teacher hold, for a checkpoint; collective if weights are sharded."""
         sed = self.settings.sed
         measured = (self.sed_threshold, sed.top_k, sed.mask_ratio) if self.sed_threshold is not None else None
         pool = None if self.pool is None else self.pool.responses
-        return {"initial_losses": self.initial_losses, "sed": measured, "pool": pool}
+        teacher = {} if self.teacher is None else self.teacher.state_dict()
+        return {"initial_losses": self.initial_losses, "sed": measured, "pool": pool, "teacher": teacher}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what a run measured where it began.
+    def load_state_dict(self, state: dict[str, Any], policy: Policy) -> None:
+        """Take what a run measured where it began, and where its teacher was.
 
         Raises:
             InputError: It measured what is not wanted now, or the other way round.
@@ -176,6 +182,14 @@ class Supervision:
             )
         if self.pool is not None:
             self.pool.responses = pool
+        if self.teacher is not None:
+            self.teacher.load_state_dict(policy, state.get("teacher") or {})
+
+    def shown(self, policy: Policy, chunk: Batch) -> Shown | tuple[None, None]:
+        """What the teacher makes of a chunk; nothing where there is none."""
+        if self.teacher is None or chunk.teacher is None:
+            return None, None
+        return self.teacher.shown(policy, chunk.teacher)
 
     def batch(self, questions: list[Question], device: torch.device) -> Batch:
         """As `sft_batch`, with these settings."""
