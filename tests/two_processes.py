@@ -117,6 +117,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# the run that is stopped and goes on: a reference and a teacher that follow the model
+WHOLE = {**CASES["phases"], **CASES["distilled"]}
+
+
 supervision.INITIAL_ROWS = 8  # ranks score different numbers of blocks before training
 
 
@@ -129,7 +133,9 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
     }[strategy]
     watch = Watch()
     method = method_callbacks(size=8)[case == "dynamic sampling" :]  # the first one selects tokens
-    module = make_module(rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES[case])
+    module = make_module(
+        rl=AdamWSettings(lr=lr), sft=AdamWSettings(lr=lr), skip_zero_gradient=True, **CASES.get(case, WHOLE)
+    )
     saver = ModelCheckpoint(out.parent / strategy, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     summary = RunSummary()
     export = ExportModel(str(out.parent / f"model-{strategy}")) if lr and ckpt is None else Callback()
@@ -167,11 +173,11 @@ def main() -> None:
     strategy, out = sys.argv[1], Path(sys.argv[2])
     seen: dict[str, Any] = {"cases": {case: fit(strategy, case, 0.0, out) for case in CASES}}
     if strategy != "single":
-        seen["whole"] = whole = fit(strategy, "phases", 5e-4, out)
+        seen["whole"] = whole = fit(strategy, "whole", 5e-4, out)
         # after the first of a rollout's two passes, and after the first of an SFT phase's two steps
         steps = (1, whole["phases"].index("sft") + 1)
         kept = out.parent / strategy
-        seen["again"] = {s: fit(strategy, "phases", 5e-4, out, kept / f"step={s}.ckpt") for s in steps}
+        seen["again"] = {s: fit(strategy, "whole", 5e-4, out, kept / f"step={s}.ckpt") for s in steps}
     if seen["cases"]["phases"]["rank"] == 0:
         torch.save(seen, out)
     leave_group()
