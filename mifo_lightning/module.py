@@ -224,6 +224,11 @@ class MifoModule(LightningModule):
             return sum(p.numel() for p in self.blueprint().parameters())
         return sum(shape.numel() for shape in self.saved_weights().values())
 
+    @property
+    def averages(self) -> int:
+        """Further copies of the trained weights in a checkpoint: those of SDFT's teacher."""
+        return int(self.supervision.teacher is not None and self.supervision.teacher.apart)
+
     def load(self) -> None:
         """Load the weights (fp32 master copy), once, and take the Trainer's precision, if there is a Trainer.
 

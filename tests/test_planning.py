@@ -272,6 +272,7 @@ def test_sft_is_planned_on_the_responses_that_it_learns_from(method: str, tokens
     assert found.work.demonstration == tokens
     assert any("teacher" in line for line in said) == (method == "sdft")
     assert (found.sft_update().parts["reference"] > 0) == (method == "sdft")
+    assert any(moment.name == "SFT teacher" for moment in found.moments) == (method == "sdft")
 
 
 def test_an_engine_of_ones_own_that_decodes_in_process_may_take_other_arguments(

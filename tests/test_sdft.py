@@ -245,8 +245,16 @@ def test_a_teacher_goes_on_with_the_run_that_it_began_with(policy: Policy, token
     assert states[1]["teacher"] == {}
     apart.load_state_dict(states[0], policy)
     for each, state in ((apart, states[1]), (running, states[0])):
-        with pytest.raises(InputError, match=r"distillation.teacher_rate: .* is not allowed here; the run began with"):
+        with pytest.raises(InputError, match=r"distillation.teacher_rate: .* is not allowed here; it must be"):
             each.load_state_dict(state, policy)
+    with pytest.raises(InputError, match=r"distillation: null is not allowed here; the run began with a moving"):
+        Supervision(tokenizer, SFTLoss()).load_state_dict(states[0], policy)
+    before = {n: w.clone() for n, w in states[0]["teacher"].items()}
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.add_(1.0)
+    assert apart.teacher is not None
+    apart.teacher.follow(policy)
+    assert all((w == before[n]).all() for n, w in states[0]["teacher"].items())  # a checkpoint is no part of the run
 
 
 @pytest.mark.parametrize("adapter", [None, Adapter(4, 8.0)], ids=["weights", "adapters"])
@@ -270,6 +278,48 @@ def test_its_pass_leaves_the_model_as_it_was(policy: Policy, tokenizer: Any, ada
     torch.testing.assert_close(outputs, before)
     assert not torch.allclose(policy.logits(policy.states(sequences)), before, atol=0.1)
     assert all((p == moved[n]).all() for n, p in policy.named_parameters())
+
+
+@pytest.mark.parametrize("where", ["on the way", "in its pass"])
+def test_a_pass_that_fails_leaves_the_model_as_it_was(
+    policy: Policy, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    qs = taught(tokenizer)
+    sequences = Sequences.pack([q.prompt for q in qs], [q.demonstration or [] for q in qs], 0)
+    teacher = Teacher(rate=0.5)
+    teacher.begin(policy)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(1.0)
+    moved = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    average = {n: w.clone() for n, w in teacher.weights.items()}
+    if where == "in its pass":
+        monkeypatch.setattr(policy, "states", fail)
+    else:
+        teacher.weights["gone"] = torch.zeros(1)  # the last to be exchanged, and in no policy
+    with pytest.raises((MemoryError, AttributeError)):
+        teacher.shown(policy, sequences)
+    assert all((p == moved[n]).all() for n, p in policy.named_parameters())
+    assert all((teacher.weights[n] == w).all() for n, w in average.items())
+
+
+def test_weights_that_are_trained_from_later_on_or_no_more_do_not_matter(policy: Policy, tokenizer: Any) -> None:
+    qs = taught(tokenizer)
+    sequences = Sequences.pack([q.prompt for q in qs], [q.demonstration or [] for q in qs], 0)
+    first, *_, last = policy.parameters()
+    first.requires_grad_(False)
+    teacher = Teacher(rate=0.0)
+    teacher.begin(policy)
+    before = policy.states(sequences).detach()
+    first.requires_grad_(True)
+    last.requires_grad_(False)
+    with torch.no_grad():
+        last.add_(1.0)
+    teacher.follow(policy)
+    torch.testing.assert_close(teacher.shown(policy, sequences).states, before)
 
 
 # --- the teacher's prompt ---------------------------------------------------------------------------------------------

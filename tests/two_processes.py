@@ -18,7 +18,7 @@ from rl_steps import Coin
 
 from mifo_callbacks import GradientFreezing
 from mifo_callbacks.collectives import gather_dealt, leave_group
-from mifo_callbacks.sharding import full
+from mifo_callbacks.sharding import full, shard_like
 from mifo_lightning.data.schedule import Schedule
 from mifo_lightning.losses.distillation import SelfDistillation
 from mifo_lightning.losses.sed import SED
@@ -75,6 +75,17 @@ class Vanish(Callback):
 def _local(p: torch.Tensor) -> torch.Tensor:
     p = p.detach()
     return p.to_local() if hasattr(p, "to_local") else p
+
+
+class Apart(Callback):
+    """Moves the weights of a teacher away from the model's, as training does that is not at a rate of 0."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        teacher = pl_module.supervision.teacher
+        if trainer.global_step == 0 and teacher is not None:
+            for number, weight in enumerate(teacher.weights.values()):
+                noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+                weight.add_(shard_like(0.05 * noise, weight))
 
 
 # what the module does; each case turns on all that a rank must not see alone
@@ -149,7 +160,7 @@ def fit(strategy: str, case: str, lr: float, out: Path, ckpt: Path | None = None
         enable_model_summary=False,
         callbacks=[
             *method,
-            *([Vanish()] if lr else []),
+            *([Vanish()] if lr else [Apart()]),
             watch,
             summary,
             export,

@@ -57,7 +57,7 @@ class LastCheckpoint(ModelCheckpoint):
             return
         for name in (LAST, PREVIOUS):
             keep_earlier(trainer, directory / name, "checkpoint.dirpath", start)
-        needed = 4 * PARTS * pl_module.trained_size()
+        needed = 4 * (PARTS + pl_module.averages) * pl_module.trained_size()
         there = sum(_bytes(directory / name) for name in (LAST, PREVIOUS, NEXT))
         problem, free = trainer.strategy.broadcast((disk_problem(directory, needed, there), free_bytes(directory)))
         if problem:

@@ -114,6 +114,8 @@ class Plan:
         if work.scored or work.reference:
             found.append(self.scoring())
         found += [self.update(), self.step("RL step", sft=False)]
+        if work.demonstrations and work.shown:
+            found.append(self.teaching())
         if work.demonstrations:
             found += [self.sft_update(), self.step("SFT step", sft=True)]
         if work.evaluated:
@@ -156,6 +158,12 @@ class Plan:
         shared = prompts if self.shape.shared else None
         traced = self.tracer.update(rows, shared, work.prompt, work.response, count, work.entropy_gradient)
         return self._moment("RL update", traced)
+
+    def teaching(self) -> Moment:
+        """The pass of SDFT's teacher over a chunk, whose prompts hold the demonstrations too."""
+        work, (rows, _, _) = self.work, self.work.sft_chunk()
+        traced = self.tracer.scoring(rows, None, work.prompt + work.shown, work.demonstration)
+        return self._moment("SFT teacher", {**traced, "gradients": int(self._trained)}, whole=True, sft=True)
 
     def sft_update(self) -> Moment:
         """The passes of an SFT optimizer step, each row with its own prompt."""

@@ -35,6 +35,7 @@ class Workload:
         scored: Whether a rollout is scored once more, for old log-probabilities or a mask.
         reference: Whether there is a reference model.
         teacher: Whether SDFT's teacher has weights of its own, as many as are trained.
+        shown: Tokens by which prompts of SDFT's teacher are longer; 0: there is none.
         demonstrations: Of an SFT step on each process; 0: there are no SFT steps.
         demonstration: Tokens of each.
         moments: model.optimizer.moments.
@@ -68,6 +69,7 @@ class Workload:
     scored: bool = False
     reference: bool = False
     teacher: bool = False
+    shown: int = 0
     demonstrations: int = 0
     demonstration: int = 0
     moments: str = "reset"
@@ -181,8 +183,8 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         adapter.check("model.adapter")
     own = model.evaluation.sampling
     samples = model.evaluation.samples or 1
-    if model.sft_loss.distillation is not None:
-        said.append("the pass of SDFT's teacher, whose prompts hold the demonstrations, is not counted")
+    if (distillation := model.sft_loss.distillation) is not None:
+        said.append("the time of SDFT's teacher, whose prompts hold the demonstrations, is not counted")
     buffered = config.buffer is not None or schedule.sft_before or schedule.sft_after
     updates = schedule.epochs_per_rollout * schedule.minibatches
     return Workload(
@@ -206,7 +208,8 @@ def workload_of(config: Any, ranks: int | None, prompt: int | None, response: in
         entropy_gradient=loss.entropy_bonus > 0,
         scored=updates > 1 or loss.entropy_fraction < 1,
         reference=loss.kl_coefficient > 0,
-        teacher=model.sft_loss.distillation is not None and model.sft_loss.distillation.teacher_rate < 1,
+        teacher=distillation is not None and distillation.teacher_rate < 1,
+        shown=data.demonstrations.max_tokens if distillation is not None else 0,
         demonstrations=schedule.sft_batch // ranks if buffered else 0,
         demonstration=_demonstration(config, lengths[1], response),
         moments=model.optimizer.moments,

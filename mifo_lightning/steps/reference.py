@@ -1,30 +1,28 @@
-"""The reference of the KL: how it follows the policy, and what a checkpoint holds of it once it has."""
+"""Weights that follow the policy's, the reference's of the KL and a teacher's, and what a checkpoint holds of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from mifo_callbacks.sharding import full_on_first_rank, shard_like
-from mifo_lightning.policy.policy import Policy
+from mifo_callbacks.sharding import local, shard_like
 
 
 @torch.no_grad()
-def follow(reference: Policy, policy: Policy, share: float) -> None:
-    """Mix the policy into the reference: share * policy + (1 - share) * reference (TR-DPO, arXiv 2404.09656)."""
-    reference.to(policy.device)
-    for kept, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        kept.mul_(1 - share).add_(new, alpha=share)
+def follow(kept: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -> None:
+    """Mix new weights into those kept, in place: share * new + (1 - share) * kept (TR-DPO, arXiv 2404.09656).
 
-
-def weights_of(references: Sequence[Policy]) -> dict[str, Tensor]:
-    """Full weights by name, on the first rank; collective if they are sharded."""
-    return full_on_first_rank({name: p.detach() for r in references for name, p in r.named_parameters()})
+    Args:
+        kept: By name, laid out as the policy's.
+        new: The policy's, of all names that are kept.
+        share: In (0, 1].
+    """
+    for name, weight in kept.items():
+        local(weight).mul_(1 - share).add_(local(new[name]), alpha=share)
 
 
 @torch.no_grad()
-def load_weights(references: Sequence[Policy], weights: dict[str, Tensor]) -> None:
-    """Take these full weights, sharded as the reference is."""
-    for reference in references:
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(shard_like(weights[name], parameter))
+def take(kept: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> None:
+    """Copy full weights into those kept, sharded as these are."""
+    for name, weight in kept.items():
+        weight.copy_(shard_like(full[name], weight))

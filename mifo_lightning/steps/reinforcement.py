@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mifo_callbacks.collectives import gather_ranks, mean_ranks, rank, ranks
+from mifo_callbacks.sharding import full_on_first_rank
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.common.question import Question
 from mifo_lightning.data.loader import WorkItem
@@ -26,7 +27,7 @@ from mifo_lightning.rollout.respond import Responder
 from mifo_lightning.rollout.settings import Rollout
 from mifo_lightning.steps.batch import Batch
 from mifo_lightning.steps.objective import Objective
-from mifo_lightning.steps.reference import follow, load_weights, weights_of
+from mifo_lightning.steps.reference import follow, take
 from mifo_lightning.steps.rl_batch import forking_tokens, rl_batch
 from mifo_lightning.steps.rows import as_completion, training_rows
 from mifo_lightning.steps.settings import PolicyLoss, check_rl
@@ -97,16 +98,18 @@ class Reinforcement:
         every = self.settings.reference_sync_steps
         if every and steps % every == 0:
             for reference in self.references:
-                follow(reference, policy, self.settings.reference_mixup)
+                kept = dict(reference.to(policy.device).named_parameters())
+                follow(kept, dict(policy.named_parameters()), self.settings.reference_mixup)
 
     def reference_state(self) -> dict[str, Tensor]:
         """Weights of a reference that follows the policy, on the first rank; collective."""
-        return weights_of(self.references) if self.settings.reference_sync_steps else {}
+        kept = self.references if self.settings.reference_sync_steps else []
+        return full_on_first_rank({name: p.detach() for each in kept for name, p in each.named_parameters()})
 
     def load_reference(self, state: dict[str, Tensor]) -> None:
         """Go on with the reference of a checkpoint; without one it stays the initial model."""
-        if state:
-            load_weights(self.references, state)
+        for reference in self.references if state else []:
+            take(dict(reference.named_parameters()), state)
 
     def batch(self, policy: Policy, item: WorkItem, more: More, profile: Profile) -> "tuple[Batch, Fresh | None]":
         """What the rollout under way trains on, and what is new of it: its first update draws it; collective then.

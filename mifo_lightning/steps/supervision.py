@@ -182,8 +182,14 @@ class Supervision:
             )
         if self.pool is not None:
             self.pool.responses = pool
+        teacher = state.get("teacher") or {}
         if self.teacher is not None:
-            self.teacher.load_state_dict(policy, state.get("teacher") or {})
+            self.teacher.load_state_dict(policy, teacher)
+        elif teacher:
+            raise InputError(
+                "model.sft_loss.distillation: null is not allowed here; the run began with a moving average for a "
+                "teacher, which ends with it"
+            )
 
     def shown(self, policy: Policy, chunk: Batch) -> Shown | tuple[None, None]:
         """What the teacher makes of a chunk; nothing where there is none."""

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mifo_callbacks.sharding import full, full_on_first_rank, local, shard_like, trainable
+from mifo_callbacks.sharding import full, full_on_first_rank, local, trainable
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.policy.policy import Policy, Sequences
+from mifo_lightning.steps.reference import follow, take
+
+PIECE = 2**22  # weights that are exchanged at once, 16 MiB
 
 
 class Shown(NamedTuple):
@@ -42,16 +45,16 @@ class Teacher:
         return self.rate < 1
 
     def begin(self, policy: Policy) -> None:
-        """Take the weights of before training."""
+        """Take the weights of before training; a weight that is trained only later is the running model's."""
         if self.apart:
             self.weights = {name: p.detach().clone() for name, p in trainable(policy).items()}
+            largest = max((p.numel() for w in self.weights.values() for p in _pieces(local(w))), default=0)
+            self._scratch = torch.empty(largest, device=policy.device)
 
-    @torch.no_grad()
     def follow(self, policy: Policy) -> None:
         """Take in the model after an optimizer step, of either kind of phase."""
-        if self.rate and self.apart:
-            for name, p in trainable(policy).items():
-                local(self.weights[name]).mul_(1 - self.rate).add_(local(p), alpha=self.rate)
+        if self.rate:
+            follow(self.weights, dict(policy.named_parameters()), self.rate)
 
     def shown(self, policy: Policy, sequences: Sequences) -> Shown:
         """Its states for responses after its own prompts, by way of the policy's modules; collective under FSDP2."""
@@ -70,30 +73,35 @@ class Teacher:
             InputError: The run had a teacher of another kind.
         """
         if bool(weights) != self.apart:
-            began = "below 1" if weights else "1"
+            allowed = "below 1, since the run began with" if weights else "1, since the run began without"
             raise InputError(
-                f"model.sft_loss.distillation.teacher_rate: {self.rate:g} is not allowed here; the run began with one "
-                f"{began}, and a teacher's average begins and ends with a run"
+                f"model.sft_loss.distillation.teacher_rate: {self.rate:g} is not allowed here; it must be {allowed} "
+                "a moving average for a teacher"
             )
-        self.weights = {name: shard_like(weights[name], p) for name, p in trainable(policy).items() if weights}
+        self.begin(policy)
+        take(self.weights, weights)
 
     @contextmanager
     def _in_place(self, policy: Policy) -> Iterator[None]:
-        """Its weights in the policy's place, bit for bit given back; one tensor more is held at a time."""
-        self._exchange(policy)
+        """Its weights in the policy's place, which are given back bit for bit, whatever happens in between.
+
+        By way of memory that is there already: after an error for want of memory there is none for copies.
+        """
+        exchanged: list[tuple[Tensor, Tensor]] = []
         try:
+            for name, own in self.weights.items():
+                for pair in zip(_pieces(local(policy.get_parameter(name))), _pieces(local(own)), strict=True):
+                    self._exchange(*pair)
+                    exchanged.append(pair)
             yield
         finally:
-            self._exchange(policy)
+            for pair in exchanged:
+                self._exchange(*pair)
 
-    @torch.no_grad()
-    def _exchange(self, policy: Policy) -> None:
-        if self.apart:
-            for name, p in trainable(policy).items():
-                here, there = local(p), local(self.weights[name])
-                kept = here.clone()
-                here.copy_(there)
-                there.copy_(kept)
+    def _exchange(self, here: Tensor, there: Tensor) -> None:
+        kept = self._scratch[: here.numel()].view(here.shape).copy_(here)
+        here.copy_(there)
+        there.copy_(kept)
 
     def _head(self, policy: Policy) -> Callable[[Tensor], Tensor] | None:
         """Its head, whole on every rank; None where that is the model's own."""
@@ -103,3 +111,9 @@ class Teacher:
             return None
         parts = {part: full(self.weights.get(own[part], p)).detach() for part, p in policy.head.named_parameters()}
         return lambda states: torch.func.functional_call(policy.head, parts, (states,))
+
+
+def _pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    """Views of some of its rows, of `PIECE` numbers or of one row."""
+    rows = torch.atleast_1d(weight)
+    return torch.split(rows, max(1, PIECE * len(rows) // max(1, rows.numel())))
