@@ -43,6 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
         "schedule": Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4),
         "trainer": {"val_check_interval": 4, "check_val_every_n_epoch": None},
     },
+    "evaluation after": {  # the second of three points is within a step, and an evaluation must come when it is due
+        "schedule": Schedule(rl_steps=3, prompts_per_step=4, sft_batch=4),
+        "trainer": {"val_check_interval": 5, "check_val_every_n_epoch": None},
+    },
 }
 
 
