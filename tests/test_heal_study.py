@@ -299,6 +299,11 @@ def test_a_measured_base_needs_no_fits_and_is_gone_on_with_from_its_own_weights_
     capsys.readouterr()
     assert main(["--config", str(path)]) == 2
     assert "model-3 has other weights than those that were measured" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # of the base it can be told before the first fit
+        patch.setattr(runner, "run_here", None)
+        kept.write_text(json.dumps(lacking | {"facts": {**lacking["facts"], "start": "of another CPU"}}))
+        assert main(["--config", str(path)]) == 2
+        assert "is another base than the one that its fits began with" in capsys.readouterr().err
     del lacking["seconds"]["measure sweep"], lacking["sweep"]["1"]  # cut off within the sweep
     kept.write_text(json.dumps(lacking))
     assert main(["--config", str(path)]) == 2

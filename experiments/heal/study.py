@@ -20,6 +20,7 @@ from experiments.heal.sweep import (
     NOISE,
     RL,
     check_end,
+    check_start,
     least_loss,
     measure_protected,
     measure_rl,
@@ -129,7 +130,9 @@ def _unprotected(study: Study, records: Records) -> bool:
 
 
 def _fits(study: Study, wanted: Mapping[str, Mapping[Any, Cell]]) -> None:
-    """Run those of the bases, and record how long they took."""
+    """Run those of the bases, and record how long they took; none if a base is another than before."""
+    for base in wanted:
+        check_start(study, base)
     run_all([cell for cells in wanted.values() for cell in cells.values()], study.jobs)
     for base, cells in wanted.items():
         for cell in cells.values():

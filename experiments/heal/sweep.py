@@ -11,6 +11,7 @@ from experiments.heal.records import Record, Records, open_records
 from experiments.heal.settings import Study, loss
 from experiments.prune_update import Weights, read_weights
 from mifo_lightning.common.errors import InputError
+from mifo_lightning.lab import fingerprint
 from mifo_lightning.lab.cell import SUMMARY, outcome
 from mifo_lightning.lab.fingerprint import sha256
 
@@ -67,6 +68,23 @@ def measure_protected(study: Study, base: str) -> None:
                     f"{records.path}: {run} begins with other accuracies than those that were measured of this base; "
                     "go on where they were made, or remove that file to measure this base anew"
                 )
+
+
+def check_start(study: Study, base: str) -> None:
+    """Refuse, before the first fit, a base that is not the one of the records.
+
+    Raises:
+        InputError: It is another one.
+    """
+    records = open_records(study, base)
+    if {"start", "end"} & records.stage(FACTS).keys() == {"end"}:
+        return  # measured before this was kept: `check_end` will tell
+    start = fingerprint.digest(study.bases[base])
+    if records.once(FACTS, "start", lambda: start) != start:
+        raise InputError(
+            f"{records.path}: {study.bases[base]} is another base than the one that its fits began with; go on where "
+            "that was made, or remove that file to measure this base anew"
+        )
 
 
 def check_end(study: Study, base: str) -> None:

@@ -28,7 +28,7 @@ def fingerprint(cell: Cell) -> Fingerprint:
 
     The base is None where it is not there. Of `files`, those that are: the path as it is written -> digest.
     """
-    base = _digest(cell.model) if cell.model.is_dir() else None
+    base = digest(cell.model) if cell.model.is_dir() else None
     return {**_settings(cell), "base model": base, "files": _digest_named(cell.settings)}
 
 
@@ -81,7 +81,7 @@ def _digest_config(path: Path) -> str:
 
 
 @cache
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Of a file, or of names and contents of the files in a directory, such as a model's, but for its card."""
     if not path.is_dir():
         return sha256(path)[:16]
@@ -103,7 +103,7 @@ def _digest_named(settings: tuple[str, ...]) -> dict[str, str]:
     """Digests of the files and directories that the settings name, by the path as it is written."""
     paths = {value: Path(resolved).expanduser() for value in _named(settings) if (resolved := _resolved(value))}
     # not `path.exists`, which raises for a text too long to be a path, such as a template
-    return {value: _digest(path) for value, path in paths.items() if os.path.exists(path)}
+    return {value: digest(path) for value, path in paths.items() if os.path.exists(path)}
 
 
 def _named(settings: tuple[str, ...]) -> list[str]:
