@@ -185,8 +185,29 @@ def test_data_that_is_used_twice_is_fitted_and_seeded_by_each_module(make_traine
     for seed, size in ((1, 2), (2, 8)):
         switch = BufferPhaseSwitch(size=size, max_accuracy=1.0)
         make_trainer([switch], max_epochs=-1).fit(make_module(seed=seed), datamodule=data)
-        found.append((data.seed.value, data.schedule.sft_batch, data.fitted))
+        found.append((data.seed.value, data._loader.schedule.sft_batch, data.fitted))
+    assert data.schedule.sft_batch == 4  # what was asked for stays
     assert found == [(1, 2, {"data.schedule.sft_batch": (4, 2)}), (2, 4, {})]
+
+
+def test_what_is_said_of_data_after_a_fit_holds_for_the_next(make_trainer: Any) -> None:
+    data, module = make_data(val=None, schedule=Schedule(rl_steps=1, prompts_per_step=512, sft_batch=4)), make_module()
+
+    def fit() -> tuple[int, int, int]:
+        trainer = make_trainer([], max_epochs=-1)
+        trainer.fit(module, datamodule=data)
+        loader = data._loader
+        return len(loader.questions), len(data._questions["holdout"]), loader.schedule.prompts_per_step
+
+    assert fit() == (64, 0, 64)
+    assert data.fitted == {"data.schedule.prompts_per_step": (512, 64)}
+    data.holdout, data.schedule.prompts_per_step = 8, 16
+    assert fit() == (56, 8, 16)
+    assert data.fitted == {}
+    data.sources["train"], data.holdout = Skills(["addition"], 10), 0
+    data.demonstrations.max_tokens = 1
+    assert fit() == (10, 0, 10)
+    assert not any(q.demonstration for q in data._loader.questions)
 
 
 def test_a_buffer_that_was_fitted_to_few_questions_asks_for_its_own_size_again(make_trainer: Any) -> None:

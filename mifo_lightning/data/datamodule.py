@@ -34,6 +34,8 @@ Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would 
 class QuestionData(LightningDataModule):
     """Questions with demonstrations for training, and questions for evaluation.
 
+    What is said here may be changed between two fits; the next one is made of what stands here then.
+
     Attributes:
         fitted: Sizes that the data could not fill, by key: what was asked for and what was taken.
 
@@ -74,13 +76,14 @@ class QuestionData(LightningDataModule):
         require("data.columns.truth_after", "''", columns.truth_after != "", "a text, or null for the whole")
         self.sources: dict[str, Rows | None] = {"train": train, "val": val, "test": test}
         # copies: a default is one object for all data
-        self.columns, self.prompts, self.demonstrations = columns, replace(prompts), replace(demonstrations)
+        self.columns, self.prompts, self.demonstrations = replace(columns), replace(prompts), replace(demonstrations)
         self.holdout, self.schedule, self.eval_batch = holdout, replace(schedule), eval_batch
-        self._asked = (self.holdout, self.schedule)  # what is fitted to one module's data is fitted anew to the next's
+        self._fitted_schedule = self.schedule  # what training takes of it
         self.fitted: dict[str, tuple[int, int]] = {}
         self.given: dict[str, Any] = dict.fromkeys(Settings._fields)
         self.settings: Settings | None = None  # those of the module, once there is one
         self.seed = self._own_seed = Seed(seed, "data.seed")
+        self._made_of: tuple[Any, ...] | None = None  # what was said when the questions were made
         self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self._template: str | None = None  # in place of the tokenizer's own
         self._teacher: str | None = None  # template of a teacher's prompts, of the module
@@ -122,13 +125,19 @@ class QuestionData(LightningDataModule):
         settings, theirs = settle(self.given, module), getattr(module, "seed", None)
         seed = theirs if self._own_seed.given is None and isinstance(theirs, Seed) else self._own_seed
         teacher, same = getattr(module, "teacher_template", None), self.settings is not None and seed is self.seed
-        if not same or teacher != self._teacher or any(map(operator.is_not, settings, self._settled)):
-            if self.settings is None:
-                self._asked = (self.holdout, self.schedule)
+        made_of = self._said()
+        same = same and teacher == self._teacher and made_of == self._made_of
+        if not same or any(map(operator.is_not, settings, self._settled)):
             self._questions, self.settings, self.seed, self._teacher = {}, settings, seed, teacher
-            (self.holdout, self.schedule), self.fitted = self._asked, {}
+            self._made_of, self.fitted = made_of, {}
             given = self.prompts.chat_template
             self._template = read_template(given, settings.tokenizer, "data.prompts.chat_template")
+
+    def _said(self) -> tuple[Any, ...]:
+        """All that decides the questions and is said here; a copy, since each of it may be changed in place."""
+        rows = [list(source) if isinstance(source, list) else source for source in self.sources.values()]
+        groups = [replace(group) for group in (self.columns, self.prompts, self.demonstrations)]
+        return (*rows, *groups, self.holdout, self.schedule.fit_sizes)
 
     def _load(self, split: str) -> None:
         if split in self._questions:
@@ -165,7 +174,7 @@ class QuestionData(LightningDataModule):
         held, asked, n = self._held_out(everything), self.holdout, len(everything)
         if asked and len(held) == n:
             raise InputError(f"data.holdout: {asked} leaves none of the {n} training questions")
-        self.holdout = self._fit("data.holdout", asked, len(held), f"a fifth of the {n} training questions")
+        self._fit("data.holdout", asked, len(held), f"a fifth of the {n} training questions")
         chosen = {q.id for q in held}
         self._questions["train"] = [q for q in everything if q.id not in chosen]
         for position, question in enumerate(self._questions["train"]):
@@ -184,8 +193,9 @@ class QuestionData(LightningDataModule):
 
     def _fit_schedule(self) -> None:
         """Make what the schedule and the buffer ask for smaller where the training questions are too few."""
-        trainer, before, questions = self._trainer, self._asked[1], self._questions["train"]
-        if not self.schedule.fit_sizes:
+        trainer, before, questions = self._trainer, self.schedule, self._questions["train"]
+        self._fitted_schedule = before
+        if not before.fit_sizes:
             return
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
         shown = sum(q.demonstration is not None for q in questions)
@@ -201,11 +211,13 @@ class QuestionData(LightningDataModule):
             self._fit(f"data.schedule.{name}", getattr(before, name), getattr(after, name), what)
         if switch and size is not None and wanted is not None:
             switch.size = self._fit("buffer.size", wanted, size, f"{what}; a phase waits for that many hard ones")
-        self.schedule = after
+        self._fitted_schedule = after
 
     def _fit(self, key: str, asked: int, taken: int, what: str) -> int:
         """What is taken; if it is not what was asked for, that is noted and said."""
-        if taken != asked and self.fitted.get(key) != (asked, taken):
+        if taken == asked:
+            self.fitted.pop(key, None)
+        elif self.fitted.get(key) != (asked, taken):
             self.fitted[key] = (asked, taken)
             rank_zero_warn(f"{key}: {asked} → {taken}, fitted to {what}; data.schedule.fit_sizes: false refuses")
         return taken
@@ -268,7 +280,7 @@ class QuestionData(LightningDataModule):
         sizes = [callback.size for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)]
         self._loader = PhaseLoader(
             self._questions["train"],
-            self.schedule,
+            self._fitted_schedule,
             phase_size=sizes[0] if sizes else None,
             own_demonstrations=getattr(module, "own_demonstrations", False),
             seed=self.seed.value,
