@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from mifo_callbacks.buffer import BufferOrder, DemonstrationBuffer
 from mifo_callbacks.checks import require_choice
@@ -22,7 +23,8 @@ class BufferPhaseSwitch(TrainerCallback):
     A `training_step` that made fresh rollouts returns, beside the loss, `groups`: for each question of this
     rank a dict of `id`, `n_correct`, `size` and `has_demonstration`; on every rank in the same batch. The
     loader's `push(entries)` receives the questions, the same on every rank, and hands them out as a
-    supervised phase when the current rollout is used up.
+    supervised phase when the current rollout is used up. Ids stand for questions of this loader: in a later fit on
+    others, which the loader's `fingerprint` tells, what still waits is dropped, and that is said.
 
     Args:
         size: How many questions make a supervised phase; the paper leaves it open (64 fits its data counts).
@@ -63,6 +65,7 @@ class BufferPhaseSwitch(TrainerCallback):
         self.buffer = DemonstrationBuffer(max_accuracy, order, max_age, drop_solved)
         self.rollouts = 0
         self.switches = 0
+        self._data: int | str | None = None  # fingerprint of the questions that the ids stand for
 
     @property
     def state_key(self) -> str:
@@ -70,8 +73,15 @@ class BufferPhaseSwitch(TrainerCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_data_parallel(trainer, "BufferPhaseSwitch")
-        phase_loader_of(trainer, "BufferPhaseSwitch")
+        data = getattr(phase_loader_of(trainer, "BufferPhaseSwitch"), "fingerprint", None)
         claim(self, pl_module)
+        if self.buffer and self._data is not None and data not in (self._data, None):
+            rank_zero_warn(
+                f"BufferPhaseSwitch: {len(self.buffer)} questions that waited for a phase are dropped: the train "
+                "dataloader has other questions now"
+            )
+            self.buffer.clear()
+        self._data = data
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,10 +110,12 @@ class BufferPhaseSwitch(TrainerCallback):
         log_metrics(trainer, {f"buffer/{name}": value for name, value in metrics.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"buffer": self.buffer.state_dict(), "rollouts": self.rollouts, "switches": self.switches}
+        counts = {"rollouts": self.rollouts, "switches": self.switches}
+        return {"buffer": self.buffer.state_dict(), "data": self._data, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         renew(self)
         self.buffer.load_state_dict(state_dict["buffer"])
+        self._data = state_dict.get("data")
         self.rollouts = state_dict["rollouts"]
         self.switches = state_dict["switches"]

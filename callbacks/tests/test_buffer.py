@@ -1,5 +1,6 @@
 """The buffer rules and the callback that switches phases."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -168,6 +169,8 @@ def test_bad_arguments(bad: dict[str, Any]) -> None:
 class Loader:
     """Hands out the given rollouts; None stands for a batch without fresh rollouts."""
 
+    fingerprint: int | str | None
+
     def __init__(self, rollouts: list[Any]) -> None:
         self.rollouts = rollouts
         self.pushed: list[list[dict[str, Any]]] = []
@@ -211,6 +214,39 @@ def test_leftovers_can_be_cleared() -> None:
     fit([switch], loader, Rollouts())
     assert len(loader.pushed) == 1
     assert len(switch.buffer) == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "goes_on"), [(1, 1, True), (1, 2, False), ("a", "b", False), (None, 2, True)]
+)
+def test_a_second_fit_goes_on_with_what_waits_unless_ids_stand_for_other_questions(
+    first: int | str | None, second: int | str, goes_on: bool
+) -> None:
+    switch, module = BufferPhaseSwitch(size=3), Rollouts()
+    loaders = [Loader([[group(1), group(2)]]), Loader([[group(3)], [group(4)]])]
+    for loader, data in zip(loaders, (first, second), strict=True):
+        if data is not None:
+            loader.fingerprint = data
+    fit([switch], loaders[0], module)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit([switch], loaders[1], module)
+    assert [[entry["id"] for entry in entries] for entries in loaders[1].pushed] == ([[1, 2, 3]] if goes_on else [])
+    assert ids(switch.buffer) == ([4] if goes_on else [3, 4])
+    dropped = [str(w.message) for w in said if "BufferPhaseSwitch" in str(w.message)]
+    assert ["2 questions that waited" in line for line in dropped] == ([] if goes_on else [True])
+
+
+def test_what_waits_is_dropped_where_a_checkpoint_is_of_other_questions() -> None:
+    switch, loader = BufferPhaseSwitch(size=3), Loader([[group(1), group(2)]])
+    loader.fingerprint = 1
+    fit([switch], loader, Rollouts())
+    for data, left in ((1, [1, 2, 3]), (2, [3])):
+        resumed, rest = BufferPhaseSwitch(size=4), Loader([[group(3)]])
+        resumed.load_state_dict(switch.state_dict())
+        rest.fingerprint = data
+        fit([resumed], rest, Rollouts())
+        assert ids(resumed.buffer) == left
 
 
 def test_a_loader_without_push_is_refused() -> None:

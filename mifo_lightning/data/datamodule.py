@@ -200,9 +200,7 @@ class QuestionData(LightningDataModule):
         switch = next((callback for callback in trainer.callbacks if isinstance(callback, BufferPhaseSwitch)), None)
         shown = sum(q.demonstration is not None for q in questions)
         lent = len(questions) if getattr(trainer.lightning_module, "own_demonstrations", False) else shown
-        # beside the size that it has now: fitted to few questions, it asks for its own again with more
-        wanted: int | None = vars(switch).setdefault("_asked_size", switch.size) if switch else None
-        size = wanted
+        size = wanted = _asked_size(switch) if switch else None
         after = before.fit_rl(len(questions), trainer.world_size)
         if switch or before.sft_before or before.sft_after:
             after, size = after.fit_sft(lent, size, trainer.world_size)
@@ -211,6 +209,7 @@ class QuestionData(LightningDataModule):
             self._fit(f"data.schedule.{name}", getattr(before, name), getattr(after, name), what)
         if switch and size is not None and wanted is not None:
             switch.size = self._fit("buffer.size", wanted, size, f"{what}; a phase waits for that many hard ones")
+            vars(switch)["_fitted"] = (wanted, size)
         self._fitted_schedule = after
 
     def _fit(self, key: str, asked: int, taken: int, what: str) -> int:
@@ -357,3 +356,9 @@ class QuestionData(LightningDataModule):
             for line in sum_up(self.settings.reward, TrainerFn(stage).value):
                 rank_zero_warn(line)
             release(self.settings.reward)
+
+
+def _asked_size(switch: BufferPhaseSwitch) -> int:
+    """Its size as it was said: one that was fitted to few questions asks for its own again with more."""
+    asked, taken = vars(switch).get("_fitted", (switch.size, switch.size))
+    return int(asked if switch.size == taken else switch.size)

@@ -268,7 +268,7 @@ class PhaseLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position, pushed phases, what is under way, and what the questions were: plain integers and lists."""
         state = self._before if self.under_way else self._state()
-        return {**state, "questions": len(self.questions), "fingerprint": self._fingerprint()}
+        return {**state, "questions": len(self.questions), "fingerprint": self.fingerprint}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -288,7 +288,7 @@ class PhaseLoader:
         Raises:
             InputError: If the questions are others, or what is under way would now have another number of updates.
         """
-        if state["fingerprint"] != self._fingerprint():
+        if state["fingerprint"] != self.fingerprint:
             raise InputError(
                 f"ckpt_path: the training questions are not those of the checkpoint ({state['questions']} then, "
                 f"{len(self.questions)} now); data.train, its filters, damaged_share, holdout and the seed must stay"
@@ -306,5 +306,7 @@ class PhaseLoader:
                 "between phases"
             )
 
-    def _fingerprint(self) -> int:
+    @property
+    def fingerprint(self) -> int:
+        """Of texts, truths and demonstrations: the questions that ids stand for."""
         return zlib.crc32("\n".join(f"{q.text}\t{q.truth}\t{q.demonstration}" for q in self.questions).encode())
