@@ -60,7 +60,10 @@ from mifo_lightning.steps.guards import (
     check_chunks,
     check_ends,
     check_format,
+    check_fp32,
+    check_hooks,
     check_lengths,
+    check_optimizer,
     check_trainer,
     own_rollout,
     warn_of_long_demonstrations,
@@ -73,13 +76,21 @@ from mifo_lightning.steps.settings import PolicyLoss, SFTLoss
 from mifo_lightning.steps.step import OptimizerStep
 from mifo_lightning.steps.supervision import Supervision
 
+TAKEN = ("reward", "sampling", "success_threshold", "seed", "loading", "adapter")
+PARTS = ("rollout", "loss", "mixing", "sft_loss", "optimizer", "evaluation")
+SETTINGS = (Rollout, Sampling, PolicyLoss, Mixing, SFTLoss, OptimizerSettings, Evaluation)
+HOOKS = {"on_train_start", "on_train_batch_start", "on_after_backward", "configure_gradient_clipping"}
+"""Those that a step cannot do without; a subclass's own calls super's."""
+
 
 class MifoModule(LightningModule):
     """Trains a causal language model with RL and, when the loader hands out SFT work, with SFT.
 
     Every work item is one optimizer step: it becomes a `Batch`, which is cut into chunks and goes through one
     `Objective`. Callbacks meet the module in `batch["phase"]`, in `select_tokens` (called once per SFT optimizer step
-    if set) and in the `groups` of what `training_step` returns.
+    if set) and in the `groups` of what `training_step` returns. What a module is made of stands still; another reward
+    or setting wants another module, which may take over model and tokenizer (`from_model`). Parameters are there after
+    `load`, which the Trainer calls; `loading.frozen` names those that are not trained.
 
     Args:
         model: Hugging Face directory or hub name of the causal LM to train; `from_model` takes a loaded one.
@@ -150,7 +161,18 @@ class MifoModule(LightningModule):
         self._metrics = StepMetrics()
         self._step = OptimizerStep(self.reinforcement, self.supervision, optimizer, self._metrics)
         self._number = 0  # of the optimizer step, in the running phase kind
+        self._template: ChatTemplate | None = None  # of the data of the last fit or evaluation
+        self._ran: set[str] = set()  # of HOOKS
         self._finite = FiniteSteps()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        said = name in TAKEN or (name in PARTS and isinstance(value, SETTINGS))
+        if said and "_finite" in self.__dict__:
+            raise InputError(
+                f"{type(self).__name__}.{name}: it is said when a module is made, which its parts take it from; make "
+                "another one, of this model by from_model(module.policy.model, module.tokenizer, ...)"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> "MifoModule":
@@ -277,9 +299,7 @@ class MifoModule(LightningModule):
         self.load()
         if isinstance(self.policy, FSDPModule):
             raise InputError("generate: the weights are sharded; load the exported model in a process of its own")
-        data = getattr(self._trainer, "datamodule", None)
-        own = ChatTemplate(self.tokenizer, None, date.today())
-        template = data.prompt_template() if isinstance(data, QuestionData) else own
+        template = self._template or ChatTemplate(self.tokenizer, None, date.today())
         sampling = sampling or self.sampling
         sampling.check("generate: sampling")
         with torch.no_grad():
@@ -290,6 +310,7 @@ class MifoModule(LightningModule):
         parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         optimizer = AdamW(parameters.values(), lr=self.optimizer_settings.rl.lr, fused=True)
         self.optimizer_of_phase = PhaseAdamW(optimizer, parameters, self.optimizer_settings)
+        self._ran.clear()
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -302,8 +323,11 @@ class MifoModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Put what a checkpoint held where it belongs; parameters are final only now."""
+        self._ran.add("on_train_start")
         self._metrics.take()  # of a step that an exception ended
         self._finite.begin()
+        check_optimizer(self.trainer)
+        check_fp32(self)
         warn_of_single_steps(self.trainer, self.optimizer_settings.moments)
         with restoring("mifo.engines"):
             engines = self._restored.get("engines", [])
@@ -331,6 +355,7 @@ class MifoModule(LightningModule):
 
     def on_train_batch_start(self, batch: WorkItem, batch_idx: int) -> None:
         """Switch moments and learning rate at the start of an optimizer step."""
+        self._ran.add("on_train_batch_start")
         check_accumulation(self.trainer)
         is_rl = batch["phase"] == "rl"
         counter = "rl_step" if is_rl else "sft_phase"
@@ -357,6 +382,7 @@ class MifoModule(LightningModule):
 
     def on_after_backward(self) -> None:
         """One kind of phase does not train the other's adapter."""
+        self._ran.add("on_after_backward")
         if self._policy.adapter is not None:
             self._policy.adapter.keep_still(self._phase_optimizer.phase or "rl")
 
@@ -370,6 +396,7 @@ class MifoModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the phase's norm; runs after callbacks have masked frozen coordinates, and before the step."""
+        self._ran.add("configure_gradient_clipping")
         phase = self._phase_optimizer.phase or "rl"
         parameters = [p for p in self.parameters() if p.grad is not None]
         total = nn.utils.clip_grad_norm_(parameters, self._phase_optimizer.settings[phase].clip or torch.inf)
@@ -382,6 +409,8 @@ class MifoModule(LightningModule):
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """Step, and log at once: a checkpoint written after this step must find its metrics logged."""
         super().optimizer_step(*arguments, **named)
+        check_hooks(self, HOOKS - self._ran)
+        self._ran &= {"on_train_start"}
         self._policy.version += 1
         self.reinforcement.end_update()
         if self._phase_optimizer.phase == "rl":
@@ -500,7 +529,9 @@ class MifoModule(LightningModule):
             self.self_check.again(self._policy)
 
     def _check(self, loaders: Any, evaluated: bool) -> None:
-        """The same where no one has checked before, and log what the comparison found."""
+        """The same where no one has checked before, and log what the comparison found; `generate` asks as data do."""
+        data = getattr(self.trainer, "datamodule", None)
+        self._template = data.prompt_template() if isinstance(data, QuestionData) else self._template
         self.check_questions(loaders, evaluated)
         if self.self_check is not None and (found := self.self_check.take()):
             log_metrics(self.trainer, {f"self_check/{name}": value for name, value in found.items()})

@@ -1,6 +1,7 @@
 """The policy losses: against values and gradients worked out by hand, and however a batch is cut."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_advantages_and_sampling_of_the_shipped_losses() -> None:
 def test_the_published_mixtures_sum_over_the_64_sequences_of_a_gpu(name: str) -> None:
     """Two sequences stand for 512: the mean over eight GPUs of their sums over 64 sequences / longest response."""
     settings, mixing = rl_settings(f"methods/{name}")
-    settings.entropy_bonus = 0.0
+    settings = replace(settings, entropy_bonus=0.0)
     rl = reinforcement(None, settings=settings, mixing=mixing)
     loss, grad, metrics = evaluate(
         rl, NOW.log(), torch.zeros(2, 2), MASK, torch.tensor([1.0, -1.0]), LONGEST, logp_old=THEN.log()
@@ -98,7 +99,7 @@ def test_no_probability_ratio_is_so_large_that_a_gradient_is_lost(
     name: str, advantage: float, old: float, now: float, masked: bool
 ) -> None:
     settings = rl_settings(f"losses/{name}")[0]
-    settings.kl_coefficient = 0.1
+    settings = replace(settings, kl_coefficient=0.1)
     mask = torch.tensor([[True, True, False]])
     scores: dict[str, Tensor] = {"logp_old": torch.full((1, 3), old), "logp_ref": torch.full((1, 3), old)}
     if masked:
@@ -267,7 +268,7 @@ def loss_of_rows(settings: PolicyLoss, batch: dict[str, Tensor], mask: Tensor, r
 @pytest.mark.parametrize("name", LOSSES)
 def test_parts_sum_to_the_whole_in_any_order(name: str) -> None:
     settings = rl_settings(f"losses/{name}")[0]
-    settings.kl_coefficient, settings.entropy_bonus = 0.1, 0.2
+    settings = replace(settings, kl_coefficient=0.1, entropy_bonus=0.2)
     batch, mask = random_batch()
     whole = loss_of_rows(settings, batch, mask, torch.arange(6))
     # the longest row of the first part is shorter than that of the batch
@@ -279,7 +280,7 @@ def test_parts_sum_to_the_whole_in_any_order(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_never_reaches_the_loss(name: str) -> None:
     settings = rl_settings(f"losses/{name}")[0]
-    settings.kl_coefficient, settings.entropy_bonus = 0.1, 0.2
+    settings = replace(settings, kl_coefficient=0.1, entropy_bonus=0.2)
     batch, mask = random_batch()
     clean = loss_of_rows(settings, batch, mask, torch.arange(6))
     for key, value in (("logp", -9.0), ("logp_old", -3.0), ("logp_ref", -1.0), ("entropy", 7.0), ("keep", True)):

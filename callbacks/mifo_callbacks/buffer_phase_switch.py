@@ -71,6 +71,11 @@ class BufferPhaseSwitch(TrainerCallback):
     def state_key(self) -> str:
         return distinct(self, super().state_key)
 
+    @property
+    def max_accuracy(self) -> float:
+        """p, of `buffer`, where it may be changed; so may the other rules."""
+        return self.buffer.max_accuracy
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         require_data_parallel(trainer, "BufferPhaseSwitch")
         data = getattr(phase_loader_of(trainer, "BufferPhaseSwitch"), "fingerprint", None)

@@ -100,7 +100,7 @@ class GradientFreezing(PhaseCallback):
                 f"{self.rule.scope}"
             )
         self.fraction = fraction
-        self.selector = selector
+        self._selector = selector
         self.scope: Scope = scope
         self.seed = Seed(seed, "GradientFreezing.seed")
         self.during = during
@@ -118,6 +118,11 @@ class GradientFreezing(PhaseCallback):
     @property
     def state_key(self) -> str:
         return distinct(self, self._generate_state_key(during=self.during))
+
+    @property
+    def selector(self) -> RuleName | FreezingRule:
+        """As it was given; another one wants another callback."""
+        return self._selector
 
     @property
     def masks(self) -> Mapping[str, Tensor]:

@@ -31,10 +31,20 @@ from mifo_lightning.rewards.isolation import release
 Rows = str | RowSource | list[str]  # str first: as a class, `rows.jsonl` would be one of a module to import
 
 
+def _rows_of(split: str) -> Any:
+    """An attribute that stands for the rows of a split."""
+    return property(
+        lambda data: data.sources[split],
+        lambda data, rows: data.sources.update({split: rows}),
+        doc=f"Rows of {split}; kept in `sources`.",
+    )
+
+
 class QuestionData(LightningDataModule):
     """Questions with demonstrations for training, and questions for evaluation.
 
-    What is said here may be changed between two fits; the next one is made of what stands here then.
+    What is said here may be changed between two fits: the next Trainer reads rows, files and template anew. Each fit
+    begins the schedule anew, and asks the same questions in the same order unless `seed` is another.
 
     Attributes:
         fitted: Sizes that the data could not fill, by key: what was asked for and what was taken.
@@ -52,6 +62,8 @@ class QuestionData(LightningDataModule):
         eval_batch: Questions evaluated at once per rank.
         seed: Seed of order, holdout and damage; None takes the module's, and without one follows `seed_everything`.
     """
+
+    train, val, test = (_rows_of(split) for split in ("train", "val", "test"))
 
     def __init__(
         self,
@@ -82,7 +94,7 @@ class QuestionData(LightningDataModule):
         self.fitted: dict[str, tuple[int, int]] = {}
         self.given: dict[str, Any] = dict.fromkeys(Settings._fields)
         self.settings: Settings | None = None  # those of the module, once there is one
-        self.seed = self._own_seed = Seed(seed, "data.seed")
+        self._seed = self._own_seed = Seed(seed, "data.seed")
         self._made_of: tuple[Any, ...] | None = None  # what was said when the questions were made
         self._chosen_by: int | None = None  # the seed, once it has chosen what is held out and damaged
         self._template: str | None = None  # in place of the tokenizer's own
@@ -124,11 +136,11 @@ class QuestionData(LightningDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         settings, theirs = settle(self.given, module), getattr(module, "seed", None)
         seed = theirs if self._own_seed.given is None and isinstance(theirs, Seed) else self._own_seed
-        teacher, same = getattr(module, "teacher_template", None), self.settings is not None and seed is self.seed
+        teacher, same = getattr(module, "teacher_template", None), self.settings is not None and seed is self._seed
         made_of = self._said()
         same = same and teacher == self._teacher and made_of == self._made_of
         if not same or any(map(operator.is_not, settings, self._settled)):
-            self._questions, self.settings, self.seed, self._teacher = {}, settings, seed, teacher
+            self._questions, self.settings, self._seed, self._teacher = {}, settings, seed, teacher
             self._made_of, self.fitted = made_of, {}
             given = self.prompts.chat_template
             self._template = read_template(given, settings.tokenizer, "data.prompts.chat_template")
@@ -137,7 +149,7 @@ class QuestionData(LightningDataModule):
         """All that decides the questions and is said here; a copy, since each of it may be changed in place."""
         rows = [list(source) if isinstance(source, list) else source for source in self.sources.values()]
         groups = [replace(group) for group in (self.columns, self.prompts, self.demonstrations)]
-        return (*rows, *groups, self.holdout, self.schedule.fit_sizes)
+        return (self.trainer, *rows, *groups, self.holdout, self.schedule.fit_sizes)
 
     def _load(self, split: str) -> None:
         if split in self._questions:
@@ -334,6 +346,15 @@ class QuestionData(LightningDataModule):
             by_source.setdefault(question.source, []).append(question)
         ranks, rank = self._trainer.world_size, self._trainer.global_rank
         return {source: EvaluationLoader(chosen, self.eval_batch, rank, ranks) for source, chosen in by_source.items()}
+
+    @property
+    def seed(self) -> Seed:
+        """Of order, holdout and damage; may be set to a number, or to None for the module's."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int | None) -> None:
+        self._seed = self._own_seed = Seed(value, "data.seed")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

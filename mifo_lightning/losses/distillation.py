@@ -10,7 +10,7 @@ from mifo_lightning.common.errors import require
 TEMPLATE = "{prompt}\n\nA correct solution:\n{demonstration}\n\nNow solve it yourself."
 
 
-@dataclass
+@dataclass(frozen=True)
 class SelfDistillation:
     """`L = mean_t KL(p(. | x, y_<t) || sg p(. | x with c, y_<t))`, y drawn by the model, c the demonstration.
 

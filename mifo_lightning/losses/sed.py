@@ -12,7 +12,7 @@ from mifo_callbacks.thresholds import find_cuts, floor_share
 from mifo_lightning.common.errors import require
 
 
-@dataclass
+@dataclass(frozen=True)
 class SED:
     """`L = mean_t [CE_t + strength M_t (p_t - 1/2)^2]`, M_t = 1{the top_k largest probabilities sum to less than tau}.
 

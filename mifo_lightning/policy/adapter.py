@@ -21,7 +21,7 @@ SHOWN = 8  # names of layers in a message
 FINGERPRINT = "adapter_base"  # buffer of a policy: which base the adapter belongs to
 
 
-@dataclass
+@dataclass(frozen=True)
 class Adapter:
     """Which low-rank adapters are trained in place of the weights.
 

@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
         return self.model.name_or_path or type(self.model).__name__
 
 
-@dataclass
+@dataclass(frozen=True)
 class Loading:
     """How a model is loaded.
 

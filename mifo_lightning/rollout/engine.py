@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mifo_lightning.policy.policy import Policy
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
     """How responses are drawn.
 

@@ -24,7 +24,7 @@ from mifo_lightning.rollout.respond import Responder
 WITHOUT_MARKER, STRICT, WHOLE_TEXT = MARKER_METRICS = ("without_marker", "strict", "whole_text")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationSampling:
     """How evaluation draws responses; what is null is as in rollouts, `model.rollout.sampling`.
 
@@ -49,7 +49,7 @@ def beside(own: EvaluationSampling | Sampling, rollouts: Sampling) -> Sampling:
     return Sampling(own.temperature, own.top_p, own.top_k, longest, rollouts.stop if own.stop is None else own.stop)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """How validation and test draw responses.
 

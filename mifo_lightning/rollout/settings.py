@@ -8,7 +8,7 @@ from mifo_lightning.rollout.engine import RolloutEngine, Sampling
 MOST_ROLLOUTS = 2**16  # per question; a rollout's first tokens alone would fill the memory long before
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rollout:
     """How rollouts are drawn, and which of them are correct.
 

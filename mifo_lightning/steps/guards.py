@@ -1,10 +1,13 @@
 """What MifoModule refuses: settings of the Trainer under which a run would be silently wrong."""
 
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from mifo_callbacks import GradientFreezing
@@ -16,6 +19,14 @@ from mifo_lightning.steps.optimizer import OptimizerSettings
 
 FORMAT = 4  # of what MifoModule, its loader and its callbacks put into a checkpoint
 PRECISIONS = ("32-true", "bf16-mixed")  # 16-mixed: a fused AdamW unscales after clipping, so the clip would be wrong
+
+REFUSED: dict[type[Callback], str] = {
+    LearningRateMonitor: "it reads the rate of the step before, which may be of the other phase; rl/lr and sft/lr are "
+    "logged without it",
+    StochasticWeightAveraging: "it averages where epochs begin, and a run is one epoch: what it leaves is the model "
+    "that training began with. EMAWeightAveraging goes by steps",
+}
+"""Callbacks of Lightning that would be wrong without a word, and why."""
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -84,10 +95,37 @@ def check_flags(trainer: Trainer) -> None:
                 f"trainer.callbacks: {type(callback).__name__} waits for {monitor} in vain; nothing is validated "
                 "inside fit unless trainer.val_check_interval is a number of optimizer steps"
             )
-    if any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if why := next((why for kind, why in REFUSED.items() if isinstance(callback, kind)), None):
+            raise InputError(f"trainer.callbacks: {type(callback).__name__} is not allowed; {why}")
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """Raise an InputError for a schedule or a group of parameters that the phases' own settings would write over."""
+    groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+    if trainer.lr_scheduler_configs or groups != [1]:
         raise InputError(
-            "trainer.callbacks: LearningRateMonitor is not allowed; it reads the rate of the step before, which may be "
-            "of the other phase; rl/lr and sft/lr are logged without it"
+            f"configure_optimizers: {len(groups)} optimizers with {sum(groups)} groups of parameters and "
+            f"{len(trainer.lr_scheduler_configs)} schedulers are not allowed; it must be one with one group: its rate "
+            "and decay are those of model.optimizer.rl and model.optimizer.sft in every step, schedules among them"
+        )
+
+
+def check_fp32(module: nn.Module) -> None:
+    """Raise an InputError for a trained weight that is not fp32."""
+    for name, weight in module.named_parameters():
+        if weight.requires_grad and weight.dtype != torch.float32:
+            raise InputError(
+                f"{name}: its dtype is {weight.dtype}; it must be fp32 (module.float()) to be trained: fewer bits "
+                "lose small steps"
+            )
+
+
+def check_hooks(module: nn.Module, missing: Collection[str]) -> None:
+    """Raise an InputError if a step was made without the module's own hooks: a subclass has its own in their place."""
+    if missing:
+        raise InputError(
+            f"{type(module).__name__}.{min(missing)}: MifoModule's own did not run in this step; one of a subclass "
+            f"calls super().{min(missing)}(...)"
         )
 
 

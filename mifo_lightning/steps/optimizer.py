@@ -15,7 +15,7 @@ from mifo_lightning.common.restoring import check_moment
 Phase = Literal["rl", "sft"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdamWSettings:
     """AdamW and learning-rate schedule of one phase kind; the schedule counts that kind's own optimizer steps.
 
@@ -69,7 +69,7 @@ class AdamWSettings:
         return peak * (self.min_ratio + (1 - self.min_ratio) * left)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSettings:
     """How weights are updated: an AdamW for each kind of phase, and what an optimizer step is made of.
 

@@ -20,7 +20,7 @@ from mifo_lightning.rollout.settings import Rollout
 SurrogateName = Literal["clipped", "unclipped", "truncated", "reinforce"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class PolicyLoss:
     """The policy loss; the default is GRPO, `configs/losses/` has the others.
 
@@ -122,7 +122,7 @@ class PolicyLoss:
         return named(self.surrogate, table, Surrogate, "model.loss.surrogate")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SFTLoss:
     """The loss of SFT phases: cross-entropy on demonstrations, or self-distillation.
 
