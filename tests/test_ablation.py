@@ -17,7 +17,7 @@ from small_grid import BASE, GRID, ROOT, write
 from mifo_lightning.common.errors import InputError
 from mifo_lightning.lab import ablation, plan
 from mifo_lightning.lab.cell import Outcome, check_fingerprint, fit, outcome, prepare, record_death, record_outcome
-from mifo_lightning.lab.fingerprint import fingerprint
+from mifo_lightning.lab.fingerprint import digest, fingerprint
 from mifo_lightning.lab.grid import cells, choose
 from mifo_lightning.lab.reading import read_ablation
 
@@ -51,7 +51,7 @@ def test_a_fingerprint_tells_settings_configurations_and_base_apart(tmp_path: Pa
     def present(**changes: Any) -> dict[str, Any]:
         arms = {"mifo": {"configs": [str(method)]}, "other": {}}
         fingerprint.__globals__["_digest_config"].cache_clear()
-        fingerprint.__globals__["_digest"].cache_clear()
+        digest.cache_clear()
         changed = {"bases": {"b": str(base)}, "arms": arms, "primary_contrast": ["other", "mifo"], **changes}
         return fingerprint(cells(read_ablation(write(tmp_path, **changed)))[0])
 

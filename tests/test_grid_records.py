@@ -12,7 +12,7 @@ from small_grid import ROOT, write
 from mifo_lightning.lab import ablation as runner
 from mifo_lightning.lab import plan
 from mifo_lightning.lab.cell import outcome, record_outcome, write_json
-from mifo_lightning.lab.fingerprint import fingerprint
+from mifo_lightning.lab.fingerprint import digest, fingerprint
 from mifo_lightning.lab.grid import Cell, cells
 from mifo_lightning.lab.reading import read_ablation
 from mifo_lightning.lab.records import keep
@@ -23,7 +23,7 @@ ARMS = {"mifo": {"configs": ["methods/mifo"]}, "interleave": {"configs": ["metho
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    fingerprint.__globals__["_digest"].cache_clear()
+    digest.cache_clear()
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_another_machine_runs_the_other_cells_alone_and_reports_all(tmp_path: Pa
     assert sorted(ran) == ["interleave/one/seed0", "mifo/one/seed0"]
     (tmp_path / "bases/one/config.json").unlink()  # what is finished needs no base
     (tmp_path / "bases/one").rmdir()
-    fingerprint.__globals__["_digest"].cache_clear()
+    digest.cache_clear()
     other = tmp_path / "other.yaml"
     other.write_text(first.read_text(encoding="utf-8").replace(str(tmp_path / "here"), str(tmp_path / "there")))
     assert [json.loads(line)["cell"] for line in Path(records).read_text().splitlines()] == [
@@ -124,7 +124,7 @@ def test_cells_of_one_base_run_on_one_model(tmp_path: Path, ran: list[str], caps
     config = grid_of(tmp_path, "here", records=str(tmp_path / "cells.jsonl"))
     assert runner.main(["--config", str(config), "--only", "mifo/one"]) == 0
     (tmp_path / "bases/one/config.json").write_text('{"other": 1}', encoding="utf-8")
-    fingerprint.__globals__["_digest"].cache_clear()
+    digest.cache_clear()
     capsys.readouterr()
     assert runner.main(["--config", str(config), "--only", "interleave/one"]) == 2
     error = capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_two_finished_cells_of_one_base_began_with_one_model(
     for file in (tmp_path / "bases/one").iterdir():
         file.unlink()
     (tmp_path / "bases/one").rmdir()  # nothing here says which of them is right
-    fingerprint.__globals__["_digest"].cache_clear()
+    digest.cache_clear()
     there = tmp_path / "there.yaml"
     there.write_text(config.read_text(encoding="utf-8").replace(str(tmp_path / "here"), str(tmp_path / "there")))
     capsys.readouterr()
@@ -246,14 +246,14 @@ def test_cells_of_one_grid_read_the_same_rows(
     for place, content in ((rows, '{"other": 1}\n'), (other / "config.json", '{"other": 1}')):
         before = place.read_text(encoding="utf-8")
         place.write_text(content, encoding="utf-8")
-        fingerprint.__globals__["_digest"].cache_clear()
+        digest.cache_clear()
         for only in ("interleave/one", "mifo/one"):
             assert runner.main(["--config", str(there), "--only", only]) == 2
             line = capsys.readouterr().err
             assert ("rows.jsonl" if place == rows else str(other)) in line
         place.write_text(before, encoding="utf-8")
     rows.unlink()  # what is not there is not compared: another machine may report
-    fingerprint.__globals__["_digest"].cache_clear()
+    digest.cache_clear()
     assert runner.main(["--config", str(there), "--only", "mifo/one"]) == 0
     assert ran == ["mifo/one/seed0"]
 
