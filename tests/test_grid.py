@@ -31,6 +31,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tpyo": 1}, ["unknown key tpyo", "allowed are name, question"]),
         ({"arms": {"mifo": {"config": []}}}, ["arms.mifo", "unknown key config", "configs, set"]),
         ({"arms": {"mifo": None}}, ["arms.mifo", "expected"]),
+        ({"arms": {"mifo": {"set": None}}}, ["arms.mifo: set: nothing is given"]),
         ({"arms": {}}, ["arms", "at least one"]),
         ({"reference": "best"}, ["reference: best", "mifo, interleave, half + lr"]),
         ({"bases": {"x": "runs/none"}, "make_bases": "make it"}, ["bases.x", "runs/none", "`make it`"]),
@@ -91,6 +92,15 @@ def test_every_arm_meets_every_base_and_seed_once_in_a_directory_of_its_own(tmp_
     assert {(cell.arm, cell.base, cell.seed) for cell in grid} == expected
     assert len(grid) == len({cell.directory for cell in grid}) == 12
     assert {(cell.arm, cell.base) for cell in grid[:4]} == {(arm, base) for arm, base, _ in expected}
+
+
+def test_a_setting_that_names_a_class_reaches_the_fit_as_it_is_written(tmp_path: Path) -> None:
+    rows = {"class_path": "mifo_lightning.data.skills.Skills", "init_args": {"count": 8}}
+    arms = {**GRID["arms"], "mifo": {"set": {"data.train": rows}}}
+    for cell in cells(read_ablation(write(tmp_path, set={"data.val": rows}, arms=arms))):
+        given = dict(itertools.pairwise(cell.settings))
+        assert json.loads(given["--data.val"]) == rows
+        assert cell.arm != "mifo" or json.loads(given["--data.train"]) == rows
 
 
 def test_in_a_nested_grid_no_two_bases_share_a_seed(tmp_path: Path) -> None:

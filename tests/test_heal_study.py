@@ -41,7 +41,15 @@ SMALL: dict[str, Any] = {
     "id": "points-ten/avg@1",
     "id_seen": "points-ten-seen/avg@1",
     "ood": "points-literal/avg@1",
-    "evaluation": {"val": {"data.val.init_args.split": "val"}, "test": {"data.val.init_args.split": "test"}},
+    "evaluation": {
+        "val": {"data.val.init_args.split": "val"},
+        "test": {
+            "data.val": {
+                "class_path": "mifo_lightning.data.general_points.GeneralPoints",
+                "init_args": {"rules": ["ten", "ten-seen", "literal"], "count": 24, "split": "test"},
+            }
+        },
+    },
     "signal_questions": 4,
     "draws": 2,
     "sweep": {"steps": [0, 1, 3]},

@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from mifo_lightning.cli.packaged import find
 from mifo_lightning.common.errors import InputError, require
-from mifo_lightning.lab.grid import Arm, slug
+from mifo_lightning.lab.grid import Arm, Values, slug
 from mifo_lightning.lab.reading import GIVEN, build, read_keys
 
 PEAK, END = "peak", "end"
@@ -28,7 +28,7 @@ class Sweep:
     """SFT steps after which the model is evaluated; 0, the base, among them; the last one is the end."""
     configs: list[str] = field(default_factory=lambda: ["methods/sft"])
     """Configurations laid over those of all fits."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: Values = field(default_factory=dict)
     """Keys and values laid over those of all fits."""
 
 
@@ -38,7 +38,7 @@ class Stage:
 
     configs: list[str] = field(default_factory=list)
     """Configurations laid over those of all fits."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: Values = field(default_factory=dict)
     """Keys and values laid over those of all fits."""
     start: list[Start] = field(default_factory=lambda: [END])
     """Steps of the sweep, peak or end."""
@@ -92,7 +92,7 @@ class Study:
     """Metric of the task that is trained, on questions that are not."""
     ood: str
     """Metric out of distribution."""
-    evaluation: dict[str, dict[str, Any]]
+    evaluation: dict[str, Values]
     """Keys and values of `val`, by which checkpoints are chosen, and `test`, which is reported."""
     sweep: Sweep
     rl: dict[str, Stage]
@@ -104,7 +104,7 @@ class Study:
     """Metric of the task on questions that were trained; edits are then compared at equal values of it, else of id."""
     setting: str = ""
     """What was run, for readers who do not know it."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: Values = field(default_factory=dict)
     """Keys and values of all fits and evaluations."""
     spectra: Spectra = field(default_factory=Spectra)
     protected: float | None = None

@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
 from mifo_lightning.common.errors import InputError
+
+if TYPE_CHECKING:
+    Values = dict[str, Any]
+else:
+    Values = dict  # as they are written: of a `dict[str, Any]` jsonargparse makes an object of what has a `class_path`
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Arm:
 
     configs: list[str] = field(default_factory=list)
     """Configuration files or packaged names, laid over those of all arms in this order."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: Values = field(default_factory=dict)
     """Command-line keys and values, laid over those of all arms."""
 
 
@@ -86,7 +91,7 @@ class Ablation:
     design: Literal["crossed", "nested"] = "nested"
     """Nested: every base has seeds of its own, so that the first base runs with `seeds`, the next with those after
     them, and so on. Crossed: `seeds` on every base."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: Values = field(default_factory=dict)
     """Command-line keys and values of all arms."""
     records: Path | None = None
     """A file of finished cells: they need not run again, on whatever machine, and new ones are added; null: none."""
@@ -96,7 +101,7 @@ class Ablation:
     """Fits at once, one thread each."""
     wandb: Wandb | None = None
     """Null logs to files only."""
-    slurm: dict[str, Any] | None = None
+    slurm: Values | None = None
     """Options of `submitit.AutoExecutor.update_parameters`, and `cluster`: slurm, local or debug."""
 
     @property

@@ -80,6 +80,9 @@ def build(kind: type[Kind], content: Any, where: str) -> Kind:
     unknown = [key for key in content if key not in allowed]
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0]}; allowed are {', '.join(allowed)}")
+    empty = [f.name for f in fields(kind) if f.default is not None and content.get(f.name, f) is None]  # type: ignore[arg-type]
+    if empty:
+        raise InputError(f"{where}: {empty[0]}: nothing is given; allowed is a value, or no such key for its default")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
